@@ -1,0 +1,49 @@
+"""Every error a user can cause or meet, each with the exit status that scripts rely on.
+
+A message is one line: what is wrong, where, and what to do next. An error is raised once and
+printed once, by the command line; nothing logs it on the way.
+"""
+
+from __future__ import annotations
+
+
+class LaporaError(Exception):
+    """Base of all expected errors. ``exit_status`` is the process's exit status."""
+
+    exit_status: int = 1
+
+
+class UsageError(LaporaError):
+    """A wrong option or an impossible combination of options."""
+
+    exit_status = 2
+
+
+class AdapterError(LaporaError):
+    """The adapter or its base model cannot be read, or the mathematics does not cover it."""
+
+    exit_status = 3
+
+
+class PosteriorError(LaporaError):
+    """The saved posterior is missing, damaged, or belongs to another adapter."""
+
+    exit_status = 4
+
+
+class DataError(LaporaError):
+    """A task, a data file, a row or a JSONL line is not what it should be."""
+
+    exit_status = 5
+
+
+class NumericalError(LaporaError):
+    """NaN, infinity or a matrix that is not positive semi-definite."""
+
+    exit_status = 6
+
+
+class GateError(LaporaError):
+    """An ``eval --fail-if`` gate failed."""
+
+    exit_status = 7
