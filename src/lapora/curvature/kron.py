@@ -1,0 +1,126 @@
+"""KFAC: one Kronecker product per layer, summed over a pass of the data.
+
+For a layer with inputs ``a_nt`` and gradients ``g_nts`` (example n, token t, Fisher column s):
+
+* expand: ``F ≈ 1/(Σ_n T_n) · (Σ_nt a_nt a_ntᵀ) ⊗ (Σ_nts g_nts g_ntsᵀ)``
+* reduce: ``F ≈ 1/N · (Σ_n ā_n ā_nᵀ) ⊗ (Σ_ns ĝ_ns ĝ_nsᵀ)``, with ``ā_n = mean_t a_nt``, ``ĝ_ns = Σ_t g_nts``
+
+Source: Eschenhagen et al. 2023, "Kronecker-factored approximate curvature for modern neural network
+architectures"; Laplace-LoRA (Yang et al. 2024), section 3. Tokens are counted per layer: a head that reads
+one position counts one per example. What is kept is the two sums and the count, so that sums of several
+processes add up and the scaling is applied in one place, :attr:`KronFactors.scale`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lapora.model.batches import Batch
+from lapora.model.bayesian_layers import BayesianLayer
+
+WeightSharing = Literal["expand", "reduce"]
+
+
+@dataclass(frozen=True)
+class KronFactors:
+    """The two sums of one layer.
+
+    Attributes:
+        input_sum: ``Σ a aᵀ``, ``(i, i)``; layers that share one input share this very tensor.
+        gradient_sum: ``Σ g gᵀ``, ``(o, o)``.
+        count: ``Σ_n T_n`` for expand, N for reduce.
+        leader: Name of the layer under which the input sum was taken.
+    """
+
+    input_sum: Tensor
+    gradient_sum: Tensor
+    count: int
+    leader: str
+
+    @property
+    def scale(self) -> float:
+        """What the Kronecker product of the two sums is multiplied by."""
+        return 1.0 / self.count if self.count else 0.0
+
+
+class KronObserver:
+    """Accumulates the two sums of every layer; see :class:`lapora.curvature.linearisation.Observer`.
+
+    Args:
+        weight_sharing: ``expand`` or ``reduce``.
+    """
+
+    def __init__(self, weight_sharing: WeightSharing) -> None:
+        self.weight_sharing = weight_sharing
+        self._input_sums: dict[str, Tensor] = {}
+        self._gradient_sums: dict[str, Tensor] = {}
+        self._counts: dict[str, int] = {}
+        self._leaders: dict[str, str] = {}
+
+    def begin(self, batch: Batch) -> None:
+        """Nothing is kept from one batch to the next but the sums."""
+
+    def see_input(self, layer: BayesianLayer, leader: str, inputs: Tensor, mask: Tensor | None) -> None:
+        """Add ``Σ a aᵀ``, once per shared input; nothing needs to be kept for the backward pass."""
+        if self._leaders.setdefault(layer.name, leader) != leader:
+            raise AssertionError(f"{layer.name} shares its input in one batch and not in another")
+        rows, tokens, _ = inputs.shape
+        if self.weight_sharing == "expand":
+            self._counts[layer.name] = self._counts.get(layer.name, 0) + (
+                rows * tokens if mask is None else int(mask.sum())
+            )
+        else:
+            self._counts[layer.name] = self._counts.get(layer.name, 0) + rows
+        if leader != layer.name:
+            return
+        if self.weight_sharing == "expand":
+            features = inputs.flatten(0, 1) if mask is None else inputs[mask]
+        else:
+            features = inputs.mean(dim=1) if mask is None else _masked_mean(inputs, mask)
+        _add_outer(self._input_sums, layer.name, features)
+
+    def see_gradient(self, layer: BayesianLayer, kept: Tensor | None, gradient: Tensor) -> None:
+        """Add ``Σ g gᵀ`` of one Fisher column."""
+        rows = gradient.flatten(0, 1) if self.weight_sharing == "expand" else gradient.sum(dim=1)
+        _add_outer(self._gradient_sums, layer.name, rows)
+
+    def finish(self, layer: BayesianLayer) -> None:
+        """Sums need no closing."""
+
+    def factors(self, layers: Sequence[BayesianLayer]) -> dict[str, KronFactors]:
+        """The sums of each layer, in the layers' order.
+
+        A layer that the model never ran, or that no logit depends on, has sums of zero: its posterior is
+        its prior.
+        """
+        return {layer.name: self._factors_of(layer) for layer in layers}
+
+    def _factors_of(self, layer: BayesianLayer) -> KronFactors:
+        rows, columns = layer.shape
+        leader = self._leaders.get(layer.name, layer.name)
+        like = layer.module.weight.new_zeros(())
+        like = like if like.dtype == torch.float64 else like.float()
+        input_sum = self._input_sums.get(leader)
+        gradient_sum = self._gradient_sums.get(layer.name)
+        return KronFactors(
+            input_sum=like.new_zeros(columns, columns) if input_sum is None else input_sum,
+            gradient_sum=like.new_zeros(rows, rows) if gradient_sum is None else gradient_sum,
+            count=self._counts.get(layer.name, 0),
+            leader=leader,
+        )
+
+
+def _add_outer(sums: dict[str, Tensor], name: str, rows: Tensor) -> None:
+    if name not in sums:
+        sums[name] = rows.new_zeros(rows.shape[1], rows.shape[1])
+    sums[name].addmm_(rows.T, rows)
+
+
+def _masked_mean(inputs: Tensor, mask: Tensor) -> Tensor:
+    weights = mask.to(inputs).unsqueeze(-1)
+    return inputs.masked_fill(~mask.unsqueeze(-1), 0.0).sum(dim=1) / weights.sum(dim=1)

@@ -1,0 +1,262 @@
+"""One forward pass and K backward passes, seen layer by layer.
+
+This is the engine under both ``fit`` and ``predict``. For K directions ``v_k`` in logit space it hands an
+observer, for every Bayesian layer, the layer's input ``a_t`` and the gradient ``g_t`` of ``v_kᵀ f`` with
+respect to the layer's output, and forgets both as soon as the observer has seen them.
+
+The backward pass is cut at the transformer blocks. Each block is crossed by all K directions before the
+next is begun, so that an observer can join the K gradients of one layer (as a logit covariance must) and
+drop them, without the model being run K times and without gradients of all layers standing in memory.
+No weight gradients are computed, and the pass ends at the lowest Bayesian layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from lapora.errors import AdapterError
+from lapora.model.answers import AnswerModel
+from lapora.model.batches import Batch
+from lapora.model.bayesian_layers import BayesianLayer
+
+Directions = Callable[[Tensor], Tensor]
+"""From logits ``(B, C)`` to directions ``(K, B, C)``; K = 0 asks for the forward pass alone."""
+
+
+class Observer(Protocol):
+    """Sees a layer's inputs and output gradients, one layer at a time.
+
+    For every batch: ``begin``; ``see_input`` once per layer during the forward pass; then, for one layer
+    after another, ``see_gradient`` K times and ``finish`` once.
+    """
+
+    def begin(self, batch: Batch) -> None:
+        """A new batch starts."""
+
+    def see_input(self, layer: BayesianLayer, leader: str, inputs: Tensor, mask: Tensor | None) -> Tensor | None:
+        """The layer's input.
+
+        Args:
+            layer: The layer.
+            leader: Name of the first layer that has this very input (q, k and v projections share one).
+            inputs: ``(B, T, in_features)``, in float32 at least.
+            mask: ``(B, T)``, true at real tokens, or None when all are real.
+
+        Returns:
+            What ``see_gradient`` is to be handed, or None when the gradient alone is enough.
+        """
+
+    def see_gradient(self, layer: BayesianLayer, kept: Tensor | None, gradient: Tensor) -> None:
+        """The gradient of one direction, ``(B, T, out_features)``, zero at padding."""
+
+    def finish(self, layer: BayesianLayer) -> None:
+        """All K directions of this layer have been seen."""
+
+
+@dataclass
+class _Boundary:
+    """Where the backward pass is cut: a block's output, and the leaf that the next block reads."""
+
+    output: Tensor
+    leaf: Tensor
+    upstream: list[Tensor] = field(default_factory=list)
+
+
+class Linearisation:
+    """Hooks on a model's Bayesian layers; a context manager.
+
+    Args:
+        answer_model: The network.
+        layers: The Bayesian layers to be seen.
+        observer: Who sees them.
+    """
+
+    def __init__(self, answer_model: AnswerModel, layers: Sequence[BayesianLayer], observer: Observer) -> None:
+        self.answer_model = answer_model
+        self.layers = list(layers)
+        self.observer = observer
+        self.forward_calls = 0
+        self.backward_calls = 0
+        self._handles: list[RemovableHandle] = []
+        self._batch: Batch | None = None
+        self._boundaries: list[_Boundary] = []
+        self._leaves: list[Tensor] = []
+        self._last_source: tuple[Tensor, str] | None = None
+        self._leader: dict[str, str] = {}
+        self._touched: dict[str, BayesianLayer] = {}
+        self._seen: set[str] = set()
+        self._called: set[str] = set()
+
+    def __enter__(self) -> Linearisation:
+        for layer in self.layers:
+            if layer.source is not layer.module:
+                self._handles.append(layer.source.register_forward_pre_hook(self._source_hook(layer)))
+            self._handles.append(layer.module.register_forward_hook(self._layer_hook(layer)))
+        for block in _blocks(self.answer_model.network, self.layers):
+            self._handles.append(block.register_forward_hook(self._cut))
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._forget()
+
+    def run(self, batch: Batch, directions: Directions) -> Tensor:
+        """Run one batch.
+
+        Args:
+            batch: The rows.
+            directions: Which combinations of logits to differentiate.
+
+        Returns:
+            The logits at the MAP, ``(B, C)``, detached.
+        """
+        self._forget()
+        self._batch = batch
+        self.observer.begin(batch)
+        try:
+            with torch.enable_grad():
+                logits = self.answer_model.logits(batch)
+            self.forward_calls += 1
+            along = directions(logits.detach()).to(logits.dtype)
+            if len(along) and logits.requires_grad:
+                self._backward(logits, along)
+            return logits.detach()
+        finally:
+            self._forget()
+
+    def _backward(self, logits: Tensor, along: Tensor) -> None:
+        self.backward_calls += len(along)
+        self._cross(logits, list(along))
+        while self._boundaries:
+            boundary = self._boundaries.pop()
+            if boundary.upstream:
+                self._cross(boundary.output, boundary.upstream)
+
+    def _cross(self, output: Tensor, gradients: list[Tensor]) -> None:
+        """Take all directions through one block, then let the observer close its layers."""
+        for index, gradient in enumerate(gradients):
+            output.backward(gradient, retain_graph=index < len(gradients) - 1)
+            for boundary in self._boundaries:
+                if boundary.leaf.grad is None:
+                    continue
+                if len(boundary.upstream) <= index:
+                    boundary.upstream.append(boundary.leaf.grad)
+                else:
+                    boundary.upstream[index] = boundary.upstream[index] + boundary.leaf.grad
+                boundary.leaf.grad = None
+            for leaf in self._leaves:
+                leaf.grad = None
+        for layer in self._touched.values():
+            self.observer.finish(layer)
+        self._seen |= self._touched.keys()
+        self._touched = {}
+
+    def _source_hook(self, layer: BayesianLayer) -> Callable[..., None]:
+        def hook(module: nn.Module, arguments: tuple[Any, ...]) -> None:
+            source = arguments[0]
+            if self._last_source is None or not _same_storage(self._last_source[0], source):
+                self._last_source = (source, layer.name)
+            self._leader[layer.name] = self._last_source[1]
+
+        return hook
+
+    def _layer_hook(self, layer: BayesianLayer) -> Callable[..., Tensor | None]:
+        def hook(module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> Tensor | None:
+            batch = self._batch
+            if batch is None:
+                return None
+            if layer.name in self._called:
+                raise AdapterError(
+                    f"{layer.name}: the model runs this layer more than once in a pass (shared weights), "
+                    "which the posterior does not cover"
+                )
+            self._called.add(layer.name)
+            inputs, mask = self.answer_model.token_view(layer, arguments[0].detach(), batch)
+            leader = self._leader.get(layer.name, layer.name)
+            kept = self.observer.see_input(layer, leader, _with_bias_input(layer, _wide(inputs)), mask)
+            if not output.requires_grad:
+                output.requires_grad_()
+                self._leaves.append(output)
+
+            def gradient_hook(gradient: Tensor) -> None:
+                if layer.name in self._seen:
+                    raise AdapterError(
+                        f"{layer.name}: the model carries gradients around its blocks, which lapora cannot follow"
+                    )
+                self._touched[layer.name] = layer
+                self.observer.see_gradient(layer, kept, self._gradient_view(layer, gradient, batch))
+
+            output.register_hook(gradient_hook)
+            return output
+
+        return hook
+
+    def _gradient_view(self, layer: BayesianLayer, gradient: Tensor, batch: Batch) -> Tensor:
+        view, mask = self.answer_model.token_view(layer, gradient, batch)
+        if layer.answer_rows_only:
+            view = view[..., self.answer_model.answer_token_ids]
+        view = _wide(view)
+        return view if mask is None else view.masked_fill(~mask.unsqueeze(-1), 0.0)
+
+    def _cut(self, module: nn.Module, arguments: tuple[Any, ...], output: Any) -> Any:
+        hidden = output if isinstance(output, Tensor) else output[0]
+        if self._batch is None or not hidden.requires_grad:
+            return None
+        leaf = hidden.detach().requires_grad_()
+        self._boundaries.append(_Boundary(hidden, leaf))
+        return leaf if isinstance(output, Tensor) else (leaf, *output[1:])
+
+    def _forget(self) -> None:
+        self._batch = None
+        self._boundaries = []
+        self._leaves = []
+        self._last_source = None
+        self._touched = {}
+        self._seen = set()
+        self._called = set()
+
+
+def _blocks(network: nn.Module, layers: Sequence[BayesianLayer]) -> list[nn.Module]:
+    """The outermost repeated blocks that hold Bayesian layers: the items of the model's ModuleLists."""
+    bayesian = {layer.module for layer in layers}
+    blocks: list[nn.Module] = []
+    inside: set[nn.Module] = set()
+    for module in network.modules():
+        if isinstance(module, nn.ModuleList) and module not in inside:
+            for block in module:
+                members = set(block.modules())
+                inside |= members
+                if members & bayesian:
+                    blocks.append(block)
+    return blocks
+
+
+def _same_storage(first: Tensor, second: Tensor) -> bool:
+    return first is second or (
+        first.data_ptr() == second.data_ptr() and first.shape == second.shape and first.stride() == second.stride()
+    )
+
+
+def _wide(values: Tensor) -> Tensor:
+    """Sums are taken in float32 at least, whatever the model runs in."""
+    return values if values.dtype in (torch.float32, torch.float64) else values.float()
+
+
+def _with_bias_input(layer: BayesianLayer, inputs: Tensor) -> Tensor:
+    if not layer.bias_as_input:
+        return inputs
+    return torch.cat([inputs, inputs.new_ones(*inputs.shape[:-1], 1)], dim=-1)

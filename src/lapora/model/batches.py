@@ -1,0 +1,112 @@
+"""Batches of token ids, padded and masked, cut by a token budget from rows sorted by length."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+PaddingSide = Literal["left", "right"]
+
+
+class Encoded(Protocol):
+    """What a batch is made from: one row's token ids."""
+
+    @property
+    def input_ids(self) -> list[int]:
+        """Token ids, without padding."""
+
+    @property
+    def token_type_ids(self) -> list[int] | None:
+        """Segment ids, where the model takes them."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Token ids of B rows, padded to T.
+
+    Attributes:
+        input_ids: ``(B, T)`` int64.
+        attention_mask: ``(B, T)`` int64, one at real tokens.
+        token_type_ids: ``(B, T)`` int64, or None.
+        rows: Position of each row in the sequence that the batches were cut from.
+        has_padding: Whether any position is padding.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    token_type_ids: Tensor | None
+    rows: tuple[int, ...]
+    has_padding: bool
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def last_positions(self) -> Tensor:
+        """Position of each row's last real token, ``(B,)``, whichever side the padding is on."""
+        positions = torch.arange(self.attention_mask.shape[1], device=self.attention_mask.device)
+        return (self.attention_mask * positions).argmax(dim=1)
+
+
+def collate(
+    encoded: Sequence[Encoded],
+    rows: Sequence[int],
+    *,
+    pad_token_id: int,
+    padding_side: PaddingSide,
+    device: torch.device | str = "cpu",
+    pad_to: int | None = None,
+) -> Batch:
+    """Pad rows to one length.
+
+    Args:
+        encoded: The rows' token ids.
+        rows: Their positions in the caller's sequence.
+        pad_token_id: The id written at padding; it is masked, so any valid id gives the same result.
+        padding_side: Where the padding goes.
+        device: Where the tensors are made.
+        pad_to: Least T; by default the longest row's length.
+    """
+    length = max(pad_to or 0, *(len(row.input_ids) for row in encoded))
+    ids = torch.full((len(encoded), length), pad_token_id, dtype=torch.long)
+    mask = torch.zeros((len(encoded), length), dtype=torch.long)
+    with_types = any(row.token_type_ids is not None for row in encoded)
+    types = torch.zeros((len(encoded), length), dtype=torch.long) if with_types else None
+    for index, row in enumerate(encoded):
+        count = len(row.input_ids)
+        span = slice(length - count, length) if padding_side == "left" else slice(0, count)
+        ids[index, span] = torch.tensor(row.input_ids, dtype=torch.long)
+        mask[index, span] = 1
+        if types is not None and row.token_type_ids is not None:
+            types[index, span] = torch.tensor(row.token_type_ids, dtype=torch.long)
+    return Batch(
+        input_ids=ids.to(device),
+        attention_mask=mask.to(device),
+        token_type_ids=None if types is None else types.to(device),
+        rows=tuple(rows),
+        has_padding=bool((mask == 0).any()),
+    )
+
+
+def plan_batches(lengths: Sequence[int], *, batch_size: int | None, token_budget: int) -> Iterator[list[int]]:
+    """Group rows of like length, so that little is computed on padding.
+
+    Args:
+        lengths: Number of tokens of each row.
+        batch_size: Rows per batch, or None to fill batches up to ``token_budget`` tokens, padding included.
+        token_budget: Greatest B x T of a batch when ``batch_size`` is None (one row may exceed it).
+
+    Yields:
+        Row positions of each batch; every row stands in exactly one batch. Longest first, so that a batch
+        that does not fit in memory is met at once.
+    """
+    order = sorted(range(len(lengths)), key=lambda row: (-lengths[row], row))
+    start = 0
+    while start < len(order):
+        longest = max(1, lengths[order[start]])
+        size = batch_size or max(1, token_budget // longest)
+        yield order[start : start + size]
+        start += size

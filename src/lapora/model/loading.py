@@ -1,0 +1,291 @@
+"""Loading an adapter on its base model, ready to be linearised."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+import transformers
+from peft import PeftModel, get_peft_model_state_dict
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import logging as transformers_logging
+
+from lapora.errors import AdapterError, UsageError
+from lapora.model.adapter import Adapter, ModelKind
+from lapora.model.quantisation import Quantisation, quantisation_config
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16", "float64"]
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A frozen PEFT model in eval mode with its tokenizer.
+
+    Attributes:
+        model: The PEFT model; no parameter requires a gradient.
+        tokenizer: The adapter's own tokenizer where it saves one, else the base model's.
+        kind: ``causal`` or ``classifier``.
+        base_model: Name or path that the base was loaded from.
+        revision: Its revision, or None.
+        quantize: How the base is quantised.
+        dtype: Element type of the base's unquantised weights, such as ``float32``.
+        fingerprint: Digest of a sample of every base tensor: another base gives another fingerprint.
+        number_of_labels: Outputs of a classification head, or None for a causal model.
+    """
+
+    model: PeftModel
+    tokenizer: Any
+    kind: ModelKind
+    base_model: str
+    revision: str | None
+    quantize: Quantisation
+    dtype: str
+    fingerprint: str
+    number_of_labels: int | None
+
+    @property
+    def pad_token_id(self) -> int:
+        """The id that batches are padded with; padding is masked, so end-of-text serves where none is set."""
+        for candidate in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id):
+            if candidate is not None:
+                return int(candidate)
+        return 0
+
+
+def resolve_device(device: str) -> torch.device:
+    """Turn ``auto`` into the GPU where there is one.
+
+    Raises:
+        UsageError: No such device, or not available here.
+    """
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        resolved = torch.device(device)
+        torch.empty(1, device=resolved)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UsageError(f"--device {device}: not available on this machine ({reason})") from error
+    return resolved
+
+
+def load_model(
+    adapter: Adapter,
+    *,
+    base_model: str | None = None,
+    quantize: Quantisation = "none",
+    dtype: Dtype = "auto",
+    device: str = "auto",
+    trust_remote_code: bool = False,
+) -> LoadedModel:
+    """Load the base model and the adapter on it.
+
+    Args:
+        adapter: The adapter, as read from its directory.
+        base_model: Name or path of the base; by default the one the adapter records.
+        quantize: ``none``, ``8bit`` or ``4bit``.
+        dtype: Type of the base's weights; ``auto`` is float32 on a CPU and the base's own on a GPU. LoRA
+            weights stay in float32 at least.
+        device: ``auto``, ``cpu``, ``cuda`` ...
+        trust_remote_code: Let a model's repository run its own code.
+
+    Raises:
+        AdapterError: The base cannot be loaded, or the adapter does not fit it.
+        UsageError: An impossible device or an impossible combination.
+    """
+    base_name = base_model or adapter.base_model
+    if not base_name:
+        raise AdapterError(f"{adapter.path}: the adapter names no base model; give one with --base-model")
+    revision = None if base_model else adapter.revision
+    where = resolve_device(device)
+    with _quiet_libraries():
+        config = _load_config(base_name, revision, trust_remote_code)
+        element_type = _element_type(dtype, config, where)
+        if quantize != "none" and element_type == torch.float64:
+            raise UsageError(f"--dtype float64 cannot be combined with --quantize {quantize}")
+        base, missing = _load_base(
+            adapter, base_name, revision, config, element_type, quantize, where, trust_remote_code
+        )
+        fingerprint = _fingerprint(base, missing)
+        tokenizer = _load_tokenizer(adapter, base_name, revision, trust_remote_code)
+        model = _load_adapter(adapter, base, base_name)
+    _refuse_untrained(adapter, model, missing)
+    if element_type == torch.float64:
+        model = model.double()
+    if quantize == "none":
+        model = model.to(where)
+    model.eval()
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    loaded = LoadedModel(
+        model=model,
+        tokenizer=tokenizer,
+        kind=adapter.kind,
+        base_model=str(base_name),
+        revision=revision,
+        quantize=quantize,
+        dtype=str(element_type).removeprefix("torch."),
+        fingerprint=fingerprint,
+        number_of_labels=getattr(base.config, "num_labels", None) if adapter.kind == "classifier" else None,
+    )
+    if adapter.kind == "classifier" and base.config.get_text_config().pad_token_id is None:
+        base.config.get_text_config().pad_token_id = loaded.pad_token_id
+    return loaded
+
+
+@contextmanager
+def _quiet_libraries() -> Iterator[None]:
+    """Keep the libraries' progress bars and load reports off the terminal; what matters becomes an error."""
+    verbosity = transformers_logging.get_verbosity()
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+def _load_config(base_name: str, revision: str | None, trust_remote_code: bool) -> Any:
+    try:
+        return AutoConfig.from_pretrained(base_name, revision=revision, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise _base_error(base_name, error) from error
+
+
+def _base_error(base_name: str, error: Exception) -> AdapterError:
+    reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    looked = "no such folder, and " if not Path(base_name).is_dir() else ""
+    return AdapterError(
+        f"base model {base_name}: {looked}it cannot be loaded ({reason[:160]}); "
+        "give a local folder with --base-model, or check the name and the network"
+    )
+
+
+def _element_type(dtype: Dtype, config: Any, device: torch.device) -> torch.dtype:
+    if dtype != "auto":
+        return cast(torch.dtype, getattr(torch, dtype))
+    own = getattr(config.get_text_config(), "dtype", None)
+    if device.type == "cpu" or own is None:
+        return torch.float32
+    return cast(torch.dtype, getattr(torch, own) if isinstance(own, str) else own)
+
+
+def _load_base(
+    adapter: Adapter,
+    base_name: str,
+    revision: str | None,
+    config: Any,
+    element_type: torch.dtype,
+    quantize: Quantisation,
+    device: torch.device,
+    trust_remote_code: bool,
+) -> tuple[Any, set[str]]:
+    arguments: dict[str, Any] = {
+        "config": config,
+        "revision": revision,
+        "dtype": element_type,
+        "trust_remote_code": trust_remote_code,
+        "output_loading_info": True,
+    }
+    quantised = quantisation_config(quantize, element_type)
+    if quantised is not None:
+        arguments |= {"quantization_config": quantised, "device_map": {"": device}}
+    loader: Any = AutoModelForCausalLM
+    if adapter.kind == "classifier":
+        loader = AutoModelForSequenceClassification
+        labels = adapter.number_of_labels()
+        if labels is not None:
+            config.num_labels = labels
+    try:
+        base, information = loader.from_pretrained(base_name, **arguments)
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+        raise _base_error(base_name, error) from error
+    return base, set(information["missing_keys"])
+
+
+def _load_tokenizer(adapter: Adapter, base_name: str, revision: str | None, trust_remote_code: bool) -> Any:
+    own = any((adapter.path / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))
+    source, at = (adapter.path, None) if own else (base_name, revision)
+    try:
+        return AutoTokenizer.from_pretrained(source, revision=at, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise AdapterError(
+            f"{source}: its tokenizer cannot be loaded ({reason[:160]}); save the tokenizer beside the adapter"
+        ) from error
+
+
+def _load_adapter(adapter: Adapter, base: nn.Module, base_name: str) -> PeftModel:
+    try:
+        model = PeftModel.from_pretrained(base, os.fspath(adapter.path), is_trainable=False)  # type: ignore[arg-type]
+    except RuntimeError as error:
+        lines = [line.strip() for line in str(error).splitlines() if "size mismatch" in line]
+        raise AdapterError(
+            f"{adapter.path}: the adapter does not fit base model {base_name}: "
+            + ("; ".join(lines) or str(error).splitlines()[0])
+        ) from error
+    except (ValueError, TypeError, KeyError) as error:
+        reason = str(error).splitlines()[0]
+        raise AdapterError(f"{adapter.path}: peft cannot put it on base model {base_name} ({reason})") from error
+    expected = get_peft_model_state_dict(model, save_embedding_layers=False)
+    absent = sorted(set(expected) - set(adapter.shapes))
+    surplus = sorted(set(adapter.shapes) - set(expected) - {k for k in adapter.shapes if "embed" in k})
+    if absent or surplus:
+        raise AdapterError(
+            f"{adapter.path}: the adapter does not fit base model {base_name}: "
+            f"{len(absent)} tensors it should have are missing {absent[:4]}, "
+            f"{len(surplus)} that it has fit nowhere {surplus[:4]}"
+        )
+    return cast(PeftModel, model)
+
+
+def _refuse_untrained(adapter: Adapter, model: PeftModel, missing: set[str]) -> None:
+    """Refuse weights that neither the base nor the adapter has: they would be random."""
+    saved = {key.removeprefix("base_model.model.") for key in adapter.shapes}
+    unexplained = sorted(key for key in missing if key not in saved)
+    tied = {name for name, _ in model.get_base_model().named_parameters()}
+    random = [key for key in unexplained if key in tied or _wrapped(key) in tied]
+    if random:
+        raise AdapterError(
+            f"{adapter.path}: neither the base model nor the adapter has {', '.join(random[:4])}"
+            f"{' ...' if len(random) > 4 else ''}; save the trained head with the adapter (modules_to_save)"
+        )
+
+
+def _wrapped(key: str) -> str:
+    module, _, parameter = key.rpartition(".")
+    return f"{module}.original_module.{parameter}"
+
+
+def _fingerprint(base: nn.Module, missing: set[str]) -> str:
+    """Digest the first, middle and last elements of every tensor that came from the base's own files."""
+    digest = hashlib.sha256()
+    for name, parameter in sorted(base.named_parameters()):
+        if name in missing:
+            continue
+        flat = parameter.detach().reshape(-1)
+        middle = flat.numel() // 2
+        sample = torch.cat([flat[:8], flat[middle : middle + 8], flat[-8:]]).float().cpu()
+        digest.update(f"{name}{tuple(parameter.shape)}".encode())
+        digest.update(sample.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of the libraries that decide what the network computes."""
+    import peft
+
+    return {"torch": torch.__version__, "transformers": transformers.__version__, "peft": peft.__version__}

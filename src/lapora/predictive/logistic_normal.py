@@ -1,0 +1,81 @@
+"""``E[sigmoid(x)]`` for Gaussian x, deterministic and accurate for every mean and variance.
+
+This is mc-joint with two classes: the logistic-normal integral. Gauss-Hermite quadrature is not enough
+(64 nodes err by 0.04 at mean 30, deviation 60), so two rules share the range of the deviation s:
+
+* ``s <= 5``: the trapezoidal rule in z with step 0.2. Its error falls as ``exp(-2π·d/h)`` with d = π/s the
+  distance of the sigmoid's poles from the real line: below 3e-9 here.
+* ``s > 5``: the exact Gaussian step ``Φ(m/s)`` plus the smooth remainder of the sigmoid against the step,
+  ``∫_0^∞ [N(-x; m, s²) - N(x; m, s²)] sigmoid(-x) dx``, by Gauss-Legendre where its mass lies.
+
+Both are summed in log space for the smaller of the two probabilities, whose partner is its complement; the
+logarithm stays right where the probability itself underflows.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_WIDE = 5.0
+_STEP = 0.2
+_REACH = 14.0
+_LEGENDRE_NODES = 96
+
+
+def log_expected_sigmoid(mean: Tensor, deviation: Tensor) -> tuple[Tensor, Tensor]:
+    """``(log E[sigmoid(-x)], log E[sigmoid(x)])`` for ``x ~ N(mean, deviation²)``.
+
+    Args:
+        mean: ``(B,)`` float64.
+        deviation: ``(B,)`` float64, not negative.
+
+    Returns:
+        Two ``(B,)`` tensors; their exponentials sum to one. Absolute error of the probabilities below 1e-8.
+    """
+    distance = mean.abs()
+    narrow = _trapezoid(distance, deviation.clamp(max=_WIDE))
+    wide = _step_and_remainder(distance, deviation.clamp(min=_WIDE))
+    # E[sigmoid] of the side away from the mean is at most one half: round-off may pass it by an ulp.
+    smaller = torch.where(deviation <= _WIDE, narrow, wide).clamp(max=math.log(0.5))
+    larger = torch.log1p(-smaller.exp())
+    positive = mean >= 0
+    return torch.where(positive, smaller, larger), torch.where(positive, larger, smaller)
+
+
+def _trapezoid(distance: Tensor, deviation: Tensor) -> Tensor:
+    """``log E[sigmoid(-(m + s z))]``, by equal steps in z."""
+    nodes = torch.arange(-_REACH, _REACH + _STEP / 2, _STEP, dtype=torch.float64)
+    log_weights = -0.5 * nodes.square()
+    log_weights = log_weights - torch.logsumexp(log_weights, dim=0)
+    values = -(distance.unsqueeze(1) + deviation.unsqueeze(1) * nodes)
+    return torch.logsumexp(log_weights + torch.nn.functional.logsigmoid(values), dim=1)
+
+
+def _step_and_remainder(distance: Tensor, deviation: Tensor) -> Tensor:
+    """``log [ Φ(-m/s) + ∫_0^∞ (N(x; m, s²) - N(-x; m, s²)) sigmoid(-x) dx ]`` for ``m >= 0``; both terms are >= 0."""
+    nodes, weights = _legendre()
+    m, s = distance.unsqueeze(1), deviation.unsqueeze(1)
+    # The integrand is e^{-x} times a Gaussian: its peak is at m - s², or at 0.
+    peak = (m - s.square()).clamp(min=0.0)
+    reach = torch.where(peak > 0, 9.0 * s, s.clamp(max=40.0 / 9.0) * 9.0)
+    low = (peak - reach).clamp(min=0.0)
+    x = low + (peak + reach - low) * nodes
+    log_near = -0.5 * ((x - m) / s).square() - s.log() - 0.5 * math.log(2 * math.pi)
+    # N(x) - N(-x) = N(x) (1 - e^{-2 x m / s²})
+    log_gap = torch.log(-torch.expm1(-2.0 * x * m / s.square()))
+    log_terms = log_near + log_gap + torch.nn.functional.logsigmoid(-x)
+    log_terms = log_terms + weights.log() + (peak + reach - low).log()
+    remainder = torch.logsumexp(log_terms, dim=1)
+    return torch.logaddexp(torch.special.log_ndtr(-distance / deviation), remainder)
+
+
+@cache
+def _legendre() -> tuple[Tensor, Tensor]:
+    """Gauss-Legendre nodes and weights on [0, 1]."""
+    nodes, weights = np.polynomial.legendre.leggauss(_LEGENDRE_NODES)
+    return torch.from_numpy((nodes + 1.0) / 2.0), torch.from_numpy(weights / 2.0)
