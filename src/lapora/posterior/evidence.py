@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,6 +38,17 @@ class EvidenceMaximum:
     log_marginal_likelihood: float
     effective_parameters: float
     at_bound: str | None
+
+    def describe(self, labelled: bool) -> dict[str, Any]:
+        """The manifest's ``prior``; the evidence itself is known only where the rows had labels."""
+        return {
+            "precision": self.precision,
+            "structure": "scalar",
+            "method": "marglik",
+            "log_marginal_likelihood": self.log_marginal_likelihood if labelled else None,
+            "effective_parameters": self.effective_parameters,
+            "at_bound": self.at_bound,
+        }
 
 
 class Evidence:

@@ -1,0 +1,66 @@
+"""Settings of every command, with their defaults; the command line reads both from here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """Which adapter, on which base, run how. None means: as ``fit`` recorded it."""
+
+    adapter: str
+    base_model: str | None = None
+    quantize: str | None = None
+    dtype: str | None = None
+    device: str = "auto"
+    batch_size: int | None = None
+    output_dir: Path | None = None
+    trust_remote_code: bool = False
+
+    @property
+    def root(self) -> Path:
+        """The folder that holds ``laplace/``."""
+        return self.output_dir or Path(self.adapter)
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """Which rows. None means: as ``fit`` recorded it."""
+
+    task: str | None = None
+    data_dir: Path | None = None
+    split: str | None = None
+    limit: int | None = None
+
+
+@dataclass(frozen=True)
+class FitSettings:
+    """What the curvature is made of."""
+
+    structure: str = "kron"
+    weight_sharing: str = "expand"
+    subset: str = "lora"
+    fisher: str = "exact"
+    name: str = "default"
+    max_length: int | None = None
+    seed: int = 0
+    overwrite: bool = False
+
+
+@dataclass(frozen=True)
+class PredictSettings:
+    """How logit moments become probabilities, and what is written."""
+
+    name: str = "default"
+    link: str = "mc-joint"
+    samples: int = 2048
+    seed: int = 0
+    logits: bool = False
+    on_error: str = "stop"
+    abstain_below: float | None = None
+
+
+TOKEN_BUDGET = 2048
+"""Tokens per batch, padding included, when no batch size is given."""

@@ -1,0 +1,147 @@
+"""A model, its task and, once fitted, its posterior: what every command starts from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+
+from lapora.config import TOKEN_BUDGET, DataSettings, ModelSettings
+from lapora.errors import DataError, PosteriorError
+from lapora.model.adapter import Adapter, read_adapter
+from lapora.model.answers import AnswerModel
+from lapora.model.batches import Batch, collate, plan_batches
+from lapora.model.bayesian_layers import BayesianLayer, Subset, find_bayesian_layers
+from lapora.model.loading import Dtype, LoadedModel, load_model
+from lapora.model.quantisation import Quantisation
+from lapora.posterior.artifact import SavedPosterior, posterior_folder
+from lapora.posterior.gaussian import EigenBlock
+from lapora.tasks import EncodedExample, Task, load_rows, load_task
+
+
+@dataclass(frozen=True)
+class Session:
+    """Everything needed to run a fitted adapter.
+
+    Attributes:
+        posterior: The saved posterior.
+        loaded: Model and tokenizer.
+        answers: The network to answer logits.
+        layers: The Bayesian layers, in the posterior's order.
+        blocks: Their Gaussian blocks, on the model's device.
+        task: The recorded task.
+        choices: The answers.
+        max_length: Tokens a row may have.
+        batch_size: Rows per batch, or None for a token budget.
+    """
+
+    posterior: SavedPosterior
+    loaded: LoadedModel
+    answers: AnswerModel
+    layers: list[BayesianLayer]
+    blocks: list[EigenBlock]
+    task: Task
+    choices: tuple[str, ...]
+    max_length: int
+    batch_size: int | None
+
+    def batches(self, encoded: Sequence[EncodedExample]) -> Iterator[Batch]:
+        """Padded batches of like-long rows, on the model's device."""
+        return make_batches(self.answers, encoded, self.batch_size)
+
+
+def make_batches(
+    answers: AnswerModel, encoded: Sequence[EncodedExample], batch_size: int | None
+) -> Iterator[Batch]:
+    """Cut encoded rows into batches; see :func:`lapora.model.batches.plan_batches`."""
+    lengths = [len(row.input_ids) for row in encoded]
+    for rows in plan_batches(lengths, batch_size=batch_size, token_budget=TOKEN_BUDGET):
+        yield collate(
+            [encoded[row] for row in rows],
+            rows,
+            pad_token_id=answers.pad_token_id,
+            padding_side=answers.padding_side,
+            device=answers.device,
+        )
+
+
+def open_posterior(model: ModelSettings, name: str) -> tuple[Adapter, SavedPosterior]:
+    """Read the adapter and its saved posterior, and see that they belong together.
+
+    Raises:
+        PosteriorError: No such posterior, or one of other weights.
+    """
+    adapter = read_adapter(model.adapter)
+    posterior = SavedPosterior(posterior_folder(model.root, name))
+    if posterior.manifest["adapter"] != adapter.sha256:
+        raise PosteriorError(
+            f"{posterior.folder}: fitted to other adapter weights than {adapter.path} holds now; "
+            "fit again with --overwrite"
+        )
+    return adapter, posterior
+
+
+def open_session(model: ModelSettings, name: str) -> Session:
+    """Load what ``fit`` recorded.
+
+    Raises:
+        PosteriorError: The posterior is missing, damaged, or belongs to another adapter or base model.
+        AdapterError: The model cannot be loaded.
+    """
+    adapter, posterior = open_posterior(model, name)
+    recorded = posterior.manifest["base_model"]
+    loaded = load_model(
+        adapter,
+        base_model=model.base_model or recorded["name"],
+        quantize=cast(Quantisation, model.quantize or recorded["quantization"]),
+        dtype=cast(Dtype, model.dtype or recorded["dtype"]),
+        device=model.device,
+        trust_remote_code=model.trust_remote_code,
+    )
+    differences = [
+        f"{key} {recorded[key]!r} then, {now!r} now"
+        for key, now in (("quantization", loaded.quantize), ("fingerprint", loaded.fingerprint))
+        if recorded[key] != now and not (key == "fingerprint" and recorded["dtype"] != loaded.dtype)
+    ]
+    if differences:
+        raise PosteriorError(f"{posterior.folder}: fitted on another base model: {'; '.join(differences)}")
+    layers = find_bayesian_layers(loaded.model, cast(Subset, posterior.manifest["subset"]))
+    blocks = posterior.blocks()
+    if [layer.name for layer in layers] != [block.name for block in blocks]:
+        raise PosteriorError(f"{posterior.folder}: its parameters are not those of the adapter; fit again")
+    answers = AnswerModel(
+        loaded.model, loaded.kind, loaded.pad_token_id, posterior.manifest["answers"]["token_ids"]
+    )
+    working = torch.float64 if loaded.dtype == "float64" else torch.float32
+    return Session(
+        posterior=posterior,
+        loaded=loaded,
+        answers=answers,
+        layers=layers,
+        blocks=[block.to(answers.device, working) for block in blocks],
+        task=Task.from_dict(posterior.manifest["task"], str(posterior.folder)),
+        choices=tuple(posterior.manifest["answers"]["choices"]),
+        max_length=int(posterior.manifest["data"]["max_length"]),
+        batch_size=model.batch_size,
+    )
+
+
+def read_rows(data: DataSettings, recorded: dict[str, Any] | None, default_split: str) -> tuple[Task, list[Any], str]:
+    """The rows a command works on: its own options first, then what ``fit`` recorded.
+
+    Returns:
+        The task, its rows, and the split's name.
+    """
+    recorded_data = (recorded or {}).get("data", {})
+    if data.task:
+        task = load_task(data.task)
+    elif recorded:
+        task = Task.from_dict(recorded["task"], "the posterior's task")
+    else:
+        raise DataError("no task; give one with --data (see `lapora tasks`)")
+    folder = data.data_dir or recorded_data.get("data_dir")
+    split = data.split or default_split
+    return task, load_rows(task, split, data_dir=Path(folder) if folder else None, limit=data.limit), split
