@@ -46,9 +46,10 @@ class CovarianceObserver:
     Args:
         blocks: The posterior of each layer, on the model's device.
         precisions: Prior precision δ of each block under each of D priors: ``(D, number of blocks)``.
+        directions: K, how many directions a batch will have; decides which rotation is cheaper.
     """
 
-    def __init__(self, blocks: Sequence[EigenBlock], precisions: Tensor) -> None:
+    def __init__(self, blocks: Sequence[EigenBlock], precisions: Tensor, *, directions: int = 1) -> None:
         self._blocks = {block.name: block for block in blocks}
         self._precisions = {
             block.name: precisions[:, index].double().to(block.eigenvalues.device)
@@ -60,12 +61,8 @@ class CovarianceObserver:
         self._followers: dict[str, int] = {}
         for block in blocks:
             self._followers[block.leader] = self._followers.get(block.leader, 0) + 1
-        self._directions = 0
-        self._covariance: Tensor | None = None
-
-    def expect(self, directions: int) -> None:
-        """Say how many directions each batch will have; decides which rotation is cheaper."""
         self._directions = directions
+        self._covariance: Tensor | None = None
 
     def begin(self, batch: Batch) -> None:
         """Forget the last batch."""

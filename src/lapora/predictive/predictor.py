@@ -24,6 +24,7 @@ class LinearisedPredictor:
         layers: The Bayesian layers.
         blocks: Their posterior.
         prior_precision: δ.
+        classes: Number of answers C.
         every_class: Ask for the covariance of all C logits (C backward passes), not of C-1 differences.
         map_only: Ask for no covariance at all: one forward pass.
     """
@@ -35,12 +36,13 @@ class LinearisedPredictor:
         blocks: Sequence[EigenBlock],
         prior_precision: float,
         *,
+        classes: int,
         every_class: bool = False,
         map_only: bool = False,
     ) -> None:
         self._columns = no_columns if map_only else class_columns if every_class else difference_columns
         precisions = torch.full((1, len(blocks)), prior_precision, dtype=torch.float64)
-        self._observer = CovarianceObserver(blocks, precisions)
+        self._observer = CovarianceObserver(blocks, precisions, directions=classes - (not every_class))
         self._linearisation = Linearisation(answers, [] if map_only else layers, self._observer)
 
     def __enter__(self) -> LinearisedPredictor:

@@ -1,0 +1,352 @@
+"""The commands."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from lapora._version import __version__
+from lapora.cli.output import RowProgress, binary_lines, complain, say
+from lapora.config import DataSettings, FitSettings, ModelSettings, PredictSettings
+from lapora.errors import LaporaError, UsageError
+
+app = typer.Typer(
+    name="lapora",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Calibrated probabilities for LoRA fine-tuned language models, by the Laplace approximation.",
+)
+
+
+class Link(StrEnum):
+    """How logit moments become probabilities."""
+
+    mc_joint = "mc-joint"
+    mc_indep = "mc-indep"
+    probit = "probit"
+    bridge = "bridge"
+    map = "map"
+
+
+class Dtype(StrEnum):
+    """Element type of the base model."""
+
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+    float64 = "float64"
+
+
+class Quantize(StrEnum):
+    """Quantisation of the base model."""
+
+    none = "none"
+    eight = "8bit"
+    four = "4bit"
+
+
+class Sharing(StrEnum):
+    """How tokens of one row share a layer's weight."""
+
+    expand = "expand"
+    reduce = "reduce"
+
+
+class Subset(StrEnum):
+    """Which weights are Bayesian."""
+
+    lora = "lora"
+    last_layer = "last-layer"
+    all = "all"
+
+
+class Fisher(StrEnum):
+    """Which Fisher."""
+
+    exact = "exact"
+    mc = "mc"
+    empirical = "empirical"
+
+
+class OnError(StrEnum):
+    """What a bad line does."""
+
+    stop = "stop"
+    report = "report"
+
+
+AdapterArgument = Annotated[str, typer.Argument(metavar="ADAPTER", help="Folder of a PEFT LoRA adapter.")]
+BaseModelOption = Annotated[str | None, typer.Option(help="Base model, if not the one the adapter records.")]
+QuantizeOption = Annotated[Quantize | None, typer.Option(help="Load the base model in 8 or 4 bits.")]
+DtypeOption = Annotated[Dtype | None, typer.Option(help="Type of the base model's weights.")]
+DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda ...")]
+BatchOption = Annotated[str, typer.Option(help="Rows per batch, or auto (a token budget).")]
+OutputDirOption = Annotated[Path | None, typer.Option(help="Where laplace/NAME is, if not in ADAPTER.")]
+TaskOption = Annotated[str | None, typer.Option("--data", metavar="TASK", help="Built-in task, or a YAML file.")]
+DataDirOption = Annotated[Path | None, typer.Option(help="Folder with SPLIT.jsonl (.json, .csv, .parquet).")]
+LimitOption = Annotated[int | None, typer.Option(min=1, help="Only the first so many rows.")]
+NameOption = Annotated[str, typer.Option(help="Name of the posterior.")]
+SeedOption = Annotated[int, typer.Option(help="Seed of whatever is random.")]
+SamplesOption = Annotated[int, typer.Option(min=2, help="Points of the sampling links (more than two answers).")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def _model(
+    adapter: str,
+    base_model: str | None,
+    quantize: Quantize | None,
+    dtype: Dtype | None,
+    device: str,
+    batch_size: str,
+    output_dir: Path | None,
+) -> ModelSettings:
+    if batch_size != "auto" and not (batch_size.isdigit() and int(batch_size) > 0):
+        raise UsageError(f"--batch-size {batch_size}: auto, or a positive number")
+    return ModelSettings(
+        adapter=adapter,
+        base_model=base_model,
+        quantize=quantize.value if quantize else None,
+        dtype=dtype.value if dtype else None,
+        device=device,
+        batch_size=None if batch_size == "auto" else int(batch_size),
+        output_dir=output_dir,
+    )
+
+
+@app.callback(invoke_without_command=True)
+def root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    """Calibrated probabilities for LoRA fine-tuned language models, by the Laplace approximation."""
+    if version:
+        typer.echo(f"lapora {__version__}")
+        raise typer.Exit
+
+
+@app.command("fit")
+def fit_command(
+    adapter: AdapterArgument,
+    task: TaskOption = None,
+    data_dir: DataDirOption = None,
+    split: Annotated[str, typer.Option(help="Split the adapter was trained on.")] = "train",
+    limit: LimitOption = None,
+    weight_sharing: Annotated[Sharing, typer.Option(help="KFAC for shared weights.")] = Sharing.expand,
+    subset: Annotated[Subset, typer.Option(help="Which weights are Bayesian.")] = Subset.lora,
+    fisher: Annotated[Fisher, typer.Option(help="Which Fisher.")] = Fisher.exact,
+    name: NameOption = "default",
+    base_model: BaseModelOption = None,
+    quantize: QuantizeOption = None,
+    dtype: DtypeOption = None,
+    device: DeviceOption = "auto",
+    batch_size: BatchOption = "auto",
+    max_length: Annotated[int | None, typer.Option(min=1, help="Tokens per row.")] = None,
+    seed: SeedOption = 0,
+    output_dir: OutputDirOption = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a posterior of that name.")] = False,
+) -> None:
+    """Fit the Laplace posterior of ADAPTER on the rows it was trained on."""
+    model = _model(adapter, base_model, quantize, dtype, device, batch_size, output_dir)
+    if task is None:
+        raise UsageError("--data is missing: a built-in task (see `lapora tasks`) or the path of a task YAML")
+    from lapora.workflows.fit import fit
+
+    with RowProgress("fit") as progress:
+        result = fit(
+            model,
+            DataSettings(task, data_dir, split, limit),
+            FitSettings(
+                weight_sharing=weight_sharing.value,
+                subset=subset.value,
+                fisher=fisher.value,
+                name=name,
+                max_length=max_length,
+                seed=seed,
+                overwrite=overwrite,
+            ),
+            progress,
+        )
+    for note in result.notes:
+        say(f"note: {note}")
+    if result.truncated:
+        say(f"{result.truncated} of {result.rows} rows were cut to the greatest length")
+    if result.log_likelihood is None:
+        say("rows without labels: the evidence is known only up to a constant, which does not move the prior")
+    say(
+        f"posterior over {result.parameters:,} parameters from {result.rows:,} rows, prior precision "
+        f"{result.prior.precision:.4g} by marginal likelihood: {result.folder}"
+    )
+
+
+@app.command("tune-prior")
+def tune_prior_command(
+    adapter: AdapterArgument,
+    name: NameOption = "default",
+    output_dir: OutputDirOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Choose the prior precision by the marginal likelihood; needs neither model nor data."""
+    from lapora.workflows.tune_prior import tune_prior
+
+    prior = tune_prior(output_dir or Path(adapter), name)
+    if as_json:
+        typer.echo(json.dumps(prior))
+    if prior["at_bound"]:
+        say(f"the prior precision ran to the {prior['at_bound']} value allowed: the data do not decide it")
+    say(f"prior precision {prior['precision']:.4g} by marginal likelihood")
+
+
+@app.command("predict")
+def predict_command(
+    adapter: AdapterArgument,
+    source: Annotated[str, typer.Argument(metavar="[INPUT|-]", help="JSON lines; - is standard input.")] = "-",
+    output: Annotated[str, typer.Option("--output", "-o", help="File to write; - is standard output.")] = "-",
+    name: NameOption = "default",
+    link: Annotated[Link, typer.Option(help="How logit moments become probabilities.")] = Link.mc_joint,
+    samples: SamplesOption = PredictSettings.samples,
+    logits: Annotated[bool, typer.Option("--logits", help="Add the logits' mean and covariance.")] = False,
+    on_error: Annotated[OnError, typer.Option(help="What a bad line does.")] = OnError.stop,
+    abstain_below: Annotated[float | None, typer.Option(min=0, max=1, help="Mark less confident rows.")] = None,
+    base_model: BaseModelOption = None,
+    quantize: QuantizeOption = None,
+    dtype: DtypeOption = None,
+    device: DeviceOption = "auto",
+    batch_size: BatchOption = "auto",
+    seed: SeedOption = 0,
+    output_dir: OutputDirOption = None,
+) -> None:
+    """Predict, one JSON line out per JSON line in."""
+    model = _model(adapter, base_model, quantize, dtype, device, batch_size, output_dir)
+    from lapora.workflows.predict import predict
+
+    settings = PredictSettings(name, link.value, samples, seed, logits, on_error.value, abstain_below)
+    with binary_lines(source) as lines:
+        records = predict(model, settings, lines)
+        target = sys.stdout if output == "-" else Path(output).open("w", encoding="utf-8")  # noqa: SIM115
+        try:
+            for record in records:
+                target.write(json.dumps(record, ensure_ascii=False) + "\n")
+                target.flush()
+        finally:
+            if target is not sys.stdout:
+                target.close()
+
+
+@app.command("eval")
+def eval_command(
+    adapter: AdapterArgument,
+    task: TaskOption = None,
+    data_dir: DataDirOption = None,
+    split: Annotated[str | None, typer.Option(help="Split to score.")] = None,
+    limit: LimitOption = None,
+    link: Annotated[list[Link], typer.Option(help="Link to score; may be repeated.")] = [Link.mc_joint],  # noqa: B006
+    name: Annotated[list[str], typer.Option(help="Posterior to score; may be repeated.")] = ["default"],  # noqa: B006
+    samples: SamplesOption = PredictSettings.samples,
+    base_model: BaseModelOption = None,
+    quantize: QuantizeOption = None,
+    dtype: DtypeOption = None,
+    device: DeviceOption = "auto",
+    batch_size: BatchOption = "auto",
+    seed: SeedOption = 0,
+    output_dir: OutputDirOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Score MAP and Laplace side by side."""
+    model = _model(adapter, base_model, quantize, dtype, device, batch_size, output_dir)
+    from lapora.workflows.evaluate import evaluate
+
+    with RowProgress("eval") as progress:
+        record = evaluate(
+            model,
+            DataSettings(task, data_dir, split, limit),
+            names=name,
+            links=[item.value for item in link],
+            samples=samples,
+            seed=seed,
+            progress=progress,
+        )
+    warnings = record.pop("warnings")
+    if as_json:
+        typer.echo(json.dumps(record))
+    else:
+        from lapora.report import print_evaluation
+
+        print_evaluation(record)
+    for warning in warnings:
+        say(f"warning: {warning}")
+
+
+@app.command("tasks")
+def tasks_command(name: Annotated[str | None, typer.Argument(help="Print this task's YAML.")] = None) -> None:
+    """List the built-in tasks, or print one as YAML to start your own from."""
+    from lapora.tasks import builtin_tasks, builtin_yaml, load_task
+
+    if name is not None:
+        if name not in builtin_tasks():
+            raise UsageError(f"{name}: no such built-in task; there are {', '.join(builtin_tasks())}")
+        typer.echo(builtin_yaml(name), nl=False)
+        return
+    for each in builtin_tasks():
+        task = load_task(each)
+        choices = task.doc_to_choice if isinstance(task.doc_to_choice, str) else " | ".join(task.doc_to_choice)
+        typer.echo(f"{each}\t{choices}\t{task.metric}\t{task.dataset_path}")
+
+
+@app.command("inspect")
+def inspect_command(
+    adapter: AdapterArgument,
+    name: NameOption = "default",
+    output_dir: OutputDirOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Say what the saved posterior is."""
+    from lapora.posterior.artifact import SavedPosterior, posterior_folder
+
+    manifest: dict[str, Any] = SavedPosterior(posterior_folder(output_dir or Path(adapter), name)).manifest
+    if as_json:
+        typer.echo(json.dumps(manifest))
+        return
+    from lapora.report import print_manifest
+
+    print_manifest(manifest)
+
+
+@app.command("demo")
+def demo_command(
+    directory: Annotated[Path, typer.Argument(metavar="[DIR]", help="Where the demo's files go.")] = Path("lapora-demo"),
+) -> None:
+    """Build a small base model, adapter and data offline, and run the whole pipeline on them."""
+    from lapora.report import print_evaluation
+    from lapora.workflows.demo import run_demo
+
+    record = run_demo(directory, say)
+    print_evaluation(record)
+    say(f"the files stay in {directory}; try: lapora eval {directory}/adapter --link mc-joint --link probit")
+
+
+def run() -> None:
+    """Run the command line and end the process with the promised status."""
+    try:
+        app(standalone_mode=False)
+    except LaporaError as error:
+        complain(str(error))
+        sys.exit(error.exit_status)
+    except BrokenPipeError:
+        # The reader has gone, as with `| head -1`: end quietly, and keep Python from complaining at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+    except (KeyboardInterrupt, typer.Abort):
+        complain("interrupted")
+        sys.exit(130)
+    except typer.Exit as ending:
+        sys.exit(ending.exit_code)
+    except Exception as error:
+        show = getattr(error, "show", None)
+        if show is None:
+            raise
+        show()
+        sys.exit(2)

@@ -1,0 +1,42 @@
+"""Tables for a terminal."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+
+def print_evaluation(record: dict[str, Any]) -> None:
+    """Print the table of ``eval``."""
+    table = Table(title=f"{record['task']}, {record['split']}: {record['n']} rows")
+    table.add_column("method")
+    columns = [key for key in ("accuracy", "mcc", "ece", "nll", "brier") if key in record["results"][0]]
+    for key in columns:
+        table.add_column(key, justify="right")
+    for result in record["results"]:
+        label = result["method"]
+        if label == "laplace":
+            label += f" {result['name']} ({result['link']})"
+        table.add_row(label, *(f"{result[key]:.3f}" for key in columns))
+    Console().print(table)
+
+
+def print_manifest(manifest: dict[str, Any]) -> None:
+    """Print what a posterior is."""
+    prior = manifest["prior"]
+    lines = {
+        "structure": f"{manifest['structure']}, {manifest['weight_sharing']}, {manifest['fisher']} Fisher",
+        "subset": f"{manifest['subset']}, {len(manifest['parameters'])} matrices",
+        "base model": f"{manifest['base_model']['name']} ({manifest['base_model']['dtype']})",
+        "task": f"{manifest['task']['task']}, {', '.join(manifest['answers']['choices'])}",
+        "data": f"{manifest['data']['n']} rows of {manifest['data']['split']}",
+        "log-likelihood": f"{manifest['log_likelihood']}",
+        "prior precision": f"{prior['precision']:.4g} ({prior['method']}, {prior['structure']})",
+        "evidence": f"{prior['log_marginal_likelihood']}",
+    }
+    table = Table(show_header=False)
+    for key, value in lines.items():
+        table.add_row(key, value)
+    Console().print(table)
