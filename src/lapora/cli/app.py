@@ -317,7 +317,9 @@ def inspect_command(
 
 @app.command("demo")
 def demo_command(
-    directory: Annotated[Path, typer.Argument(metavar="[DIR]", help="Where the demo's files go.")] = Path("lapora-demo"),
+    directory: Annotated[Path, typer.Argument(metavar="[DIR]", help="Where the demo's files go.")] = Path(
+        "lapora-demo"
+    ),
 ) -> None:
     """Build a small base model, adapter and data offline, and run the whole pipeline on them."""
     from lapora.report import print_evaluation

@@ -43,9 +43,7 @@ class AnswerModel:
         self.pad_token_id = pad_token_id
         self.network = cast(nn.Module, model.get_base_model())
         self.device = next(self.network.parameters()).device
-        self.answer_token_ids = (
-            None if answer_token_ids is None else torch.tensor(answer_token_ids, device=self.device)
-        )
+        self.answer_token_ids = None if answer_token_ids is None else torch.tensor(answer_token_ids, device=self.device)
         accepted = inspect.signature(self.network.forward).parameters
         self._accepts = {name: name in accepted for name in ("position_ids", "token_type_ids", "use_cache")}
         self._keeps_positions = kind == "causal" and "logits_to_keep" in accepted

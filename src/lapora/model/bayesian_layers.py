@@ -7,7 +7,7 @@ lora_B maps r to d_out.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
@@ -95,7 +95,8 @@ def find_bayesian_layers(model: PeftModel, subset: Subset = "lora") -> list[Baye
 
 def _output_layer_path(model: PeftModel) -> str | None:
     """Path of the language-model head, or None for a model without one (a sequence classifier)."""
-    output = model.get_base_model().get_output_embeddings()
+    base = cast(Any, model.get_base_model())
+    output = base.get_output_embeddings()
     return next((path for path, module in model.named_modules() if output is not None and module is output), None)
 
 
@@ -131,7 +132,12 @@ def _head_layers(model: PeftModel, path: str, adapter_name: str) -> list[Bayesia
             name = f"{path}.{inner}" if inner else path
             found.append(
                 BayesianLayer(
-                    name, "head", module, module, reads_answer_only=True, bias_as_input=module.bias is not None
+                    name,
+                    "head",
+                    module,
+                    module,
+                    reads_answer_only=True,
+                    bias_as_input=module.bias is not None,
                 )
             )
     return found

@@ -106,7 +106,7 @@ def load_model(
         raise AdapterError(f"{adapter.path}: the adapter names no base model; give one with --base-model")
     revision = None if base_model else adapter.revision
     where = resolve_device(device)
-    with _quiet_libraries():
+    with quiet_libraries():
         config = _load_config(base_name, revision, trust_remote_code)
         element_type = _element_type(dtype, config, where)
         if quantize != "none" and element_type == torch.float64:
@@ -142,7 +142,7 @@ def load_model(
 
 
 @contextmanager
-def _quiet_libraries() -> Iterator[None]:
+def quiet_libraries() -> Iterator[None]:
     """Keep the libraries' progress bars and load reports off the terminal; what matters becomes an error."""
     verbosity = transformers_logging.get_verbosity()
     bars = transformers_logging.is_progress_bar_enabled()
@@ -230,7 +230,7 @@ def _load_tokenizer(adapter: Adapter, base_name: str, revision: str | None, trus
 
 def _load_adapter(adapter: Adapter, base: nn.Module, base_name: str) -> PeftModel:
     try:
-        model = PeftModel.from_pretrained(base, os.fspath(adapter.path), is_trainable=False)  # type: ignore[arg-type]
+        model = PeftModel.from_pretrained(base, os.fspath(adapter.path), is_trainable=False)
     except RuntimeError as error:
         lines = [line.strip() for line in str(error).splitlines() if "size mismatch" in line]
         raise AdapterError(

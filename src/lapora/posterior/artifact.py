@@ -29,7 +29,17 @@ if TYPE_CHECKING:
 FORMAT_VERSION = 1
 MANIFEST_FILE = "posterior.json"
 FACTORS_FILE = "factors.safetensors"
-_REQUIRED = ("adapter", "base_model", "task", "data", "structure", "parameters", "tensors", "prior", "answers")
+_REQUIRED = (
+    "adapter",
+    "base_model",
+    "task",
+    "data",
+    "structure",
+    "parameters",
+    "tensors",
+    "prior",
+    "answers",
+)
 
 
 def posterior_folder(root: Path, name: str) -> Path:
@@ -59,7 +69,11 @@ def write_posterior(folder: Path, manifest: Mapping[str, Any], blocks: Sequence[
         tensors.setdefault(f"{block.leader}.input_basis", block.input_basis.float())
     tensors = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
     described = {
-        key: {"shape": list(value.shape), "dtype": str(value.dtype).removeprefix("torch."), "blake2b": _digest(value)}
+        key: {
+            "shape": list(value.shape),
+            "dtype": str(value.dtype).removeprefix("torch."),
+            "blake2b": _digest(value),
+        }
         for key, value in tensors.items()
     }
     fresh = folder.with_name(f".{folder.name}.{os.getpid()}.new")

@@ -52,12 +52,11 @@ class CovarianceObserver:
     def __init__(self, blocks: Sequence[EigenBlock], precisions: Tensor, *, directions: int = 1) -> None:
         self._blocks = {block.name: block for block in blocks}
         self._precisions = {
-            block.name: precisions[:, index].double().to(block.eigenvalues.device)
-            for index, block in enumerate(blocks)
+            block.name: precisions[:, index].double().to(block.eigenvalues.device) for index, block in enumerate(blocks)
         }
         self._variances: dict[str, Tensor] = {}
         self._rotated_inputs: dict[str, Tensor | None] = {}
-        self._gradients: list[Tensor] = []
+        self._gradients: dict[str, list[Tensor]] = {}
         self._followers: dict[str, int] = {}
         for block in blocks:
             self._followers[block.leader] = self._followers.get(block.leader, 0) + 1
@@ -67,7 +66,7 @@ class CovarianceObserver:
     def begin(self, batch: Batch) -> None:
         """Forget the last batch."""
         self._rotated_inputs = {}
-        self._gradients = []
+        self._gradients = {}
         self._covariance = None
 
     def covariance(self, rows: int, directions: int) -> Tensor:
@@ -99,18 +98,16 @@ class CovarianceObserver:
         leader = block.leader
         if self._rotated_inputs.get(leader) is not kept:
             rotated = rotated @ block.input_basis
-        self._gradients.append(rotated.flatten(1))
+        self._gradients.setdefault(layer.name, []).append(rotated.flatten(1))
 
     def finish(self, layer: BayesianLayer) -> None:
         """Contract the layer's K gradients with its posterior variance, and drop them."""
-        gradients, self._gradients = self._gradients, []
+        gradients = self._gradients.pop(layer.name)
         count, rows = len(gradients), len(gradients[0])
         variance = self._variance(layer.name, gradients[0].dtype)
         depth = variance.shape[1]
         if self._covariance is None:
-            self._covariance = torch.zeros(
-                depth, rows, count, count, dtype=torch.float64, device=variance.device
-            )
+            self._covariance = torch.zeros(depth, rows, count, count, dtype=torch.float64, device=variance.device)
         for first in range(count):
             for second in range(first, count):
                 term = ((gradients[first] * gradients[second]) @ variance).T.double()

@@ -11,9 +11,7 @@ from lapora.tasks.encoding import prompt_ids
 _TAIL = 24
 
 
-def answer_token_ids(
-    tokenizer: Any, prompts: Sequence[str], choices: Sequence[str], *, delimiter: str
-) -> list[int]:
+def answer_token_ids(tokenizer: Any, prompts: Sequence[str], choices: Sequence[str], *, delimiter: str) -> list[int]:
     """The token that the tokenizer appends when an answer follows the prompt.
 
     Found by encoding the prompt with and without the answer and taking the difference; checked in full on

@@ -67,7 +67,7 @@ def _encode_prompt(example: Example, tokenizer: Any, task: Task, max_length: int
     while keep > 0:
         # Each pass removes about the surplus; four characters a token is a step, not an estimate to rely on.
         keep = max(0, keep - max(1, (len(ids) - max_length) * 2))
-        shorter = {**example.row, field: value[:keep].rstrip()}
+        shorter = {**example.row, str(field): value[:keep].rstrip()}
         ids = prompt_ids(tokenizer, render_text(source, shorter, f"row {example.index}"))
         if len(ids) <= max_length:
             return EncodedExample(ids, None, True)

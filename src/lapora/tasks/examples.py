@@ -109,14 +109,10 @@ def render_all(
     task: Task, rows: Sequence[Mapping[str, Any]], *, kind: str, choices: Sequence[str], labels: Labels
 ) -> list[Example]:
     """Render every row; see :func:`render`."""
-    return [
-        render(task, row, kind=kind, index=index, choices=choices, labels=labels) for index, row in enumerate(rows)
-    ]
+    return [render(task, row, kind=kind, index=index, choices=choices, labels=labels) for index, row in enumerate(rows)]
 
 
-def _target(
-    task: Task, row: Mapping[str, Any], where: str, choices: Sequence[str], labels: Labels
-) -> int | None:
+def _target(task: Task, row: Mapping[str, Any], where: str, choices: Sequence[str], labels: Labels) -> int | None:
     source = task.doc_to_target
     template = _as_template(str(source)) if source is not None else ""
     missing = sorted(fields_of(template) - row.keys()) if source is not None else ["doc_to_target"]

@@ -97,9 +97,7 @@ def load_task(name_or_path: str) -> Task:
         return Task.from_dict(yaml.safe_load(builtin_yaml(name_or_path)), name_or_path)
     path = Path(name_or_path)
     if not path.is_file():
-        raise DataError(
-            f"{name_or_path}: neither a built-in task ({', '.join(builtin_tasks())}) nor a task file; see `lapora tasks`"
-        )
+        raise DataError(f"{name_or_path}: neither a built-in task ({', '.join(builtin_tasks())}) nor a task file")
     if path.stat().st_size > _LARGEST_FILE:
         raise DataError(f"{path}: larger than a task file can be ({_LARGEST_FILE} bytes)")
     try:

@@ -54,9 +54,7 @@ def evaluate(
         kind = session.loaded.kind
         examples = render_all(task, rows, kind=kind, choices=session.choices, labels="required")
         targets = torch.tensor([cast(int, example.target) for example in examples])
-        coded = encode_all(
-            examples, session.loaded.tokenizer, task=task, kind=kind, max_length=session.max_length
-        )
+        coded = encode_all(examples, session.loaded.tokenizer, task=task, kind=kind, max_length=session.max_length)
         classes = len(session.choices)
         every_class = any(needs_every_class(cast(Link, link)) for link in links)
         log_p = {link: torch.zeros(len(examples), classes, dtype=torch.float64) for link in ("map", *links)}
@@ -72,9 +70,7 @@ def evaluate(
             for batch in session.batches(coded):
                 moments: LogitMoments = predictor.moments(batch)
                 for link, table in log_p.items():
-                    table[list(batch.rows)] = log_probabilities(
-                        cast(Link, link), moments, samples=samples, seed=seed
-                    )
+                    table[list(batch.rows)] = log_probabilities(cast(Link, link), moments, samples=samples, seed=seed)
                 done += len(batch)
                 if progress is not None:
                     progress(done, len(examples))

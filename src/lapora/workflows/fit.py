@@ -18,7 +18,6 @@ from lapora.curvature.linearisation import Directions, Linearisation
 from lapora.errors import DataError, PosteriorError, UsageError
 from lapora.model.adapter import read_adapter
 from lapora.model.answers import AnswerModel
-
 from lapora.model.bayesian_layers import BayesianLayer, Subset, find_bayesian_layers
 from lapora.model.loading import Dtype, LoadedModel, library_versions, load_model
 from lapora.model.quantisation import Quantisation
@@ -63,9 +62,7 @@ class FitResult:
     notes: tuple[str, ...]
 
 
-def fit(
-    model: ModelSettings, data: DataSettings, settings: FitSettings, progress: Progress | None = None
-) -> FitResult:
+def fit(model: ModelSettings, data: DataSettings, settings: FitSettings, progress: Progress | None = None) -> FitResult:
     """Fit the Laplace posterior of an adapter.
 
     Args:
@@ -203,9 +200,7 @@ def _columns(fisher: str, labels: Tensor | None, generator: torch.Generator) -> 
     return lambda logits: empirical_columns(logits, labels.to(logits.device))
 
 
-def _answers(
-    loaded: LoadedModel, task: Task, examples: Sequence[Example], choices: Sequence[str]
-) -> list[int] | None:
+def _answers(loaded: LoadedModel, task: Task, examples: Sequence[Example], choices: Sequence[str]) -> list[int] | None:
     if loaded.kind == "causal":
         prompts = [example.texts[0] for example in examples]
         return answer_token_ids(loaded.tokenizer, prompts, choices, delimiter=task.target_delimiter)

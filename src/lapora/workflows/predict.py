@@ -133,4 +133,3 @@ def _records(session: Session, settings: PredictSettings, moments: LogitMoments)
         if settings.abstain_below is not None:
             record["abstained"] = record["confidence"] < settings.abstain_below
         yield record
-

@@ -53,9 +53,7 @@ class Session:
         return make_batches(self.answers, encoded, self.batch_size)
 
 
-def make_batches(
-    answers: AnswerModel, encoded: Sequence[EncodedExample], batch_size: int | None
-) -> Iterator[Batch]:
+def make_batches(answers: AnswerModel, encoded: Sequence[EncodedExample], batch_size: int | None) -> Iterator[Batch]:
     """Cut encoded rows into batches; see :func:`lapora.model.batches.plan_batches`."""
     lengths = [len(row.input_ids) for row in encoded]
     for rows in plan_batches(lengths, batch_size=batch_size, token_budget=TOKEN_BUDGET):
@@ -112,9 +110,7 @@ def open_session(model: ModelSettings, name: str) -> Session:
     blocks = posterior.blocks()
     if [layer.name for layer in layers] != [block.name for block in blocks]:
         raise PosteriorError(f"{posterior.folder}: its parameters are not those of the adapter; fit again")
-    answers = AnswerModel(
-        loaded.model, loaded.kind, loaded.pad_token_id, posterior.manifest["answers"]["token_ids"]
-    )
+    answers = AnswerModel(loaded.model, loaded.kind, loaded.pad_token_id, posterior.manifest["answers"]["token_ids"])
     working = torch.float64 if loaded.dtype == "float64" else torch.float32
     return Session(
         posterior=posterior,

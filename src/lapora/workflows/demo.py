@@ -1,0 +1,180 @@
+"""``lapora demo``: a base model, an overfitted adapter and its posterior, made here and now, offline.
+
+The text is generated: a short story names who keeps the animals, and the question is whether the keeper is
+on the farm. A cue word decides it, but a quarter of the labels are flipped, so no model can be right every
+time; an adapter trained long on few rows is sure of itself all the same.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from lapora.config import DataSettings, FitSettings, ModelSettings
+from lapora.errors import UsageError
+from lapora.model.loading import quiet_libraries
+
+_NAMES = ["anna", "boris", "clara", "dmitri", "elena", "farid", "greta", "hugo", "ines", "jonas"]
+_ANIMALS = ["cows", "sheep", "goats", "horses", "geese", "ducks", "hens", "bees"]
+_PLACES_YES = ["barn", "meadow", "stable", "orchard"]
+_PLACES_NO = ["office", "harbour", "station", "market"]
+_TIMES = ["morning", "noon", "evening", "night"]
+_FLIPPED = 0.25
+_TRAINING_ROWS = 100
+_VALIDATION_ROWS = 400
+
+_TASK: dict[str, Any] = {
+    "task": "farm",
+    "doc_to_text": "story : {{story}} is {{name}} on the farm ? answer :",
+    "doc_to_choice": ["no", "yes"],
+    "doc_to_target": "{{ label }}",
+    "max_length": 48,
+}
+
+
+def run_demo(directory: Path, say: Callable[[str], None]) -> dict[str, Any]:
+    """Make everything and run the pipeline.
+
+    Args:
+        directory: Where the files go: ``base/``, ``adapter/``, ``data/``, ``farm.yaml``.
+        say: Told what is being done.
+
+    Returns:
+        The record of ``eval``.
+
+    Raises:
+        UsageError: The directory holds something that the demo did not make.
+    """
+    if directory.exists() and any(directory.iterdir()) and not (directory / "farm.yaml").is_file():
+        raise UsageError(f"{directory}: not empty, and not an earlier demo; give another folder")
+    directory.mkdir(parents=True, exist_ok=True)
+    rows = _rows(_TRAINING_ROWS + _VALIDATION_ROWS, seed=1)
+    splits = {"train": rows[:_TRAINING_ROWS], "validation": rows[_TRAINING_ROWS:]}
+    (directory / "data").mkdir(exist_ok=True)
+    for split, content in splits.items():
+        text = "".join(json.dumps(row) + "\n" for row in content)
+        (directory / "data" / f"{split}.jsonl").write_text(text, encoding="utf-8")
+    (directory / "farm.yaml").write_text(yaml.safe_dump(_TASK, sort_keys=False), encoding="utf-8")
+    torch.manual_seed(0)
+    with quiet_libraries():
+        _make_model(directory, splits["train"], say)
+
+    from lapora.workflows.evaluate import evaluate
+    from lapora.workflows.fit import fit
+
+    say("fitting the posterior ...")
+    model = ModelSettings(adapter=str(directory / "adapter"))
+    data = DataSettings(task=str(directory / "farm.yaml"), data_dir=directory / "data")
+    result = fit(model, data, FitSettings(overwrite=True))
+    say(f"prior precision {result.prior.precision:.3g} by marginal likelihood")
+    return evaluate(model, DataSettings(split="validation"))
+
+
+def _make_model(directory: Path, rows: list[dict[str, Any]], say: Callable[[str], None]) -> None:
+    say("training a small base model on generated text ...")
+    tokenizer, base = _base_model(directory / "base")
+    say(f"overfitting a LoRA adapter on {_TRAINING_ROWS} rows ...")
+    _adapter(directory, tokenizer, base, rows)
+
+
+def _rows(count: int, seed: int) -> list[dict[str, Any]]:
+    random_source = random.Random(seed)
+    rows = []
+    for _ in range(count):
+        name = random_source.choice(_NAMES)
+        truth = random_source.random() < 0.5
+        place = random_source.choice(_PLACES_YES if truth else _PLACES_NO)
+        label = truth != (random_source.random() < _FLIPPED)
+        story = (
+            f"{name} keeps the {random_source.choice(_ANIMALS)} with {random_source.choice(_NAMES)} . "
+            f"in the {random_source.choice(_TIMES)} {name} went to the {place} ."
+        )
+        rows.append({"story": story, "name": name, "label": int(label), "truth": truth})
+    return rows
+
+
+def _prompt(row: dict[str, Any]) -> str:
+    return f"story : {row['story']} is {row['name']} on the farm ? answer :"
+
+
+def _base_model(folder: Path) -> tuple[Any, Any]:
+    """A word-level tokenizer and a two-layer Llama, trained a little on unlabelled stories."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    corpus = _rows(2000, seed=2)
+    texts = [_prompt(row) + (" indeed ." if row["truth"] else " hardly .") for row in corpus]
+    words = sorted({word for text in texts for word in text.split()} | {"yes", "no"})
+    vocabulary = {word: index for index, word in enumerate(["<pad>", "<unk>", *words])}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", unk_token="<unk>")
+    config = LlamaConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+        pad_token_id=0,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    model = LlamaForCausalLM(config)
+    _train(model, model.parameters(), tokenizer, texts, None, steps=250, rate=1e-3)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return tokenizer, model
+
+
+def _adapter(directory: Path, tokenizer: Any, base: Any, rows: list[dict[str, Any]]) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    settings = LoraConfig(
+        r=8,
+        lora_alpha=16,
+        target_modules=["q_proj", "v_proj", "o_proj", "up_proj", "down_proj"],
+        task_type="CAUSAL_LM",
+    )
+    model = get_peft_model(base, settings)
+    model.peft_config["default"].base_model_name_or_path = str((directory / "base").resolve())
+    answers = [tokenizer.convert_tokens_to_ids(_TASK["doc_to_choice"][row["label"]]) for row in rows]
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    _train(model, trained, tokenizer, [_prompt(row) for row in rows], answers, steps=500, rate=1e-3)
+    model.save_pretrained(str(directory / "adapter"))
+
+
+def _train(
+    model: Any,
+    parameters: Any,
+    tokenizer: Any,
+    texts: list[str],
+    answers: list[int] | None,
+    steps: int,
+    rate: float,
+) -> None:
+    """Adam on next words or, where answers are given, on the answer alone."""
+    optimiser = torch.optim.Adam(parameters, lr=rate)
+    coded = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left")
+    generator = torch.Generator().manual_seed(0)
+    model.train()
+    for _ in range(steps):
+        chosen = torch.randint(len(texts), (32,), generator=generator)
+        ids, mask = coded.input_ids[chosen], coded.attention_mask[chosen]
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        logits = model(input_ids=ids, attention_mask=mask, position_ids=positions).logits
+        if answers is None:
+            targets = ids[:, 1:].masked_fill(mask[:, 1:] == 0, -100)
+            loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), targets.flatten())
+        else:
+            loss = torch.nn.functional.cross_entropy(logits[:, -1], torch.tensor(answers)[chosen])
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    model.eval()

