@@ -35,7 +35,7 @@ def builtin_yaml(name: str) -> str:
     if name not in names:
         close = difflib.get_close_matches(name, names, n=1)
         hint = f"did you mean {close[0]}?" if close else f"the built-in tasks are {', '.join(names)}"
-        raise DataError(f"no task {quoted(name)}: {hint} A task of your own is a path to a YAML file")
+        raise DataError(f"no task {quoted(name)}: {hint} (a task of your own: the path of its YAML file)")
     return (resources.files("lapora.tasks") / "builtin" / f"{name}.yaml").read_text(encoding="utf-8")
 
 
@@ -105,11 +105,13 @@ class _TaskLoader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
         for key_node, _ in node.value:
-            if key_node.value in seen if isinstance(key_node, yaml.ScalarNode) else True:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {quoted(str(key_node.value))} is not one or stands there twice",
-                    key_node.start_mark,
-                )
+            problem = None
+            if not isinstance(key_node, yaml.ScalarNode):
+                problem = "a key must be a word"
+            elif key_node.value in seen:
+                problem = f"the key {quoted(key_node.value)} stands there twice"
+            if problem is not None:
+                raise yaml.constructor.ConstructorError(None, None, problem, key_node.start_mark)
             seen.add(key_node.value)
         return super().construct_mapping(node, deep=deep)
 
