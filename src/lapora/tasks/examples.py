@@ -10,14 +10,15 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from lapora.errors import DataError
+from lapora.tasks.keys import checked_choices
 from lapora.tasks.quoting import listed, quoted
 from lapora.tasks.rows import Row, keeps
-from lapora.tasks.task import Task, TaskKind, checked_choices
+from lapora.tasks.task import Task, TaskKind
 from lapora.tasks.templates import CompiledTemplate, compiled_template
 
 Labels = Literal["required", "optional", "ignore"]
 
-_NO_LABEL = (None, "", -1)
+_NO_LABEL = (None, "")
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class Example:
         choices: The answers.
         target: Index of the right answer, or None where it is not known.
         ready: Whether the row was a ready ``text`` rather than the task's fields.
+        where: The row, as an error message names it.
     """
 
     index: int
@@ -43,6 +45,7 @@ class Example:
     choices: tuple[str, ...]
     target: int | None
     ready: bool = False
+    where: str = ""
 
 
 def required_fields(task: Task, kind: TaskKind) -> tuple[str, ...]:
@@ -94,22 +97,23 @@ def render(
     if lacking and not ready:
         raise DataError(
             f"{where}: no value for {listed(lacking)}, which task {quoted(task.task)} needs; the row has "
-            f"{listed([str(name) for name in values]) or 'no fields'}; give the task's fields, or a ready \"text\""
+            f'{listed([str(name) for name in values]) or "no fields"}; give what lacks, or a ready "text"'
         )
     if ready:
         texts: tuple[str, ...] = (values["text"],)
     else:
-        if task.keep_if is not None and compiled_template(task.keep_if).fields <= set(values):
-            if not keeps(task, values, where):
-                raise DataError(f"{where}: task {quoted(task.task)} does not take it: keep_if is {quoted(task.keep_if)}")
+        if _left_out(task, values, where):
+            raise DataError(
+                f"{where}: task {quoted(task.task)} does not take it: keep_if {quoted(task.keep_if)}"
+            )
         texts = tuple(template.text(values, where) for template in templates)
     if not any(text.strip() for text in texts):
         raise DataError(f"{where}: its text is empty; there is nothing to read")
     answers = _choices_of(task, values, where, None if choices is None else tuple(choices))
     if num_choices is not None and num_choices != len(answers):
         raise DataError(
-            f"task {quoted(task.task)} has {len(answers)} answers ({listed(answers)}), the model {num_choices}; "
-            "use the task that the adapter was trained on"
+            f"task {quoted(task.task)} has {len(answers)} answers ({listed(answers)}), the model "
+            f"{num_choices}; use the task that the adapter was trained on"
         )
     target = None if labels == "ignore" else _target_of(task, values, answers, where)
     if target is None and labels == "required":
@@ -123,6 +127,7 @@ def render(
         choices=answers,
         target=target,
         ready=ready,
+        where=where,
     )
 
 
@@ -185,6 +190,13 @@ def data_fingerprint(examples: Iterable[Example]) -> str:
     return digest.hexdigest()
 
 
+def _left_out(task: Task, values: Mapping[str, Any], where: str) -> bool:
+    """Whether ``keep_if`` leaves the row out, as far as the row's fields tell."""
+    if task.keep_if is None or not compiled_template(task.keep_if).fields <= set(values):
+        return False
+    return not keeps(task, values, where)
+
+
 def _choices_of(
     task: Task, values: Mapping[str, Any], where: str, expected: tuple[str, ...] | None
 ) -> tuple[str, ...]:
@@ -197,8 +209,8 @@ def _choices_of(
         answers = _evaluated_choices(template, values, where)
     if expected is not None and answers != expected:
         raise DataError(
-            f"{where}: its answers are {listed(answers)}, not {listed(expected)}: every row must have the same; "
-            "correct doc_to_choice, or leave such rows out with keep_if"
+            f"{where}: its answers are {listed(answers)}, not {listed(expected)}: all rows must have "
+            "the same; correct doc_to_choice, or leave such rows out with keep_if"
         )
     return answers
 
@@ -280,6 +292,6 @@ def _index_of_text(text: str, answers: tuple[str, ...], where: str, *, rendered:
 
 def _unknown_label(label: object, answers: tuple[str, ...], where: str) -> DataError:
     return DataError(
-        f"{where}: unknown label {quoted(label)}: the {len(answers)} answers are {listed(answers)}, by text or by "
-        f"index from 0; correct the row, or the task's doc_to_target"
+        f"{where}: unknown label {quoted(label)}: the {len(answers)} answers are {listed(answers)}, by text "
+        "or by index from 0; correct the row, or the task's doc_to_target"
     )

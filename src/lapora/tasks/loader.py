@@ -22,7 +22,9 @@ _MAX_DEPTH = 20
 def builtin_tasks() -> list[str]:
     """Names of the built-in tasks, sorted."""
     folder = resources.files("lapora.tasks") / "builtin"
-    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+    return sorted(
+        entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml")
+    )
 
 
 def builtin_yaml(name: str) -> str:
@@ -120,7 +122,7 @@ def _check_events(text: str, source: str) -> None:
     """Refuse aliases (a bomb is made of them), tags and deep nesting before anything is built."""
     depth = 0
     for event in yaml.parse(text, Loader=yaml.SafeLoader):
-        line = event.start_mark.line + 1
+        line = event.start_mark.line + 1 if event.start_mark is not None else 0
         if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None) is not None:
             raise DataError(f"{source}, line {line}: anchors and aliases are not taken; write the value out")
         tag = getattr(event, "tag", None)
@@ -128,8 +130,8 @@ def _check_events(text: str, source: str) -> None:
             name = str(tag).replace("tag:yaml.org,2002:", "!!")
             called = text.splitlines()[line - 1].strip() if line <= len(text.splitlines()) else name
             raise DataError(
-                f"{source}, line {line}: the tag {quoted(name)} is not taken ({quoted(called)}): lapora runs no "
-                "Python of a task file; write it as a template"
+                f"{source}, line {line}: the tag {quoted(name)} is not taken ({quoted(called)}): lapora runs "
+                "no Python of a task file; write it as a template"
             )
         if isinstance(event, yaml.CollectionStartEvent):
             depth += 1

@@ -78,7 +78,9 @@ def keeps(task: Task, values: Mapping[str, Any], where: str) -> bool:
     template = compiled_template(task.keep_if)
     lacking = sorted(template.fields - set(values))
     if lacking:
-        raise DataError(f"{where}: no field {listed(lacking)}, which keep_if needs; it has {listed(list(values))}")
+        raise DataError(
+            f"{where}: no field {listed(lacking)}, which keep_if needs; it has {listed(list(values))}"
+        )
     result = template.value(values, where)
     if isinstance(result, (bool, int)):
         return bool(result)
@@ -100,7 +102,9 @@ def _open(task: Task, split: str, data_dir: str | Path | None) -> tuple[str, Ite
         if not any("://" in path for path in paths):
             return f"task {quoted(task.task)}, split {split}", _read_all(task, paths)
     if task.dataset_path is None:
-        raise DataError(f"task {quoted(task.task)} names no data: give --data-dir DIR, or dataset_path in its YAML")
+        raise DataError(
+            f"task {quoted(task.task)} names no data: give --data-dir DIR, or dataset_path in its YAML"
+        )
     hub_split = task.source_split(split)
     return f"{task.hub_source or task.dataset_path}, split {hub_split}", _hub_rows(task, hub_split)
 
@@ -130,7 +134,9 @@ def _hub_rows(task: Task, split: str) -> Iterable[Mapping[str, Any]]:
     named = quoted(task.hub_source or task.dataset_path).strip("'\"")
     remedy = "or give the rows as files with --data-dir DIR"
     try:
-        loaded = datasets.load_dataset(task.dataset_path, task.dataset_name, split=split, **task.dataset_kwargs)
+        loaded = datasets.load_dataset(
+            task.dataset_path, task.dataset_name, split=split, **task.dataset_kwargs
+        )
     except (KeyboardInterrupt, MemoryError):
         raise
     except Exception as error:  # `datasets` raises whatever the layer below raised
@@ -139,9 +145,14 @@ def _hub_rows(task: Task, split: str) -> Iterable[Mapping[str, Any]]:
                 f"cannot reach the Hub for {named} ({first_line(error, 120)}); connect, {remedy}"
             ) from None
         if type(error).__name__ == "DatasetNotFoundError":
-            raise DataError(f"no data set {named} on the Hub, or it is not public: correct dataset_path, {remedy}") from None
+            raise DataError(
+                f"no data set {named} on the Hub, or it is not public: correct dataset_path, {remedy}"
+            ) from None
         if isinstance(error, RuntimeError) and "scripts are no longer supported" in str(error):
-            raise DataError(f"{named} is loaded by a Python script, which `datasets` no longer runs; use a converted copy, {remedy}") from None
+            raise DataError(
+                f"{named} is loaded by a Python script, which `datasets` no longer runs; use "
+                f"a converted copy, {remedy}"
+            ) from None
         raise DataError(f"{named}, split {split}: {first_line(error)}; correct the task, {remedy}") from None
     return loaded
 
@@ -153,7 +164,13 @@ def _is_unreachable(error: BaseException) -> bool:
     while current is not None and id(current) not in seen:
         seen.add(id(current))
         names = {kind.__name__ for kind in type(current).__mro__}
-        if names & {"ConnectionError", "OfflineModeIsEnabled", "TimeoutError", "TransportError", "LocalEntryNotFoundError"}:
+        if names & {
+            "ConnectionError",
+            "OfflineModeIsEnabled",
+            "TimeoutError",
+            "TransportError",
+            "LocalEntryNotFoundError",
+        }:
             return True
         current = current.__cause__ or current.__context__
     return False

@@ -30,17 +30,21 @@ MAX_STEPS = 100_000
 # Not an identifier: no template can name it.
 BUDGET = "loop budget"
 
+# fmt: off
 _FILTERS = (
-    "abs capitalize d default dictsort first float items last length count list lower map max min reject "
-    "rejectattr reverse select selectattr sort string sum title tojson trim truncate unique upper wordcount"
-).split()
-_STRING_METHODS = frozenset(
-    (
-        "capitalize casefold count endswith find index isalnum isalpha isdecimal isdigit islower isnumeric "
-        "isspace istitle isupper join lower lstrip partition removeprefix removesuffix replace rfind rindex "
-        "rpartition rsplit rstrip split splitlines startswith strip swapcase title upper"
-    ).split()
+    "abs", "capitalize", "d", "default", "dictsort", "first", "float", "items", "last", "length",
+    "count", "list", "lower", "map", "max", "min", "reject", "rejectattr", "reverse", "select",
+    "selectattr", "sort", "string", "sum", "title", "tojson", "trim", "truncate", "unique", "upper",
+    "wordcount",
 )
+_STRING_METHODS = frozenset({
+    "capitalize", "casefold", "count", "endswith", "find", "index", "isalnum", "isalpha",
+    "isdecimal", "isdigit", "islower", "isnumeric", "isspace", "istitle", "isupper", "join",
+    "lower", "lstrip", "partition", "removeprefix", "removesuffix", "replace", "rfind", "rindex",
+    "rpartition", "rsplit", "rstrip", "split", "splitlines", "startswith", "strip", "swapcase",
+    "title", "upper",
+})
+# fmt: on
 _SEQUENCE_METHODS = frozenset({"count", "index"})
 _MAPPING_METHODS = frozenset({"get", "items", "keys", "values"})
 # Each of these could produce output without end, or reads something besides the row.
@@ -211,7 +215,7 @@ class TemplateEnvironment(ImmutableSandboxedEnvironment):
         return None
 
     # The names of the base class, which keep the callee's keyword arguments free.
-    def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805
+    def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:
         """Call ``__obj``, after checking the size of what it would return."""
         owner, name = getattr(__obj, "__self__", None), getattr(__obj, "__name__", "")
         if isinstance(owner, str) and name == "replace" and len(args) >= 2:
@@ -232,6 +236,8 @@ class TemplateEnvironment(ImmutableSandboxedEnvironment):
             _within_bounds(len(sized[0]) * int(max([1, *numbers])))
         elif operator == "**" and (len(numbers) != 2 or abs(right) > 64 or abs(left) > 10**6):
             raise SecurityError("a power is too large")
-        elif operator == "*" and any(isinstance(number, int) and number.bit_length() > 4096 for number in numbers):
+        elif operator == "*" and any(
+            isinstance(number, int) and number.bit_length() > 4096 for number in numbers
+        ):
             raise SecurityError("a product is too large")
         return super().call_binop(context, operator, left, right)

@@ -156,6 +156,8 @@ def _sole_expression(tree: nodes.Template) -> nodes.Expr | None:
 
 def _guarded_names(tree: nodes.Template) -> set[str]:
     """Names that stand under a test for being there, or under ``default``."""
-    guards = [test.node for test in tree.find_all(nodes.Test) if test.name in _GUARDS]
+    guards: list[nodes.Expr | None] = [
+        test.node for test in tree.find_all(nodes.Test) if test.name in _GUARDS
+    ]
     guards += [found.node for found in tree.find_all(nodes.Filter) if found.name in ("default", "d")]
     return {guard.name for guard in guards if isinstance(guard, nodes.Name)}
