@@ -1,15 +1,19 @@
-"""From texts to token ids, cutting the task's ``truncate_field`` and never the cue at a prompt's end."""
+"""From examples to token ids, cutting the task's ``truncate_field`` and never the cue at a prompt's end."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from lapora.errors import DataError
-from lapora.tasks.examples import Example, templates_of
-from lapora.tasks.task import Task
-from lapora.tasks.templates import render_text
+from lapora.tasks.examples import Example
+from lapora.tasks.prompts import PromptEncoder
+from lapora.tasks.quoting import quoted
+from lapora.tasks.task import Task, TaskKind
+
+_BATCH = 1000
 
 
 @dataclass(frozen=True)
@@ -17,9 +21,9 @@ class EncodedExample:
     """Token ids of one example.
 
     Attributes:
-        input_ids: Ids, special tokens included, padding not.
-        token_type_ids: Segment ids where the tokenizer gives them.
-        truncated: Whether something was cut to fit the greatest length.
+        input_ids: T ids, special tokens included, without padding.
+        token_type_ids: T segment ids, where the tokenizer gives them.
+        truncated: Whether anything was cut to fit.
     """
 
     input_ids: list[int]
@@ -27,70 +31,189 @@ class EncodedExample:
     truncated: bool
 
 
+def encode(
+    example: Example,
+    tokenizer: Any,
+    *,
+    kind: TaskKind,
+    max_length: int,
+    task: Task,
+    chat_template: bool = False,
+) -> EncodedExample:
+    """`encode_all` of one example."""
+    return encode_all(
+        [example], tokenizer, kind=kind, max_length=max_length, task=task, chat_template=chat_template
+    )[0]
+
+
 def encode_all(
-    examples: Sequence[Example], tokenizer: Any, *, task: Task, kind: str, max_length: int
+    examples: Sequence[Example],
+    tokenizer: Any,
+    *,
+    kind: TaskKind,
+    max_length: int,
+    task: Task,
+    chat_template: bool = False,
 ) -> list[EncodedExample]:
-    """Encode examples.
+    """Encode examples, in their order.
+
+    Args:
+        examples: Rendered for this kind of model.
+        tokenizer: A Hugging Face tokenizer.
+        kind: The kind of model.
+        max_length: Most tokens of a row, special tokens included.
+        task: Says which field may be cut, and the delimiter.
+        chat_template: Wrap prompts in the tokenizer's chat template (causal models only).
 
     Raises:
-        DataError: A prompt is too long and the task says nothing that may be cut; the row is named.
+        DataError: A row is too long and what may be cut is not enough; the row and its length are named.
     """
     if kind == "causal":
-        return [_encode_prompt(example, tokenizer, task, max_length) for example in examples]
-    return [_encode_inputs(example, tokenizer, task, max_length) for example in examples]
+        return _encode_prompts(examples, tokenizer, max_length, task, chat_template)
+    if chat_template:
+        raise DataError("--chat-template is for causal models; a sequence classifier reads plain text")
+    encoded: list[EncodedExample | None] = [None] * len(examples)
+    for count in (1, 2):
+        positions = [index for index, example in enumerate(examples) if len(example.inputs or ()) == count]
+        for start in range(0, len(positions), _BATCH):
+            part = positions[start : start + _BATCH]
+            results = _encode_inputs([examples[index] for index in part], tokenizer, max_length, task)
+            for index, result in zip(part, results, strict=True):
+                encoded[index] = result
+    return cast(list[EncodedExample], encoded)
 
 
-def prompt_ids(tokenizer: Any, text: str) -> list[int]:
-    """Ids of a prompt as the tokenizer begins one, without an end-of-text token that it may append."""
-    ids = list(tokenizer(text).input_ids)
-    bare = list(tokenizer(text, add_special_tokens=False).input_ids)
-    while len(ids) > len(bare) and ids[-1] in (tokenizer.eos_token_id, tokenizer.sep_token_id):
-        ids.pop()
-    return ids
+def _encode_prompts(
+    examples: Sequence[Example], tokenizer: Any, max_length: int, task: Task, chat_template: bool
+) -> list[EncodedExample]:
+    encoder = PromptEncoder(tokenizer, delimiter=task.target_delimiter, chat_template=chat_template)
+    encoded: list[EncodedExample] = []
+    all_ids = encoder.batch([cast(str, example.text) for example in examples])
+    for example, ids in zip(examples, all_ids, strict=True):
+        truncated = len(ids) > max_length
+        if truncated:
+            ids = _shortened(example, ids, encoder, max_length, task)
+        if not ids:
+            raise DataError(f"{example.where}: its prompt has no tokens")
+        encoded.append(EncodedExample(ids, None, truncated))
+    return encoded
 
 
-def _encode_prompt(example: Example, tokenizer: Any, task: Task, max_length: int) -> EncodedExample:
-    ids = prompt_ids(tokenizer, example.texts[0])
-    if len(ids) <= max_length:
-        return EncodedExample(ids, None, False)
-    if example.row is None:
-        return EncodedExample(_keep_end(ids, tokenizer, max_length), None, True)
-    field = task.truncate_field
-    value = example.row.get(field) if field else None
-    if not isinstance(value, str):
-        raise DataError(
-            f"row {example.index}: its prompt is {len(ids)} tokens long, more than {max_length}; raise --max-length, "
-            "or name in the task's truncate_field what may be shortened"
+def _shortened(
+    example: Example, ids: list[int], encoder: PromptEncoder, max_length: int, task: Task
+) -> list[int]:
+    """Ids of the prompt with less in it, at most ``max_length`` of them."""
+    too_long = (
+        f"{example.where}: its prompt has {len(ids)} tokens, more than the {max_length} of --max-length"
+    )
+    if example.ready:
+        # Of a ready prompt only the end is known to matter.
+        text = cast(str, example.text)
+        before, _ = encoder.frame(encoder.context(text)[0])
+        if not encoder.chat_template:
+            if before >= max_length:
+                raise DataError(f"{too_long}; raise it")
+            return ids[:before] + ids[len(ids) - (max_length - before) :]
+        starts = [0, *(end for _, end in _spans(encoder.tokenizer, text))]
+        shorter = _fitting(
+            ids, len(starts) - 1, max_length, lambda kept: encoder.ids(text[starts[-1 - kept] :])
         )
-    source = templates_of(task, "causal")[0]
-    keep = len(value)
-    while keep > 0:
-        # Each pass removes about the surplus; four characters a token is a step, not an estimate to rely on.
-        keep = max(0, keep - max(1, (len(ids) - max_length) * 2))
-        shorter = {**example.row, str(field): value[:keep].rstrip()}
-        ids = prompt_ids(tokenizer, render_text(source, shorter, f"row {example.index}"))
-        if len(ids) <= max_length:
-            return EncodedExample(ids, None, True)
-    raise DataError(
-        f"row {example.index}: its prompt is {len(ids)} tokens long even without {field}; raise --max-length"
+        if shorter is None:
+            raise DataError(f"{too_long}, and the chat template alone fills it; raise it")
+        return shorter
+    name = task.truncate_field
+    if name is None:
+        raise DataError(
+            f"{too_long}; raise it, or name the field that may be cut as the task's truncate_field"
+        )
+    value = example.row.get(name)
+    if not isinstance(value, str):
+        raise DataError(f"{too_long}, and its {quoted(name)} is no text that could be cut; raise it")
+    template = task.prompt_templates("causal")[0]
+    ends = [0, *(end for _, end in _spans(encoder.tokenizer, value))]
+
+    def with_tokens(kept: int) -> list[int]:
+        return encoder.ids(template.text({**example.row, name: value[: ends[kept]]}, example.where))
+
+    shorter = _fitting(ids, len(ends) - 1, max_length, with_tokens)
+    if shorter is None:
+        raise DataError(f"{too_long}, even without its {quoted(name)}; raise it")
+    return shorter
+
+
+def _fitting(
+    ids: list[int], tokens: int, max_length: int, with_tokens: Callable[[int], list[int]]
+) -> list[int] | None:
+    """The ids with as many of a text's tokens as fit, or None where even none is too many."""
+    kept, step = tokens, 1
+    while kept > 0:
+        kept = max(0, kept - max(step, len(ids) - max_length))
+        shorter = with_tokens(kept)
+        if len(shorter) <= max_length:
+            return shorter
+        # A template that cuts or drops the field itself makes little of each step: take longer ones.
+        step = step * 2 if len(shorter) >= len(ids) else 1
+        ids = shorter
+    return None
+
+
+def _spans(tokenizer: Any, text: str) -> list[tuple[int, int]]:
+    """Where the text's tokens begin and end, in characters; its words, for a tokenizer that cannot say."""
+    if getattr(tokenizer, "is_fast", False):
+        encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        return [(start, end) for start, end in encoded["offset_mapping"] if end > start]
+    return [match.span() for match in re.finditer(r"\s*\S+", text)]
+
+
+def _encode_inputs(
+    examples: Sequence[Example], tokenizer: Any, max_length: int, task: Task
+) -> list[EncodedExample]:
+    """Encode examples that all have one text, or all have two."""
+    columns = [list(column) for column in zip(*(example.inputs or () for example in examples), strict=True)]
+    whole = tokenizer(*columns, padding=False, truncation=False, return_attention_mask=False, verbose=False)
+    types = whole.get("token_type_ids")
+    encoded = []
+    for index, example in enumerate(examples):
+        ids = list(whole["input_ids"][index])
+        segments = None if types is None else list(types[index])
+        truncated = len(ids) > max_length
+        if truncated:
+            ids, segments = _truncated(example, len(ids), tokenizer, max_length, task)
+        if not ids:
+            raise DataError(f"{example.where}: its text has no tokens")
+        encoded.append(EncodedExample(ids, segments, truncated))
+    return encoded
+
+
+def _truncated(
+    example: Example, length: int, tokenizer: Any, max_length: int, task: Task
+) -> tuple[list[int], list[int] | None]:
+    texts = example.inputs or ()
+    too_long = f"{example.where}: it has {length} tokens, more than the {max_length} of --max-length"
+    strategy = "longest_first"
+    cut = None if example.ready else _position_of_cut(task)
+    reserved = tokenizer.num_special_tokens_to_add(pair=len(texts) == 2)
+    if cut is not None and len(texts) == 2:
+        strategy = ("only_first", "only_second")[cut]
+        reserved += len(tokenizer(texts[1 - cut], add_special_tokens=False, verbose=False)["input_ids"])
+    if reserved >= max_length:
+        raise DataError(f"{too_long}, and {reserved} of them cannot be cut; raise it")
+    encoded = tokenizer(
+        *texts, truncation=strategy, max_length=max_length, return_attention_mask=False, verbose=False
     )
+    types = encoded.get("token_type_ids")
+    return list(encoded["input_ids"]), None if types is None else list(types)
 
 
-def _keep_end(ids: list[int], tokenizer: Any, max_length: int) -> list[int]:
-    start = [ids[0]] if ids[0] == tokenizer.bos_token_id else []
-    return start + ids[len(ids) - max_length + len(start) :]
-
-
-def _encode_inputs(example: Example, tokenizer: Any, task: Task, max_length: int) -> EncodedExample:
-    strategy: Any = True
-    if task.truncate_field and len(example.texts) == 2 and example.row is not None:
-        exact = [source.replace(" ", "") == "{{" + task.truncate_field + "}}" for source in task.doc_to_inputs or []]
-        if any(exact):
-            strategy = "only_first" if exact[0] else "only_second"
-    full = len(tokenizer(*example.texts).input_ids)
-    coded = tokenizer(*example.texts, truncation=strategy, max_length=max_length)
-    return EncodedExample(
-        list(coded["input_ids"]),
-        list(coded["token_type_ids"]) if "token_type_ids" in coded else None,
-        full > max_length,
-    )
+def _position_of_cut(task: Task) -> int | None:
+    """Which of the two texts is the ``truncate_field`` and nothing else."""
+    name = task.truncate_field
+    if name is None:
+        return None
+    exact = re.compile(r"\{\{[-+]?\s*" + re.escape(name) + r"\s*[-+]?\}\}")
+    matching = [
+        position
+        for position, source in enumerate(task.doc_to_inputs or ())
+        if source == name or exact.fullmatch(source.strip())
+    ]
+    return matching[0] if len(matching) == 1 else None

@@ -1,18 +1,24 @@
-"""From a row to an example: the text a model reads, its answers, and the right one."""
+"""From a row to what a model reads and the right answer."""
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from lapora.errors import DataError
-from lapora.tasks.task import Task
-from lapora.tasks.templates import fields_of, render_text, render_value
+from lapora.tasks.keys import checked_choices
+from lapora.tasks.quoting import listed, quoted
+from lapora.tasks.rows import Row, keeps
+from lapora.tasks.task import Task, TaskKind
+from lapora.tasks.templates import CompiledTemplate, compiled_template
 
 Labels = Literal["required", "optional", "ignore"]
+
+_NO_LABEL = (None, "")
 
 
 @dataclass(frozen=True)
@@ -20,117 +26,272 @@ class Example:
     """One row, rendered.
 
     Attributes:
-        index: Number of the row among those read, from 0.
+        index: The row's number in its source, from 0.
         id: The row's own ``id``, handed through.
-        row: The row, or None for a ready text.
-        texts: The prompt of a causal model, or the one or two texts of a classifier.
-        target: Index of the right answer, or None where the row has no label.
+        row: The row's values.
+        text: A causal model's prompt.
+        inputs: A sequence classifier's one or two texts.
+        choices: The answers.
+        target: Index of the right answer, or None where it is not known.
+        ready: Whether the row was a ready ``text`` rather than the task's fields.
+        where: The row, as an error message names it.
     """
 
     index: int
     id: Any
-    row: dict[str, Any] | None
-    texts: tuple[str, ...]
+    row: Mapping[str, Any] = field(repr=False)
+    text: str | None
+    inputs: tuple[str, ...] | None
+    choices: tuple[str, ...]
     target: int | None
+    ready: bool = False
+    where: str = ""
 
 
-def templates_of(task: Task, kind: str) -> list[str]:
-    """The templates that a kind of model reads.
-
-    Raises:
-        DataError: The task does not serve that kind of model.
-    """
-    if kind == "causal":
-        if not task.doc_to_text:
-            raise DataError(f"task {task.task} has no doc_to_text, which a causal language model needs")
-        return [_as_template(task.doc_to_text)]
-    if not task.doc_to_inputs:
-        raise DataError(f"task {task.task} has no doc_to_inputs, which a sequence classifier needs")
-    return [_as_template(source) for source in task.doc_to_inputs]
-
-
-def _as_template(source: str) -> str:
-    """A bare field name, as the harness allows, stands for that field."""
-    return "{{" + source + "}}" if source.isidentifier() else source
-
-
-def resolve_choices(task: Task, rows: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
-    """The answers, which must be the same for every row.
-
-    Raises:
-        DataError: They differ between rows, or are fewer than two; the row is named.
-    """
-    if isinstance(task.doc_to_choice, list):
-        return tuple(task.doc_to_choice)
-    first: tuple[str, ...] | None = None
-    for index, row in enumerate(rows):
-        value = render_value(_as_template(task.doc_to_choice), row, f"row {index}")
-        if not isinstance(value, list | tuple) or len(value) < 2:
-            raise DataError(f"row {index}: doc_to_choice yields {value!r}, not a list of two answers or more")
-        choices = tuple(str(item) for item in value)
-        if first is not None and choices != first:
-            raise DataError(f"row {index}: its answers {choices} are not those of row 0, {first}; see keep_if")
-        first = choices
-    if first is None:
-        raise DataError("no rows to read the answers from")
-    return first
+def required_fields(task: Task, kind: TaskKind) -> tuple[str, ...]:
+    """Fields that a row must have to be read by a model of this kind, sorted; its label is not among them."""
+    names: set[str] = set()
+    for template in task.prompt_templates(kind):
+        names |= template.fields
+    return tuple(sorted(names))
 
 
 def render(
     task: Task,
-    row: Mapping[str, Any],
+    row: Row | Mapping[str, Any],
     *,
-    kind: str,
-    index: int,
-    choices: Sequence[str],
-    labels: Labels = "ignore",
+    kind: TaskKind,
+    index: int | None = None,
+    require_target: bool = False,
+    labels: Labels | None = None,
+    num_choices: int | None = None,
+    choices: Sequence[str] | None = None,
+    where: str | None = None,
 ) -> Example:
     """Render one row.
 
-    A row that lacks the task's fields but has ``text`` is a ready prompt.
+    A row without the task's fields but with a ``text`` is a ready prompt, taken as it is.
+
+    Args:
+        task: The task.
+        row: The row.
+        kind: The kind of model that reads it.
+        index: Its number; by default the row's own, or 0.
+        require_target: Whether a row without a label is an error; the same as ``labels="required"``.
+        labels: ``required``, ``optional`` (None where there is none) or ``ignore`` (not looked at).
+        num_choices: How many answers the model has.
+        choices: The recorded answers, which a row's own must equal; they stand in where a row yields none.
+        where: The row, as an error message names it; by default ``row INDEX``.
 
     Raises:
-        DataError: A field is missing, or the label is none of the answers; the row is named.
+        DataError: A missing field, a row that ``keep_if`` leaves out, an unknown label, or other answers.
     """
-    where = f"row {index}"
-    sources = templates_of(task, kind)
-    needed = set().union(*(fields_of(source) for source in sources))
-    missing = sorted(needed - row.keys())
-    if missing and not isinstance(row.get("text"), str):
-        raise DataError(f"{where}: the field {', '.join(missing)} is missing (task {task.task})")
-    if missing:
-        return Example(index, row.get("id"), None, (row["text"],), None)
-    texts = tuple(render_text(source, row, where) for source in sources)
-    target = None if labels == "ignore" else _target(task, row, where, choices, labels)
-    return Example(index, row.get("id"), dict(row), texts, target)
+    values = row.values if isinstance(row, Row) else row
+    number = index if index is not None else row.index if isinstance(row, Row) else 0
+    where = where or f"row {number}"
+    labels = labels or ("required" if require_target else "optional")
+    templates = task.prompt_templates(kind)
+    needed = required_fields(task, kind)
+    lacking = [name for name in needed if values.get(name) is None]
+    ready = bool(lacking) and isinstance(values.get("text"), str)
+    if lacking and not ready:
+        raise DataError(
+            f"{where}: no value for {listed(lacking)}, which task {quoted(task.task)} needs; the row has "
+            f'{listed([str(name) for name in values]) or "no fields"}; give what lacks, or a ready "text"'
+        )
+    if ready:
+        texts: tuple[str, ...] = (values["text"],)
+    else:
+        if _left_out(task, values, where):
+            raise DataError(
+                f"{where}: task {quoted(task.task)} does not take it: keep_if {quoted(task.keep_if)}"
+            )
+        texts = tuple(template.text(values, where) for template in templates)
+    if not any(text.strip() for text in texts):
+        raise DataError(f"{where}: its text is empty; there is nothing to read")
+    answers = _choices_of(task, values, where, None if choices is None else tuple(choices))
+    if num_choices is not None and num_choices != len(answers):
+        raise DataError(
+            f"task {quoted(task.task)} has {len(answers)} answers ({listed(answers)}), the model "
+            f"{num_choices}; use the task that the adapter was trained on"
+        )
+    target = None if labels == "ignore" else _target_of(task, values, answers, where)
+    if target is None and labels == "required":
+        raise DataError(f"{where}: no label: {_label_source(task)}; give a split with labels")
+    return Example(
+        index=number,
+        id=values.get("id"),
+        row=values,
+        text=texts[0] if kind == "causal" else None,
+        inputs=texts if kind == "classifier" else None,
+        choices=answers,
+        target=target,
+        ready=ready,
+        where=where,
+    )
 
 
 def render_all(
-    task: Task, rows: Sequence[Mapping[str, Any]], *, kind: str, choices: Sequence[str], labels: Labels
+    task: Task,
+    rows: Iterable[Row | Mapping[str, Any]],
+    *,
+    kind: TaskKind,
+    labels: Labels = "required",
+    num_choices: int | None = None,
+    choices: Sequence[str] | None = None,
 ) -> list[Example]:
-    """Render every row; see :func:`render`."""
-    return [render(task, row, kind=kind, index=index, choices=choices, labels=labels) for index, row in enumerate(rows)]
+    """Render rows, all with the same answers.
+
+    Raises:
+        DataError: As `render`; or a row's answers are not those of the first.
+    """
+    examples: list[Example] = []
+    for position, row in enumerate(rows):
+        example = render(
+            task,
+            row,
+            kind=kind,
+            index=None if isinstance(row, Row) else position,
+            labels=labels,
+            num_choices=num_choices,
+            choices=choices,
+        )
+        # From the first row on, its answers are everyone's: a row with others is refused, by name.
+        choices = choices or example.choices
+        examples.append(example)
+    return examples
 
 
-def _target(task: Task, row: Mapping[str, Any], where: str, choices: Sequence[str], labels: Labels) -> int | None:
-    source = task.doc_to_target
-    template = _as_template(str(source)) if source is not None else ""
-    missing = sorted(fields_of(template) - row.keys()) if source is not None else ["doc_to_target"]
-    if missing:
-        if labels == "optional":
-            return None
-        raise DataError(f"{where}: no label: {', '.join(missing)} is missing (task {task.task})")
-    text = render_text(template, row, where).strip()
-    if text in choices:
-        return list(choices).index(text)
-    if text.lstrip("-").isdigit() and 0 <= int(text) < len(choices):
-        return int(text)
-    if labels == "optional" and text in ("-1", "None", ""):
+def resolve_choices(task: Task, rows: Iterable[Row | Mapping[str, Any]] = ()) -> tuple[str, ...]:
+    """The task's answers; where a template yields them, the same for every row.
+
+    Raises:
+        DataError: A row's answers differ from the first row's; the row is named.
+    """
+    if isinstance(task.doc_to_choice, tuple):
+        return task.doc_to_choice
+    answers: tuple[str, ...] | None = None
+    for position, row in enumerate(rows):
+        values = row.values if isinstance(row, Row) else row
+        number = row.index if isinstance(row, Row) else position
+        answers = _choices_of(task, values, f"row {number}", answers)
+    if answers is None:
+        raise DataError(f"task {quoted(task.task)}: its answers come from the rows, and there is none")
+    return answers
+
+
+def data_fingerprint(examples: Iterable[Example]) -> str:
+    """SHA-256 of what the examples say and in which order: prompts, inputs, answers and labels."""
+    digest = hashlib.sha256()
+    for example in examples:
+        content = [example.text, example.inputs, example.choices, example.target]
+        digest.update(json.dumps(content, ensure_ascii=True, separators=(",", ":")).encode("ascii"))
+        digest.update(b"\n")
+    return digest.hexdigest()
+
+
+def _left_out(task: Task, values: Mapping[str, Any], where: str) -> bool:
+    """Whether ``keep_if`` leaves the row out, as far as the row's fields tell."""
+    if task.keep_if is None or not compiled_template(task.keep_if).fields <= set(values):
+        return False
+    return not keeps(task, values, where)
+
+
+def _choices_of(
+    task: Task, values: Mapping[str, Any], where: str, expected: tuple[str, ...] | None
+) -> tuple[str, ...]:
+    if isinstance(task.doc_to_choice, tuple):
+        answers = task.doc_to_choice
+    else:
+        template = compiled_template(task.doc_to_choice)
+        if expected is not None and any(values.get(name) is None for name in template.fields):
+            return expected
+        answers = _evaluated_choices(template, values, where)
+    if expected is not None and answers != expected:
+        raise DataError(
+            f"{where}: its answers are {listed(answers)}, not {listed(expected)}: all rows must have "
+            "the same; correct doc_to_choice, or leave such rows out with keep_if"
+        )
+    return answers
+
+
+def _evaluated_choices(template: CompiledTemplate, values: Mapping[str, Any], where: str) -> tuple[str, ...]:
+    answers = template.value(values, where)
+    if isinstance(answers, str):
+        try:  # the harness reads the rendered text as a Python literal
+            answers = ast.literal_eval(answers.strip())
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+            raise DataError(f"{where}: doc_to_choice gives {quoted(answers)}, which is no list") from None
+    if isinstance(answers, Mapping):
+        answers = list(answers.values())
+    if not isinstance(answers, (list, tuple)):
+        raise DataError(f"{where}: doc_to_choice gives {quoted(answers)}, which is no list")
+    try:
+        return checked_choices(answers)
+    except DataError as error:
+        raise DataError(f"{where}: doc_to_choice: {error}") from None
+
+
+def _label_source(task: Task) -> str:
+    if task.doc_to_target is None:
+        return f"task {quoted(task.task)} has no doc_to_target"
+    return f"doc_to_target is {quoted(task.doc_to_target)}"
+
+
+def _target_of(task: Task, values: Mapping[str, Any], answers: tuple[str, ...], where: str) -> int | None:
+    """Index of the right answer; None where the row has no label."""
+    if task.doc_to_target is None:
         return None
-    raise DataError(f"{where}: the label {text!r} is neither an answer {tuple(choices)} nor an index into them")
+    if isinstance(task.doc_to_target, int):
+        return _index(task.doc_to_target, answers, where)
+    template = compiled_template(task.doc_to_target)
+    if template.fields and any(values.get(name) in _NO_LABEL for name in template.fields):
+        return None
+    result = template.value(values, where)
+    if not template.is_field and isinstance(result, bool):
+        result = str(result)  # as rendered; a bare boolean field counts as 0 or 1, as in the harness
+        if result not in answers:
+            result = int(result == "True")
+    if isinstance(result, bool):
+        return _index(int(result), answers, where)
+    if isinstance(result, float) and result.is_integer():
+        result = int(result)
+    if isinstance(result, int):
+        return None if result == -1 else _index(result, answers, where)
+    if isinstance(result, str):
+        return _index_of_text(result, answers, where, rendered=not template.is_field)
+    if result is None:
+        return None
+    raise _unknown_label(result, answers, where)
 
 
-def data_fingerprint(examples: Sequence[Example], choices: Sequence[str]) -> str:
-    """SHA-256 over what a model is shown and told: texts, targets and answers, in order."""
-    content = [list(choices), [[list(example.texts), example.target] for example in examples]]
-    return hashlib.sha256(json.dumps(content, ensure_ascii=False).encode()).hexdigest()
+def _index(number: int, answers: tuple[str, ...], where: str) -> int:
+    if not 0 <= number < len(answers):
+        raise _unknown_label(number, answers, where)
+    return number
+
+
+def _index_of_text(text: str, answers: tuple[str, ...], where: str, *, rendered: bool) -> int | None:
+    text = text if text in answers else text.strip()
+    if text in ("", "-1"):
+        return None
+    number = int(text) if text.isascii() and text.isdigit() and len(text) < 10 else None
+    if text in answers:
+        position = answers.index(text)
+        if rendered and number is not None and number != position:
+            # The harness takes digits for an index; who wrote the file may have meant the answer's text.
+            raise DataError(
+                f"{where}: the label {quoted(text)} is an answer, and also an index of another one; write "
+                "doc_to_target as a field's bare name for the answer, or with `| int` for the index"
+            )
+        return position
+    if number is not None:
+        return _index(number, answers, where)
+    raise _unknown_label(text, answers, where)
+
+
+def _unknown_label(label: object, answers: tuple[str, ...], where: str) -> DataError:
+    return DataError(
+        f"{where}: unknown label {quoted(label)}: the {len(answers)} answers are {listed(answers)}, by text "
+        "or by index from 0; correct the row, or the task's doc_to_target"
+    )

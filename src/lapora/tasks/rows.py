@@ -1,104 +1,176 @@
-"""Rows of a split, from local files or the Hub."""
+"""The rows of a task's split: from a local folder, from the task's own files, or from the Hub."""
 
 from __future__ import annotations
 
-import json
+import itertools
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lapora.errors import DataError
+from lapora.errors import DataError, UsageError
+from lapora.tasks.files import find_split_file, read_file
+from lapora.tasks.quoting import first_line, listed, quoted
 from lapora.tasks.task import Task
-from lapora.tasks.templates import render_value
+from lapora.tasks.templates import compiled_template
 
-_LOADERS = {".json": "json", ".csv": "csv", ".parquet": "parquet"}
+_FILE_LOADERS = ("json", "csv", "parquet")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of the data.
+
+    Attributes:
+        index: Its number in the split, from 0, before any row is left out.
+        values: Its values by field name.
+    """
+
+    index: int
+    values: Mapping[str, Any]
 
 
 def load_rows(
     task: Task, split: str, *, data_dir: str | Path | None = None, limit: int | None = None
-) -> list[dict[str, Any]]:
-    """Read the rows of one split that the task keeps, in order.
+) -> list[Row]:
+    """The rows of a split that the task keeps.
 
     Args:
         task: The task.
-        split: ``train``, ``validation`` ...; on the Hub, the task's own name for it.
-        data_dir: A folder with ``<split>.jsonl`` (or .json, .csv, .parquet), read instead of the Hub.
-        limit: Keep the first so many rows.
+        split: ``train``, ``validation`` or ``test`` (mapped to the data set's own names), or any other name.
+        data_dir: Folder with ``SPLIT.jsonl`` (or .json, .csv, .parquet), instead of the task's own source.
+        limit: Only the first so many of the rows that are kept.
+
+    Returns:
+        At least one row, in the source's order.
 
     Raises:
-        DataError: The data is missing, empty or not what it says.
+        DataError: The source cannot be read, is not what it says, or has no rows for this task.
+        UsageError: ``limit`` is not positive.
     """
-    rows = _local_rows(Path(data_dir), split) if data_dir is not None else _hub_rows(task, split)
-    source = f"{data_dir or task.dataset_path} ({split})"
-    if task.keep_if:
-        rows = [r for i, r in enumerate(rows) if render_value(task.keep_if, r, f"{source}, row {i}") is True]
-    if not rows:
-        raise DataError(f"{source}: no rows; check the split and the task's keep_if")
-    return rows[:limit] if limit else rows
+    if limit is not None and limit < 1:
+        raise UsageError(f"--limit {limit}: must be at least 1")
+    where, source = _open(task, split, data_dir)
+    kept: list[Row] = []
+    seen = 0
+    rows = (Row(index, values) for index, values in enumerate(source))
+    for row in rows:
+        seen += 1
+        if keeps(task, row.values, f"{where}, row {row.index}"):
+            kept.append(row)
+            if len(kept) == limit:
+                break
+    if not seen:
+        raise DataError(f"{where}: no rows; choose another split with --split, or check the file")
+    if not kept:
+        raise DataError(f"{where}: keep_if leaves none of the {seen} rows; check task {quoted(task.task)}")
+    return kept
 
 
-def _local_rows(folder: Path, split: str) -> list[dict[str, Any]]:
-    if not folder.is_dir():
-        raise DataError(f"{folder}: no such folder; --data-dir is a folder with {split}.jsonl")
-    jsonl = folder / f"{split}.jsonl"
-    if jsonl.is_file():
-        return _jsonl_rows(jsonl)
-    for suffix, loader in _LOADERS.items():
-        file = folder / f"{split}{suffix}"
-        if file.is_file():
-            return _read_with_datasets(loader, file)
-    found = ", ".join(sorted(item.name for item in folder.iterdir())[:8]) or "nothing"
-    raise DataError(f"{folder}: no {split}.jsonl, .json, .csv or .parquet there (found {found}); see --split")
+def keeps(task: Task, values: Mapping[str, Any], where: str) -> bool:
+    """Whether the task's ``keep_if`` keeps a row.
 
-
-def _jsonl_rows(file: Path) -> list[dict[str, Any]]:
-    rows = []
-    with file.open(encoding="utf-8-sig", errors="strict") as stream:
-        try:
-            for number, line in enumerate(stream, start=1):
-                if line.strip():
-                    row = json.loads(line)
-                    if not isinstance(row, dict):
-                        raise DataError(f"{file}, line {number}: not a JSON object")
-                    rows.append(row)
-        except UnicodeDecodeError as error:
-            raise DataError(f"{file}: not UTF-8 text ({error})") from error
-        except json.JSONDecodeError as error:
-            raise DataError(f"{file}, line {number}: not valid JSON ({error})") from error
-    return rows
-
-
-def _read_with_datasets(loader: str, file: Path) -> list[dict[str, Any]]:
-    import tempfile
-
-    import datasets
-
-    datasets.disable_progress_bars()
-    try:
-        with tempfile.TemporaryDirectory() as cache:
-            loaded = datasets.load_dataset(
-                loader, data_files=str(file), split="train", cache_dir=cache, keep_in_memory=True
-            )
-            return [dict(row) for row in loaded]
-    except Exception as error:
-        # The library wraps its readers' errors in many types; all of them mean that the file is not readable.
-        reason = str(error.__cause__ or error).splitlines()[0]
-        raise DataError(f"{file}: cannot be read as {loader} ({reason[:160]})") from error
-
-
-def _hub_rows(task: Task, split: str) -> list[dict[str, Any]]:
-    if not task.dataset_path:
-        raise DataError(f"task {task.task} names no dataset_path; give its rows with --data-dir")
-    import datasets
-
-    datasets.disable_progress_bars()
-    named = {"train": task.training_split, "validation": task.validation_split, "test": task.test_split}
-    try:
-        loaded = datasets.load_dataset(task.dataset_path, task.dataset_name, split=named.get(split) or split)
-        return [dict(row) for row in loaded]
-    except Exception as error:
-        # Network, authentication, unknown configuration or split: the library's types differ by release.
-        reason = (str(error) or type(error).__name__).splitlines()[0]
+    Raises:
+        DataError: The row lacks a field of ``keep_if``, or that is neither true nor false.
+    """
+    if task.keep_if is None:
+        return True
+    template = compiled_template(task.keep_if)
+    lacking = sorted(template.fields - set(values))
+    if lacking:
         raise DataError(
-            f"{task.dataset_path} ({split}) cannot be had from the Hub ({reason[:160]}); "
-            "check the network and the split, or give local files with --data-dir"
-        ) from error
+            f"{where}: no field {listed(lacking)}, which keep_if needs; it has {listed(list(values))}"
+        )
+    result = template.value(values, where)
+    if isinstance(result, (bool, int)):
+        return bool(result)
+    word = result.strip().lower() if isinstance(result, str) else None
+    if word not in ("true", "false", "1", "0"):
+        raise DataError(f"{where}: keep_if gives {quoted(result)}, which is neither true nor false")
+    return word in ("true", "1")
+
+
+def _open(task: Task, split: str, data_dir: str | Path | None) -> tuple[str, Iterable[Mapping[str, Any]]]:
+    """The source's rows, and how messages name it."""
+    if data_dir is not None:
+        names = list(dict.fromkeys([split, task.source_split(split)]))
+        path = find_split_file(Path(data_dir), names)
+        return quoted(str(path), 200).strip("'\""), read_file(path)
+    files = task.dataset_kwargs.get("data_files")
+    if files is not None and (task.dataset_path is None or task.dataset_path in _FILE_LOADERS):
+        paths = _files_of_split(task, split, files)
+        if not any("://" in path for path in paths):
+            return f"task {quoted(task.task)}, split {split}", _read_all(task, paths)
+    if task.dataset_path is None:
+        raise DataError(
+            f"task {quoted(task.task)} names no data: give --data-dir DIR, or dataset_path in its YAML"
+        )
+    hub_split = task.source_split(split)
+    return f"{task.hub_source or task.dataset_path}, split {hub_split}", _hub_rows(task, hub_split)
+
+
+def _files_of_split(task: Task, split: str, files: Any) -> list[str]:
+    # Without split names the harness, through `datasets`, takes all files as the training split.
+    by_split = dict(files) if isinstance(files, Mapping) else {"train": files}
+    for name in (split, task.source_split(split)):
+        if name in by_split:
+            named = by_split[name]
+            return [named] if isinstance(named, str) else list(named)
+    raise DataError(
+        f"task {quoted(task.task)}: data_files has no split {quoted(split)}; it has {listed(list(by_split))}"
+    )
+
+
+def _read_all(task: Task, paths: list[str]) -> Iterator[Mapping[str, Any]]:
+    for path in paths:
+        if not Path(path).is_file():
+            raise DataError(f"task {quoted(task.task)}: no file {quoted(path, 200)}; correct its data_files")
+    return itertools.chain.from_iterable(read_file(Path(path)) for path in paths)
+
+
+def _hub_rows(task: Task, split: str) -> Iterable[Mapping[str, Any]]:
+    import datasets
+
+    named = quoted(task.hub_source or task.dataset_path).strip("'\"")
+    remedy = "or give the rows as files with --data-dir DIR"
+    try:
+        loaded = datasets.load_dataset(
+            task.dataset_path, task.dataset_name, split=split, **task.dataset_kwargs
+        )
+    except (KeyboardInterrupt, MemoryError):
+        raise
+    except Exception as error:  # `datasets` raises whatever the layer below raised
+        if _is_unreachable(error):
+            raise DataError(
+                f"cannot reach the Hub for {named} ({first_line(error, 120)}); connect, {remedy}"
+            ) from None
+        if type(error).__name__ == "DatasetNotFoundError":
+            raise DataError(
+                f"no data set {named} on the Hub, or it is not public: correct dataset_path, {remedy}"
+            ) from None
+        if isinstance(error, RuntimeError) and "scripts are no longer supported" in str(error):
+            raise DataError(
+                f"{named} is loaded by a Python script, which `datasets` no longer runs; use "
+                f"a converted copy, {remedy}"
+            ) from None
+        raise DataError(f"{named}, split {split}: {first_line(error)}; correct the task, {remedy}") from None
+    return loaded
+
+
+def _is_unreachable(error: BaseException) -> bool:
+    """Whether an error, or what caused it, is about the connection."""
+    seen: set[int] = set()
+    current: BaseException | None = error
+    while current is not None and id(current) not in seen:
+        seen.add(id(current))
+        names = {kind.__name__ for kind in type(current).__mro__}
+        if names & {
+            "ConnectionError",
+            "OfflineModeIsEnabled",
+            "TimeoutError",
+            "TransportError",
+            "LocalEntryNotFoundError",
+        }:
+            return True
+        current = current.__cause__ or current.__context__
+    return False

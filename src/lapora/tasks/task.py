@@ -1,109 +1,196 @@
-"""A task: one YAML file in the vocabulary of lm-evaluation-harness."""
+"""A task: how a row of data becomes a prompt, the answers to choose from, and the right one.
+
+The vocabulary is lm-evaluation-harness's, with four keys of lapora's own: ``doc_to_inputs``, ``keep_if``,
+``truncate_field`` and ``max_length``.
+"""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
-from importlib import resources
-from pathlib import Path
-from typing import Any
-
-import yaml
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, cast
 
 from lapora.errors import DataError
+from lapora.tasks.keys import KEY_PARSERS, kind_of, plain
+from lapora.tasks.quoting import listed, quoted
+from lapora.tasks.templates import CompiledTemplate, compiled_template
 
-_LARGEST_FILE = 1_000_000
-_DEFAULT_MAX_LENGTH = 512
+TaskKind = Literal["causal", "classifier"]
+
+DEFAULT_MAX_LENGTH = 512
+"""Tokens of a row, where the task does not say."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """The resolved fields of a task file; see ``docs/tasks.md`` for each."""
+    """One task, validated.
+
+    Attributes:
+        task: Its name.
+        dataset_path: Hub data set, or ``json``, ``csv``, ``parquet`` with ``dataset_kwargs.data_files``.
+        dataset_name: Configuration of the Hub data set.
+        dataset_kwargs: ``data_files`` and nothing else.
+        training_split: The data set's split that ``train`` means.
+        validation_split: The one that ``validation`` means.
+        test_split: The one that ``test`` means.
+        output_type: ``multiple_choice``.
+        doc_to_text: Template of a causal model's prompt.
+        doc_to_choice: The answers, or a template that yields them.
+        doc_to_target: Template of the right answer, as index or as text; or a constant index.
+        doc_to_inputs: Templates of the one or two texts that a sequence classifier reads.
+        keep_if: Template; rows for which it is false are left out.
+        metric: ``acc`` or ``mcc``.
+        metric_list: As in the harness; ``metric`` is taken from it.
+        truncate_field: The field that is shortened when a row is too long.
+        max_length: Tokens of a row; one number, or one for each kind of model.
+        target_delimiter: What stands between prompt and answer.
+        tag: As in the harness; not used.
+        metadata: As in the harness; not used.
+    """
 
     task: str
-    doc_to_choice: list[str] | str
-    doc_to_target: str | int | None = None
-    doc_to_text: str | None = None
-    doc_to_inputs: list[str] | None = None
     dataset_path: str | None = None
     dataset_name: str | None = None
-    training_split: str = "train"
-    validation_split: str = "validation"
+    dataset_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    training_split: str | None = None
+    validation_split: str | None = None
     test_split: str | None = None
+    output_type: str = "multiple_choice"
+    doc_to_text: str | None = None
+    doc_to_choice: tuple[str, ...] | str = ()
+    doc_to_target: str | int | None = None
+    doc_to_inputs: tuple[str, ...] | None = None
     keep_if: str | None = None
     metric: str = "acc"
+    metric_list: tuple[Mapping[str, Any], ...] = ()
     truncate_field: str | None = None
-    max_length: int | dict[str, int] = _DEFAULT_MAX_LENGTH
+    max_length: int | Mapping[str, int] | None = None
     target_delimiter: str = " "
+    tag: Any = None
+    metadata: Any = None
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, as recorded in a posterior's manifest."""
-        return asdict(self)
+    @property
+    def kinds(self) -> tuple[TaskKind, ...]:
+        """The kinds of model that the task serves."""
+        served: list[TaskKind] = []
+        if self.doc_to_text is not None:
+            served.append("causal")
+        if self.doc_to_inputs is not None:
+            served.append("classifier")
+        return tuple(served)
 
-    @classmethod
-    def from_dict(cls, values: Any, source: str) -> Task:
-        """Check the fields of a task file.
+    @property
+    def hub_source(self) -> str | None:
+        """``path/configuration`` on the Hub, or None for a task of local files."""
+        if self.dataset_path is None or "data_files" in self.dataset_kwargs:
+            return None
+        return self.dataset_path if self.dataset_name is None else f"{self.dataset_path}/{self.dataset_name}"
+
+    def max_length_for(self, kind: TaskKind) -> int:
+        """Most tokens of a row for this kind of model."""
+        if isinstance(self.max_length, Mapping):
+            return self.max_length.get(kind, DEFAULT_MAX_LENGTH)
+        return self.max_length or DEFAULT_MAX_LENGTH
+
+    def source_split(self, split: str) -> str:
+        """The data set's own name of a split: ``train``, ``validation`` and ``test`` are mapped."""
+        named = {"train": self.training_split, "validation": self.validation_split, "test": self.test_split}
+        return named.get(split) or split
+
+    def prompt_templates(self, kind: TaskKind) -> tuple[CompiledTemplate, ...]:
+        """The templates of what a model of this kind reads.
 
         Raises:
-            DataError: An unknown, missing or wrong-typed field; ``source`` names the file.
+            DataError: The task does not serve this kind of model.
         """
-        if not isinstance(values, dict):
-            raise DataError(f"{source}: a task is a mapping of fields, such as `task:` and `doc_to_choice:`")
-        known = {field.name for field in fields(cls)}
-        unknown = sorted(str(key) for key in values if key not in known)
+        if kind not in self.kinds:
+            needed, other = {
+                "causal": ("doc_to_text", "classifier"),
+                "classifier": ("doc_to_inputs", "causal"),
+            }[kind]
+            raise DataError(
+                f"task {quoted(self.task)} serves only {other} models: its YAML has no {needed}; add one "
+                "(`lapora tasks` lists the tasks with their kinds)"
+            )
+        sources = (cast(str, self.doc_to_text),) if kind == "causal" else cast(tuple, self.doc_to_inputs)
+        return tuple(compiled_template(source) for source in sources)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The task as plain JSON values, without what is at its default; `from_dict` reads it back."""
+        values: dict[str, Any] = {}
+        for entry in fields(self):
+            value = getattr(self, entry.name)
+            default = {} if entry.name == "dataset_kwargs" else entry.default
+            if entry.name == "task" or value != default:
+                values[entry.name] = plain(value)
+        return values
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], *, source: str = "the task") -> Task:
+        """Validate a YAML file's or a manifest's values.
+
+        Args:
+            values: Key to value.
+            source: The file, as an error message names it.
+
+        Raises:
+            DataError: An unknown key, a wrong type, a template that cannot be compiled, or keys that do not
+                go together; the message names the key.
+        """
+        if not isinstance(values, Mapping):
+            raise DataError(f"{source}: a task is a mapping of keys to values, not {kind_of(values)}")
+        unknown = [key for key in values if key not in KEY_PARSERS]
         if unknown:
-            raise DataError(f"{source}: unknown field {', '.join(unknown)}; known are {', '.join(sorted(known))}")
-        missing = [name for name in ("task", "doc_to_choice") if name not in values]
-        if missing:
-            raise DataError(f"{source}: the field {', '.join(missing)} is missing")
-        choice = values["doc_to_choice"]
-        if not (isinstance(choice, str) or (isinstance(choice, list) and len(choice) >= 2)):
-            raise DataError(f"{source}: doc_to_choice is a list of two answers or more, or a template of one")
-        if isinstance(choice, list):
-            values = values | {"doc_to_choice": [str(item) for item in choice]}
-        inputs = values.get("doc_to_inputs")
-        if inputs is not None and not (isinstance(inputs, list) and len(inputs) in (1, 2)):
-            raise DataError(f"{source}: doc_to_inputs is a list of one or two templates")
-        if values.get("metric", "acc") not in ("acc", "mcc"):
-            raise DataError(f"{source}: metric is acc or mcc, not {values['metric']!r}")
-        if not values.get("doc_to_text") and not inputs:
-            raise DataError(f"{source}: give doc_to_text (causal models), doc_to_inputs (classifiers), or both")
-        return cls(**values)
-
-    def max_length_for(self, kind: str) -> int:
-        """Tokens that a row may have, for a ``causal`` model or a ``classifier``."""
-        if isinstance(self.max_length, dict):
-            return int(self.max_length.get(kind, _DEFAULT_MAX_LENGTH))
-        return int(self.max_length)
+            raise DataError(
+                f"{source}: unknown key {listed([str(key) for key in unknown])}; a task may have "
+                f"{', '.join(KEY_PARSERS)}"
+            )
+        parsed: dict[str, Any] = {}
+        for key, value in values.items():
+            if value is None:
+                continue
+            try:
+                parsed[key] = KEY_PARSERS[key](value)
+            except DataError as error:
+                raise DataError(f"{source}: {key}: {error}") from None
+        if "task" not in parsed:
+            raise DataError(f"{source}: no key 'task': give the task a name")
+        task = cls(**parsed)
+        if task.metric_list and "metric" not in parsed:
+            task = cls(**{**parsed, "metric": _metric_of(task.metric_list, source)})
+        _check_together(task, source)
+        return task
 
 
-def builtin_tasks() -> list[str]:
-    """Names of the built-in tasks."""
-    folder = resources.files("lapora.tasks") / "builtin"
-    return sorted(item.name.removesuffix(".yaml") for item in folder.iterdir() if item.name.endswith(".yaml"))
+def _check_together(task: Task, source: str) -> None:
+    if not task.kinds:
+        raise DataError(
+            f"{source}: neither doc_to_text (for causal models) nor doc_to_inputs (for classifiers); add one"
+        )
+    if not task.doc_to_choice:
+        raise DataError(f"{source}: no doc_to_choice: list the answers, or give a template that yields them")
+    if isinstance(task.doc_to_target, int) and isinstance(task.doc_to_choice, tuple):
+        count = len(task.doc_to_choice)
+        if not 0 <= task.doc_to_target < count:
+            raise DataError(f"{source}: doc_to_target: {task.doc_to_target} is no index into {count} choices")
+    if task.truncate_field is not None:
+        names: set[str] = set()
+        for kind in task.kinds:
+            for template in task.prompt_templates(kind):
+                names |= template.fields | template.optional_fields
+        if task.truncate_field not in names:
+            raise DataError(
+                f"{source}: truncate_field: {quoted(task.truncate_field)} is no field of doc_to_text or "
+                f"doc_to_inputs, which use {listed(sorted(names))}"
+            )
 
 
-def builtin_yaml(name: str) -> str:
-    """Text of a built-in task's file."""
-    return (resources.files("lapora.tasks") / "builtin" / f"{name}.yaml").read_text(encoding="utf-8")
-
-
-def load_task(name_or_path: str) -> Task:
-    """Load a built-in task by name, or any task by the path of its YAML file.
-
-    Raises:
-        DataError: No such task, or a file that is not one.
-    """
-    if name_or_path in builtin_tasks():
-        return Task.from_dict(yaml.safe_load(builtin_yaml(name_or_path)), name_or_path)
-    path = Path(name_or_path)
-    if not path.is_file():
-        raise DataError(f"{name_or_path}: neither a built-in task ({', '.join(builtin_tasks())}) nor a task file")
-    if path.stat().st_size > _LARGEST_FILE:
-        raise DataError(f"{path}: larger than a task file can be ({_LARGEST_FILE} bytes)")
-    try:
-        text = path.read_text(encoding="utf-8")
-        if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text)):
-            raise DataError(f"{path}: YAML aliases are not allowed in a task file")
-        return Task.from_dict(yaml.safe_load(text), str(path))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from error
+def _metric_of(metric_list: tuple[Mapping[str, Any], ...], source: str) -> str:
+    named = [entry.get("metric") for entry in metric_list]
+    for metric in ("mcc", "acc"):
+        if metric in named:
+            return metric
+    raise DataError(
+        f"{source}: metric_list: none of {listed([str(name) for name in named])} is one "
+        "that lapora computes: acc or mcc"
+    )

@@ -1,51 +1,163 @@
-"""Jinja2 templates in a sandbox, strict about missing fields."""
+"""Templates of a task: compiled once, rendered row by row, as text or as a value."""
 
 from __future__ import annotations
 
-import ast
 from collections.abc import Mapping
-from functools import cache
+from functools import lru_cache
 from typing import Any
 
-from jinja2 import StrictUndefined, Template, TemplateError, meta
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2 import Template, nodes
+from jinja2.exceptions import SecurityError, TemplateError, TemplateSyntaxError
+from jinja2.meta import find_undeclared_variables
+from jinja2.runtime import Undefined
 
 from lapora.errors import DataError
+from lapora.tasks.quoting import first_line, listed, quoted
+from lapora.tasks.sandbox import BUDGET, MAX_OUTPUT, MAX_SOURCE, LoopBudget, TemplateEnvironment
 
-_ENVIRONMENT = ImmutableSandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True)
+_RESULT = "lapora_result"
+_GUARDS = frozenset({"defined", "undefined", "none"})
+# What a template's own operations raise on a row that is not as it expects: 'E' is not in a list, and so on.
+_ROW_ERRORS = (ValueError, TypeError, KeyError, IndexError, AttributeError, ArithmeticError, RecursionError)
 
-
-@cache
-def _compiled(source: str) -> Template:
-    try:
-        return _ENVIRONMENT.from_string(source)
-    except TemplateError as error:
-        raise DataError(f"template {source!r} is not valid Jinja2: {error}") from error
-
-
-def fields_of(source: str) -> set[str]:
-    """Names of the row fields that a template reads."""
-    _compiled(source)
-    return meta.find_undeclared_variables(_ENVIRONMENT.parse(source))
+_environment = TemplateEnvironment()
 
 
-def render_text(source: str, row: Mapping[str, Any], where: str) -> str:
-    """Render a template.
+class CompiledTemplate:
+    """A template, or the bare name of a field as lm-evaluation-harness allows.
+
+    Attributes:
+        source: As written in the task.
+        fields: Names that a row must have.
+        optional_fields: Names that the template itself guards (``is defined``, ``default``).
 
     Raises:
-        DataError: A field is missing or the template fails; ``where`` names the row.
+        DataError: It is not a template, or it needs what templates are not offered.
     """
-    template = _compiled(source)
-    try:
-        return template.render(**row)
-    except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError) as error:
-        raise DataError(f"{where}: template {source!r} cannot be filled ({error})") from error
+
+    def __init__(self, source: str) -> None:
+        self.source = source
+        self.optional_fields: frozenset[str] = frozenset()
+        self._text: Template | None = None
+        self._value: Template | None = None
+        if "{{" not in source and "{%" not in source and "{#" not in source:
+            self.fields = frozenset({source})
+            return
+        if len(source) > MAX_SOURCE:
+            raise DataError(f"the template has {len(source)} characters; at most {MAX_SOURCE} are taken")
+        try:
+            tree = _environment.bounded_ast(source)
+            names = find_undeclared_variables(tree) - set(_environment.globals)
+            guarded = _guarded_names(tree)
+            self.fields, self.optional_fields = frozenset(names - guarded), frozenset(names & guarded)
+            expression = _sole_expression(tree)
+            self._text = _compiled(tree)
+            if expression is not None:
+                assignment = nodes.Assign(nodes.Name(_RESULT, "store"), expression, lineno=1)
+                self._value = _compiled(nodes.Template([assignment], lineno=1))
+        except TemplateSyntaxError as error:
+            raise DataError(f"{first_line(error)} (line {error.lineno} of the template)") from None
+        except (TemplateError, SyntaxError, MemoryError, *_ROW_ERRORS) as error:
+            raise DataError(f"the template cannot be compiled: {first_line(error)}") from None
+
+    @property
+    def is_field(self) -> bool:
+        """Whether this is the bare name of a field."""
+        return self._text is None
+
+    def text(self, row: Mapping[str, Any], where: str) -> str:
+        """Render to text.
+
+        Args:
+            row: The row's values by field name.
+            where: The row, as an error message names it.
+
+        Raises:
+            DataError: The row lacks what the template needs, or the template goes out of bounds.
+        """
+        if self._text is None:
+            return str(self._field(row, where))
+        size = 0
+        chunks = []
+        try:
+            for chunk in self._text.root_render_func(_context(self._text, row)):
+                size += len(chunk)
+                if size > MAX_OUTPUT:
+                    raise SecurityError(f"it produces more than {MAX_OUTPUT} characters")
+                chunks.append(chunk)
+        except (TemplateError, *_ROW_ERRORS) as error:
+            raise self._failure(error, where) from None
+        return "".join(chunks)
+
+    def value(self, row: Mapping[str, Any], where: str) -> Any:
+        """The value of the template's only expression as it is, else the rendered text.
+
+        A list stays a list this way, without evaluating text.
+
+        Raises:
+            DataError: As `text`.
+        """
+        if self._text is None:
+            return self._field(row, where)
+        if self._value is None:
+            return self.text(row, where)
+        context = _context(self._value, row)
+        try:
+            for _ in self._value.root_render_func(context):
+                pass
+            result = context.vars[_RESULT]
+            if isinstance(result, Undefined):
+                str(result)  # raises, naming what is undefined
+            if hasattr(result, "__next__"):
+                result = list(result)
+        except (TemplateError, *_ROW_ERRORS) as error:
+            raise self._failure(error, where) from None
+        return result
+
+    def _field(self, row: Mapping[str, Any], where: str) -> Any:
+        if self.source not in row:
+            names = listed([str(name) for name in row]) or "no fields at all"
+            raise DataError(f"{where}: no field {quoted(self.source)}; it has {names}")
+        return row[self.source]
+
+    def _failure(self, error: Exception, where: str) -> DataError:
+        verb = "is refused" if isinstance(error, SecurityError) else "does not fit the row"
+        return DataError(f"{where}: the template {quoted(self.source)} {verb}: {first_line(error)}")
 
 
-def render_value(source: str, row: Mapping[str, Any], where: str) -> Any:
-    """Render a template and read the text as a Python literal where it is one (numbers, lists, booleans)."""
-    text = render_text(source, row, where)
-    try:
-        return ast.literal_eval(text.strip())
-    except (ValueError, SyntaxError, MemoryError, RecursionError):
-        return text
+@lru_cache(maxsize=512)
+def compiled_template(source: str) -> CompiledTemplate:
+    """The template of ``source``, compiled once."""
+    return CompiledTemplate(source)
+
+
+def _compiled(tree: nodes.Template) -> Template:
+    tree.set_environment(_environment)
+    code = _environment.compile(tree)
+    return Template.from_code(_environment, code, _environment.globals)
+
+
+def _context(template: Template, row: Mapping[str, Any]) -> Any:
+    return template.new_context({**row, BUDGET: LoopBudget()})
+
+
+def _sole_expression(tree: nodes.Template) -> nodes.Expr | None:
+    if len(tree.body) != 1 or not isinstance(tree.body[0], nodes.Output):
+        return None
+    parts = [
+        part
+        for part in tree.body[0].nodes
+        if not (isinstance(part, nodes.TemplateData) and not part.data.strip())
+    ]
+    if len(parts) != 1 or isinstance(parts[0], nodes.TemplateData):
+        return None
+    return parts[0]
+
+
+def _guarded_names(tree: nodes.Template) -> set[str]:
+    """Names that stand under a test for being there, or under ``default``."""
+    guards: list[nodes.Expr | None] = [
+        test.node for test in tree.find_all(nodes.Test) if test.name in _GUARDS
+    ]
+    guards += [found.node for found in tree.find_all(nodes.Filter) if found.name in ("default", "d")]
+    return {guard.name for guard in guards if isinstance(guard, nodes.Name)}
