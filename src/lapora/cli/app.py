@@ -283,7 +283,7 @@ def eval_command(
 @app.command("tasks")
 def tasks_command(name: Annotated[str | None, typer.Argument(help="Print this task's YAML.")] = None) -> None:
     """List the built-in tasks, or print one as YAML to start your own from."""
-    from lapora.tasks import builtin_tasks, builtin_yaml, load_task
+    from lapora.tasks import builtin_tasks, builtin_yaml, describe_task, load_task
 
     if name is not None:
         if name not in builtin_tasks():
@@ -291,9 +291,9 @@ def tasks_command(name: Annotated[str | None, typer.Argument(help="Print this ta
         typer.echo(builtin_yaml(name), nl=False)
         return
     for each in builtin_tasks():
-        task = load_task(each)
-        choices = task.doc_to_choice if isinstance(task.doc_to_choice, str) else " | ".join(task.doc_to_choice)
-        typer.echo(f"{each}\t{choices}\t{task.metric}\t{task.dataset_path}")
+        about = describe_task(load_task(each))
+        choices = about["choices"] if isinstance(about["choices"], str) else " | ".join(about["choices"])
+        typer.echo("\t".join([each, ",".join(about["kinds"]), choices, about["metric"], about["hub"] or ""]))
 
 
 @app.command("inspect")

@@ -30,9 +30,7 @@ class Row:
     values: Mapping[str, Any]
 
 
-def load_rows(
-    task: Task, split: str, *, data_dir: str | Path | None = None, limit: int | None = None
-) -> list[Row]:
+def load_rows(task: Task, split: str, *, data_dir: str | Path | None = None, limit: int | None = None) -> list[Row]:
     """The rows of a split that the task keeps.
 
     Args:
@@ -78,9 +76,7 @@ def keeps(task: Task, values: Mapping[str, Any], where: str) -> bool:
     template = compiled_template(task.keep_if)
     lacking = sorted(template.fields - set(values))
     if lacking:
-        raise DataError(
-            f"{where}: no field {listed(lacking)}, which keep_if needs; it has {listed(list(values))}"
-        )
+        raise DataError(f"{where}: no field {listed(lacking)}, which keep_if needs; it has {listed(list(values))}")
     result = template.value(values, where)
     if isinstance(result, (bool, int)):
         return bool(result)
@@ -102,9 +98,7 @@ def _open(task: Task, split: str, data_dir: str | Path | None) -> tuple[str, Ite
         if not any("://" in path for path in paths):
             return f"task {quoted(task.task)}, split {split}", _read_all(task, paths)
     if task.dataset_path is None:
-        raise DataError(
-            f"task {quoted(task.task)} names no data: give --data-dir DIR, or dataset_path in its YAML"
-        )
+        raise DataError(f"task {quoted(task.task)} names no data: give --data-dir DIR, or dataset_path in its YAML")
     hub_split = task.source_split(split)
     return f"{task.hub_source or task.dataset_path}, split {hub_split}", _hub_rows(task, hub_split)
 
@@ -134,24 +128,19 @@ def _hub_rows(task: Task, split: str) -> Iterable[Mapping[str, Any]]:
     named = quoted(task.hub_source or task.dataset_path).strip("'\"")
     remedy = "or give the rows as files with --data-dir DIR"
     try:
-        loaded = datasets.load_dataset(
-            task.dataset_path, task.dataset_name, split=split, **task.dataset_kwargs
-        )
+        loaded = datasets.load_dataset(task.dataset_path, task.dataset_name, split=split, **task.dataset_kwargs)
     except (KeyboardInterrupt, MemoryError):
         raise
     except Exception as error:  # `datasets` raises whatever the layer below raised
         if _is_unreachable(error):
-            raise DataError(
-                f"cannot reach the Hub for {named} ({first_line(error, 120)}); connect, {remedy}"
-            ) from None
+            raise DataError(f"cannot reach the Hub for {named} ({first_line(error, 120)}); connect, {remedy}") from None
         if type(error).__name__ == "DatasetNotFoundError":
             raise DataError(
                 f"no data set {named} on the Hub, or it is not public: correct dataset_path, {remedy}"
             ) from None
         if isinstance(error, RuntimeError) and "scripts are no longer supported" in str(error):
             raise DataError(
-                f"{named} is loaded by a Python script, which `datasets` no longer runs; use "
-                f"a converted copy, {remedy}"
+                f"{named} is loaded by a Python script, which `datasets` no longer runs; use a converted copy, {remedy}"
             ) from None
         raise DataError(f"{named}, split {split}: {first_line(error)}; correct the task, {remedy}") from None
     return loaded

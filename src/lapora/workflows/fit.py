@@ -131,7 +131,7 @@ def fit(model: ModelSettings, data: DataSettings, settings: FitSettings, progres
         "data": {
             "split": split,
             "n": len(examples),
-            "fingerprint": data_fingerprint(examples, choices),
+            "fingerprint": data_fingerprint(examples),
             "data_dir": str(Path(data.data_dir).resolve()) if data.data_dir else None,
             "limit": data.limit,
             "max_length": max_length,
@@ -202,7 +202,7 @@ def _columns(fisher: str, labels: Tensor | None, generator: torch.Generator) -> 
 
 def _answers(loaded: LoadedModel, task: Task, examples: Sequence[Example], choices: Sequence[str]) -> list[int] | None:
     if loaded.kind == "causal":
-        prompts = [example.texts[0] for example in examples]
+        prompts = [example.text or "" for example in examples]
         return answer_token_ids(loaded.tokenizer, prompts, choices, delimiter=task.target_delimiter)
     if loaded.number_of_labels != len(choices):
         raise DataError(
