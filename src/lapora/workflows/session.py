@@ -118,7 +118,7 @@ def open_session(model: ModelSettings, name: str) -> Session:
         answers=answers,
         layers=layers,
         blocks=[block.to(answers.device, working) for block in blocks],
-        task=Task.from_dict(posterior.manifest["task"], str(posterior.folder)),
+        task=Task.from_dict(posterior.manifest["task"], source=str(posterior.folder)),
         choices=tuple(posterior.manifest["answers"]["choices"]),
         max_length=int(posterior.manifest["data"]["max_length"]),
         batch_size=model.batch_size,
@@ -135,7 +135,7 @@ def read_rows(data: DataSettings, recorded: dict[str, Any] | None, default_split
     if data.task:
         task = load_task(data.task)
     elif recorded:
-        task = Task.from_dict(recorded["task"], "the posterior's task")
+        task = Task.from_dict(recorded["task"], source="the posterior's task")
     else:
         raise DataError("no task; give one with --data (see `lapora tasks`)")
     folder = data.data_dir or recorded_data.get("data_dir")
