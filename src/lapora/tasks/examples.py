@@ -117,7 +117,7 @@ def render(
         )
     target = None if labels == "ignore" else _target_of(task, values, answers, where)
     if target is None and labels == "required":
-        raise DataError(f"{where}: no label: {_label_source(task)}; give a split with labels")
+        raise DataError(f"{where}: no label: {_label_source(task)}; give rows with labels")
     return Example(
         index=number,
         id=values.get("id"),
@@ -235,7 +235,8 @@ def _evaluated_choices(template: CompiledTemplate, values: Mapping[str, Any], wh
 def _label_source(task: Task) -> str:
     if task.doc_to_target is None:
         return f"task {quoted(task.task)} has no doc_to_target"
-    return f"doc_to_target is {quoted(task.doc_to_target)}"
+    template = compiled_template(str(task.doc_to_target))
+    return f"it is read from {listed(sorted(template.fields | template.optional_fields))}"
 
 
 def _target_of(task: Task, values: Mapping[str, Any], answers: tuple[str, ...], where: str) -> int | None:

@@ -145,13 +145,18 @@ def _csv_rows(path: Path) -> Iterator[dict[str, Any]]:
     import pandas
 
     try:
-        frame = pandas.read_csv(path, keep_default_na=False, encoding="utf-8-sig")
+        frame = pandas.read_csv(path, keep_default_na=False, encoding="utf-8-sig", low_memory=False)
     except pandas.errors.EmptyDataError:
         return
     except OSError:
         raise
     except (ValueError, OverflowError, pandas.errors.ParserError) as error:
         raise DataError(f"{quoted(str(path), 200)}: not CSV: {first_line(error)}{_hint(path)}") from None
+    if not isinstance(frame.index, pandas.RangeIndex):
+        # pandas would take the surplus first column for row names.
+        raise DataError(
+            f"{quoted(str(path), 200)}: not CSV: its rows have more fields than its header; quote the commas"
+        )
     names = [str(name) for name in frame.columns]
     cells = frame.astype(object).where(frame.notna(), None)
     for values in cells.itertuples(index=False, name=None):

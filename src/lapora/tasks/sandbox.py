@@ -127,6 +127,11 @@ def _whole_number(value: Any, default: Any = None, base: int = 10) -> Any:
     raise TemplateRuntimeError(f"{quoted(value)} is not a whole number")
 
 
+def _mapping(*values: Any, **named: Any) -> dict[Any, Any]:
+    """``dict`` as a function: the type itself would answer to subscripts."""
+    return dict(*values, **named)
+
+
 def _rounded(value: Any, precision: int = 0) -> Any:
     if not isinstance(precision, int) or abs(precision) > 20:
         raise TemplateRuntimeError("round takes at most 20 digits")
@@ -177,7 +182,7 @@ class TemplateEnvironment(ImmutableSandboxedEnvironment):
 
     def __init__(self) -> None:
         super().__init__(undefined=StrictUndefined, keep_trailing_newline=True, cache_size=0)
-        self.globals = {name: self.globals[name] for name in ("range", "dict", "namespace")}
+        self.globals = {"range": self.globals["range"], "namespace": Namespace, "dict": _mapping}
         self.filters = {name: self.filters[name] for name in _FILTERS} | {
             "int": _whole_number,
             "round": _rounded,
