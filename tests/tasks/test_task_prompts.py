@@ -11,7 +11,19 @@ import pytest
 from lapora.errors import DataError
 from lapora.tasks import Task, builtin_tasks, builtin_yaml, load_rows, load_task, render, render_all
 
-PAPER = ["winogrande-s", "winogrande-m", "arc-c", "arc-e", "obqa", "boolq", "rte", "mrpc", "wnli", "cola", "wic"]
+PAPER = [
+    "winogrande-s",
+    "winogrande-m",
+    "arc-c",
+    "arc-e",
+    "obqa",
+    "boolq",
+    "rte",
+    "mrpc",
+    "wnli",
+    "cola",
+    "wic",
+]
 
 PROMPTS = {
     "arc-c": (

@@ -57,7 +57,17 @@ def test_a_sole_expression_keeps_its_type() -> None:
 
 @pytest.mark.parametrize(
     ("given_value", "number"),
-    [(True, 1), (False, 0), ("True", 1), ("false", 0), (" TRUE ", 1), ("2", 2), (2.0, 2), ("1.0", 1), (-1, -1)],
+    [
+        (True, 1),
+        (False, 0),
+        ("True", 1),
+        ("false", 0),
+        (" TRUE ", 1),
+        ("2", 2),
+        (2.0, 2),
+        ("1.0", 1),
+        (-1, -1),
+    ],
 )
 def test_int_of_what_local_files_hold(given_value: object, number: int) -> None:
     assert value("{{ answer | int }}", {"answer": given_value}) == number
@@ -200,9 +210,21 @@ def test_data_is_never_read_as_a_template(around: str, inside: str) -> None:
 
 
 underscored = st.from_regex(r"_{1,2}[a-z]{1,10}_{0,2}", fullmatch=True) | st.sampled_from(
-    ["__class__", "__globals__", "__builtins__", "__subclasses__", "__import__", "__code__", "mro", "gi_frame", "f_back"]
+    [
+        "__class__",
+        "__globals__",
+        "__builtins__",
+        "__subclasses__",
+        "__import__",
+        "__code__",
+        "mro",
+        "gi_frame",
+        "f_back",
+    ]
 )
-targets = st.sampled_from(["question", "choices", "choices.text", "number", "answer", "range", "dict", "''", "[]", "self"])
+targets = st.sampled_from(
+    ["question", "choices", "choices.text", "number", "answer", "range", "dict", "''", "[]", "self"]
+)
 
 
 @given(path=st.lists(underscored, min_size=1, max_size=4), target=targets, subscript=st.booleans())

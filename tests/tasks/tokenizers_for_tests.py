@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import (
+    AddedToken,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 from transformers import PreTrainedTokenizerFast
 
 CORPUS = [
-    "Select one of the choices that answers the following question: which is it? Choices: A. dry. B. wet. Answer: A",
+    "Select one of the choices that answers the following question: which is it? Choices: A. dry. Answer: A",
     "Answer the question with only True or False: is the sky blue Context: the sky is blue. True",
     "Answer the question with only True or False: is the sky green Context: the sky is blue. False",
     "Answer: A Answer: B Answer: C Answer: D True False True False entailment not A B C D E",
@@ -19,6 +29,12 @@ ANSWERS = ["A", "B", "C", "D", "True", "False"]
 
 def byte_level(*, bos: bool = True, eos: bool = False, **kwargs: Any) -> PreTrainedTokenizerFast:
     """As GPT-2 and Llama 3: byte-level BPE, a space belongs to the word behind it."""
+    return _framed(Tokenizer.from_str(_byte_level_core()), bos, eos, **kwargs)
+
+
+# Training breaks ties at random: train once, and give every test its own copy.
+@cache
+def _byte_level_core() -> str:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -29,20 +45,28 @@ def byte_level(*, bos: bool = True, eos: bool = False, **kwargs: Any) -> PreTrai
         show_progress=False,
     )
     tokenizer.train_from_iterator(CORPUS, trainer)
-    return _framed(tokenizer, bos, eos, **kwargs)
+    return tokenizer.to_str()
 
 
 def metaspace(*, bos: bool = True, eos: bool = False, **kwargs: Any) -> PreTrainedTokenizerFast:
     """As Llama 2: SentencePiece BPE without pre-tokenisation at words, a mark in place of each space."""
+    return _framed(Tokenizer.from_str(_metaspace_core()), bos, eos, unk_token="<unk>", **kwargs)
+
+
+@cache
+def _metaspace_core() -> str:
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse()])
     trainer = trainers.BpeTrainer(
-        vocab_size=600, special_tokens=["<unk>", "<s>", "</s>", "<pad>"], show_progress=False, max_token_length=8
+        vocab_size=600,
+        special_tokens=["<unk>", "<s>", "</s>", "<pad>"],
+        show_progress=False,
+        max_token_length=8,
     )
     words = [word for text in CORPUS for word in text.split()]
     tokenizer.train_from_iterator(words, trainer)
-    return _framed(tokenizer, bos, eos, unk_token="<unk>", **kwargs)
+    return tokenizer.to_str()
 
 
 def word_level(*, bos: bool = False, eos: bool = False, **kwargs: Any) -> PreTrainedTokenizerFast:
@@ -57,6 +81,18 @@ def word_level(*, bos: bool = False, eos: bool = False, **kwargs: Any) -> PreTra
 
 def word_piece() -> PreTrainedTokenizerFast:
     """As BERT: [CLS] text [SEP] text [SEP], with segment ids."""
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(_word_piece_core()),
+        unk_token="[UNK]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        pad_token="[PAD]",
+        model_input_names=["input_ids", "token_type_ids", "attention_mask"],
+    )
+
+
+@cache
+def _word_piece_core() -> str:
     tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer()
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
@@ -69,14 +105,7 @@ def word_piece() -> PreTrainedTokenizerFast:
         pair="[CLS] $A [SEP] $B:1 [SEP]:1",
         special_tokens=[(mark, tokenizer.token_to_id(mark)) for mark in ("[CLS]", "[SEP]")],
     )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        unk_token="[UNK]",
-        cls_token="[CLS]",
-        sep_token="[SEP]",
-        pad_token="[PAD]",
-        model_input_names=["input_ids", "token_type_ids", "attention_mask"],
-    )
+    return tokenizer.to_str()
 
 
 def with_chat_template(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:

@@ -14,6 +14,8 @@ from lapora.tasks.quoting import quoted
 from lapora.tasks.task import Task, TaskKind
 
 _BATCH = 1000
+# Tokens below the greatest length at which no more of a text is tried to be kept.
+_SLACK = 2
 
 
 @dataclass(frozen=True)
@@ -144,17 +146,33 @@ def _shortened(
 def _fitting(
     ids: list[int], tokens: int, max_length: int, with_tokens: Callable[[int], list[int]]
 ) -> list[int] | None:
-    """The ids with as many of a text's tokens as fit, or None where even none is too many."""
-    kept, step = tokens, 1
-    while kept > 0:
-        kept = max(0, kept - max(step, len(ids) - max_length))
+    """The ids with as many of a text's tokens as fit, or None where even none is too many.
+
+    Args:
+        ids: Too many ids, those with the whole text.
+        tokens: How many tokens the whole text has by itself.
+        max_length: How many ids fit.
+        with_tokens: The ids with so many of the text's tokens.
+    """
+    best: list[int] | None = None
+    fits, too_many, length = -1, tokens, len(ids)
+    kept = tokens
+    for attempt in range(64):
+        # A template that uses the text once makes the first guess right. One that uses it twice, or changes
+        # it, does not: after a few guesses, halve what lies between.
+        kept += max_length - length if attempt < 4 else (fits + too_many) // 2 - kept
+        kept = min(max(kept, fits + 1), too_many - 1)
+        if kept <= fits or kept >= too_many:
+            break
         shorter = with_tokens(kept)
-        if len(shorter) <= max_length:
-            return shorter
-        # A template that cuts or drops the field itself makes little of each step: take longer ones.
-        step = step * 2 if len(shorter) >= len(ids) else 1
-        ids = shorter
-    return None
+        length = len(shorter)
+        if length > max_length:
+            too_many = kept
+            continue
+        fits, best = kept, shorter
+        if max_length - length <= _SLACK:
+            break
+    return best
 
 
 def _spans(tokenizer: Any, text: str) -> list[tuple[int, int]]:
