@@ -47,7 +47,7 @@ def test_the_delimiter_decides_which_token(make: Callable[..., Any], space: str)
 
 
 def test_the_ids_are_what_follows_the_encoded_prompt() -> None:
-    """What the model is trained on, prompt and answer in one text, goes on after the prompt's ids with this id."""
+    """What a model is trained on, prompt and answer in one text, goes on after the prompt with this id."""
     tokenizer = byte_level()
     for prompt in PROMPTS:
         before = tokenizer(prompt)["input_ids"]
@@ -58,7 +58,7 @@ def test_the_ids_are_what_follows_the_encoded_prompt() -> None:
 @pytest.mark.parametrize(("make", "space"), KINDS)
 def test_an_answer_of_several_tokens_is_refused_by_name(make: Callable[..., Any], space: str) -> None:
     with pytest.raises(
-        DataError, match="the answer 'not entailment' is [23] tokens to this tokenizer, not one"
+        DataError, match=r"the answer 'not entailment' is [23] tokens to this tokenizer, not one"
     ):
         tokens(make(), ["A", "not entailment"])
 

@@ -107,8 +107,8 @@ def test_labels(doc_to_target: str | int, label: object, expected: int | None) -
 
 @pytest.mark.parametrize(
     ("doc_to_target", "label"),
-    [("label", 2), ("label", -2), ("label", "maybe"), ("label", 0.5), ("label", ["yes"]), ("{{label}}", "YES"),
-     ("{{label}}", "7"), ("{{ label | int }}", 9)],
+    [("label", 2), ("label", -2), ("label", "maybe"), ("label", 0.5), ("label", ["yes"]),
+     ("{{label}}", "YES"), ("{{label}}", "7"), ("{{ label | int }}", 9)],
 )  # fmt: skip
 def test_an_unknown_label_is_named_with_the_answers(doc_to_target: str, label: object) -> None:
     task = task_with(doc_to_target=doc_to_target)
@@ -164,7 +164,7 @@ def test_recorded_answers_stand_in_where_a_row_yields_none() -> None:
     task = task_with(doc_to_choice="{{choices.label}}")
     ready = render(task, {"text": "A or B?"}, kind="causal", choices=("A", "B"))
     assert ready.choices == ("A", "B")
-    with pytest.raises(DataError, match="doc_to_choice|'choices' is undefined"):
+    with pytest.raises(DataError, match=r"doc_to_choice|'choices' is undefined"):
         render(task, {"text": "A or B?"}, kind="causal")
     with pytest.raises(DataError, match="its answers are 1, 2, not A, B"):
         render(task, {"question": "q", "choices": {"label": ["1", "2"]}}, kind="causal", choices=("A", "B"))

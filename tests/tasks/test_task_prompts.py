@@ -27,27 +27,28 @@ PAPER = [
 
 PROMPTS = {
     "arc-c": (
-        "Select one of the choices that answers the following question: George wants to warm his hands quickly by "
-        "rubbing them. Which skin surface will produce the most heat? Choices: A. dry palms. B. wet palms. C. palms "
-        "covered with oil. D. palms covered with lotion. Answer:",
+        "Select one of the choices that answers the following question: George wants to warm his hands "
+        "quickly by rubbing them. Which skin surface will produce the most heat? Choices: A. dry palms. "
+        "B. wet palms. C. palms covered with oil. D. palms covered with lotion. Answer:",
         "A",
     ),
     "arc-e": (
-        "Select one of the choices that answers the following question: Which factor will most likely cause a "
-        "person to develop a fever? Choices: A. a leg muscle relaxing after exercise. B. a bacterial population in "
-        "the bloodstream. C. several viral particles on the skin. D. carbohydrates being digested in the stomach. "
-        "Answer:",
+        "Select one of the choices that answers the following question: Which factor will most likely "
+        "cause a person to develop a fever? Choices: A. a leg muscle relaxing after exercise. B. a "
+        "bacterial population in the bloodstream. C. several viral particles on the skin. D. "
+        "carbohydrates being digested in the stomach. Answer:",
         "B",
     ),
     "obqa": (
-        "Select one of the choices that answers the following question: The sun is responsible for Choices: A. "
-        "puppies learning new tricks. B. children growing up and getting old. C. flowers wilting in a vase. D. plants "
-        "sprouting, blooming and wilting. Answer:",
+        "Select one of the choices that answers the following question: The sun is responsible for "
+        "Choices: A. puppies learning new tricks. B. children growing up and getting old. C. flowers "
+        "wilting in a vase. D. plants sprouting, blooming and wilting. Answer:",
         "D",
     ),
     "winogrande-s": (
-        "Select one of the choices that answers the following question: Ian volunteered to eat Dennis's menudo after "
-        "already having a bowl because _ despised eating intestine. Choices: A. Ian. B. Dennis. Answer:",
+        "Select one of the choices that answers the following question: Ian volunteered to eat Dennis's "
+        "menudo after already having a bowl because _ despised eating intestine. Choices: A. Ian. B. "
+        "Dennis. Answer:",
         "B",
     ),
 }
@@ -77,12 +78,13 @@ def test_boolq_reads_as_in_the_paper(shared_data: Path) -> None:
     task = load_task("boolq")
     rows = load_rows(task, "validation", data_dir=shared_data / "boolq", limit=1)
     prompt = (
-        "Answer the question with only True or False: can the president pardon someone convicted of a state crime "
-        "Context: The pardon power of the President extends only to an offense recognizable under federal law. "
-        "However, the governors of most of the 50 states have the power to grant pardons or reprieves for offenses "
-        "under state criminal law. In other states, that power is committed to an appointed agency or board, or to a "
-        "board and the governor in some hybrid arrangement (in some states the agency is merged with that of the "
-        "parole board, as in the Oklahoma Pardon and Parole Board).."
+        "Answer the question with only True or False: can the president pardon someone convicted of a "
+        "state crime Context: The pardon power of the President extends only to an offense recognizable "
+        "under federal law. However, the governors of most of the 50 states have the power to grant "
+        "pardons or reprieves for offenses under state criminal law. In other states, that power is "
+        "committed to an appointed agency or board, or to a board and the governor in some hybrid "
+        "arrangement (in some states the agency is merged with that of the parole board, as in the "
+        "Oklahoma Pardon and Parole Board).."
     )
     example = render_all(task, rows, kind="causal")[0]
     assert example.text == prompt
@@ -142,20 +144,41 @@ def test_three_choices_are_refused_by_render_too() -> None:
 
 
 GLUE_ROWS: dict[str, tuple[dict[str, Any], tuple[str, ...], str]] = {
-    "rte": ({"sentence1": "It rains.", "sentence2": "It is wet.", "label": 1}, ("It rains.", "It is wet."), "not_entailment"),
-    "mrpc": ({"sentence1": "He ran.", "sentence2": "He was running.", "label": 1}, ("He ran.", "He was running."), "equivalent"),
-    "wnli": ({"sentence1": "It fell.", "sentence2": "The cup fell.", "label": 1}, ("It fell.", "The cup fell."), "entailment"),
+    "rte": (
+        {"sentence1": "It rains.", "sentence2": "It is wet.", "label": 1},
+        ("It rains.", "It is wet."),
+        "not_entailment",
+    ),
+    "mrpc": (
+        {"sentence1": "He ran.", "sentence2": "He was running.", "label": 1},
+        ("He ran.", "He was running."),
+        "equivalent",
+    ),
+    "wnli": (
+        {"sentence1": "It fell.", "sentence2": "The cup fell.", "label": 1},
+        ("It fell.", "The cup fell."),
+        "entailment",
+    ),
     "cola": ({"sentence": "Him ran.", "label": 0}, ("Him ran.",), "unacceptable"),
     "sst2": ({"sentence": "a fine film", "label": 1}, ("a fine film",), "positive"),
     "qnli": ({"question": "Who?", "sentence": "She did.", "label": 0}, ("Who?", "She did."), "entailment"),
     "wic": (
-        {"word": "place", "sentence1": "Do you want to come over to my place?", "sentence2": "A place of work.", "label": 0},
+        {
+            "word": "place",
+            "sentence1": "Do you want to come over to my place?",
+            "sentence2": "A place of work.",
+            "label": 0,
+        },
         ("place: Do you want to come over to my place?", "A place of work."),
         "False",
     ),
-    "trec": ({"text": "How far is it?", "label_coarse": 3, "label_coarse_original": "NUM"}, ("How far is it?",), "NUM"),
+    "trec": (
+        {"text": "How far is it?", "label_coarse": 3, "label_coarse_original": "NUM"},
+        ("How far is it?",),
+        "NUM",
+    ),
     "ag_news": ({"text": "Stocks fell.", "label": 2}, ("Stocks fell.",), "Business"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", GLUE_ROWS)

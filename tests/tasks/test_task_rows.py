@@ -151,7 +151,7 @@ def test_split_names_locally(write_rows: Callable[..., Path]) -> None:
 
 
 def test_an_empty_folder_says_so(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="it has no .jsonl, .json, .csv or .parquet file at all"):
+    with pytest.raises(DataError, match=r"it has no \.jsonl, \.json, \.csv or \.parquet file at all"):
         load_rows(MINE, "train", data_dir=tmp_path)
 
 
