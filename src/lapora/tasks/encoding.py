@@ -14,6 +14,8 @@ from lapora.tasks.quoting import quoted
 from lapora.tasks.task import Task, TaskKind
 
 _BATCH = 1000
+# Tokens below the greatest length at which no more of a text is tried to be kept.
+_SLACK = 2
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,9 @@ def encode(
     chat_template: bool = False,
 ) -> EncodedExample:
     """`encode_all` of one example."""
-    return encode_all([example], tokenizer, kind=kind, max_length=max_length, task=task, chat_template=chat_template)[0]
+    return encode_all(
+        [example], tokenizer, kind=kind, max_length=max_length, task=task, chat_template=chat_template
+    )[0]
 
 
 def encode_all(
@@ -97,9 +101,13 @@ def _encode_prompts(
     return encoded
 
 
-def _shortened(example: Example, ids: list[int], encoder: PromptEncoder, max_length: int, task: Task) -> list[int]:
+def _shortened(
+    example: Example, ids: list[int], encoder: PromptEncoder, max_length: int, task: Task
+) -> list[int]:
     """Ids of the prompt with less in it, at most ``max_length`` of them."""
-    too_long = f"{example.where}: its prompt has {len(ids)} tokens, more than the {max_length} of --max-length"
+    too_long = (
+        f"{example.where}: its prompt has {len(ids)} tokens, more than the {max_length} of --max-length"
+    )
     if example.ready:
         # Of a ready prompt only the end is known to matter.
         text = cast(str, example.text)
@@ -109,13 +117,17 @@ def _shortened(example: Example, ids: list[int], encoder: PromptEncoder, max_len
                 raise DataError(f"{too_long}; raise it")
             return ids[:before] + ids[len(ids) - (max_length - before) :]
         starts = [0, *(end for _, end in _spans(encoder.tokenizer, text))]
-        shorter = _fitting(ids, len(starts) - 1, max_length, lambda kept: encoder.ids(text[starts[-1 - kept] :]))
+        shorter = _fitting(
+            ids, len(starts) - 1, max_length, lambda kept: encoder.ids(text[starts[-1 - kept] :])
+        )
         if shorter is None:
             raise DataError(f"{too_long}, and the chat template alone fills it; raise it")
         return shorter
     name = task.truncate_field
     if name is None:
-        raise DataError(f"{too_long}; raise it, or name the field that may be cut as the task's truncate_field")
+        raise DataError(
+            f"{too_long}; raise it, or name the field that may be cut as the task's truncate_field"
+        )
     value = example.row.get(name)
     if not isinstance(value, str):
         raise DataError(f"{too_long}, and its {quoted(name)} is no text that could be cut; raise it")
@@ -131,18 +143,36 @@ def _shortened(example: Example, ids: list[int], encoder: PromptEncoder, max_len
     return shorter
 
 
-def _fitting(ids: list[int], tokens: int, max_length: int, with_tokens: Callable[[int], list[int]]) -> list[int] | None:
-    """The ids with as many of a text's tokens as fit, or None where even none is too many."""
-    kept, step = tokens, 1
-    while kept > 0:
-        kept = max(0, kept - max(step, len(ids) - max_length))
+def _fitting(
+    ids: list[int], tokens: int, max_length: int, with_tokens: Callable[[int], list[int]]
+) -> list[int] | None:
+    """The ids with as many of a text's tokens as fit, or None where even none is too many.
+
+    Args:
+        ids: Too many ids, those with the whole text.
+        tokens: How many tokens the whole text has by itself.
+        max_length: How many ids fit.
+        with_tokens: The ids with so many of the text's tokens.
+    """
+    best: list[int] | None = None
+    fits, too_many, length = -1, tokens, len(ids)
+    kept = tokens
+    for attempt in range(64):
+        # A template that uses the text once makes the first guess right. One that uses it twice, or changes
+        # it, does not: after a few guesses, halve what lies between.
+        kept += max_length - length if attempt < 4 else (fits + too_many) // 2 - kept
+        kept = min(max(kept, fits + 1), too_many - 1)
+        if kept <= fits or kept >= too_many:
+            break
         shorter = with_tokens(kept)
-        if len(shorter) <= max_length:
-            return shorter
-        # A template that cuts or drops the field itself makes little of each step: take longer ones.
-        step = step * 2 if len(shorter) >= len(ids) else 1
-        ids = shorter
-    return None
+        length = len(shorter)
+        if length > max_length:
+            too_many = kept
+            continue
+        fits, best = kept, shorter
+        if max_length - length <= _SLACK:
+            break
+    return best
 
 
 def _spans(tokenizer: Any, text: str) -> list[tuple[int, int]]:
@@ -153,7 +183,9 @@ def _spans(tokenizer: Any, text: str) -> list[tuple[int, int]]:
     return [match.span() for match in re.finditer(r"\s*\S+", text)]
 
 
-def _encode_inputs(examples: Sequence[Example], tokenizer: Any, max_length: int, task: Task) -> list[EncodedExample]:
+def _encode_inputs(
+    examples: Sequence[Example], tokenizer: Any, max_length: int, task: Task
+) -> list[EncodedExample]:
     """Encode examples that all have one text, or all have two."""
     columns = [list(column) for column in zip(*(example.inputs or () for example in examples), strict=True)]
     whole = tokenizer(*columns, padding=False, truncation=False, return_attention_mask=False, verbose=False)
@@ -184,7 +216,9 @@ def _truncated(
         reserved += len(tokenizer(texts[1 - cut], add_special_tokens=False, verbose=False)["input_ids"])
     if reserved >= max_length:
         raise DataError(f"{too_long}, and {reserved} of them cannot be cut; raise it")
-    encoded = tokenizer(*texts, truncation=strategy, max_length=max_length, return_attention_mask=False, verbose=False)
+    encoded = tokenizer(
+        *texts, truncation=strategy, max_length=max_length, return_attention_mask=False, verbose=False
+    )
     types = encoded.get("token_type_ids")
     return list(encoded["input_ids"]), None if types is None else list(types)
 

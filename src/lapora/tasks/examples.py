@@ -103,7 +103,9 @@ def render(
         texts: tuple[str, ...] = (values["text"],)
     else:
         if _left_out(task, values, where):
-            raise DataError(f"{where}: task {quoted(task.task)} does not take it: keep_if {quoted(task.keep_if)}")
+            raise DataError(
+                f"{where}: task {quoted(task.task)} does not take it: keep_if {quoted(task.keep_if)}"
+            )
         texts = tuple(template.text(values, where) for template in templates)
     if not any(text.strip() for text in texts):
         raise DataError(f"{where}: its text is empty; there is nothing to read")
@@ -115,7 +117,7 @@ def render(
         )
     target = None if labels == "ignore" else _target_of(task, values, answers, where)
     if target is None and labels == "required":
-        raise DataError(f"{where}: no label: {_label_source(task)}; give a split with labels")
+        raise DataError(f"{where}: no label: {_label_source(task)}; give rows with labels")
     return Example(
         index=number,
         id=values.get("id"),
@@ -195,7 +197,9 @@ def _left_out(task: Task, values: Mapping[str, Any], where: str) -> bool:
     return not keeps(task, values, where)
 
 
-def _choices_of(task: Task, values: Mapping[str, Any], where: str, expected: tuple[str, ...] | None) -> tuple[str, ...]:
+def _choices_of(
+    task: Task, values: Mapping[str, Any], where: str, expected: tuple[str, ...] | None
+) -> tuple[str, ...]:
     if isinstance(task.doc_to_choice, tuple):
         answers = task.doc_to_choice
     else:
@@ -231,7 +235,8 @@ def _evaluated_choices(template: CompiledTemplate, values: Mapping[str, Any], wh
 def _label_source(task: Task) -> str:
     if task.doc_to_target is None:
         return f"task {quoted(task.task)} has no doc_to_target"
-    return f"doc_to_target is {quoted(task.doc_to_target)}"
+    template = compiled_template(str(task.doc_to_target))
+    return f"it is read from {listed(sorted(template.fields | template.optional_fields))}"
 
 
 def _target_of(task: Task, values: Mapping[str, Any], answers: tuple[str, ...], where: str) -> int | None:

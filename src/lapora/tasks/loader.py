@@ -12,7 +12,7 @@ import yaml
 
 from lapora.errors import DataError
 from lapora.tasks.quoting import first_line, quoted
-from lapora.tasks.task import Task
+from lapora.tasks.task import FILE_LOADERS, Task
 
 MAX_YAML_BYTES = 65_536
 """Size of a task file."""
@@ -22,7 +22,9 @@ _MAX_DEPTH = 20
 def builtin_tasks() -> list[str]:
     """Names of the built-in tasks, sorted."""
     folder = resources.files("lapora.tasks") / "builtin"
-    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+    return sorted(
+        entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml")
+    )
 
 
 def builtin_yaml(name: str) -> str:
@@ -56,9 +58,10 @@ def load_task(name_or_path: str) -> Task:
     try:
         with path.open("rb") as stream:
             content = stream.read(MAX_YAML_BYTES + 1)
-    except OSError as error:
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or "cannot be read"
         raise DataError(
-            f"task file {quoted(name_or_path, 200)}: {error.strerror or 'cannot be read'}; give a built-in "
+            f"task file {quoted(name_or_path, 200)}: {reason}; give a built-in "
             "name (`lapora tasks` lists them) or the path of a YAML file"
         ) from None
     if len(content) > MAX_YAML_BYTES:
@@ -143,6 +146,8 @@ def _with_absolute_files(values: dict[str, Any], folder: Path) -> dict[str, Any]
     options = values.get("dataset_kwargs")
     if not isinstance(options, Mapping) or "data_files" not in options:
         return values
+    if values.get("dataset_path") not in (None, *FILE_LOADERS):
+        return values  # files of a Hub repository
 
     def absolute(named: Any) -> Any:
         if isinstance(named, str):

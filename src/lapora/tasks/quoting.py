@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 
 def quoted(value: object, limit: int = 60) -> str:
     """One line, with control characters escaped and long values cut.
@@ -17,11 +19,15 @@ def quoted(value: object, limit: int = 60) -> str:
 def first_line(error: BaseException, limit: int = 200) -> str:
     """The first line of an error of another library, printable and cut to ``limit`` characters."""
     lines = str(error).strip().splitlines()
-    text = lines[0] if lines else type(error).__name__
-    return "".join(character if character.isprintable() else " " for character in text)[:limit].rstrip(". ")
+    return printable(lines[0] if lines else type(error).__name__, limit).rstrip(". ")
 
 
-def listed(names: list[str] | tuple[str, ...], limit: int = 8) -> str:
+def printable(text: object, limit: int = 200) -> str:
+    """A name as it may be printed without quotes: control characters blanked, cut to ``limit``."""
+    return "".join(character if character.isprintable() else " " for character in str(text)[:limit])
+
+
+def listed(names: Sequence[object], limit: int = 8) -> str:
     """Names separated by commas, the rest counted."""
-    shown = ", ".join(quoted(name, 40).strip("'\"") for name in names[:limit])
+    shown = ", ".join(printable(name, 40) for name in names[:limit])
     return f"{shown} and {len(names) - limit} more" if len(names) > limit else shown

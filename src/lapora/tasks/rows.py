@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import logging
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,11 +13,9 @@ from typing import Any
 
 from lapora.errors import DataError, UsageError
 from lapora.tasks.files import find_split_file, read_file
-from lapora.tasks.quoting import first_line, listed, quoted
+from lapora.tasks.quoting import first_line, listed, printable, quoted
 from lapora.tasks.task import Task
 from lapora.tasks.templates import compiled_template
-
-_FILE_LOADERS = ("json", "csv", "parquet")
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,9 @@ class Row:
     values: Mapping[str, Any]
 
 
-def load_rows(task: Task, split: str, *, data_dir: str | Path | None = None, limit: int | None = None) -> list[Row]:
+def load_rows(
+    task: Task, split: str, *, data_dir: str | Path | None = None, limit: int | None = None
+) -> list[Row]:
     """The rows of a split that the task keeps.
 
     Args:
@@ -76,7 +79,9 @@ def keeps(task: Task, values: Mapping[str, Any], where: str) -> bool:
     template = compiled_template(task.keep_if)
     lacking = sorted(template.fields - set(values))
     if lacking:
-        raise DataError(f"{where}: no field {listed(lacking)}, which keep_if needs; it has {listed(list(values))}")
+        raise DataError(
+            f"{where}: no field {listed(lacking)}, which keep_if needs; it has {listed(list(values))}"
+        )
     result = template.value(values, where)
     if isinstance(result, (bool, int)):
         return bool(result)
@@ -91,16 +96,19 @@ def _open(task: Task, split: str, data_dir: str | Path | None) -> tuple[str, Ite
     if data_dir is not None:
         names = list(dict.fromkeys([split, task.source_split(split)]))
         path = find_split_file(Path(data_dir), names)
-        return quoted(str(path), 200).strip("'\""), read_file(path)
+        return printable(path), read_file(path)
     files = task.dataset_kwargs.get("data_files")
-    if files is not None and (task.dataset_path is None or task.dataset_path in _FILE_LOADERS):
+    if task.reads_files:
         paths = _files_of_split(task, split, files)
         if not any("://" in path for path in paths):
-            return f"task {quoted(task.task)}, split {split}", _read_all(task, paths)
+            return f"task {quoted(task.task)}, split {printable(split)}", _read_all(task, paths)
     if task.dataset_path is None:
-        raise DataError(f"task {quoted(task.task)} names no data: give --data-dir DIR, or dataset_path in its YAML")
+        raise DataError(
+            f"task {quoted(task.task)} names no data: give --data-dir DIR, or dataset_path in its YAML"
+        )
     hub_split = task.source_split(split)
-    return f"{task.hub_source or task.dataset_path}, split {hub_split}", _hub_rows(task, hub_split)
+    where = printable(f"{task.hub_source or task.dataset_path}, split {hub_split}")
+    return where, _hub_rows(task, hub_split)
 
 
 def _files_of_split(task: Task, split: str, files: Any) -> list[str]:
@@ -125,25 +133,46 @@ def _read_all(task: Task, paths: list[str]) -> Iterator[Mapping[str, Any]]:
 def _hub_rows(task: Task, split: str) -> Iterable[Mapping[str, Any]]:
     import datasets
 
-    named = quoted(task.hub_source or task.dataset_path).strip("'\"")
+    named = printable(task.hub_source or task.dataset_path)
     remedy = "or give the rows as files with --data-dir DIR"
     try:
-        loaded = datasets.load_dataset(task.dataset_path, task.dataset_name, split=split, **task.dataset_kwargs)
-    except (KeyboardInterrupt, MemoryError):
+        with _quiet():
+            return datasets.load_dataset(
+                task.dataset_path, task.dataset_name, split=split, **task.dataset_kwargs
+            )
+    except MemoryError:
         raise
     except Exception as error:  # `datasets` raises whatever the layer below raised
         if _is_unreachable(error):
-            raise DataError(f"cannot reach the Hub for {named} ({first_line(error, 120)}); connect, {remedy}") from None
-        if type(error).__name__ == "DatasetNotFoundError":
-            raise DataError(
-                f"no data set {named} on the Hub, or it is not public: correct dataset_path, {remedy}"
-            ) from None
-        if isinstance(error, RuntimeError) and "scripts are no longer supported" in str(error):
-            raise DataError(
-                f"{named} is loaded by a Python script, which `datasets` no longer runs; use a converted copy, {remedy}"
-            ) from None
-        raise DataError(f"{named}, split {split}: {first_line(error)}; correct the task, {remedy}") from None
-    return loaded
+            reason = f"cannot reach the Hub for {named} ({first_line(error, 120)}); connect"
+        elif type(error).__name__ == "DatasetNotFoundError":
+            reason = f"no data set {named} on the Hub, or it is not public; correct dataset_path"
+        elif "scripts are no longer supported" in str(error):
+            reason = f"{named} needs a Python script, which `datasets` no longer runs; use a converted copy"
+        else:
+            reason = f"{named}, split {printable(split)}: {first_line(error)}; correct the task"
+        raise DataError(f"{reason}, {remedy}") from None
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep off stderr what `datasets` says on its way: its retries, and its bars where no terminal is."""
+    import datasets
+
+    loggers = [logging.getLogger(name) for name in ("huggingface_hub", "datasets")]
+    levels = [logger.level for logger in loggers]
+    hide_bars = not sys.stderr.isatty() and not datasets.are_progress_bars_disabled()
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    if hide_bars:
+        datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+        if hide_bars:
+            datasets.enable_progress_bars()
 
 
 def _is_unreachable(error: BaseException) -> bool:

@@ -127,6 +127,11 @@ def _whole_number(value: Any, default: Any = None, base: int = 10) -> Any:
     raise TemplateRuntimeError(f"{quoted(value)} is not a whole number")
 
 
+def _mapping(*values: Any, **named: Any) -> dict[Any, Any]:
+    """``dict`` as a function: the type itself would answer to subscripts."""
+    return dict(*values, **named)
+
+
 def _rounded(value: Any, precision: int = 0) -> Any:
     if not isinstance(precision, int) or abs(precision) > 20:
         raise TemplateRuntimeError("round takes at most 20 digits")
@@ -153,7 +158,9 @@ class _Bounds(NodeTransformer):
     def generic_visit(self, node: nodes.Node, *args: Any, **kwargs: Any) -> nodes.Node:
         statement = _REFUSED_STATEMENTS.get(type(node))
         if statement is not None:
-            raise TemplateAssertionError(f"the statement '{statement}' is not offered in task templates", node.lineno)
+            raise TemplateAssertionError(
+                f"the statement '{statement}' is not offered in task templates", node.lineno
+            )
         return super().generic_visit(node, *args, **kwargs)
 
     def visit_For(self, node: nodes.For) -> nodes.Node:
@@ -175,7 +182,7 @@ class TemplateEnvironment(ImmutableSandboxedEnvironment):
 
     def __init__(self) -> None:
         super().__init__(undefined=StrictUndefined, keep_trailing_newline=True, cache_size=0)
-        self.globals = {name: self.globals[name] for name in ("range", "dict", "namespace")}
+        self.globals = {"range": self.globals["range"], "namespace": Namespace, "dict": _mapping}
         self.filters = {name: self.filters[name] for name in _FILTERS} | {
             "int": _whole_number,
             "round": _rounded,
@@ -234,6 +241,8 @@ class TemplateEnvironment(ImmutableSandboxedEnvironment):
             _within_bounds(len(sized[0]) * int(max([1, *numbers])))
         elif operator == "**" and (len(numbers) != 2 or abs(right) > 64 or abs(left) > 10**6):
             raise SecurityError("a power is too large")
-        elif operator == "*" and any(isinstance(number, int) and number.bit_length() > 4096 for number in numbers):
+        elif operator == "*" and any(
+            isinstance(number, int) and number.bit_length() > 4096 for number in numbers
+        ):
             raise SecurityError("a product is too large")
         return super().call_binop(context, operator, left, right)

@@ -17,6 +17,9 @@ from lapora.tasks.templates import CompiledTemplate, compiled_template
 
 TaskKind = Literal["causal", "classifier"]
 
+FILE_LOADERS = ("json", "csv", "parquet")
+"""What `dataset_path` is for a task of files, as in `datasets`."""
+
 DEFAULT_MAX_LENGTH = 512
 """Tokens of a row, where the task does not say."""
 
@@ -80,9 +83,14 @@ class Task:
         return tuple(served)
 
     @property
+    def reads_files(self) -> bool:
+        """Whether its rows come from ``data_files`` rather than from a Hub data set."""
+        return self.dataset_path in (None, *FILE_LOADERS) and "data_files" in self.dataset_kwargs
+
+    @property
     def hub_source(self) -> str | None:
         """``path/configuration`` on the Hub, or None for a task of local files."""
-        if self.dataset_path is None or "data_files" in self.dataset_kwargs:
+        if self.dataset_path is None or self.dataset_path in FILE_LOADERS:
             return None
         return self.dataset_path if self.dataset_name is None else f"{self.dataset_path}/{self.dataset_name}"
 
