@@ -155,13 +155,7 @@ def test_files_cannot_be_read(tmp_path: Path, source: str) -> None:
 
 
 def grown(start: str, step: str) -> str:
-    return (
-        "{% set n = namespace(x="
-        + start
-        + ") %}{% for i in range(99) %}{% set n.x = "
-        + step
-        + " %}{% endfor %}"
-    )
+    return "{% set n = namespace(x=" + start + ") %}{% for i in range(99) %}{% set n.x = " + step + " %}{% endfor %}"
 
 
 @pytest.mark.parametrize(
