@@ -195,6 +195,12 @@ def test_terminal_escapes_do_not_reach_a_message() -> None:
         assert "\x1b" not in str(caught.value) and "\x07" not in str(caught.value)
 
 
+def test_half_a_surrogate_pair_is_refused() -> None:
+    for row in ({"text": "ab\ud800"}, {"question": "ab\ud800", "passage": "p"}):
+        with pytest.raises(DataError, match=r"row 3: character \d+ of its text is half of a surrogate pair"):
+            render(load_task("boolq"), row, kind="causal", index=3)
+
+
 BOOLQ_ROW = {"question": "is it", "passage": "It is", "answer": True}
 
 

@@ -10,7 +10,10 @@ def quoted(value: object, limit: int = 60) -> str:
 
     Data decides what is in a value: terminal escapes must not reach a terminal from a message.
     """
-    shown = repr(value[:limit] if isinstance(value, str) else value)
+    try:
+        shown = repr(value[:limit] if isinstance(value, str) else value)
+    except (RecursionError, ValueError):  # too deep, or a number of too many digits
+        shown = f"a {type(value).__name__}"
     if len(shown) > limit + 2 or (isinstance(value, str) and len(value) > limit):
         shown = shown[:limit] + "..."
     return shown

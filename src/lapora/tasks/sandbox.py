@@ -12,21 +12,27 @@ from collections.abc import Callable, Iterable, Sized
 from typing import Any
 
 from jinja2 import StrictUndefined, nodes, pass_context
-from jinja2.exceptions import SecurityError, TemplateAssertionError, TemplateRuntimeError
+from jinja2.exceptions import SecurityError, TemplateAssertionError
 from jinja2.runtime import Context, LoopContext, Undefined
 from jinja2.sandbox import ImmutableSandboxedEnvironment
-from jinja2.utils import Namespace
 from jinja2.visitor import NodeTransformer
 
-from lapora.tasks.quoting import quoted
+from lapora.tasks.filters import (
+    MAX_STEPS,
+    as_json,
+    check_size,
+    joined,
+    mapping,
+    replaced,
+    rounded,
+    short_range,
+    size_of,
+    total,
+    whole_number,
+)
 
 MAX_SOURCE = 65_536
 """Characters of a template."""
-MAX_OUTPUT = 8_000_000
-"""Characters that a rendering, or any value on the way to it, may have."""
-MAX_STEPS = 100_000
-"""Passes through loop bodies in one rendering."""
-
 # Not an identifier: no template can name it.
 BUDGET = "loop budget"
 
@@ -34,7 +40,7 @@ BUDGET = "loop budget"
 _FILTERS = (
     "abs", "capitalize", "d", "default", "dictsort", "first", "float", "items", "last", "length",
     "count", "list", "lower", "map", "max", "min", "reject", "rejectattr", "reverse", "select",
-    "selectattr", "sort", "string", "sum", "title", "tojson", "trim", "truncate", "unique", "upper",
+    "selectattr", "sort", "string", "title", "trim", "truncate", "unique", "upper",
     "wordcount",
 )
 _STRING_METHODS = frozenset({
@@ -77,11 +83,6 @@ class LoopBudget:
             raise SecurityError(f"its loops run more than {MAX_STEPS} times")
 
 
-def _within_bounds(size: int) -> None:
-    if size > MAX_OUTPUT:
-        raise SecurityError(f"it produces more than {MAX_OUTPUT} characters")
-
-
 @pass_context
 def _counted(context: Context, values: Iterable[Any]) -> Iterable[Any]:
     budget: LoopBudget = context[BUDGET]
@@ -91,65 +92,20 @@ def _counted(context: Context, values: Iterable[Any]) -> Iterable[Any]:
     return values
 
 
-def _bounded(value: Any) -> Any:
-    if isinstance(value, Sized) and not isinstance(value, Undefined):
-        _within_bounds(len(value))
+@pass_context
+def _made(context: Context, value: Any) -> Any:
+    """A list, tuple or mapping that the template itself writes."""
+    size, looked_at = size_of(value)
+    check_size(size)
+    budget: LoopBudget = context[BUDGET]
+    budget.spend(looked_at // 1000)
     return value
 
 
-def _whole_number(value: Any, default: Any = None, base: int = 10) -> Any:
-    """Jinja's ``int``, except that what is not a number is an error.
-
-    Jinja makes 0 of "yes" and of "False" alike: as a label, a wrong one that nobody sees. The words True and
-    False count as 1 and 0, as they come from CSV files.
-    """
-    if isinstance(value, Undefined):
-        # Raises, naming what is undefined, unless a default was given.
-        return default if default is not None else str(value)
-    word = value.strip().lower() if isinstance(value, str) else None
-    if word in ("true", "false"):
-        return int(word == "true")
-    try:
-        if isinstance(value, str):
-            try:
-                return int(value, base)
-            except ValueError:
-                number = float(value)
-                if number.is_integer():
-                    return int(number)
-                raise
-        if isinstance(value, (int, float)):
-            return int(value)
-    except (ValueError, OverflowError):
-        pass
-    if default is not None:
-        return default
-    raise TemplateRuntimeError(f"{quoted(value)} is not a whole number")
-
-
-def _mapping(*values: Any, **named: Any) -> dict[Any, Any]:
-    """``dict`` as a function: the type itself would answer to subscripts."""
-    return dict(*values, **named)
-
-
-def _rounded(value: Any, precision: int = 0) -> Any:
-    if not isinstance(precision, int) or abs(precision) > 20:
-        raise TemplateRuntimeError("round takes at most 20 digits")
-    return round(value, precision)
-
-
-def _joined(values: Iterable[Any], separator: str = "", attribute: Any = None) -> str:
-    if attribute is not None:
-        raise TemplateRuntimeError("join takes no attribute here; use map(attribute=...) before it")
-    parts = [str(value) for value in values]
-    _within_bounds(sum(map(len, parts)) + len(str(separator)) * len(parts))
-    return str(separator).join(parts)
-
-
-def _replaced(text: Any, old: Any, new: Any, count: int | None = None) -> str:
-    text, old, new = str(text), str(old), str(new)
-    _within_bounds(len(text) + (text.count(old) if old else len(text) + 1) * len(new))
-    return text.replace(old, new, -1 if count is None else count)
+def _bounded(value: Any) -> Any:
+    if isinstance(value, Sized) and not isinstance(value, Undefined):
+        check_size(len(value))
+    return value
 
 
 class _Bounds(NodeTransformer):
@@ -172,6 +128,14 @@ class _Bounds(NodeTransformer):
         self.generic_visit(node)
         return nodes.Filter(node, "lapora_bounded", [], [], None, None, lineno=node.lineno)
 
+    def _visit_literal(self, node: nodes.List | nodes.Tuple | nodes.Dict) -> nodes.Node:
+        self.generic_visit(node)
+        if getattr(node, "ctx", "load") != "load":  # what a loop or a set assigns to
+            return node
+        return nodes.Filter(node, "lapora_made", [], [], None, None, lineno=node.lineno)
+
+    visit_List = visit_Tuple = visit_Dict = _visit_literal
+
 
 class TemplateEnvironment(ImmutableSandboxedEnvironment):
     """Jinja2's immutable sandbox with allow-lists in place of deny-lists, and bounds."""
@@ -180,13 +144,16 @@ class TemplateEnvironment(ImmutableSandboxedEnvironment):
 
     def __init__(self) -> None:
         super().__init__(undefined=StrictUndefined, keep_trailing_newline=True, cache_size=0)
-        self.globals = {"range": self.globals["range"], "namespace": Namespace, "dict": _mapping}
+        self.globals = {"range": short_range, "dict": mapping}
         self.filters = {name: self.filters[name] for name in _FILTERS} | {
-            "int": _whole_number,
-            "round": _rounded,
-            "join": _joined,
-            "replace": _replaced,
+            "int": whole_number,
+            "join": joined,
+            "replace": replaced,
+            "round": rounded,
+            "sum": total,
+            "tojson": as_json,
             "lapora_counted": _counted,
+            "lapora_made": _made,
             "lapora_bounded": _bounded,
         }
 
@@ -209,7 +176,7 @@ class TemplateEnvironment(ImmutableSandboxedEnvironment):
             return attr in _SEQUENCE_METHODS
         if isinstance(obj, dict):
             return attr in _MAPPING_METHODS
-        if isinstance(obj, (LoopContext, Namespace)):
+        if isinstance(obj, LoopContext):
             return super().is_safe_attribute(obj, attr, value)
         return False
 
@@ -222,9 +189,9 @@ class TemplateEnvironment(ImmutableSandboxedEnvironment):
         """Call ``__obj``, after checking the size of what it would return."""
         owner, name = getattr(__obj, "__self__", None), getattr(__obj, "__name__", "")
         if isinstance(owner, str) and name == "replace" and len(args) >= 2:
-            return _replaced(owner, *args[:3])
+            return replaced(owner, *args[:3])
         if isinstance(owner, str) and name == "join" and len(args) == 1:
-            return _joined(args[0], owner)
+            return joined(args[0], owner)
         return super().call(__context, __obj, *args, **kwargs)
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
@@ -234,9 +201,9 @@ class TemplateEnvironment(ImmutableSandboxedEnvironment):
         if operator == "%" and isinstance(left, str):
             raise SecurityError("formatting with % is not offered; join with ~")
         if operator == "+":
-            _within_bounds(sum(map(len, sized)))
+            check_size(sum(size_of(value)[0] for value in sized))
         elif operator == "*" and sized:
-            _within_bounds(len(sized[0]) * int(max([1, *numbers])))
+            check_size(size_of(sized[0])[0] * int(max([1, *numbers])))
         elif operator == "**" and (len(numbers) != 2 or abs(right) > 64 or abs(left) > 10**6):
             raise SecurityError("a power is too large")
         elif operator == "*" and any(isinstance(number, int) and number.bit_length() > 4096 for number in numbers):

@@ -12,8 +12,9 @@ from jinja2.meta import find_undeclared_variables
 from jinja2.runtime import Undefined
 
 from lapora.errors import DataError
+from lapora.tasks.filters import MAX_OUTPUT
 from lapora.tasks.quoting import first_line, listed, quoted
-from lapora.tasks.sandbox import BUDGET, MAX_OUTPUT, MAX_SOURCE, LoopBudget, TemplateEnvironment
+from lapora.tasks.sandbox import BUDGET, MAX_SOURCE, LoopBudget, TemplateEnvironment
 
 _RESULT = "lapora_result"
 _GUARDS = frozenset({"defined", "undefined", "none"})
