@@ -57,9 +57,7 @@ def test_the_ids_are_what_follows_the_encoded_prompt() -> None:
 
 @pytest.mark.parametrize(("make", "space"), KINDS)
 def test_an_answer_of_several_tokens_is_refused_by_name(make: Callable[..., Any], space: str) -> None:
-    with pytest.raises(
-        DataError, match=r"the answer 'not entailment' is [23] tokens to this tokenizer, not one"
-    ):
+    with pytest.raises(DataError, match=r"the answer 'not entailment' is [23] tokens to this tokenizer, not one"):
         tokens(make(), ["A", "not entailment"])
 
 
@@ -86,9 +84,7 @@ def test_prompts_that_disagree_are_refused_by_name() -> None:
     prompts = ["Answer: ", "Answer: ", "Answer:\n"]
     with pytest.raises(DataError) as caught:
         tokens(byte_level(), ["A", "B"], prompts, delimiter="", labels=["row 4", "row 5", "row 9"])
-    assert str(caught.value).startswith("row 9: the answer 'A' is token ") and "'Answer:'" in str(
-        caught.value
-    )
+    assert str(caught.value).startswith("row 9: the answer 'A' is token ") and "'Answer:'" in str(caught.value)
     with pytest.raises(DataError, match="prompt 1: the answer 'A' is merged with the prompt's end there"):
         tokens(word_level(), ["A", "B"], ["Answer:", "Answer"], delimiter="")
 
@@ -119,9 +115,7 @@ def test_check_says_what_comes_of_a_task(shared_data: Path) -> None:
     assert report["rows"] == 50 and sum(report["labels"].values()) == 50 and report["unlabelled"] == 0
     assert report["labels"]["True"] == sum(row.values["answer"] for row in rows)
     assert [shown["index"] for shown in report["examples"]] == [0, 1]
-    assert report["examples"][0]["text"].startswith(
-        "Answer the question with only True or False: does ethanol"
-    )
+    assert report["examples"][0]["text"].startswith("Answer the question with only True or False: does ethanol")
     assert {choice: held["token"] for choice, held in report["answer_tokens"].items()} == {
         "False": "ĠFalse",
         "True": "ĠTrue",

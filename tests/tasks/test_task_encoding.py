@@ -38,9 +38,7 @@ def example_of(row: dict[str, Any], kind: Any = "causal", task: Task | None = No
 
 
 def encoded(row: dict[str, Any], tokenizer: Any, max_length: int, **options: Any) -> EncodedExample:
-    return encode(
-        example_of(row), tokenizer, kind="causal", max_length=max_length, task=load_task("boolq"), **options
-    )
+    return encode(example_of(row), tokenizer, kind="causal", max_length=max_length, task=load_task("boolq"), **options)
 
 
 @pytest.mark.parametrize("make", CAUSAL)
@@ -102,9 +100,8 @@ def test_a_row_that_cannot_be_cut_enough_is_named() -> None:
     with pytest.raises(DataError) as caught:
         encoded({**ROW, "question": PASSAGE}, tokenizer, 60)
     count = len(tokenizer(boolq_prompt(PASSAGE, PASSAGE))["input_ids"])
-    assert (
-        f"row 7: its prompt has {count} tokens, more than the 60 of --max-length, even without its 'passage'"
-        in str(caught.value)
+    assert f"row 7: its prompt has {count} tokens, more than the 60 of --max-length, even without its 'passage'" in str(
+        caught.value
     )
     no_field = Task.from_dict({"task": "x", "doc_to_text": "{{passage}} ?", "doc_to_choice": ["A", "B"]})
     with pytest.raises(DataError, match="name the field that may be cut as the task's truncate_field"):
@@ -115,9 +112,7 @@ def test_a_row_that_cannot_be_cut_enough_is_named() -> None:
         encode(example_of(row, task=numbers), tokenizer, kind="causal", max_length=60, task=numbers)
 
 
-@pytest.mark.parametrize(
-    "template", ["{{passage}} {{passage}} ?", "{{passage[:300]}} ?", "{{passage | upper}} ?"]
-)
+@pytest.mark.parametrize("template", ["{{passage}} {{passage}} ?", "{{passage[:300]}} ?", "{{passage | upper}} ?"])
 def test_a_template_that_does_something_with_the_field(template: str) -> None:
     task = Task.from_dict(
         {"task": "x", "doc_to_text": template, "doc_to_choice": ["A", "B"], "truncate_field": "passage"}
@@ -176,16 +171,12 @@ def test_a_chat_template_that_is_not_there_or_raises() -> None:
     with pytest.raises(DataError, match="only assistants; leave out --chat-template"):
         encoded(ROW, tokenizer, 300, chat_template=True)
     with pytest.raises(DataError, match="--chat-template is for causal models"):
-        encode_all(
-            [], word_piece(), kind="classifier", max_length=9, task=load_task("boolq"), chat_template=True
-        )
+        encode_all([], word_piece(), kind="classifier", max_length=9, task=load_task("boolq"), chat_template=True)
 
 
 def test_many_rows_are_encoded_as_each_alone(shared_data: Path) -> None:
     task = load_task("boolq")
-    examples = render_all(
-        task, load_rows(task, "validation", data_dir=shared_data / "boolq", limit=60), kind="causal"
-    )
+    examples = render_all(task, load_rows(task, "validation", data_dir=shared_data / "boolq", limit=60), kind="causal")
     tokenizer = byte_level()
     together = encode_all(examples, tokenizer, kind="causal", max_length=300, task=task)
     alone = [encode(example, tokenizer, kind="causal", max_length=300, task=task) for example in examples]
@@ -217,9 +208,7 @@ def test_only_the_truncate_field_of_a_pair_is_cut() -> None:
     long_question = {"question": PASSAGE, "passage": "the sky is blue"}
     passage = word_piece()("the sky is blue")["input_ids"][1:]
     assert classified(long_question, 40, first).input_ids[-len(passage) :] == passage
-    with pytest.raises(
-        DataError, match=r"row 7: it has \d+ tokens, more than the 40 of --max-length, and \d+ of them"
-    ):
+    with pytest.raises(DataError, match=r"row 7: it has \d+ tokens, more than the 40 of --max-length, and \d+ of them"):
         classified({"question": PASSAGE, "passage": "p"}, 40)
 
 

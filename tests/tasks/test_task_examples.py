@@ -36,9 +36,7 @@ def test_a_missing_field_is_named_with_its_row() -> None:
     boolq = load_task("boolq")
     with pytest.raises(DataError) as caught:
         render(boolq, {"question": "is it", "id": 3}, kind="causal", index=12)
-    assert "row 12: no value for passage, which task 'boolq' needs; the row has question, id" in str(
-        caught.value
-    )
+    assert "row 12: no value for passage, which task 'boolq' needs; the row has question, id" in str(caught.value)
     with pytest.raises(DataError, match="line 13: no value for passage, question"):
         render(boolq, {}, kind="classifier", where="line 13")
     with pytest.raises(DataError, match="no value for passage"):
@@ -63,9 +61,7 @@ def test_a_ready_text_is_taken_as_it_is() -> None:
 
 
 def test_a_kind_that_the_task_does_not_serve() -> None:
-    with pytest.raises(
-        DataError, match="task 'rte' serves only classifier models: its YAML has no doc_to_text"
-    ):
+    with pytest.raises(DataError, match="task 'rte' serves only classifier models: its YAML has no doc_to_text"):
         render(load_task("rte"), {"sentence1": "a", "sentence2": "b"}, kind="causal")
     with pytest.raises(DataError, match="serves only causal models: its YAML has no doc_to_inputs"):
         render(load_task("obqa"), {}, kind="classifier")
@@ -113,9 +109,7 @@ def test_labels(doc_to_target: str | int, label: object, expected: int | None) -
 def test_an_unknown_label_is_named_with_the_answers(doc_to_target: str, label: object) -> None:
     task = task_with(doc_to_target=doc_to_target)
     row = {"question": "q", "label": label}
-    with pytest.raises(
-        DataError, match=r"row 5: unknown label .*: the 2 answers are no, yes, by text or by index"
-    ):
+    with pytest.raises(DataError, match=r"row 5: unknown label .*: the 2 answers are no, yes, by text or by index"):
         render(task, row, kind="causal", index=5)
     assert render(task, row, kind="causal", labels="ignore").target is None
 

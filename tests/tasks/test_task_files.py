@@ -74,9 +74,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_a_harness_file_and_ones_own_give_the_same_examples(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_harness_file_and_ones_own_give_the_same_examples(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir("/")  # its data_files are relative to the file, not to where one stands
     harness, own = load_task(str(folder / "harness.yaml")), load_task(str(folder / "own.yaml"))
     ours: list[Any] = []
@@ -150,9 +148,7 @@ def test_each_mistake_is_named(added: str, says: str) -> None:
     with pytest.raises(DataError) as caught:
         task_from_yaml(MINIMAL + added, source="mine.yaml")
     message = str(caught.value)
-    assert (
-        message.startswith("mine.yaml") and says in message and "\n" not in message and "\x1b" not in message
-    )
+    assert message.startswith("mine.yaml") and says in message and "\n" not in message and "\x1b" not in message
 
 
 @pytest.mark.parametrize(
@@ -222,9 +218,7 @@ def test_what_the_harness_allows_is_allowed() -> None:
 
 
 def test_files_of_a_hub_repository_stay_relative(tmp_path: Path) -> None:
-    (tmp_path / "x.yaml").write_text(
-        MINIMAL + "dataset_path: someone/data\ndataset_kwargs: {data_files: a.csv}\n"
-    )
+    (tmp_path / "x.yaml").write_text(MINIMAL + "dataset_path: someone/data\ndataset_kwargs: {data_files: a.csv}\n")
     task = load_task(str(tmp_path / "x.yaml"))
     assert task.dataset_kwargs == {"data_files": "a.csv"} and task.hub_source == "someone/data"
 

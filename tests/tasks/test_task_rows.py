@@ -81,9 +81,7 @@ def test_a_folder_of_the_hubs_layout(tmp_path: Path, monkeypatch: pytest.MonkeyP
     task = Task.from_dict({**MINE.to_dict(), "dataset_path": str(repository), "dataset_name": "first"})
     loaded = load_rows(task, "validation")
     assert [example.target for example in render_all(task, loaded, kind="causal")] == [1, 0]
-    with pytest.raises(
-        DataError, match=r"split test: Unknown split .*or give the rows as files with --data-dir"
-    ):
+    with pytest.raises(DataError, match=r"split test: Unknown split .*or give the rows as files with --data-dir"):
         load_rows(task, "test")
     wrong = Task.from_dict({**task.to_dict(), "dataset_name": "second"})
     with pytest.raises(DataError, match="BuilderConfig 'second' not found"):
@@ -140,9 +138,7 @@ def test_split_names_locally(write_rows: Callable[..., Path]) -> None:
     assert load_rows(MINE, "validation", data_dir=folder)[0].values["question"] == "mapped"
     write_rows([{"question": "literal", "answer": 0}], "validation.jsonl")
     assert load_rows(MINE, "validation", data_dir=folder)[0].values["question"] == "literal"
-    with pytest.raises(
-        DataError, match=r"no test.jsonl .*it has dev.jsonl, validation.jsonl; choose with --split"
-    ):
+    with pytest.raises(DataError, match=r"no test.jsonl .*it has dev.jsonl, validation.jsonl; choose with --split"):
         load_rows(MINE, "test", data_dir=folder)
     with pytest.raises(DataError, match="is no file name"):
         load_rows(MINE, "../dev", data_dir=folder)
@@ -212,9 +208,7 @@ def test_bad_json_lines(tmp_path: Path, content: bytes, says: str) -> None:
 
 
 def test_json_lines_with_bom_crlf_and_blank_lines(tmp_path: Path) -> None:
-    (tmp_path / "train.jsonl").write_bytes(
-        b"\xef\xbb\xbf" + GOOD.replace(b"\n", b"\r\n") + b"\r\n" + GOOD.rstrip()
-    )
+    (tmp_path / "train.jsonl").write_bytes(b"\xef\xbb\xbf" + GOOD.replace(b"\n", b"\r\n") + b"\r\n" + GOOD.rstrip())
     rows = load_rows(MINE, "train", data_dir=tmp_path)
     assert rows == [Row(index, {"question": "q", "answer": 0}) for index in (0, 1)]
 

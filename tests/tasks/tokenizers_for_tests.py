@@ -110,9 +110,7 @@ def _word_piece_core() -> str:
 
 def with_chat_template(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
     """A chat template of the ChatML form, its marks being tokens of their own."""
-    tokenizer.add_special_tokens(
-        {"additional_special_tokens": [AddedToken("<|im_start|>"), AddedToken("<|im_end|>")]}
-    )
+    tokenizer.add_special_tokens({"additional_special_tokens": [AddedToken("<|im_start|>"), AddedToken("<|im_end|>")]})
     tokenizer.chat_template = (
         "{{ bos_token }}{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}"
         "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"

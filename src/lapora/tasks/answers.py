@@ -118,9 +118,7 @@ def _single_token(tokenizer: Any, choice: str, appended: list[int] | None, *, de
             "single-token answers in doc_to_choice, such as letters, or change target_delimiter"
         )
     if appended[0] == getattr(tokenizer, "unk_token_id", None):
-        raise DataError(
-            f"the answer {quoted(choice)} is unknown to this tokenizer; choose another in doc_to_choice"
-        )
+        raise DataError(f"the answer {quoted(choice)} is unknown to this tokenizer; choose another in doc_to_choice")
     return appended[0]
 
 

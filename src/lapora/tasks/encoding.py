@@ -43,9 +43,7 @@ def encode(
     chat_template: bool = False,
 ) -> EncodedExample:
     """`encode_all` of one example."""
-    return encode_all(
-        [example], tokenizer, kind=kind, max_length=max_length, task=task, chat_template=chat_template
-    )[0]
+    return encode_all([example], tokenizer, kind=kind, max_length=max_length, task=task, chat_template=chat_template)[0]
 
 
 def encode_all(
@@ -101,13 +99,9 @@ def _encode_prompts(
     return encoded
 
 
-def _shortened(
-    example: Example, ids: list[int], encoder: PromptEncoder, max_length: int, task: Task
-) -> list[int]:
+def _shortened(example: Example, ids: list[int], encoder: PromptEncoder, max_length: int, task: Task) -> list[int]:
     """Ids of the prompt with less in it, at most ``max_length`` of them."""
-    too_long = (
-        f"{example.where}: its prompt has {len(ids)} tokens, more than the {max_length} of --max-length"
-    )
+    too_long = f"{example.where}: its prompt has {len(ids)} tokens, more than the {max_length} of --max-length"
     if example.ready:
         # Of a ready prompt only the end is known to matter.
         text = cast(str, example.text)
@@ -117,17 +111,13 @@ def _shortened(
                 raise DataError(f"{too_long}; raise it")
             return ids[:before] + ids[len(ids) - (max_length - before) :]
         starts = [0, *(end for _, end in _spans(encoder.tokenizer, text))]
-        shorter = _fitting(
-            ids, len(starts) - 1, max_length, lambda kept: encoder.ids(text[starts[-1 - kept] :])
-        )
+        shorter = _fitting(ids, len(starts) - 1, max_length, lambda kept: encoder.ids(text[starts[-1 - kept] :]))
         if shorter is None:
             raise DataError(f"{too_long}, and the chat template alone fills it; raise it")
         return shorter
     name = task.truncate_field
     if name is None:
-        raise DataError(
-            f"{too_long}; raise it, or name the field that may be cut as the task's truncate_field"
-        )
+        raise DataError(f"{too_long}; raise it, or name the field that may be cut as the task's truncate_field")
     value = example.row.get(name)
     if not isinstance(value, str):
         raise DataError(f"{too_long}, and its {quoted(name)} is no text that could be cut; raise it")
@@ -143,9 +133,7 @@ def _shortened(
     return shorter
 
 
-def _fitting(
-    ids: list[int], tokens: int, max_length: int, with_tokens: Callable[[int], list[int]]
-) -> list[int] | None:
+def _fitting(ids: list[int], tokens: int, max_length: int, with_tokens: Callable[[int], list[int]]) -> list[int] | None:
     """The ids with as many of a text's tokens as fit, or None where even none is too many.
 
     Args:
@@ -183,9 +171,7 @@ def _spans(tokenizer: Any, text: str) -> list[tuple[int, int]]:
     return [match.span() for match in re.finditer(r"\s*\S+", text)]
 
 
-def _encode_inputs(
-    examples: Sequence[Example], tokenizer: Any, max_length: int, task: Task
-) -> list[EncodedExample]:
+def _encode_inputs(examples: Sequence[Example], tokenizer: Any, max_length: int, task: Task) -> list[EncodedExample]:
     """Encode examples that all have one text, or all have two."""
     columns = [list(column) for column in zip(*(example.inputs or () for example in examples), strict=True)]
     whole = tokenizer(*columns, padding=False, truncation=False, return_attention_mask=False, verbose=False)
@@ -216,9 +202,7 @@ def _truncated(
         reserved += len(tokenizer(texts[1 - cut], add_special_tokens=False, verbose=False)["input_ids"])
     if reserved >= max_length:
         raise DataError(f"{too_long}, and {reserved} of them cannot be cut; raise it")
-    encoded = tokenizer(
-        *texts, truncation=strategy, max_length=max_length, return_attention_mask=False, verbose=False
-    )
+    encoded = tokenizer(*texts, truncation=strategy, max_length=max_length, return_attention_mask=False, verbose=False)
     types = encoded.get("token_type_ids")
     return list(encoded["input_ids"]), None if types is None else list(types)
 

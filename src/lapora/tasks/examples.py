@@ -102,9 +102,7 @@ def render(
         texts: tuple[str, ...] = (values["text"],)
     else:
         if _left_out(task, values, where):
-            raise DataError(
-                f"{where}: task {quoted(task.task)} does not take it: keep_if {quoted(task.keep_if)}"
-            )
+            raise DataError(f"{where}: task {quoted(task.task)} does not take it: keep_if {quoted(task.keep_if)}")
         texts = tuple(template.text(values, where) for template in templates)
     if not any(text.strip() for text in texts):
         raise DataError(f"{where}: its text is empty; there is nothing to read")
@@ -203,9 +201,7 @@ def _left_out(task: Task, values: Mapping[str, Any], where: str) -> bool:
     return not keeps(task, values, where)
 
 
-def _choices_of(
-    task: Task, values: Mapping[str, Any], where: str, expected: tuple[str, ...] | None
-) -> tuple[str, ...]:
+def _choices_of(task: Task, values: Mapping[str, Any], where: str, expected: tuple[str, ...] | None) -> tuple[str, ...]:
     if isinstance(task.doc_to_choice, tuple):
         answers = task.doc_to_choice
     else:

@@ -30,14 +30,10 @@ def find_split_file(folder: Path, names: list[str]) -> Path:
         DataError: There is no such folder or file; the message lists what was found.
     """
     if not folder.is_dir():
-        raise DataError(
-            f"--data-dir {quoted(str(folder), 200)}: no such folder; give the folder of the split files"
-        )
+        raise DataError(f"--data-dir {quoted(str(folder), 200)}: no such folder; give the folder of the split files")
     for name in names:
         if "/" in name or "\\" in name or name in ("", ".", ".."):
-            raise DataError(
-                f"the split {quoted(name)} is no file name; use a name such as train or validation"
-            )
+            raise DataError(f"the split {quoted(name)} is no file name; use a name such as train or validation")
         for suffix in SUFFIXES:
             path = folder / f"{name}{suffix}"
             if path.is_file():
@@ -70,8 +66,7 @@ def read_file(path: Path) -> Iterator[dict[str, Any]]:
         yield from reader(path)
     except OSError as error:
         raise DataError(
-            f"{quoted(str(path), 200)}: {error.strerror or first_line(error)}; check the path "
-            "and its permissions"
+            f"{quoted(str(path), 200)}: {error.strerror or first_line(error)}; check the path and its permissions"
         ) from None
 
 
@@ -111,9 +106,7 @@ def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
             if not line.strip(b" \t\r\n"):
                 continue
             try:
-                yield parse_json_line(
-                    line.removeprefix(b"\xef\xbb\xbf"), f"{quoted(str(path), 200)}, line {number}"
-                )
+                yield parse_json_line(line.removeprefix(b"\xef\xbb\xbf"), f"{quoted(str(path), 200)}, line {number}")
             except DataError as error:
                 raise DataError(f"{error}{_hint(path) if number == 1 else ''}") from None
 

@@ -78,9 +78,7 @@ def checked_choices(values: list[Any] | tuple[Any, ...]) -> tuple[str, ...]:
     """
     for value in values:
         if isinstance(value, bool):
-            raise DataError(
-                f"the answer {value} is a truth value (as YAML reads yes and no): put it in quotes"
-            )
+            raise DataError(f"the answer {value} is a truth value (as YAML reads yes and no): put it in quotes")
         if not isinstance(value, (str, int, float)) or value == "":
             raise DataError(f"an answer must be text, not {quoted(value)}")
     choices = tuple(str(value) for value in values)

@@ -22,9 +22,7 @@ _MAX_DEPTH = 20
 def builtin_tasks() -> list[str]:
     """Names of the built-in tasks, sorted."""
     folder = resources.files("lapora.tasks") / "builtin"
-    return sorted(
-        entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml")
-    )
+    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
 
 
 def builtin_yaml(name: str) -> str:

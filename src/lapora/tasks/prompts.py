@@ -36,9 +36,7 @@ class PromptEncoder:
         if self.chat_template:
             messages = [{"role": "user", "content": text}]
             try:
-                text = self.tokenizer.apply_chat_template(
-                    messages, tokenize=False, add_generation_prompt=True
-                )
+                text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
             except Exception as error:  # a template may raise anything
                 raise DataError(
                     f"the tokenizer's chat template does not take a user's message: {first_line(error)}; "
@@ -76,11 +74,7 @@ class PromptEncoder:
             whole = _plain_ids(self.tokenizer, [context], special_tokens=True)[0]
             bare = _plain_ids(self.tokenizer, [context], special_tokens=False)[0]
             before = next(
-                (
-                    start
-                    for start in range(len(whole) - len(bare) + 1)
-                    if whole[start : start + len(bare)] == bare
-                ),
+                (start for start in range(len(whole) - len(bare) + 1) if whole[start : start + len(bare)] == bare),
                 None,
             )
             if before is None or not bare:

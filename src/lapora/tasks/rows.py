@@ -31,9 +31,7 @@ class Row:
     values: Mapping[str, Any]
 
 
-def load_rows(
-    task: Task, split: str, *, data_dir: str | Path | None = None, limit: int | None = None
-) -> list[Row]:
+def load_rows(task: Task, split: str, *, data_dir: str | Path | None = None, limit: int | None = None) -> list[Row]:
     """The rows of a split that the task keeps.
 
     Args:
@@ -79,9 +77,7 @@ def keeps(task: Task, values: Mapping[str, Any], where: str) -> bool:
     template = compiled_template(task.keep_if)
     lacking = sorted(template.fields - set(values))
     if lacking:
-        raise DataError(
-            f"{where}: no field {listed(lacking)}, which keep_if needs; it has {listed(list(values))}"
-        )
+        raise DataError(f"{where}: no field {listed(lacking)}, which keep_if needs; it has {listed(list(values))}")
     result = template.value(values, where)
     if isinstance(result, (bool, int)):
         return bool(result)
@@ -103,9 +99,7 @@ def _open(task: Task, split: str, data_dir: str | Path | None) -> tuple[str, Ite
         if not any("://" in path for path in paths):
             return f"task {quoted(task.task)}, split {printable(split)}", _read_all(task, paths)
     if task.dataset_path is None:
-        raise DataError(
-            f"task {quoted(task.task)} names no data: give --data-dir DIR, or dataset_path in its YAML"
-        )
+        raise DataError(f"task {quoted(task.task)} names no data: give --data-dir DIR, or dataset_path in its YAML")
     hub_split = task.source_split(split)
     where = printable(f"{task.hub_source or task.dataset_path}, split {hub_split}")
     return where, _hub_rows(task, hub_split)
@@ -137,9 +131,7 @@ def _hub_rows(task: Task, split: str) -> Iterable[Mapping[str, Any]]:
     remedy = "or give the rows as files with --data-dir DIR"
     try:
         with _quiet():
-            return datasets.load_dataset(
-                task.dataset_path, task.dataset_name, split=split, **task.dataset_kwargs
-            )
+            return datasets.load_dataset(task.dataset_path, task.dataset_name, split=split, **task.dataset_kwargs)
     except MemoryError:
         raise
     except Exception as error:  # `datasets` raises whatever the layer below raised

@@ -114,9 +114,7 @@ class _Bounds(NodeTransformer):
     def generic_visit(self, node: nodes.Node, *args: Any, **kwargs: Any) -> nodes.Node:
         statement = _REFUSED_STATEMENTS.get(type(node))
         if statement is not None:
-            raise TemplateAssertionError(
-                f"the statement '{statement}' is not offered in task templates", node.lineno
-            )
+            raise TemplateAssertionError(f"the statement '{statement}' is not offered in task templates", node.lineno)
         return super().generic_visit(node, *args, **kwargs)
 
     def visit_For(self, node: nodes.For) -> nodes.Node:
@@ -208,8 +206,6 @@ class TemplateEnvironment(ImmutableSandboxedEnvironment):
             check_size(size_of(sized[0])[0] * int(max([1, *numbers])))
         elif operator == "**" and (len(numbers) != 2 or abs(right) > 64 or abs(left) > 10**6):
             raise SecurityError("a power is too large")
-        elif operator == "*" and any(
-            isinstance(number, int) and number.bit_length() > 4096 for number in numbers
-        ):
+        elif operator == "*" and any(isinstance(number, int) and number.bit_length() > 4096 for number in numbers):
             raise SecurityError("a product is too large")
         return super().call_binop(context, operator, left, right)

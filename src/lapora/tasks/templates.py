@@ -146,9 +146,7 @@ def _sole_expression(tree: nodes.Template) -> nodes.Expr | None:
     if len(tree.body) != 1 or not isinstance(tree.body[0], nodes.Output):
         return None
     parts = [
-        part
-        for part in tree.body[0].nodes
-        if not (isinstance(part, nodes.TemplateData) and not part.data.strip())
+        part for part in tree.body[0].nodes if not (isinstance(part, nodes.TemplateData) and not part.data.strip())
     ]
     if len(parts) != 1 or isinstance(parts[0], nodes.TemplateData):
         return None
@@ -157,8 +155,6 @@ def _sole_expression(tree: nodes.Template) -> nodes.Expr | None:
 
 def _guarded_names(tree: nodes.Template) -> set[str]:
     """Names that stand under a test for being there, or under ``default``."""
-    guards: list[nodes.Expr | None] = [
-        test.node for test in tree.find_all(nodes.Test) if test.name in _GUARDS
-    ]
+    guards: list[nodes.Expr | None] = [test.node for test in tree.find_all(nodes.Test) if test.name in _GUARDS]
     guards += [found.node for found in tree.find_all(nodes.Filter) if found.name in ("default", "d")]
     return {guard.name for guard in guards if isinstance(guard, nodes.Name)}
