@@ -1,19 +1,14 @@
-"""Tiny models in float64, and the shared real data."""
+"""Fixtures: tiny models, and the shared real data."""
 
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-import torch
-from peft import LoraConfig, get_peft_model
-from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
-from lapora.model.answers import AnswerModel
-from lapora.model.batches import collate
 from lapora.model.bayesian_layers import find_bayesian_layers
+from tiny_models import tiny_causal, tiny_classifier
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 SHARED = Path(os.environ.get("LAPORA_SHARED", Path(__file__).parents[2] / "shared"))
@@ -26,52 +21,6 @@ def shared() -> Path:
     return SHARED
 
 
-@dataclass
-class Row:
-    input_ids: list[int]
-    token_type_ids: list[int] | None = field(default=None)
-
-
-def _random_lora(model):
-    for name, parameter in model.named_parameters():
-        if "lora_" in name:
-            torch.nn.init.normal_(parameter, std=0.3)
-    return model.double().eval().requires_grad_(False)
-
-
-def tiny_classifier(classes: int, seed: int = 0):
-    torch.manual_seed(seed)
-    config = BertConfig(
-        vocab_size=30,
-        hidden_size=12,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=16,
-        max_position_embeddings=32,
-        num_labels=classes,
-        initializer_range=0.5,
-    )
-    lora = LoraConfig(r=3, lora_alpha=6, target_modules=["query", "value"], task_type="SEQ_CLS")
-    model = _random_lora(get_peft_model(BertForSequenceClassification(config), lora))
-    return AnswerModel(model, "classifier", 0)
-
-
-def tiny_causal(classes: int, seed: int = 0, targets=("q_proj", "v_proj")):
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=30,
-        hidden_size=12,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=16,
-        max_position_embeddings=32,
-        initializer_range=0.5,
-    )
-    lora = LoraConfig(r=3, lora_alpha=6, target_modules=list(targets), task_type="CAUSAL_LM")
-    model = _random_lora(get_peft_model(LlamaForCausalLM(config), lora))
-    return AnswerModel(model, "causal", 0, list(range(5, 5 + classes)))
-
-
 @pytest.fixture(params=[("classifier", 2), ("classifier", 3), ("classifier", 5), ("causal", 2), ("causal", 4)])
 def answers(request):
     kind, classes = request.param
@@ -81,46 +30,3 @@ def answers(request):
 @pytest.fixture
 def layers(answers):
     return find_bayesian_layers(answers.model)
-
-
-def rows(count: int = 6, seed: int = 3) -> list[Row]:
-    generator = torch.Generator().manual_seed(seed)
-    lengths = torch.randint(3, 9, (count,), generator=generator).tolist()
-    return [Row(torch.randint(1, 30, (length,), generator=generator).tolist()) for length in lengths]
-
-
-def batches(answers, encoded, size, side=None, pad_to=None):
-    for start in range(0, len(encoded), size):
-        chosen = list(range(start, min(start + size, len(encoded))))
-        yield collate(
-            [encoded[i] for i in chosen],
-            chosen,
-            pad_token_id=0,
-            padding_side=side or answers.padding_side,
-            pad_to=pad_to,
-        )
-
-
-def close(actual, expected, answers):
-    """Equal to round-off. Llama's norm works in float32 whatever the model runs in, so its round-off is that."""
-    tolerance = {"atol": 1e-9, "rtol": 1e-7} if answers.kind == "classifier" else {"atol": 3e-5, "rtol": 3e-4}
-    torch.testing.assert_close(actual, expected, **tolerance)
-
-
-def dense_jacobian(answers, layers, encoded) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows one at a time, unpadded, through plain autograd: logits (N, C) and Jacobian (N, C, P)."""
-    weights = [layer.module.weight for layer in layers]
-    all_logits, jacobian = [], []
-    for weight in weights:
-        weight.requires_grad_(True)
-    for batch in batches(answers, encoded, 1):
-        logits = answers.logits(batch)[0]
-        all_logits.append(logits.detach())
-        jacobian.append(
-            torch.stack(
-                [torch.cat([g.reshape(-1) for g in torch.autograd.grad(f, weights, retain_graph=True)]) for f in logits]
-            )
-        )
-    for weight in weights:
-        weight.requires_grad_(False)
-    return torch.stack(all_logits), torch.stack(jacobian)

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import batches, close, dense_jacobian, rows
 from peft import LoraConfig, get_peft_model
-from test_predictive import moments, posterior
 from torch import nn
 from transformers import (
     GPT2Config,
@@ -22,6 +20,7 @@ from transformers import (
 from lapora.errors import AdapterError, UsageError
 from lapora.model.answers import AnswerModel
 from lapora.model.bayesian_layers import find_bayesian_layers
+from tiny_models import batches, close, dense_jacobian, moments, posterior, rows
 
 GPT2 = {"vocab_size": 30, "n_embd": 12, "n_layer": 2, "n_head": 2, "n_positions": 32, "initializer_range": 0.3}
 BERT = {

@@ -3,13 +3,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from conftest import batches, close, dense_jacobian, rows
 from lapora.curvature.fisher import exact_columns, monte_carlo_columns
 from lapora.curvature.kron import KronObserver
 from lapora.curvature.linearisation import Linearisation
 from lapora.errors import NumericalError
 from lapora.posterior.gaussian import decompose
 from lapora.workflows.fit import collect
+from tiny_models import batches, close, dense_jacobian, rows
 
 
 @pytest.mark.parametrize("classes", [2, 3, 5])

@@ -6,29 +6,11 @@ import math
 import pytest
 import torch
 
-from conftest import batches, close, dense_jacobian, rows, tiny_causal
-from lapora.curvature.kron import KronObserver
 from lapora.model.bayesian_layers import find_bayesian_layers
-from lapora.posterior.gaussian import decompose
 from lapora.predictive.links import difference_covariance, log_probabilities
 from lapora.predictive.logistic_normal import log_expected_sigmoid
 from lapora.predictive.moments import LogitMoments
-from lapora.predictive.predictor import LinearisedPredictor
-from lapora.workflows.fit import collect
-
-
-def posterior(answers, layers, encoded):
-    observer = KronObserver("expand")
-    collect(answers, layers, observer, batches(answers, encoded, 3), targets=[None] * len(encoded))
-    return observer.factors(layers), decompose(layers, observer.factors(layers))
-
-
-def moments(answers, layers, blocks, encoded, *, classes, size=4, every_class=True, **how):
-    found = []
-    with LinearisedPredictor(answers, layers, blocks, 0.7, classes=classes, every_class=every_class) as predictor:
-        for batch in batches(answers, encoded, size, **how):
-            found.append(predictor.moments(batch))
-    return torch.cat([m.mean for m in found]), torch.cat([m.covariance for m in found])
+from tiny_models import close, dense_jacobian, moments, posterior, rows, tiny_causal
 
 
 def test_covariance_equals_dense_j_sigma_jt(answers, layers):

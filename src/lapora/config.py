@@ -41,6 +41,7 @@ class FitSettings:
 
     structure: str = "kron"
     weight_sharing: str = "expand"
+    engine: str = "native"
     subset: str = "lora"
     fisher: str = "exact"
     name: str = "default"

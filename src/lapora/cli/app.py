@@ -57,6 +57,26 @@ class Sharing(StrEnum):
 
     expand = "expand"
     reduce = "reduce"
+    asdl = "asdl"
+
+
+class Structure(StrEnum):
+    """Shape of the curvature."""
+
+    kron = "kron"
+
+
+class Engine(StrEnum):
+    """Who computes the curvature."""
+
+    native = "native"
+    asdl = "asdl"
+
+
+class Method(StrEnum):
+    """How the prior precision is chosen."""
+
+    marglik = "marglik"
 
 
 class Subset(StrEnum):
@@ -135,7 +155,11 @@ def fit_command(
     data_dir: DataDirOption = None,
     split: Annotated[str, typer.Option(help="Split the adapter was trained on.")] = "train",
     limit: LimitOption = None,
-    weight_sharing: Annotated[Sharing, typer.Option(help="KFAC for shared weights.")] = Sharing.expand,
+    structure: Annotated[Structure, typer.Option(help="Shape of the curvature.")] = Structure.kron,
+    weight_sharing: Annotated[
+        Sharing, typer.Option(help="KFAC for shared weights; asdl is the paper's stack.")
+    ] = Sharing.expand,
+    engine: Annotated[Engine, typer.Option(help="Who computes it; asdl is the paper's stack.")] = Engine.native,
     subset: Annotated[Subset, typer.Option(help="Which weights are Bayesian.")] = Subset.lora,
     fisher: Annotated[Fisher, typer.Option(help="Which Fisher.")] = Fisher.exact,
     name: NameOption = "default",
@@ -160,7 +184,9 @@ def fit_command(
             model,
             DataSettings(task, data_dir, split, limit),
             FitSettings(
+                structure=structure.value,
                 weight_sharing=weight_sharing.value,
+                engine=engine.value,
                 subset=subset.value,
                 fisher=fisher.value,
                 name=name,
@@ -186,13 +212,14 @@ def fit_command(
 def tune_prior_command(
     adapter: AdapterArgument,
     name: NameOption = "default",
+    method: Annotated[Method, typer.Option(help="How it is chosen.")] = Method.marglik,
     output_dir: OutputDirOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Choose the prior precision by the marginal likelihood; needs neither model nor data."""
     from lapora.workflows.tune_prior import tune_prior
 
-    prior = tune_prior(output_dir or Path(adapter), name)
+    prior = tune_prior(output_dir or Path(adapter), name, method.value)
     if as_json:
         typer.echo(json.dumps(prior))
     if prior["at_bound"]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -74,6 +74,7 @@ def fit(model: ModelSettings, data: DataSettings, settings: FitSettings, progres
     Raises:
         LaporaError: See the table of exit statuses; nothing half-written is left behind.
     """
+    settings = _resolve_engine(settings)
     adapter = read_adapter(model.adapter)
     folder = posterior_folder(model.root, settings.name)
     if folder.exists() and not settings.overwrite:
@@ -96,19 +97,26 @@ def fit(model: ModelSettings, data: DataSettings, settings: FitSettings, progres
     layers = find_bayesian_layers(loaded.model, cast(Subset, settings.subset))
     answers = AnswerModel(loaded.model, loaded.kind, loaded.pad_token_id, token_ids)
 
-    observer = KronObserver(cast(WeightSharing, settings.weight_sharing))
     targets = [example.target for example in examples]
-    log_likelihood = collect(
-        answers,
-        layers,
-        observer,
-        make_batches(answers, encoded, model.batch_size),
-        targets=targets,
-        fisher=settings.fisher,
-        seed=settings.seed,
-        progress=progress,
-    )
-    blocks = decompose(layers, observer.factors(layers))
+    batches = make_batches(answers, encoded, model.batch_size)
+    if settings.engine == "asdl":
+        from lapora.curvature.laplace_torch import asdl_factors
+
+        factors, log_likelihood = asdl_factors(answers, layers, batches, targets, progress)
+    else:
+        observer = KronObserver(cast(WeightSharing, settings.weight_sharing))
+        log_likelihood = collect(
+            answers,
+            layers,
+            observer,
+            batches,
+            targets=targets,
+            fisher=settings.fisher,
+            seed=settings.seed,
+            progress=progress,
+        )
+        factors = observer.factors(layers)
+    blocks = decompose(layers, factors)
     prior = Evidence(
         [block.eigenvalues.cpu().numpy() for block in blocks],
         [block.squared_norm for block in blocks],
@@ -138,6 +146,7 @@ def fit(model: ModelSettings, data: DataSettings, settings: FitSettings, progres
         },
         "structure": settings.structure,
         "weight_sharing": settings.weight_sharing,
+        "engine": settings.engine,
         "fisher": settings.fisher,
         "subset": settings.subset,
         "rank": None,
@@ -156,6 +165,17 @@ def fit(model: ModelSettings, data: DataSettings, settings: FitSettings, progres
         prior=prior,
         notes=adapter.notes,
     )
+
+
+def _resolve_engine(settings: FitSettings) -> FitSettings:
+    """``--weight-sharing asdl`` and ``--engine asdl`` are two names of one thing: the paper's stack."""
+    if "asdl" not in (settings.engine, settings.weight_sharing):
+        return settings
+    if settings.fisher != "exact":
+        raise UsageError(f"--engine asdl computes the exact Fisher alone, not --fisher {settings.fisher}")
+    if settings.weight_sharing == "reduce":
+        raise UsageError("--engine asdl has no KFAC-reduce: its weight sharing is expand, divided by N")
+    return replace(settings, engine="asdl", weight_sharing="asdl")
 
 
 def collect(

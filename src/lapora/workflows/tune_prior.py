@@ -5,16 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from lapora.errors import UsageError
 from lapora.posterior.artifact import SavedPosterior, posterior_folder
 from lapora.posterior.evidence import Evidence
 
 
-def tune_prior(root: Path, name: str) -> dict[str, Any]:
+def tune_prior(root: Path, name: str, method: str = "marglik") -> dict[str, Any]:
     """Choose δ by marginal likelihood and record it in the manifest.
 
     Args:
         root: The adapter's folder (or the output folder).
         name: The posterior's name.
+        method: ``marglik``, the only one so far.
 
     Returns:
         The manifest's new ``prior``.
@@ -23,6 +25,8 @@ def tune_prior(root: Path, name: str) -> dict[str, Any]:
         PosteriorError: No such posterior, or a damaged one.
         NumericalError: Eigenvalues that no curvature has.
     """
+    if method != "marglik":
+        raise UsageError(f"--method {method}: not there yet; use marglik")
     posterior = SavedPosterior(posterior_folder(root, name))
     log_likelihood = posterior.manifest["log_likelihood"]
     norms = [float(parameter["squared_norm"]) for parameter in posterior.manifest["parameters"]]

@@ -1,0 +1,119 @@
+"""Tiny models in float64 and the dense, slow, obviously correct computations on them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
+
+from lapora.curvature.kron import KronObserver
+from lapora.model.answers import AnswerModel
+from lapora.model.batches import collate
+from lapora.posterior.gaussian import decompose
+from lapora.predictive.predictor import LinearisedPredictor
+from lapora.workflows.fit import collect
+
+
+@dataclass
+class Row:
+    input_ids: list[int]
+    token_type_ids: list[int] | None = field(default=None)
+
+
+def _random_lora(model):
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    return model.double().eval().requires_grad_(False)
+
+
+def tiny_classifier(classes: int, seed: int = 0):
+    torch.manual_seed(seed)
+    config = BertConfig(
+        vocab_size=30,
+        hidden_size=12,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=16,
+        max_position_embeddings=32,
+        num_labels=classes,
+        initializer_range=0.5,
+    )
+    lora = LoraConfig(r=3, lora_alpha=6, target_modules=["query", "value"], task_type="SEQ_CLS")
+    model = _random_lora(get_peft_model(BertForSequenceClassification(config), lora))
+    return AnswerModel(model, "classifier", 0)
+
+
+def tiny_causal(classes: int, seed: int = 0, targets=("q_proj", "v_proj")):
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=30,
+        hidden_size=12,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=16,
+        max_position_embeddings=32,
+        initializer_range=0.5,
+    )
+    lora = LoraConfig(r=3, lora_alpha=6, target_modules=list(targets), task_type="CAUSAL_LM")
+    model = _random_lora(get_peft_model(LlamaForCausalLM(config), lora))
+    return AnswerModel(model, "causal", 0, list(range(5, 5 + classes)))
+
+
+def rows(count: int = 6, seed: int = 3) -> list[Row]:
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(3, 9, (count,), generator=generator).tolist()
+    return [Row(torch.randint(1, 30, (length,), generator=generator).tolist()) for length in lengths]
+
+
+def batches(answers, encoded, size, side=None, pad_to=None):
+    for start in range(0, len(encoded), size):
+        chosen = list(range(start, min(start + size, len(encoded))))
+        yield collate(
+            [encoded[i] for i in chosen],
+            chosen,
+            pad_token_id=0,
+            padding_side=side or answers.padding_side,
+            pad_to=pad_to,
+        )
+
+
+def close(actual, expected, answers):
+    """Equal to round-off. Llama's norm works in float32 whatever the model runs in, so its round-off is that."""
+    tolerance = {"atol": 1e-9, "rtol": 1e-7} if answers.kind == "classifier" else {"atol": 3e-5, "rtol": 3e-4}
+    torch.testing.assert_close(actual, expected, **tolerance)
+
+
+def dense_jacobian(answers, layers, encoded) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows one at a time, unpadded, through plain autograd: logits (N, C) and Jacobian (N, C, P)."""
+    weights = [layer.module.weight for layer in layers]
+    all_logits, jacobian = [], []
+    for weight in weights:
+        weight.requires_grad_(True)
+    for batch in batches(answers, encoded, 1):
+        logits = answers.logits(batch)[0]
+        all_logits.append(logits.detach())
+        jacobian.append(
+            torch.stack(
+                [torch.cat([g.reshape(-1) for g in torch.autograd.grad(f, weights, retain_graph=True)]) for f in logits]
+            )
+        )
+    for weight in weights:
+        weight.requires_grad_(False)
+    return torch.stack(all_logits), torch.stack(jacobian)
+
+
+def posterior(answers, layers, encoded):
+    observer = KronObserver("expand")
+    collect(answers, layers, observer, batches(answers, encoded, 3), targets=[None] * len(encoded))
+    return observer.factors(layers), decompose(layers, observer.factors(layers))
+
+
+def moments(answers, layers, blocks, encoded, *, classes, size=4, every_class=True, **how):
+    found = []
+    with LinearisedPredictor(answers, layers, blocks, 0.7, classes=classes, every_class=every_class) as predictor:
+        for batch in batches(answers, encoded, size, **how):
+            found.append(predictor.moments(batch))
+    return torch.cat([m.mean for m in found]), torch.cat([m.covariance for m in found])
