@@ -104,7 +104,7 @@ def test_a_head_counts_one_token_a_row(name, counted):
     answers = build(name)
     (layer,) = find_bayesian_layers(answers.model, "last-layer")
     assert counted in layer.name
-    ours, layers, encoded, factors, precision = covariances(answers, "last-layer")
+    ours, _, encoded, factors, precision = covariances(answers, "last-layer")
     assert factors[layer.name].count == len(encoded)
     # For the last layer the Jacobian of f_c is the head's input in row c, and one where there is a bias.
     features = {}

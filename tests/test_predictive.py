@@ -10,7 +10,7 @@ from lapora.model.bayesian_layers import find_bayesian_layers
 from lapora.predictive.links import difference_covariance, log_probabilities
 from lapora.predictive.logistic_normal import log_expected_sigmoid
 from lapora.predictive.moments import LogitMoments
-from tiny_models import close, dense_jacobian, moments, posterior, rows, tiny_causal
+from tiny_models import batches, close, dense_jacobian, moments, posterior, rows, tiny_causal
 
 
 def test_covariance_equals_dense_j_sigma_jt(answers, layers):
