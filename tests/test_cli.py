@@ -96,6 +96,25 @@ def test_links_agree_with_eval(demo):
     assert [entry.get("link") for entry in json.loads(done.stdout)["results"]][2:] == ["probit", "mc-indep", "bridge"]
 
 
+def test_tasks_check_shows_prompts_tokens_and_labels(demo):
+    done = lapora(
+        "tasks",
+        "--check",
+        demo / "farm.yaml",
+        "--adapter",
+        demo / "adapter",
+        "--data-dir",
+        demo / "data",
+        "--limit",
+        50,
+    )
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert sum(report["labels"].values()) == report["rows"] == 50
+    assert report["answer_tokens"]["yes"]["token"] == "yes"
+    assert report["examples"][0]["text"].endswith("on the farm ? answer :")
+
+
 @pytest.mark.parametrize(
     ("arguments", "status", "words"),
     [

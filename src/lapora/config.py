@@ -46,6 +46,7 @@ class FitSettings:
     fisher: str = "exact"
     name: str = "default"
     max_length: int | None = None
+    chat_template: bool = False
     seed: int = 0
     overwrite: bool = False
 

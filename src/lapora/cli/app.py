@@ -169,6 +169,7 @@ def fit_command(
     device: DeviceOption = "auto",
     batch_size: BatchOption = "auto",
     max_length: Annotated[int | None, typer.Option(min=1, help="Tokens per row.")] = None,
+    chat_template: Annotated[bool, typer.Option("--chat-template", help="Wrap prompts as a chat.")] = False,
     seed: SeedOption = 0,
     output_dir: OutputDirOption = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a posterior of that name.")] = False,
@@ -191,6 +192,7 @@ def fit_command(
                 fisher=fisher.value,
                 name=name,
                 max_length=max_length,
+                chat_template=chat_template,
                 seed=seed,
                 overwrite=overwrite,
             ),
@@ -308,8 +310,24 @@ def eval_command(
 
 
 @app.command("tasks")
-def tasks_command(name: Annotated[str | None, typer.Argument(help="Print this task's YAML.")] = None) -> None:
-    """List the built-in tasks, or print one as YAML to start your own from."""
+def tasks_command(
+    name: Annotated[str | None, typer.Argument(help="Print this task's YAML.")] = None,
+    check: Annotated[str | None, typer.Option(metavar="TASK", help="Show what a task makes of rows.")] = None,
+    adapter: Annotated[str | None, typer.Option(help="Adapter to check the task with.")] = None,
+    data_dir: DataDirOption = None,
+    split: Annotated[str | None, typer.Option(help="Split to check.")] = None,
+    limit: LimitOption = None,
+    base_model: BaseModelOption = None,
+) -> None:
+    """List the built-in tasks, print one as YAML to start your own from, or check one on rows."""
+    if check is not None:
+        if adapter is None:
+            raise UsageError("--check needs --adapter, whose tokenizer and kind decide what a row becomes")
+        from lapora.workflows.check_task import check as check_rows
+
+        report = check_rows(adapter, DataSettings(check, data_dir, split, limit), base_model=base_model)
+        typer.echo(json.dumps(report, indent=2, ensure_ascii=False))
+        return
     from lapora.tasks import builtin_tasks, builtin_yaml, describe_task, load_task
 
     if name is not None:

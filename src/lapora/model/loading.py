@@ -216,6 +216,19 @@ def _load_base(
     return base, set(information["missing_keys"])
 
 
+def load_tokenizer(adapter: Adapter, base_model: str | None = None) -> Any:
+    """The adapter's tokenizer alone, without the model.
+
+    Raises:
+        AdapterError: It cannot be loaded, or the adapter names no base model.
+    """
+    base_name = base_model or adapter.base_model
+    if not base_name:
+        raise AdapterError(f"{adapter.path}: the adapter names no base model; give one with --base-model")
+    with quiet_libraries():
+        return _load_tokenizer(adapter, base_name, None if base_model else adapter.revision, False)
+
+
 def _load_tokenizer(adapter: Adapter, base_name: str, revision: str | None, trust_remote_code: bool) -> Any:
     own = any((adapter.path / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))
     source, at = (adapter.path, None) if own else (base_name, revision)

@@ -13,7 +13,7 @@ from lapora.errors import DataError
 from lapora.predictive.links import DEFAULT_SAMPLES, Link, log_probabilities, needs_every_class
 from lapora.predictive.moments import LogitMoments
 from lapora.predictive.predictor import LinearisedPredictor
-from lapora.tasks import encode_all, render_all
+from lapora.tasks import render_all
 from lapora.workflows.fit import Progress
 from lapora.workflows.session import open_session, read_rows
 
@@ -54,7 +54,7 @@ def evaluate(
         kind = session.loaded.kind
         examples = render_all(task, rows, kind=kind, choices=session.choices, labels="required")
         targets = torch.tensor([cast(int, example.target) for example in examples])
-        coded = encode_all(examples, session.loaded.tokenizer, task=task, kind=kind, max_length=session.max_length)
+        coded = session.encode(examples)
         classes = len(session.choices)
         every_class = any(needs_every_class(cast(Link, link)) for link in links)
         log_p = {link: torch.zeros(len(examples), classes, dtype=torch.float64) for link in ("map", *links)}

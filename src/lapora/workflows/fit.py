@@ -91,9 +91,16 @@ def fit(model: ModelSettings, data: DataSettings, settings: FitSettings, progres
         device=model.device,
         trust_remote_code=model.trust_remote_code,
     )
-    token_ids = _answers(loaded, task, examples, choices)
+    token_ids = _answers(loaded, task, examples, choices, settings.chat_template)
     max_length = settings.max_length or task.max_length_for(adapter.kind)
-    encoded = encode_all(examples, loaded.tokenizer, task=task, kind=adapter.kind, max_length=max_length)
+    encoded = encode_all(
+        examples,
+        loaded.tokenizer,
+        kind=adapter.kind,
+        max_length=max_length,
+        task=task,
+        chat_template=settings.chat_template,
+    )
     layers = find_bayesian_layers(loaded.model, cast(Subset, settings.subset))
     answers = AnswerModel(loaded.model, loaded.kind, loaded.pad_token_id, token_ids)
 
@@ -143,6 +150,7 @@ def fit(model: ModelSettings, data: DataSettings, settings: FitSettings, progres
             "data_dir": str(Path(data.data_dir).resolve()) if data.data_dir else None,
             "limit": data.limit,
             "max_length": max_length,
+            "chat_template": settings.chat_template,
         },
         "structure": settings.structure,
         "weight_sharing": settings.weight_sharing,
@@ -220,10 +228,20 @@ def _columns(fisher: str, labels: Tensor | None, generator: torch.Generator) -> 
     return lambda logits: empirical_columns(logits, labels.to(logits.device))
 
 
-def _answers(loaded: LoadedModel, task: Task, examples: Sequence[Example], choices: Sequence[str]) -> list[int] | None:
+def _answers(
+    loaded: LoadedModel, task: Task, examples: Sequence[Example], choices: Sequence[str], chat_template: bool
+) -> list[int] | None:
     if loaded.kind == "causal":
-        prompts = [example.text or "" for example in examples]
-        return answer_token_ids(loaded.tokenizer, prompts, choices, delimiter=task.target_delimiter)
+        return answer_token_ids(
+            loaded.tokenizer,
+            [example.text or "" for example in examples],
+            choices,
+            delimiter=task.target_delimiter,
+            chat_template=chat_template,
+            labels=[example.where for example in examples],
+        )
+    if chat_template:
+        raise UsageError("--chat-template wraps the prompt of a causal language model; this adapter is a classifier")
     if loaded.number_of_labels != len(choices):
         raise DataError(
             f"task {task.task} has {len(choices)} answers and the adapter's head {loaded.number_of_labels} outputs; "

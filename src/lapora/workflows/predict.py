@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator
 from typing import Any, cast
 
@@ -11,7 +10,7 @@ from lapora.errors import DataError
 from lapora.predictive.links import Link, log_probabilities, needs_every_class
 from lapora.predictive.moments import LogitMoments
 from lapora.predictive.predictor import LinearisedPredictor
-from lapora.tasks import EncodedExample, encode_all, render
+from lapora.tasks import EncodedExample, parse_json_line, render
 from lapora.workflows.session import Session, open_session
 
 _WINDOW_BATCHES = 4
@@ -74,21 +73,24 @@ def _windows(lines: Iterable[bytes], size: int) -> Iterator[list[tuple[int, byte
 
 
 def _read(session: Session, index: int, line: bytes) -> tuple[Any, EncodedExample | DataError]:
+    """A line's ``id`` and its token ids, or what is wrong with it."""
+    where = f"line {index + 1}"
+    identifier = None
     try:
-        row = json.loads(line.decode("utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        return None, DataError(f"line {index + 1}: not valid JSON ({error})")
-    if not isinstance(row, dict):
-        return None, DataError(f"line {index + 1}: not a JSON object")
-    kind = session.loaded.kind
-    try:
-        example = render(session.task, row, kind=kind, index=index, choices=session.choices)
-        coded = encode_all(
-            [example], session.loaded.tokenizer, task=session.task, kind=kind, max_length=session.max_length
+        row = parse_json_line(line, where)
+        identifier = row.get("id")
+        example = render(
+            session.task,
+            row,
+            kind=session.loaded.kind,
+            index=index,
+            labels="ignore",
+            choices=session.choices,
+            where=where,
         )
+        return identifier, session.encode([example])[0]
     except DataError as error:
-        return row.get("id"), DataError(f"line {index + 1}: {error}")
-    return row.get("id"), coded[0]
+        return identifier, error
 
 
 def _predict_window(

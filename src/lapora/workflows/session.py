@@ -19,7 +19,7 @@ from lapora.model.loading import Dtype, LoadedModel, load_model
 from lapora.model.quantisation import Quantisation
 from lapora.posterior.artifact import SavedPosterior, posterior_folder
 from lapora.posterior.gaussian import EigenBlock
-from lapora.tasks import EncodedExample, Task, load_rows, load_task
+from lapora.tasks import EncodedExample, Example, Task, encode_all, load_rows, load_task
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,7 @@ class Session:
         choices: The answers.
         max_length: Tokens a row may have.
         batch_size: Rows per batch, or None for a token budget.
+        chat_template: Whether prompts are wrapped in the tokenizer's chat template.
     """
 
     posterior: SavedPosterior
@@ -47,6 +48,18 @@ class Session:
     choices: tuple[str, ...]
     max_length: int
     batch_size: int | None
+    chat_template: bool
+
+    def encode(self, examples: Sequence[Example]) -> list[EncodedExample]:
+        """Token ids of examples, cut as ``fit`` cut them."""
+        return encode_all(
+            examples,
+            self.loaded.tokenizer,
+            kind=self.loaded.kind,
+            max_length=self.max_length,
+            task=self.task,
+            chat_template=self.chat_template,
+        )
 
     def batches(self, encoded: Sequence[EncodedExample]) -> Iterator[Batch]:
         """Padded batches of like-long rows, on the model's device."""
@@ -122,6 +135,7 @@ def open_session(model: ModelSettings, name: str) -> Session:
         choices=tuple(posterior.manifest["answers"]["choices"]),
         max_length=int(posterior.manifest["data"]["max_length"]),
         batch_size=model.batch_size,
+        chat_template=bool(posterior.manifest["data"].get("chat_template", False)),
     )
 
 

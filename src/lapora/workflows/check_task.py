@@ -1,0 +1,28 @@
+"""``lapora tasks --check``: what a task makes of an adapter's rows, before anything slow is run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lapora.config import DataSettings
+from lapora.model.adapter import read_adapter
+from lapora.model.loading import load_tokenizer
+from lapora.tasks import check_task
+from lapora.workflows.session import read_rows
+
+
+def check(adapter_path: str, data: DataSettings, *, base_model: str | None = None) -> dict[str, Any]:
+    """Render the first rows, find the answer tokens, count the labels.
+
+    Args:
+        adapter_path: The adapter's folder.
+        data: Task and rows.
+        base_model: Where the tokenizer is, if not where the adapter says.
+
+    Returns:
+        See :func:`lapora.tasks.check_task`.
+    """
+    adapter = read_adapter(adapter_path)
+    task, rows, _ = read_rows(data, None, "train")
+    tokenizer = load_tokenizer(adapter, base_model)
+    return check_task(task, rows, kind=adapter.kind, tokenizer=tokenizer)
