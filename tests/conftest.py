@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -30,3 +32,15 @@ def answers(request):
 @pytest.fixture
 def layers(answers):
     return find_bayesian_layers(answers.model)
+
+
+@pytest.fixture(scope="session")
+def demo(tmp_path_factory) -> Path:
+    """What `lapora demo` makes; tests that write work on a copy."""
+    folder = tmp_path_factory.mktemp("demo") / "lapora-demo"
+    done = subprocess.run(
+        [sys.executable, "-m", "lapora", "demo", str(folder)], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert "laplace" in done.stdout
+    return folder

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -14,15 +13,6 @@ def lapora(*arguments, stdin: str | None = None) -> subprocess.CompletedProcess[
     return subprocess.run(
         [sys.executable, "-m", "lapora", *map(str, arguments)], input=stdin, capture_output=True, text=True, timeout=300
     )
-
-
-@pytest.fixture(scope="module")
-def demo(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("demo") / "lapora-demo"
-    done = lapora("demo", folder)
-    assert done.returncode == 0, done.stderr
-    assert "laplace" in done.stdout
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -299,6 +299,8 @@ def eval_command(
             progress=progress,
         )
     warnings = record.pop("warnings")
+    if record["truncated"]:
+        say(f"{record['truncated']} of {record['n']} rows were cut to the greatest length")
     if as_json:
         typer.echo(json.dumps(record))
     else:

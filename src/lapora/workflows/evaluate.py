@@ -55,6 +55,7 @@ def evaluate(
         examples = render_all(task, rows, kind=kind, choices=session.choices, labels="required")
         targets = torch.tensor([cast(int, example.target) for example in examples])
         coded = session.encode(examples)
+        truncated = sum(row.truncated for row in coded)
         classes = len(session.choices)
         every_class = any(needs_every_class(cast(Link, link)) for link in links)
         log_p = {link: torch.zeros(len(examples), classes, dtype=torch.float64) for link in ("map", *links)}
@@ -76,7 +77,7 @@ def evaluate(
                     progress(done, len(examples))
         with_mcc = task.metric == "mcc"
         if not results:
-            record = {"task": task.task, "split": split, "n": len(examples)}
+            record = {"task": task.task, "split": split, "n": len(examples), "truncated": truncated}
             constant = metrics.constant_predictor(targets, classes)
             results.append({"method": "constant", **metrics.evaluate(constant, targets, with_mcc=with_mcc)})
             results.append({"method": "map", **metrics.evaluate(log_p["map"], targets, with_mcc=with_mcc)})
