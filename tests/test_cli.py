@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 
@@ -74,6 +76,45 @@ def test_bad_lines(demo, lines):
     records = [json.loads(line) for line in reported.stdout.splitlines()]
     assert ["error" in record for record in records] == [False, True, False, True]
     assert records[1]["id"] == 7
+
+
+def test_a_reader_that_goes_ends_the_run_quietly(demo, lines):
+    command = [sys.executable, "-m", "lapora", "predict", str(demo / "adapter"), "--batch-size", "1"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdin.write(lines.encode() * 40)
+        process.stdin.close()
+        assert process.stdout.readline()
+        process.stdout.close()
+        assert (process.wait(timeout=120), process.stderr.read()) == (0, b"")
+
+
+def test_interruption_leaves_whole_lines(demo, lines):
+    command = [sys.executable, "-m", "lapora", "predict", str(demo / "adapter"), "--batch-size", "1"]
+    # A test runner in the background ignores SIGINT, and its children would too.
+    restore = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=restore
+    ) as process:
+        process.stdin.write(lines.encode())
+        process.stdin.flush()
+        first = process.stdout.readline()
+        process.send_signal(signal.SIGINT)
+        output, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert errors.decode().strip() == "error: interrupted"
+    for line in (first + output).splitlines():
+        json.loads(line)
+
+
+def test_an_output_that_cannot_be_written(demo, lines, tmp_path):
+    done = lapora("predict", demo / "adapter", "--output", tmp_path / "nowhere" / "out.jsonl", stdin=lines)
+    assert done.returncode == 5 and "cannot be written" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_another_tasks_answers_are_refused(demo, tmp_path):
+    (tmp_path / "other.yaml").write_text((demo / "farm.yaml").read_text().replace("- 'no'", "- never"))
+    done = lapora("eval", demo / "adapter", "--data", tmp_path / "other.yaml")
+    assert done.returncode == 4 and "never" in done.stderr and "fitted to the answers no, yes" in done.stderr
 
 
 def test_empty_input_gives_empty_output(demo):

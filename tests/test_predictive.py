@@ -9,7 +9,7 @@ import torch
 from lapora.model.bayesian_layers import find_bayesian_layers
 from lapora.predictive.links import difference_covariance, log_probabilities
 from lapora.predictive.logistic_normal import log_expected_sigmoid
-from lapora.predictive.moments import LogitMoments
+from lapora.predictive.moments import CovarianceObserver, LogitMoments
 from tiny_models import batches, close, dense_jacobian, moments, posterior, rows, tiny_causal
 
 
@@ -27,6 +27,24 @@ def test_covariance_equals_dense_j_sigma_jt(answers, layers):
     close(covariance, expected, answers)
     _, differences = moments(answers, layers, blocks, encoded, classes=logits.shape[1], every_class=False)
     close(differences, difference_covariance(expected), answers)
+
+
+def test_gradients_of_one_block_at_a_time_are_held(answers, layers, monkeypatch):
+    """No Jacobian of batch x directions x parameters: at most one transformer block's share is ever there."""
+    encoded = rows()
+    _, blocks = posterior(answers, layers, encoded)
+    classes = answers.logits(next(batches(answers, encoded, 1))).shape[1]
+    held = []
+    finish = CovarianceObserver.finish
+
+    def watch(self, layer):
+        held.append(sum(gradient.numel() for kept in self._gradients.values() for gradient in kept))
+        finish(self, layer)
+
+    monkeypatch.setattr(CovarianceObserver, "finish", watch)
+    moments(answers, layers, blocks, encoded, classes=classes, size=len(encoded))
+    parameters = sum(layer.shape[0] * layer.shape[1] for layer in layers)
+    assert max(held) == len(encoded) * classes * parameters // 2  # the tiny models have two equal blocks
 
 
 def test_padding_batch_size_and_order_change_nothing(answers, layers):

@@ -52,6 +52,6 @@ def test_figures_of_an_independent_implementation(shared, tmp_path, name, sharin
     assert result.prior.precision == pytest.approx(delta, rel=0.13)
     assert by_method["map"]["nll"] == pytest.approx(at_map[0], abs=0.002)
     assert by_method["map"]["ece"] == pytest.approx(at_map[1], abs=0.002)
-    assert by_method["laplace"]["nll"] == pytest.approx(nll, abs=0.012)
-    # With five classes the reference's own sampling moves rows between bins: 10 % in δ is 0.02 in ECE.
-    assert by_method["laplace"]["ece"] == pytest.approx(ece, abs=0.025)
+    assert by_method["laplace"]["nll"] == pytest.approx(nll, abs=0.005)
+    # With five classes the reference's own sampling moves rows between bins, and 10 % in δ is 0.02 in ECE.
+    assert by_method["laplace"]["ece"] == pytest.approx(ece, abs=0.025 if name == "source5" else 0.006)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from enum import StrEnum
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from lapora._version import __version__
-from lapora.cli.output import RowProgress, binary_lines, complain, say
+from lapora.cli.output import RowProgress, binary_lines, complain, say, write_json_lines
 from lapora.config import DataSettings, FitSettings, ModelSettings, PredictSettings
 from lapora.errors import LaporaError, UsageError
 
@@ -254,15 +253,7 @@ def predict_command(
 
     settings = PredictSettings(name, link.value, samples, seed, logits, on_error.value, abstain_below)
     with binary_lines(source) as lines:
-        records = predict(model, settings, lines)
-        target = sys.stdout if output == "-" else Path(output).open("w", encoding="utf-8")  # noqa: SIM115
-        try:
-            for record in records:
-                target.write(json.dumps(record, ensure_ascii=False) + "\n")
-                target.flush()
-        finally:
-            if target is not sys.stdout:
-                target.close()
+        write_json_lines(predict(model, settings, lines), output)
 
 
 @app.command("eval")
@@ -377,25 +368,24 @@ def demo_command(
     say(f"the files stay in {directory}; try: lapora eval {directory}/adapter --link mc-joint --link probit")
 
 
+INTERRUPTED = 130
+"""What Typer makes of Ctrl-C."""
+
+
 def run() -> None:
     """Run the command line and end the process with the promised status."""
     try:
-        app(standalone_mode=False)
+        # Without its standalone mode Typer returns an exit status instead of ending the process.
+        status = app(standalone_mode=False)
     except LaporaError as error:
         complain(str(error))
         sys.exit(error.exit_status)
-    except BrokenPipeError:
-        # The reader has gone, as with `| head -1`: end quietly, and keep Python from complaining at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
-    except (KeyboardInterrupt, typer.Abort):
-        complain("interrupted")
-        sys.exit(130)
-    except typer.Exit as ending:
-        sys.exit(ending.exit_code)
     except Exception as error:
         show = getattr(error, "show", None)
         if show is None:
             raise
         show()
         sys.exit(2)
+    if status == INTERRUPTED:
+        complain("interrupted")
+    sys.exit(status if isinstance(status, int) else 0)

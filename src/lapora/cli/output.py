@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from types import TracebackType
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -59,6 +61,35 @@ class RowProgress:
     def __call__(self, done: int, total: int) -> None:
         """Show how far it is."""
         self._bar.update(self._task, completed=done, total=total)
+
+
+def write_json_lines(records: Iterable[Mapping[str, Any]], target: str) -> None:
+    """Write records as they come, one JSON line each, flushed.
+
+    Args:
+        records: What to write.
+        target: A file's path, or ``-`` for standard output. A reader that has gone, as with ``| head -1``, ends
+            the run quietly: it has had what it wanted.
+
+    Raises:
+        DataError: The file cannot be written.
+    """
+    try:
+        stream = sys.stdout if target == "-" else open(target, "w", encoding="utf-8")  # noqa: SIM115
+    except OSError as error:
+        raise DataError(f"{target}: cannot be written ({error.strerror}); give another --output") from error
+    try:
+        for record in records:
+            stream.write(json.dumps(record, ensure_ascii=False) + "\n")
+            stream.flush()
+    except BrokenPipeError:
+        # What is buffered has nowhere to go; without this Python complains of it at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    except OSError as error:
+        raise DataError(f"{target}: cannot be written ({error.strerror})") from error
+    finally:
+        if stream is not sys.stdout:
+            stream.close()
 
 
 @contextmanager

@@ -59,9 +59,6 @@ def asdl_factors(
     """
     if any(layer.role == "head" or layer.answer_rows_only for layer in layers):
         raise UsageError("--engine asdl covers LoRA inside the body alone: use --subset lora, without LoRA on lm_head")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        from laplace.curvature import AsdlGGN
     weights = [layer.module.weight for layer in layers]
     labelled = all(target is not None for target in targets)
     sums: list[list[Tensor]] = []
@@ -69,13 +66,14 @@ def asdl_factors(
     for weight in weights:
         weight.requires_grad_(True)
     try:
-        model = _DictModel(answers)
-        backend = AsdlGGN(model, "classification")
+        backend = _backend(answers)
         for batch in batches:
             labels = torch.tensor([cast(int, targets[row]) if labelled else 0 for row in batch.rows])
             # laplace-torch reads the batch size from input_ids; the network reads the batch itself.
             data = {"input_ids": batch.input_ids, "batch": batch}
-            loss, kron = backend.kron(data, labels.to(answers.device), N=len(targets))
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # ASDL uses hooks that torch is about to retire
+                loss, kron = backend.kron(data, labels.to(answers.device), N=len(targets))
             log_likelihood -= float(loss)
             factors = [[factor.detach() for factor in pair] for pair in kron.kfacs]
             if sums:
@@ -96,3 +94,10 @@ def asdl_factors(
         for layer, (gradients, inputs) in zip(layers, sums, strict=True)
     }
     return found, log_likelihood if labelled else None
+
+
+def _backend(answers: AnswerModel) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from laplace.curvature import AsdlGGN
+    return AsdlGGN(_DictModel(answers), "classification")

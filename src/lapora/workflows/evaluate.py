@@ -9,11 +9,11 @@ import torch
 
 from lapora import metrics
 from lapora.config import DataSettings, ModelSettings
-from lapora.errors import DataError
+from lapora.errors import DataError, PosteriorError
 from lapora.predictive.links import DEFAULT_SAMPLES, Link, log_probabilities, needs_every_class
 from lapora.predictive.moments import LogitMoments
 from lapora.predictive.predictor import LinearisedPredictor
-from lapora.tasks import render_all
+from lapora.tasks import render_all, resolve_choices
 from lapora.workflows.fit import Progress
 from lapora.workflows.session import open_session, read_rows
 
@@ -52,6 +52,12 @@ def evaluate(
         session = open_session(model, name)
         task, rows, split = read_rows(data, session.posterior.manifest, "validation")
         kind = session.loaded.kind
+        choices = resolve_choices(task, rows)
+        if choices != session.choices:
+            raise PosteriorError(
+                f"posterior {name}: fitted to the answers {', '.join(session.choices)}; task {task.task} has "
+                f"{', '.join(choices)}; give the task that it was fitted on"
+            )
         examples = render_all(task, rows, kind=kind, choices=session.choices, labels="required")
         targets = torch.tensor([cast(int, example.target) for example in examples])
         coded = session.encode(examples)
