@@ -4,6 +4,21 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16", "float64"]
+Quantisation = Literal["none", "8bit", "4bit"]
+Structure = Literal["kron"]
+WeightSharing = Literal["expand", "reduce", "asdl"]
+Engine = Literal["native", "asdl"]
+Subset = Literal["lora", "last-layer", "all"]
+FisherType = Literal["exact", "mc", "empirical"]
+PriorMethod = Literal["marglik"]
+Link = Literal["mc-joint", "mc-indep", "probit", "bridge", "map"]
+OnError = Literal["stop", "report"]
+
+DEFAULT_SAMPLES = 2048
+"""Quasi-Monte-Carlo points of the sampling links, for more than two answers."""
 
 
 @dataclass(frozen=True)
@@ -12,8 +27,8 @@ class ModelSettings:
 
     adapter: str
     base_model: str | None = None
-    quantize: str | None = None
-    dtype: str | None = None
+    quantize: Quantisation | None = None
+    dtype: Dtype | None = None
     device: str = "auto"
     batch_size: int | None = None
     output_dir: Path | None = None
@@ -39,11 +54,11 @@ class DataSettings:
 class FitSettings:
     """What the curvature is made of."""
 
-    structure: str = "kron"
-    weight_sharing: str = "expand"
-    engine: str = "native"
-    subset: str = "lora"
-    fisher: str = "exact"
+    structure: Structure = "kron"
+    weight_sharing: WeightSharing = "expand"
+    engine: Engine = "native"
+    subset: Subset = "lora"
+    fisher: FisherType = "exact"
     name: str = "default"
     max_length: int | None = None
     chat_template: bool = False
@@ -56,11 +71,11 @@ class PredictSettings:
     """How logit moments become probabilities, and what is written."""
 
     name: str = "default"
-    link: str = "mc-joint"
-    samples: int = 2048
+    link: Link = "mc-joint"
+    samples: int = DEFAULT_SAMPLES
     seed: int = 0
     logits: bool = False
-    on_error: str = "stop"
+    on_error: OnError = "stop"
     abstain_below: float | None = None
 
 

@@ -23,6 +23,32 @@ def print_evaluation(record: dict[str, Any]) -> None:
     Console().print(table)
 
 
+def print_tasks(tasks: list[dict[str, Any]]) -> None:
+    """Print the built-in tasks: a table for a terminal, tab-separated lines for a pipe."""
+    header = ("task", "model kinds", "answers", "metric", "Hub")
+    rows = [
+        (
+            task["task"],
+            ", ".join(task["kinds"]),
+            task["choices"] if isinstance(task["choices"], str) else " | ".join(task["choices"]),
+            task["metric"],
+            task["hub"] or "",
+        )
+        for task in tasks
+    ]
+    console = Console()
+    if not console.is_terminal:
+        for row in rows:
+            print("\t".join(row))
+        return
+    table = Table()
+    for title in header:
+        table.add_column(title)
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+
+
 def print_manifest(manifest: dict[str, Any]) -> None:
     """Print what a posterior is."""
     prior = manifest["prior"]
@@ -32,11 +58,15 @@ def print_manifest(manifest: dict[str, Any]) -> None:
         "base model": f"{manifest['base_model']['name']} ({manifest['base_model']['dtype']})",
         "task": f"{manifest['task']['task']}, {', '.join(manifest['answers']['choices'])}",
         "data": f"{manifest['data']['n']} rows of {manifest['data']['split']}",
-        "log-likelihood": f"{manifest['log_likelihood']}",
+        "log-likelihood": _nats(manifest["log_likelihood"]),
         "prior precision": f"{prior['precision']:.4g} ({prior['method']}, {prior['structure']})",
-        "evidence": f"{prior['log_marginal_likelihood']}",
+        "log marginal likelihood": _nats(prior["log_marginal_likelihood"]),
     }
     table = Table(show_header=False)
     for key, value in lines.items():
         table.add_row(key, value)
     Console().print(table)
+
+
+def _nats(value: float | None) -> str:
+    return "unknown: the rows had no labels" if value is None else f"{value:.2f} nats"

@@ -4,15 +4,43 @@ from __future__ import annotations
 
 import json
 import sys
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from lapora._version import __version__
+from lapora.cli.options import (
+    AdapterArgument,
+    BaseModelOption,
+    BatchOption,
+    DataDirOption,
+    DeviceOption,
+    DtypeOption,
+    JsonOption,
+    LimitOption,
+    NameOption,
+    OutputDirOption,
+    QuantizeOption,
+    SamplesOption,
+    SeedOption,
+    TaskOption,
+    model_settings,
+)
 from lapora.cli.output import RowProgress, binary_lines, complain, say, write_json_lines
-from lapora.config import DataSettings, FitSettings, ModelSettings, PredictSettings
+from lapora.config import (
+    DataSettings,
+    Engine,
+    FisherType,
+    FitSettings,
+    Link,
+    OnError,
+    PredictSettings,
+    PriorMethod,
+    Structure,
+    Subset,
+    WeightSharing,
+)
 from lapora.errors import LaporaError, UsageError
 
 app = typer.Typer(
@@ -21,122 +49,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Calibrated probabilities for LoRA fine-tuned language models, by the Laplace approximation.",
 )
-
-
-class Link(StrEnum):
-    """How logit moments become probabilities."""
-
-    mc_joint = "mc-joint"
-    mc_indep = "mc-indep"
-    probit = "probit"
-    bridge = "bridge"
-    map = "map"
-
-
-class Dtype(StrEnum):
-    """Element type of the base model."""
-
-    auto = "auto"
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
-    float64 = "float64"
-
-
-class Quantize(StrEnum):
-    """Quantisation of the base model."""
-
-    none = "none"
-    eight = "8bit"
-    four = "4bit"
-
-
-class Sharing(StrEnum):
-    """How tokens of one row share a layer's weight."""
-
-    expand = "expand"
-    reduce = "reduce"
-    asdl = "asdl"
-
-
-class Structure(StrEnum):
-    """Shape of the curvature."""
-
-    kron = "kron"
-
-
-class Engine(StrEnum):
-    """Who computes the curvature."""
-
-    native = "native"
-    asdl = "asdl"
-
-
-class Method(StrEnum):
-    """How the prior precision is chosen."""
-
-    marglik = "marglik"
-
-
-class Subset(StrEnum):
-    """Which weights are Bayesian."""
-
-    lora = "lora"
-    last_layer = "last-layer"
-    all = "all"
-
-
-class Fisher(StrEnum):
-    """Which Fisher."""
-
-    exact = "exact"
-    mc = "mc"
-    empirical = "empirical"
-
-
-class OnError(StrEnum):
-    """What a bad line does."""
-
-    stop = "stop"
-    report = "report"
-
-
-AdapterArgument = Annotated[str, typer.Argument(metavar="ADAPTER", help="Folder of a PEFT LoRA adapter.")]
-BaseModelOption = Annotated[str | None, typer.Option(help="Base model, if not the one the adapter records.")]
-QuantizeOption = Annotated[Quantize | None, typer.Option(help="Load the base model in 8 or 4 bits.")]
-DtypeOption = Annotated[Dtype | None, typer.Option(help="Type of the base model's weights.")]
-DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda ...")]
-BatchOption = Annotated[str, typer.Option(help="Rows per batch, or auto (a token budget).")]
-OutputDirOption = Annotated[Path | None, typer.Option(help="Where laplace/NAME is, if not in ADAPTER.")]
-TaskOption = Annotated[str | None, typer.Option("--data", metavar="TASK", help="Built-in task, or a YAML file.")]
-DataDirOption = Annotated[Path | None, typer.Option(help="Folder with SPLIT.jsonl (.json, .csv, .parquet).")]
-LimitOption = Annotated[int | None, typer.Option(min=1, help="Only the first so many rows.")]
-NameOption = Annotated[str, typer.Option(help="Name of the posterior.")]
-SeedOption = Annotated[int, typer.Option(help="Seed of whatever is random.")]
-SamplesOption = Annotated[int, typer.Option(min=2, help="Points of the sampling links (more than two answers).")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-
-
-def _model(
-    adapter: str,
-    base_model: str | None,
-    quantize: Quantize | None,
-    dtype: Dtype | None,
-    device: str,
-    batch_size: str,
-    output_dir: Path | None,
-) -> ModelSettings:
-    if batch_size != "auto" and not (batch_size.isdigit() and int(batch_size) > 0):
-        raise UsageError(f"--batch-size {batch_size}: auto, or a positive number")
-    return ModelSettings(
-        adapter=adapter,
-        base_model=base_model,
-        quantize=quantize.value if quantize else None,
-        dtype=dtype.value if dtype else None,
-        device=device,
-        batch_size=None if batch_size == "auto" else int(batch_size),
-        output_dir=output_dir,
-    )
 
 
 @app.callback(invoke_without_command=True)
@@ -154,13 +66,13 @@ def fit_command(
     data_dir: DataDirOption = None,
     split: Annotated[str, typer.Option(help="Split the adapter was trained on.")] = "train",
     limit: LimitOption = None,
-    structure: Annotated[Structure, typer.Option(help="Shape of the curvature.")] = Structure.kron,
+    structure: Annotated[Structure, typer.Option(help="Shape of the curvature.")] = FitSettings.structure,
     weight_sharing: Annotated[
-        Sharing, typer.Option(help="KFAC for shared weights; asdl is the paper's stack.")
-    ] = Sharing.expand,
-    engine: Annotated[Engine, typer.Option(help="Who computes it; asdl is the paper's stack.")] = Engine.native,
-    subset: Annotated[Subset, typer.Option(help="Which weights are Bayesian.")] = Subset.lora,
-    fisher: Annotated[Fisher, typer.Option(help="Which Fisher.")] = Fisher.exact,
+        WeightSharing, typer.Option(help="KFAC for shared weights; asdl is the paper's stack.")
+    ] = FitSettings.weight_sharing,
+    engine: Annotated[Engine, typer.Option(help="Who computes it; asdl is the paper's stack.")] = FitSettings.engine,
+    subset: Annotated[Subset, typer.Option(help="Which weights are Bayesian.")] = FitSettings.subset,
+    fisher: Annotated[FisherType, typer.Option(help="Which Fisher.")] = FitSettings.fisher,
     name: NameOption = "default",
     base_model: BaseModelOption = None,
     quantize: QuantizeOption = None,
@@ -174,7 +86,7 @@ def fit_command(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a posterior of that name.")] = False,
 ) -> None:
     """Fit the Laplace posterior of ADAPTER on the rows it was trained on."""
-    model = _model(adapter, base_model, quantize, dtype, device, batch_size, output_dir)
+    model = model_settings(adapter, base_model, quantize, dtype, device, batch_size, output_dir)
     if task is None:
         raise UsageError("--data is missing: a built-in task (see `lapora tasks`) or the path of a task YAML")
     from lapora.workflows.fit import fit
@@ -184,11 +96,11 @@ def fit_command(
             model,
             DataSettings(task, data_dir, split, limit),
             FitSettings(
-                structure=structure.value,
-                weight_sharing=weight_sharing.value,
-                engine=engine.value,
-                subset=subset.value,
-                fisher=fisher.value,
+                structure=structure,
+                weight_sharing=weight_sharing,
+                engine=engine,
+                subset=subset,
+                fisher=fisher,
                 name=name,
                 max_length=max_length,
                 chat_template=chat_template,
@@ -213,14 +125,14 @@ def fit_command(
 def tune_prior_command(
     adapter: AdapterArgument,
     name: NameOption = "default",
-    method: Annotated[Method, typer.Option(help="How it is chosen.")] = Method.marglik,
+    method: Annotated[PriorMethod, typer.Option(help="How it is chosen.")] = "marglik",
     output_dir: OutputDirOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Choose the prior precision by the marginal likelihood; needs neither model nor data."""
     from lapora.workflows.tune_prior import tune_prior
 
-    prior = tune_prior(output_dir or Path(adapter), name, method.value)
+    prior = tune_prior(output_dir or Path(adapter), name, method)
     if as_json:
         typer.echo(json.dumps(prior))
     if prior["at_bound"]:
@@ -234,10 +146,10 @@ def predict_command(
     source: Annotated[str, typer.Argument(metavar="[INPUT|-]", help="JSON lines; - is standard input.")] = "-",
     output: Annotated[str, typer.Option("--output", "-o", help="File to write; - is standard output.")] = "-",
     name: NameOption = "default",
-    link: Annotated[Link, typer.Option(help="How logit moments become probabilities.")] = Link.mc_joint,
+    link: Annotated[Link, typer.Option(help="How logit moments become probabilities.")] = PredictSettings.link,
     samples: SamplesOption = PredictSettings.samples,
     logits: Annotated[bool, typer.Option("--logits", help="Add the logits' mean and covariance.")] = False,
-    on_error: Annotated[OnError, typer.Option(help="What a bad line does.")] = OnError.stop,
+    on_error: Annotated[OnError, typer.Option(help="What a bad line does.")] = PredictSettings.on_error,
     abstain_below: Annotated[float | None, typer.Option(min=0, max=1, help="Mark less confident rows.")] = None,
     base_model: BaseModelOption = None,
     quantize: QuantizeOption = None,
@@ -248,10 +160,10 @@ def predict_command(
     output_dir: OutputDirOption = None,
 ) -> None:
     """Predict, one JSON line out per JSON line in."""
-    model = _model(adapter, base_model, quantize, dtype, device, batch_size, output_dir)
+    model = model_settings(adapter, base_model, quantize, dtype, device, batch_size, output_dir)
     from lapora.workflows.predict import predict
 
-    settings = PredictSettings(name, link.value, samples, seed, logits, on_error.value, abstain_below)
+    settings = PredictSettings(name, link, samples, seed, logits, on_error, abstain_below)
     with binary_lines(source) as lines:
         write_json_lines(predict(model, settings, lines), output)
 
@@ -263,7 +175,7 @@ def eval_command(
     data_dir: DataDirOption = None,
     split: Annotated[str | None, typer.Option(help="Split to score.")] = None,
     limit: LimitOption = None,
-    link: Annotated[list[Link], typer.Option(help="Link to score; may be repeated.")] = [Link.mc_joint],  # noqa: B006
+    link: Annotated[list[Link], typer.Option(help="Link to score; may be repeated.")] = ["mc-joint"],  # noqa: B006
     name: Annotated[list[str], typer.Option(help="Posterior to score; may be repeated.")] = ["default"],  # noqa: B006
     samples: SamplesOption = PredictSettings.samples,
     base_model: BaseModelOption = None,
@@ -276,7 +188,7 @@ def eval_command(
     as_json: JsonOption = False,
 ) -> None:
     """Score MAP and Laplace side by side."""
-    model = _model(adapter, base_model, quantize, dtype, device, batch_size, output_dir)
+    model = model_settings(adapter, base_model, quantize, dtype, device, batch_size, output_dir)
     from lapora.workflows.evaluate import evaluate
 
     with RowProgress("eval") as progress:
@@ -284,7 +196,7 @@ def eval_command(
             model,
             DataSettings(task, data_dir, split, limit),
             names=name,
-            links=[item.value for item in link],
+            links=link,
             samples=samples,
             seed=seed,
             progress=progress,
@@ -328,10 +240,9 @@ def tasks_command(
             raise UsageError(f"{name}: no such built-in task; there are {', '.join(builtin_tasks())}")
         typer.echo(builtin_yaml(name), nl=False)
         return
-    for each in builtin_tasks():
-        about = describe_task(load_task(each))
-        choices = about["choices"] if isinstance(about["choices"], str) else " | ".join(about["choices"])
-        typer.echo("\t".join([each, ",".join(about["kinds"]), choices, about["metric"], about["hub"] or ""]))
+    from lapora.report import print_tasks
+
+    print_tasks([describe_task(load_task(each)) for each in builtin_tasks()])
 
 
 @app.command("inspect")

@@ -7,12 +7,8 @@ for softmax the Fisher is the generalised Gauss-Newton matrix (Martens 2020).
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor
-
-FisherType = Literal["exact", "mc", "empirical"]
 
 
 def exact_columns(logits: Tensor) -> Tensor:

@@ -15,15 +15,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
+from lapora.config import WeightSharing
 from lapora.model.batches import Batch
 from lapora.model.bayesian_layers import BayesianLayer
-
-WeightSharing = Literal["expand", "reduce"]
 
 
 @dataclass(frozen=True)
@@ -56,6 +54,8 @@ class KronObserver:
     """
 
     def __init__(self, weight_sharing: WeightSharing) -> None:
+        if weight_sharing == "asdl":
+            raise ValueError("asdl is another engine's scaling; see lapora.curvature.laplace_torch")
         self.weight_sharing = weight_sharing
         self._input_sums: dict[str, Tensor] = {}
         self._gradient_sums: dict[str, Tensor] = {}

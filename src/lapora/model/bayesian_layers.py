@@ -14,10 +14,10 @@ from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
+from lapora.config import Subset
 from lapora.errors import AdapterError, UsageError
 
 Role = Literal["A", "B", "head"]
-Subset = Literal["lora", "last-layer", "all"]
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 import transformers
@@ -18,11 +18,10 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from transformers import logging as transformers_logging
 
+from lapora.config import Dtype, Quantisation
 from lapora.errors import AdapterError, UsageError
 from lapora.model.adapter import Adapter, ModelKind
-from lapora.model.quantisation import Quantisation, quantisation_config
-
-Dtype = Literal["auto", "float32", "bfloat16", "float16", "float64"]
+from lapora.model.quantisation import quantisation_config
 
 
 @dataclass(frozen=True)

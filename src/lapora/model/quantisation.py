@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
+from lapora.config import Quantisation
 from lapora.errors import UsageError
-
-Quantisation = Literal["none", "8bit", "4bit"]
 
 
 def quantisation_config(quantize: Quantisation, compute_dtype: torch.dtype) -> Any | None:

@@ -8,18 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Literal
 
 import torch
 from torch import Tensor
 
+from lapora.config import DEFAULT_SAMPLES, Link
 from lapora.predictive.logistic_normal import log_expected_sigmoid
 from lapora.predictive.moments import LogitMoments
 
-Link = Literal["mc-joint", "mc-indep", "probit", "bridge", "map"]
-LINKS: tuple[Link, ...] = ("mc-joint", "mc-indep", "probit", "bridge", "map")
-
-DEFAULT_SAMPLES = 2048
 _CHUNK_ELEMENTS = 4_000_000
 
 

@@ -8,11 +8,10 @@ from typing import Any, cast
 import torch
 
 from lapora import metrics
-from lapora.config import DataSettings, ModelSettings
+from lapora.config import DEFAULT_SAMPLES, DataSettings, Link, ModelSettings
 from lapora.errors import DataError, PosteriorError
-from lapora.predictive.links import DEFAULT_SAMPLES, Link, log_probabilities, needs_every_class
+from lapora.predictive.links import log_probabilities, needs_every_class
 from lapora.predictive.moments import LogitMoments
-from lapora.predictive.predictor import LinearisedPredictor
 from lapora.tasks import render_all, resolve_choices
 from lapora.workflows.fit import Progress
 from lapora.workflows.session import open_session, read_rows
@@ -23,7 +22,7 @@ def evaluate(
     data: DataSettings,
     *,
     names: Sequence[str] = ("default",),
-    links: Sequence[str] = ("mc-joint",),
+    links: Sequence[Link] = ("mc-joint",),
     samples: int = DEFAULT_SAMPLES,
     seed: int = 0,
     progress: Progress | None = None,
@@ -63,21 +62,16 @@ def evaluate(
         coded = session.encode(examples)
         truncated = sum(row.truncated for row in coded)
         classes = len(session.choices)
-        every_class = any(needs_every_class(cast(Link, link)) for link in links)
-        log_p = {link: torch.zeros(len(examples), classes, dtype=torch.float64) for link in ("map", *links)}
+        every_class = any(needs_every_class(link) for link in links)
+        log_p: dict[Link, torch.Tensor] = {
+            link: torch.zeros(len(examples), classes, dtype=torch.float64) for link in ("map", *links)
+        }
         done = 0
-        with LinearisedPredictor(
-            session.answers,
-            session.layers,
-            session.blocks,
-            session.posterior.prior_precision,
-            classes=classes,
-            every_class=every_class,
-        ) as predictor:
+        with session.predictor(every_class=every_class) as predictor:
             for batch in session.batches(coded):
                 moments: LogitMoments = predictor.moments(batch)
                 for link, table in log_p.items():
-                    table[list(batch.rows)] = log_probabilities(cast(Link, link), moments, samples=samples, seed=seed)
+                    table[list(batch.rows)] = log_probabilities(link, moments, samples=samples, seed=seed)
                 done += len(batch)
                 if progress is not None:
                     progress(done, len(examples))
@@ -97,7 +91,7 @@ def evaluate(
 
 
 def _warn(
-    name: str, link: str, scores: dict[str, float], at_map: dict[str, Any], log_p: torch.Tensor, rows: int
+    name: str, link: Link, scores: dict[str, float], at_map: dict[str, Any], log_p: torch.Tensor, rows: int
 ) -> list[str]:
     if scores["nll"] <= at_map["nll"]:
         return []

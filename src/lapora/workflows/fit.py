@@ -5,22 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lapora._version import __version__
-from lapora.config import DataSettings, FitSettings, ModelSettings
+from lapora.config import DataSettings, FisherType, FitSettings, ModelSettings
 from lapora.curvature.fisher import empirical_columns, exact_columns, monte_carlo_columns
-from lapora.curvature.kron import KronObserver, WeightSharing
+from lapora.curvature.kron import KronObserver
 from lapora.curvature.linearisation import Directions, Linearisation
 from lapora.errors import DataError, PosteriorError, UsageError
 from lapora.model.adapter import read_adapter
 from lapora.model.answers import AnswerModel
-from lapora.model.bayesian_layers import BayesianLayer, Subset, find_bayesian_layers
-from lapora.model.loading import Dtype, LoadedModel, library_versions, load_model
-from lapora.model.quantisation import Quantisation
+from lapora.model.bayesian_layers import BayesianLayer, find_bayesian_layers
+from lapora.model.loading import LoadedModel, library_versions, load_model
 from lapora.posterior.artifact import FORMAT_VERSION, posterior_folder, write_posterior
 from lapora.posterior.evidence import Evidence, EvidenceMaximum
 from lapora.posterior.gaussian import EigenBlock, decompose
@@ -81,13 +80,18 @@ def fit(model: ModelSettings, data: DataSettings, settings: FitSettings, progres
         raise PosteriorError(f"{folder}: exists already; give --overwrite, or another --name")
     task, rows, split = read_rows(data, None, "train")
     choices = resolve_choices(task, rows)
-    labels = "required" if settings.fisher == "empirical" else "optional"
-    examples = render_all(task, rows, kind=adapter.kind, choices=choices, labels=labels)  # type: ignore[arg-type]
+    examples = render_all(
+        task,
+        rows,
+        kind=adapter.kind,
+        choices=choices,
+        labels="required" if settings.fisher == "empirical" else "optional",
+    )
     loaded = load_model(
         adapter,
         base_model=model.base_model,
-        quantize=cast(Quantisation, model.quantize or "none"),
-        dtype=cast(Dtype, model.dtype or "auto"),
+        quantize=model.quantize or "none",
+        dtype=model.dtype or "auto",
         device=model.device,
         trust_remote_code=model.trust_remote_code,
     )
@@ -101,7 +105,7 @@ def fit(model: ModelSettings, data: DataSettings, settings: FitSettings, progres
         task=task,
         chat_template=settings.chat_template,
     )
-    layers = find_bayesian_layers(loaded.model, cast(Subset, settings.subset))
+    layers = find_bayesian_layers(loaded.model, settings.subset)
     answers = AnswerModel(loaded.model, loaded.kind, loaded.pad_token_id, token_ids)
 
     targets = [example.target for example in examples]
@@ -111,7 +115,7 @@ def fit(model: ModelSettings, data: DataSettings, settings: FitSettings, progres
 
         factors, log_likelihood = asdl_factors(answers, layers, batches, targets, progress)
     else:
-        observer = KronObserver(cast(WeightSharing, settings.weight_sharing))
+        observer = KronObserver(settings.weight_sharing)
         log_likelihood = collect(
             answers,
             layers,
@@ -193,7 +197,7 @@ def collect(
     batches: Any,
     *,
     targets: Sequence[int | None],
-    fisher: str = "exact",
+    fisher: FisherType = "exact",
     seed: int = 0,
     progress: Progress | None = None,
 ) -> float | None:
@@ -218,7 +222,7 @@ def collect(
     return total if labelled else None
 
 
-def _columns(fisher: str, labels: Tensor | None, generator: torch.Generator) -> Directions:
+def _columns(fisher: FisherType, labels: Tensor | None, generator: torch.Generator) -> Directions:
     if fisher == "exact":
         return exact_columns
     if fisher == "mc":

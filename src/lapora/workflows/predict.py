@@ -7,7 +7,7 @@ from typing import Any, cast
 
 from lapora.config import ModelSettings, PredictSettings
 from lapora.errors import DataError
-from lapora.predictive.links import Link, log_probabilities, needs_every_class
+from lapora.predictive.links import log_probabilities, needs_every_class
 from lapora.predictive.moments import LogitMoments
 from lapora.predictive.predictor import LinearisedPredictor
 from lapora.tasks import EncodedExample, parse_json_line, render
@@ -33,16 +33,10 @@ def predict(model: ModelSettings, settings: PredictSettings, lines: Iterable[byt
             yielded), or at the end of the run with ``"report"``.
     """
     session = open_session(model, settings.name)
-    link = cast(Link, settings.link)
     failed = 0
-    with LinearisedPredictor(
-        session.answers,
-        session.layers,
-        session.blocks,
-        session.posterior.prior_precision,
-        classes=len(session.choices),
-        every_class=needs_every_class(link) or settings.logits,
-        map_only=link == "map" and not settings.logits,
+    with session.predictor(
+        every_class=needs_every_class(settings.link) or settings.logits,
+        map_only=settings.link == "map" and not settings.logits,
     ) as predictor:
         for window in _windows(lines, (model.batch_size or _DEFAULT_WINDOW // _WINDOW_BATCHES) * _WINDOW_BATCHES):
             read = [_read(session, index, line) for index, line in window]
@@ -114,8 +108,7 @@ def _predict_window(
 
 
 def _records(session: Session, settings: PredictSettings, moments: LogitMoments) -> Iterator[dict[str, Any]]:
-    link = cast(Link, settings.link)
-    log_p = log_probabilities(link, moments, samples=settings.samples, seed=settings.seed)
+    log_p = log_probabilities(settings.link, moments, samples=settings.samples, seed=settings.seed)
     log_map = log_probabilities("map", moments)
     for row in range(len(log_p)):
         p = log_p[row].exp()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 
@@ -14,11 +14,11 @@ from lapora.errors import DataError, PosteriorError
 from lapora.model.adapter import Adapter, read_adapter
 from lapora.model.answers import AnswerModel
 from lapora.model.batches import Batch, collate, plan_batches
-from lapora.model.bayesian_layers import BayesianLayer, Subset, find_bayesian_layers
-from lapora.model.loading import Dtype, LoadedModel, load_model
-from lapora.model.quantisation import Quantisation
+from lapora.model.bayesian_layers import BayesianLayer, find_bayesian_layers
+from lapora.model.loading import LoadedModel, load_model
 from lapora.posterior.artifact import SavedPosterior, posterior_folder
 from lapora.posterior.gaussian import EigenBlock
+from lapora.predictive.predictor import LinearisedPredictor
 from lapora.tasks import EncodedExample, Example, Task, encode_all, load_rows, load_task
 
 
@@ -59,6 +59,18 @@ class Session:
             max_length=self.max_length,
             task=self.task,
             chat_template=self.chat_template,
+        )
+
+    def predictor(self, *, every_class: bool, map_only: bool = False) -> LinearisedPredictor:
+        """The linearised predictive at the saved prior precision; see :class:`LinearisedPredictor`."""
+        return LinearisedPredictor(
+            self.answers,
+            self.layers,
+            self.blocks,
+            self.posterior.prior_precision,
+            classes=len(self.choices),
+            every_class=every_class,
+            map_only=map_only,
         )
 
     def batches(self, encoded: Sequence[EncodedExample]) -> Iterator[Batch]:
@@ -107,8 +119,8 @@ def open_session(model: ModelSettings, name: str) -> Session:
     loaded = load_model(
         adapter,
         base_model=model.base_model or recorded["name"],
-        quantize=cast(Quantisation, model.quantize or recorded["quantization"]),
-        dtype=cast(Dtype, model.dtype or recorded["dtype"]),
+        quantize=model.quantize or recorded["quantization"],
+        dtype=model.dtype or recorded["dtype"],
         device=model.device,
         trust_remote_code=model.trust_remote_code,
     )
@@ -119,7 +131,7 @@ def open_session(model: ModelSettings, name: str) -> Session:
     ]
     if differences:
         raise PosteriorError(f"{posterior.folder}: fitted on another base model: {'; '.join(differences)}")
-    layers = find_bayesian_layers(loaded.model, cast(Subset, posterior.manifest["subset"]))
+    layers = find_bayesian_layers(loaded.model, posterior.manifest["subset"])
     blocks = posterior.blocks()
     if [layer.name for layer in layers] != [block.name for block in blocks]:
         raise PosteriorError(f"{posterior.folder}: its parameters are not those of the adapter; fit again")

@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from lapora.errors import UsageError
+from lapora.config import PriorMethod
 from lapora.posterior.artifact import SavedPosterior, posterior_folder
 from lapora.posterior.evidence import Evidence
 
 
-def tune_prior(root: Path, name: str, method: str = "marglik") -> dict[str, Any]:
+def tune_prior(root: Path, name: str, method: PriorMethod = "marglik") -> dict[str, Any]:
     """Choose δ by marginal likelihood and record it in the manifest.
 
     Args:
@@ -25,8 +25,6 @@ def tune_prior(root: Path, name: str, method: str = "marglik") -> dict[str, Any]
         PosteriorError: No such posterior, or a damaged one.
         NumericalError: Eigenvalues that no curvature has.
     """
-    if method != "marglik":
-        raise UsageError(f"--method {method}: not there yet; use marglik")
     posterior = SavedPosterior(posterior_folder(root, name))
     log_likelihood = posterior.manifest["log_likelihood"]
     norms = [float(parameter["squared_norm"]) for parameter in posterior.manifest["parameters"]]

@@ -1,0 +1,53 @@
+"""Options that several commands share: one name, one meaning, one help text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lapora.config import Dtype, ModelSettings, Quantisation
+from lapora.errors import UsageError
+
+AdapterArgument = Annotated[str, typer.Argument(metavar="ADAPTER", help="Folder of a PEFT LoRA adapter.")]
+BaseModelOption = Annotated[str | None, typer.Option(help="Base model, if not the one the adapter records.")]
+QuantizeOption = Annotated[Quantisation | None, typer.Option(help="Load the base model in 8 or 4 bits.")]
+DtypeOption = Annotated[Dtype | None, typer.Option(help="Type of the base model's weights.")]
+DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda ...")]
+BatchOption = Annotated[str, typer.Option(help="Rows per batch, or auto (a token budget).")]
+OutputDirOption = Annotated[Path | None, typer.Option(help="Where laplace/NAME is, if not in ADAPTER.")]
+TaskOption = Annotated[str | None, typer.Option("--data", metavar="TASK", help="Built-in task, or a YAML file.")]
+DataDirOption = Annotated[Path | None, typer.Option(help="Folder with SPLIT.jsonl (.json, .csv, .parquet).")]
+LimitOption = Annotated[int | None, typer.Option(min=1, help="Only the first so many rows.")]
+NameOption = Annotated[str, typer.Option(help="Name of the posterior.")]
+SeedOption = Annotated[int, typer.Option(help="Seed of whatever is random.")]
+SamplesOption = Annotated[int, typer.Option(min=2, help="Points of the sampling links (more than two answers).")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def model_settings(
+    adapter: str,
+    base_model: str | None,
+    quantize: Quantisation | None,
+    dtype: Dtype | None,
+    device: str,
+    batch_size: str,
+    output_dir: Path | None,
+) -> ModelSettings:
+    """The options that every command that loads a model has.
+
+    Raises:
+        UsageError: A batch size that is neither ``auto`` nor a positive number.
+    """
+    if batch_size != "auto" and not (batch_size.isdigit() and int(batch_size) > 0):
+        raise UsageError(f"--batch-size {batch_size}: auto, or a positive number")
+    return ModelSettings(
+        adapter=adapter,
+        base_model=base_model,
+        quantize=quantize,
+        dtype=dtype,
+        device=device,
+        batch_size=None if batch_size == "auto" else int(batch_size),
+        output_dir=output_dir,
+    )
