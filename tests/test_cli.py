@@ -154,12 +154,15 @@ def test_tasks_check_shows_prompts_tokens_and_labels(demo):
         (("fit", "nowhere", "--weight-sharing", "no"), 2, "expand"),
         (("inspect", "nowhere"), 4, "no posterior"),
         (("tasks", "nothing"), 2, "boolq"),
+        (("predict", "nowhere", "--lnik", "map"), 2, "--lnik"),
+        (("eval", "nowhere", "--link", "no"), 2, "mc-joint"),
     ],
 )
 def test_errors_are_one_line_with_their_status(arguments, status, words):
     done = lapora(*arguments)
     assert done.returncode == status
-    assert words in done.stderr and "Traceback" not in done.stderr
+    assert words in done.stderr
+    assert done.stderr.startswith("error: ") and len(done.stderr.splitlines()) == 1
     assert done.stdout == ""
 
 

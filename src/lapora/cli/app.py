@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import typer
 
@@ -19,6 +19,7 @@ from lapora.cli.options import (
     DtypeOption,
     JsonOption,
     LimitOption,
+    LinksOption,
     NameOption,
     OutputDirOption,
     QuantizeOption,
@@ -175,7 +176,7 @@ def eval_command(
     data_dir: DataDirOption = None,
     split: Annotated[str | None, typer.Option(help="Split to score.")] = None,
     limit: LimitOption = None,
-    link: Annotated[list[Link], typer.Option(help="Link to score; may be repeated.")] = ["mc-joint"],  # noqa: B006
+    link: LinksOption = ["mc-joint"],  # noqa: B006
     name: Annotated[list[str], typer.Option(help="Posterior to score; may be repeated.")] = ["default"],  # noqa: B006
     samples: SamplesOption = PredictSettings.samples,
     base_model: BaseModelOption = None,
@@ -196,7 +197,7 @@ def eval_command(
             model,
             DataSettings(task, data_dir, split, limit),
             names=name,
-            links=link,
+            links=cast("list[Link]", link),
             samples=samples,
             seed=seed,
             progress=progress,
@@ -291,12 +292,11 @@ def run() -> None:
     except LaporaError as error:
         complain(str(error))
         sys.exit(error.exit_status)
-    except Exception as error:
-        show = getattr(error, "show", None)
-        if show is None:
-            raise
-        show()
-        sys.exit(2)
+    except typer.TyperException as error:
+        # `lapora` alone has printed its help already, and has no message.
+        if message := getattr(error, "format_message", error.__str__)().strip():
+            complain(f"{message} (see --help)")
+        sys.exit(UsageError.exit_status)
     if status == INTERRUPTED:
         complain("interrupted")
     sys.exit(status if isinstance(status, int) else 0)

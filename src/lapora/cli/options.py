@@ -3,13 +3,28 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, get_args
 
 import typer
 
-from lapora.config import Dtype, ModelSettings, Quantisation
+from lapora.config import Dtype, Link, ModelSettings, Quantisation
 from lapora.errors import UsageError
 
+
+def _known_links(links: list[str]) -> list[str]:
+    """Typer checks a Literal, but not a list of them."""
+    for link in links:
+        if link not in get_args(Link):
+            raise UsageError(f"--link {link}: one of {', '.join(get_args(Link))}")
+    return links
+
+
+LinksOption = Annotated[
+    list[str],
+    typer.Option(
+        callback=_known_links, metavar=f"<{'|'.join(get_args(Link))}>", help="Link to score; may be repeated."
+    ),
+]
 AdapterArgument = Annotated[str, typer.Argument(metavar="ADAPTER", help="Folder of a PEFT LoRA adapter.")]
 BaseModelOption = Annotated[str | None, typer.Option(help="Base model, if not the one the adapter records.")]
 QuantizeOption = Annotated[Quantisation | None, typer.Option(help="Load the base model in 8 or 4 bits.")]
