@@ -143,6 +143,20 @@ def test_uncovered_layers_are_refused_by_name(lora, word):
         find_bayesian_layers(build("llama", **lora).model)
 
 
+def test_lora_on_a_convolution_is_refused_by_name():
+    class Network(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+
+        def get_output_embeddings(self):
+            return None
+
+    model = get_peft_model(Network(), LoraConfig(r=2, target_modules=["conv"]))
+    with pytest.raises(AdapterError, match="Conv2d"):
+        find_bayesian_layers(model)
+
+
 def test_a_merged_adapter_is_refused():
     answers = build("llama")
     answers.model.merge_adapter()

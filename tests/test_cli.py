@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -76,6 +77,36 @@ def test_bad_lines(demo, lines):
     records = [json.loads(line) for line in reported.stdout.splitlines()]
     assert ["error" in record for record in records] == [False, True, False, True]
     assert records[1]["id"] == 7
+
+
+def test_a_row_that_was_cut_says_so(demo, lines):
+    row = json.loads(lines.splitlines()[0])
+    long_text = json.dumps({"text": "the cows " * 60 + "is anna on the farm ? answer :"})
+    done = lapora("predict", demo / "adapter", stdin=f"{json.dumps(row)}\n{long_text}\n")
+    assert done.returncode == 0, done.stderr
+    assert ["truncated" in json.loads(line) for line in done.stdout.splitlines()] == [False, True]
+
+
+def test_a_chat_template_wraps_prompts_in_fit_and_predict(demo, lines, tmp_path):
+    shutil.copytree(demo / "adapter", tmp_path / "adapter")
+    data = ("--data", demo / "farm.yaml", "--data-dir", demo / "data")
+    plain = lapora("fit", tmp_path / "adapter", *data, "--name", "chat", "--chat-template")
+    assert plain.returncode == 5 and "chat template" in plain.stderr
+    for file in (demo / "base").glob("tokenizer*"):
+        shutil.copy(file, tmp_path / "adapter")
+    (tmp_path / "adapter" / "chat_template.jinja").write_text(
+        "{% for m in messages %}{{ m.content }}{% endfor %}{% if add_generation_prompt %} indeed {% endif %}"
+    )
+    done = lapora("fit", tmp_path / "adapter", *data, "--name", "chat", "--chat-template")
+    assert done.returncode == 0, done.stderr
+    chat, bare = (
+        [json.loads(line)["map_probabilities"]["yes"] for line in run.stdout.splitlines()]
+        for run in (
+            lapora("predict", tmp_path / "adapter", "--name", "chat", stdin=lines),
+            lapora("predict", tmp_path / "adapter", stdin=lines),
+        )
+    )
+    assert len(chat) == len(bare) == 9 and all(abs(a - b) > 1e-6 for a, b in zip(chat, bare, strict=True))
 
 
 def test_a_reader_that_goes_ends_the_run_quietly(demo, lines):

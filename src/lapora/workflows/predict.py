@@ -104,7 +104,10 @@ def _predict_window(
         head: dict[str, Any] = {"index": first + position}
         if identifier is not None:
             head["id"] = identifier
-        yield head | ({"error": str(coded)} if isinstance(coded, DataError) else records[position])
+        if isinstance(coded, DataError):
+            yield head | {"error": str(coded)}
+        else:
+            yield head | records[position] | ({"truncated": True} if coded.truncated else {})
 
 
 def _records(session: Session, settings: PredictSettings, moments: LogitMoments) -> Iterator[dict[str, Any]]:
