@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from lapora.curvature.collection import collect
 from lapora.curvature.kron import KronObserver
 from lapora.curvature.laplace_torch import asdl_factors
 from lapora.errors import UsageError
 from lapora.model.bayesian_layers import find_bayesian_layers
-from lapora.workflows.fit import collect
 from tiny_models import Row, batches, close, tiny_causal, tiny_classifier
 
 
@@ -21,10 +21,10 @@ def test_asdl_is_expand_times_the_number_of_tokens(make):
     encoded = [Row(torch.randint(1, 30, (tokens,), generator=generator).tolist()) for _ in range(6)]
     targets = [0, 1, 1, 0, 1, 0]
     observer = KronObserver("expand")
-    log_likelihood = collect(answers, layers, observer, batches(answers, encoded, 6), targets=targets)
+    data = collect(answers, layers, observer, batches(answers, encoded, 6), targets=targets)
     ours = observer.factors(layers)
     theirs, their_log_likelihood = asdl_factors(answers, layers, batches(answers, encoded, 6), targets)
-    assert their_log_likelihood == pytest.approx(log_likelihood, rel=1e-5)
+    assert their_log_likelihood == pytest.approx(data.log_likelihood, rel=1e-5)
     for layer in layers:
         mine, other = ours[layer.name], theirs[layer.name]
         expected = torch.kron(mine.gradient_sum, mine.input_sum) * mine.scale * tokens
