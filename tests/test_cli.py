@@ -27,17 +27,21 @@ def test_demo_shows_map_overconfident_and_laplace_better(demo):
     done = lapora("eval", demo / "adapter", "--json")
     assert done.returncode == 0, done.stderr
     record = json.loads(done.stdout)
-    assert record["task"] == "farm" and record["n"] == 400
+    assert record["task"] == "farm" and record["n"] == record["excluded"] == 300
     by_method = {entry["method"]: entry for entry in record["results"]}
     assert by_method["laplace"]["nll"] < by_method["map"]["nll"]
     assert by_method["laplace"]["ece"] < by_method["map"]["ece"]
     assert by_method["laplace"]["accuracy"] > by_method["constant"]["accuracy"] + 0.1
 
 
-def test_tune_prior_finds_what_fit_found(demo):
+def test_tune_prior_chooses_the_same_again_and_says_what_the_other_would_give(demo, tmp_path):
+    shutil.copytree(demo / "adapter", tmp_path / "adapter")
     before = json.loads(lapora("inspect", demo / "adapter", "--json").stdout)["prior"]
-    done = lapora("tune-prior", demo / "adapter", "--json")
+    done = lapora("tune-prior", tmp_path / "adapter", "--json")
     assert json.loads(done.stdout) == before
+    assert "marginal likelihood would have given" in done.stderr
+    alone = lapora("tune-prior", tmp_path / "adapter", "--method", "marglik", "--prior", "kind", "--json")
+    assert set(json.loads(alone.stdout)["precision"]) == {"A", "B"}
 
 
 def test_predict_in_a_pipe(demo, lines):

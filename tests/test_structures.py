@@ -59,7 +59,7 @@ def kron_basis(block):
     eye = torch.eye(block.eigenvalues.shape[0]).double()
     left = eye if block.gradient_basis is None else block.gradient_basis
     right = torch.eye(block.eigenvalues.shape[1]).double() if block.input_basis is None else block.input_basis
-    return torch.kron(left, right)
+    return torch.kron(left.contiguous(), right.contiguous())
 
 
 def check_predictive(answers, layers, posterior, encoded, jacobian, curvature):

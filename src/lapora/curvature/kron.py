@@ -20,13 +20,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lapora.config import WeightSharing
+from lapora.config import WHOLE_WIDTH, WIDE_RANK, WeightSharing
 from lapora.curvature.sketch import NystromSketch
 from lapora.model.batches import Batch
 from lapora.model.bayesian_layers import BayesianLayer
 
 Sum = Tensor | NystromSketch
 """``Σ x xᵀ``, whole or sketched."""
+
+
+def rank_of_side(dimension: int, rank: int | None) -> int:
+    """How many leading eigenvectors of a side of a Kronecker block are kept."""
+    if rank is None:
+        return dimension if dimension <= WHOLE_WIDTH else WIDE_RANK
+    return min(rank, dimension)
 
 
 @dataclass(frozen=True)
@@ -56,7 +63,7 @@ class KronObserver:
 
     Args:
         weight_sharing: ``expand`` or ``reduce``.
-        rank: Sides wider than twice this are sketched; None keeps every sum whole.
+        rank: Sides wider than twice this are sketched; None sketches only sides wider than ``WHOLE_WIDTH``.
         seed: Of the sketches.
     """
 
@@ -107,10 +114,10 @@ class KronObserver:
     def _add(self, sums: dict[str, Sum], name: str, rows: Tensor) -> None:
         dimension = rows.shape[1]
         if name not in sums:
-            sketched = self.rank is not None and dimension > 2 * self.rank
+            width = 2 * rank_of_side(dimension, self.rank)
             sums[name] = (
-                NystromSketch(dimension, 2 * (self.rank or 0), seed=self.seed, like=rows)
-                if sketched
+                NystromSketch(dimension, width, seed=self.seed, like=rows)
+                if dimension > width
                 else rows.new_zeros(dimension, dimension)
             )
         total = sums[name]

@@ -1,17 +1,21 @@
 """Low-rank eigendecomposition of a sum of outer products that is seen once, row by row, and never stored.
 
 The randomised Nyström approximation of a positive semi-definite matrix M keeps ``Y = M Ω`` for a random
-``Ω`` with orthonormal columns, which needs one pass and 2dl numbers. It never exceeds M, so that a posterior
+``Ω`` with (nearly) orthonormal columns, which needs one pass and 2dl numbers. It never exceeds M, so that a posterior
 made of it is never too narrow. Source: Tropp, Yurtsever, Udell, Cevher 2017, "Fixed-rank approximation of a
 positive-semidefinite matrix from streaming data", Algorithm 3.
 """
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from lapora.errors import NumericalError
+
+_WELL_CONDITIONED = 4
 
 
 class NystromSketch:
@@ -27,8 +31,12 @@ class NystromSketch:
     def __init__(self, dimension: int, width: int, *, seed: int, like: Tensor) -> None:
         width = min(width, dimension)
         generator = torch.Generator().manual_seed(seed)
-        gaussian = torch.randn(dimension, width, generator=generator, dtype=torch.float32)
-        self.test_matrix = torch.linalg.qr(gaussian.to(like.device, torch.float64)).Q.to(like.dtype)
+        gaussian = torch.randn(dimension, width, generator=generator, dtype=torch.float32).to(like.device)
+        if dimension < _WELL_CONDITIONED * width:
+            gaussian = torch.linalg.qr(gaussian.double()).Q
+        else:  # long random columns are orthogonal enough
+            gaussian = gaussian / math.sqrt(dimension)
+        self.test_matrix = gaussian.to(like.dtype)
         self.image = torch.zeros_like(self.test_matrix)
         self.trace = 0.0
 
@@ -63,7 +71,9 @@ class NystromSketch:
         values, vectors = torch.linalg.eigh((core + core.T) / 2)
         kept = values > 0.5 * shift
         root = vectors[:, kept] / values[kept].sqrt()
-        basis, singular, _ = torch.linalg.svd((image + shift * test) @ root, full_matrices=False)
-        found = (singular.square() - shift).clamp(min=0.0)
+        half = (image + shift * test) @ root  # half halfᵀ is the approximation
+        squares, right = torch.linalg.eigh(half.T @ half)
+        squares, right = squares.flip(0), right.flip(1)
+        found = (squares - shift).clamp(min=0.0)
         count = min(rank, int((found > 10 * accuracy * float(found[0])).sum())) if len(found) else 0
-        return found[:count], basis[:, :count]
+        return found[:count], half @ (right[:, :count] / squares[:count].sqrt())

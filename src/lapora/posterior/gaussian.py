@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lapora.curvature.kron import KronFactors, Sum
+from lapora.curvature.kron import KronFactors, Sum, rank_of_side
 from lapora.curvature.per_example import LayerBasis
 from lapora.curvature.sketch import NystromSketch
 from lapora.errors import NumericalError
@@ -212,7 +212,7 @@ def decompose(
     Args:
         layers: The layers.
         factors: Their sums.
-        rank: Leading eigenvectors kept of each side, or None for all.
+        rank: Leading eigenvectors kept of each side; None keeps sides up to ``WHOLE_WIDTH`` whole.
 
     Raises:
         NumericalError: A sum holds NaN or infinity, or is not positive semi-definite; the layer is named.
@@ -252,7 +252,7 @@ class _Eigen:
 def _eigen(total: Sum, where: str, rank: int | None) -> _Eigen:
     if isinstance(total, NystromSketch):
         try:
-            values, vectors = total.leading(rank or total.test_matrix.shape[1])
+            values, vectors = total.leading(rank_of_side(len(total.test_matrix), rank))
         except NumericalError as error:
             raise NumericalError(f"{where}: {error}") from error
         return _Eigen(values, vectors, float(values.sum()) / total.trace if total.trace else 1.0)
@@ -267,8 +267,9 @@ def _eigen(total: Sum, where: str, rank: int | None) -> _Eigen:
             f"(least eigenvalue {float(values[0]):.3g}, greatest {largest:.3g})"
         )
     values = values.clamp(min=0.0)
-    if rank is None or rank >= len(values):
+    kept = rank_of_side(len(values), rank)
+    if kept == len(values):
         return _Eigen(values, vectors, 1.0)
     trace = float(values.sum())
-    values, vectors = values[-rank:], vectors[:, -rank:]
+    values, vectors = values[-kept:], vectors[:, -kept:]
     return _Eigen(values, vectors, float(values.sum()) / trace if trace else 1.0)

@@ -27,7 +27,7 @@ _PLACES_NO = ["office", "harbour", "station", "market"]
 _TIMES = ["morning", "noon", "evening", "night"]
 _FLIPPED = 0.25
 _TRAINING_ROWS = 100
-_VALIDATION_ROWS = 400
+_VALIDATION_ROWS = 600
 
 _TASK: dict[str, Any] = {
     "task": "farm",
@@ -67,12 +67,16 @@ def run_demo(directory: Path, say: Callable[[str], None]) -> dict[str, Any]:
 
     from lapora.workflows.evaluate import evaluate
     from lapora.workflows.fit import fit
+    from lapora.workflows.tune_prior import tune_prior
 
     say("fitting the posterior ...")
     model = ModelSettings(adapter=str(directory / "adapter"))
     data = DataSettings(task=str(directory / "farm.yaml"), data_dir=directory / "data")
-    result = fit(model, data, FitSettings(overwrite=True))
-    say(f"prior precision {result.prior.prior.describe()} by marginal likelihood")
+    fit(model, data, FitSettings(overwrite=True))
+    tuned = tune_prior(model)
+    for note in tuned.notes:
+        say(note)
+    say(f"prior precision {tuned.precision.describe()} by {tuned.method}")
     return evaluate(model, DataSettings(split="validation"))
 
 

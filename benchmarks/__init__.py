@@ -1,0 +1,1 @@
+"""Measurements on real adapters; see docs/performance.md."""

@@ -1,0 +1,94 @@
+"""Every structure of the posterior on one real adapter: calibration, time and size, as a Markdown table.
+
+``python -m benchmarks.structures [boolq|source2|source5]``. Times leave out loading: fit is the passes over the
+data and the decompositions, predict the linearised prediction of the scored rows.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from benchmarks.shared_adapters import ADAPTERS, BenchmarkAdapter
+from lapora import metrics
+from lapora.config import DataSettings, FitSettings, PriorMethod, PriorSettings
+from lapora.workflows import fit as fitting
+from lapora.workflows.prepare import prepare_fit
+from lapora.workflows.scoring import read_labelled_rows, score_rows
+from lapora.workflows.session import open_session
+from lapora.workflows.tune_prior import tune_prior
+
+METHODS: dict[str, tuple[FitSettings, PriorMethod]] = {
+    "paper's stack (`--engine asdl`)": (FitSettings(engine="asdl"), "marglik"),
+    "`kron`, expand": (FitSettings(), "marglik"),
+    "`kron`, reduce": (FitSettings(weight_sharing="reduce"), "marglik"),
+    "`kron`, expand, rank 16": (FitSettings(rank=16), "marglik"),
+    "`kron`, expand, rank 64": (FitSettings(rank=64), "marglik"),
+    "`kron`, expand, rank 128": (FitSettings(rank=128), "marglik"),
+    "`ekfac`, expand basis": (FitSettings(structure="ekfac"), "marglik"),
+    "`ekfac`, reduce basis": (FitSettings(structure="ekfac", weight_sharing="reduce"), "marglik"),
+    "`diag`": (FitSettings(structure="diag"), "marglik"),
+    "`lowrank`, rank 50": (FitSettings(structure="lowrank", rank=50), "marglik"),
+    "`lowrank`, rank 400": (FitSettings(structure="lowrank", rank=400), "marglik"),
+    "`full`": (FitSettings(structure="full"), "marglik"),
+    "`full`, adapted evidence": (FitSettings(structure="full"), "adapted"),
+    "last layer (LLLA), `kron`": (FitSettings(subset="last-layer"), "marglik"),
+    "all (LoRA and head), `kron`": (FitSettings(subset="all"), "marglik"),
+}
+
+
+def main() -> None:
+    chosen = ADAPTERS[sys.argv[1] if len(sys.argv) > 1 else "boolq"]
+    with tempfile.TemporaryDirectory() as folder:
+        for line in table(chosen, Path(folder)):
+            print(line, flush=True)
+
+
+def table(chosen: BenchmarkAdapter, folder: Path):
+    """Yield the table's lines as they are measured."""
+    model, data = chosen.place(folder)
+    rows_used = f"{chosen.rows or 'all'} training rows, {chosen.scored} scored"
+    yield f"minilm-{chosen.name}: {rows_used}, {torch.get_num_threads()} threads"
+    yield ""
+    yield "| | prior precision | accuracy | NLL | ECE | trace kept | fit | predict | size |"
+    yield "| --- | --- | --- | --- | --- | --- | --- | --- | --- |"
+    prepared = prepare_fit(model, data, FitSettings(max_length=chosen.max_length))
+    original = fitting.prepare_fit
+    fitting.prepare_fit = lambda *_: prepared  # loading and encoding are done once and are not timed
+    try:
+        session = None
+        for label, (settings, method) in METHODS.items():
+            name = f"m{list(METHODS).index(label)}"
+            started = time.perf_counter()
+            result = fitting.fit(model, data, replace(settings, name=name, max_length=chosen.max_length))
+            fit_time = time.perf_counter() - started
+            tuned = tune_prior(model, settings=PriorSettings(name=name, method=method))
+            session = open_session(model, name, session)
+            rows = read_labelled_rows(session, DataSettings(limit=chosen.scored))
+            started = time.perf_counter()
+            scored = score_rows(session, rows, ["mc-joint"], samples=2048)
+            predict_time = time.perf_counter() - started
+            if name == "m0":
+                constant = metrics.constant_predictor(rows.targets, len(session.choices))
+                yield _row("constant predictor", metrics.evaluate(constant, rows.targets))
+                yield _row("MAP", metrics.evaluate(scored.log_p["map"][0], rows.targets))
+            scores = metrics.evaluate(scored.log_p["mc-joint"][0], rows.targets)
+            size = sum(file.stat().st_size for file in result.folder.iterdir())
+            rest = [f"{result.kept:.3f}", f"{fit_time:.1f} s", f"{predict_time:.1f} s", f"{size / 1e6:.1f} MB"]
+            yield _row(label, scores, tuned.precision.describe(), rest)
+    finally:
+        fitting.prepare_fit = original
+
+
+def _row(label: str, scores: dict[str, float], precision: str = "", rest: list[str] | None = None) -> str:
+    cells = [label, precision, *(f"{scores[key]:.3f}" for key in ("accuracy", "nll", "ece")), *(rest or [""] * 4)]
+    return "| " + " | ".join(cells) + " |"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,255 @@
+"""The prior: several precisions, Adam, adapted evidence, tuning on validation rows."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+from lapora import metrics
+from lapora.config import DataSettings, FitSettings, ModelSettings, PriorSettings
+from lapora.errors import DataError, UsageError
+from lapora.model.bayesian_layers import find_bayesian_layers
+from lapora.posterior.adapted import LinearModel
+from lapora.posterior.artifact import SavedPosterior
+from lapora.posterior.evidence import evidence_at, maximise_evidence
+from lapora.posterior.prior import PriorPrecision
+from lapora.posterior.structures import CurvatureRun, fit_structure
+from lapora.workflows import evaluate as evaluation
+from lapora.workflows.evaluate import evaluate
+from lapora.workflows.fit import fit
+from lapora.workflows.scoring import read_labelled_rows, score_rows
+from lapora.workflows.session import open_session
+from lapora.workflows.tune_prior import tune_prior
+from lapora.workflows.validation import GRID, least_point
+from tiny_models import batches, dense_jacobian, rows, tiny_classifier
+
+ROLES = ["A", "B", "A", "B", "head"]
+EIGENVALUES = [np.array(values) for values in ([3.0, 0.2], [50.0], [0.1, 7.0], [2.0], [0.5, 0.5, 9.0])]
+PARAMETERS = [
+    {"name": f"layer{i}", "role": role, "shape": [1, 2], "squared_norm": norm}
+    for i, (role, norm) in enumerate(zip(ROLES, (0.5, 1.5, 0.01, 4.0, 0.3), strict=True))
+]
+
+
+@pytest.mark.parametrize("structure", ["scalar", "kind", "layer"])
+def test_adam_agrees_with_the_exact_solve(structure):
+    exact = maximise_evidence(EIGENVALUES, PARAMETERS, -3.0, structure=structure)
+    adam = maximise_evidence(EIGENVALUES, PARAMETERS, -3.0, structure=structure, optimizer="adam")
+    assert adam.prior.precisions == pytest.approx(exact.prior.precisions, rel=1e-3)
+    assert adam.log_marginal_likelihood == pytest.approx(exact.log_marginal_likelihood, abs=1e-6)
+
+
+def test_more_priors_never_lower_the_evidence_and_each_is_its_groups_own():
+    found = [
+        maximise_evidence(EIGENVALUES, PARAMETERS, structure=structure) for structure in ("scalar", "kind", "layer")
+    ]
+    evidence = [each.log_marginal_likelihood for each in found]
+    assert evidence[0] < evidence[1] < evidence[2]
+    assert set(found[1].prior.precisions) == {"A", "B", "head"}
+    alone = maximise_evidence(EIGENVALUES[1:2], PARAMETERS[1:2])
+    assert found[2].prior.precisions["layer1"] == pytest.approx(alone.prior.precisions["all"])
+    for each in found:
+        assert evidence_at(each.prior, EIGENVALUES, PARAMETERS, 0.0)[0] == pytest.approx(each.log_marginal_likelihood)
+        again = PriorPrecision.from_manifest(json.loads(json.dumps(each.describe(True))))
+        assert again.per_layer(PARAMETERS) == pytest.approx(each.prior.per_layer(PARAMETERS))
+
+
+def test_several_priors_of_a_posterior_that_joins_layers_are_refused():
+    with pytest.raises(UsageError, match=r"independent layers"):
+        maximise_evidence([np.array([1.0, 2.0])], PARAMETERS, structure="kind")
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+@pytest.mark.parametrize("delta", [0.05, 1.0, 30.0])
+def test_adapted_evidence_equals_the_dense_one_in_weight_space(classes, delta):
+    """Mode of the linearised model over all weights, by plain Newton; then its Laplace evidence."""
+    answers = tiny_classifier(classes)
+    layers = find_bayesian_layers(answers.model)
+    encoded = rows(8)
+    generator = torch.Generator().manual_seed(1)
+    labels = torch.randint(0, classes, (8,), generator=generator)
+    run = CurvatureRun(answers, layers, lambda: batches(answers, encoded, 4), labels.tolist(), classes)
+    posterior, _ = fit_structure("full", run)
+    parts = posterior.linear_model
+    dual = LinearModel(parts["kernel"].numpy(), parts["prior_mean"].numpy(), parts["labels"].numpy())
+    evidence, _ = dual.log_marginal_likelihood(delta)
+
+    logits, jacobian = dense_jacobian(answers, layers, encoded)
+    at_map = torch.cat([layer.module.weight.flatten() for layer in layers])
+    size = len(at_map)
+
+    def terms(theta):
+        f = logits + jacobian @ (theta - at_map)
+        log_p = torch.log_softmax(f, dim=1)
+        p = log_p.exp()
+        one_hot = torch.nn.functional.one_hot(labels, classes)
+        hessian = torch.diag_embed(p) - p.unsqueeze(2) * p.unsqueeze(1)
+        curvature = torch.einsum("ncp,ncd,ndq->pq", jacobian, hessian, jacobian) + delta * torch.eye(size).double()
+        gradient = torch.einsum("ncp,nc->p", jacobian, one_hot - p) - delta * theta
+        return float(log_p.gather(1, labels.unsqueeze(1)).sum() - delta / 2 * theta.square().sum()), gradient, curvature
+
+    theta = torch.zeros(size, dtype=torch.float64)
+    for _ in range(200):
+        value, gradient, curvature = terms(theta)
+        step, length = torch.linalg.solve(curvature, gradient), 1.0
+        while terms(theta + length * step)[0] < value and length > 1e-9:
+            length /= 2
+        theta = theta + length * step
+    value, _, curvature = terms(theta)
+    expected = value - 0.5 * float(torch.logdet(curvature / delta))
+    assert evidence == pytest.approx(expected, abs=1e-5)
+
+
+def test_the_adapted_maximum_is_one():
+    generator = np.random.default_rng(0)
+    features = generator.normal(size=(40, 6))
+    labels = (features[:, 0] + 0.5 * generator.normal(size=40) > 0).astype(np.int64)
+    model = LinearModel(features @ features.T, np.zeros((40, 1)), labels)
+    precision, evidence = model.maximise()
+    around = [model.log_marginal_likelihood(precision * factor)[0] for factor in (0.5, 0.8, 1.25, 2.0)]
+    assert evidence >= max(around)
+
+
+def test_the_vertex_of_a_parabola():
+    positions = np.log(GRID).tolist()
+    vertex, bound = least_point(positions, [(x - 1.7) ** 2 + 3 for x in positions])
+    assert vertex == pytest.approx(1.7) and bound is None
+    assert least_point(positions, [-x for x in positions]) == (positions[-1], "highest")
+    assert least_point(positions, positions) == (positions[0], "lowest")
+
+
+@pytest.fixture
+def adapter(demo, tmp_path):
+    shutil.copytree(demo / "adapter", tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+def refit(demo, adapter, **settings):
+    return fit(
+        ModelSettings(adapter=str(adapter)),
+        DataSettings(task=str(demo / "farm.yaml"), data_dir=demo / "data"),
+        FitSettings(overwrite=True, **settings),
+    )
+
+
+@pytest.mark.parametrize("structure", ["kron", "diag", "lowrank"])
+def test_a_grid_of_priors_in_one_pass_equals_one_pass_for_each(demo, adapter, structure):
+    refit(demo, adapter, structure=structure, rank=20 if structure == "lowrank" else None)
+    session = open_session(ModelSettings(adapter=str(adapter)), "default")
+    labelled = read_labelled_rows(session, DataSettings(limit=20))
+    priors = [PriorPrecision("scalar", {"all": delta}) for delta in (0.1, 3.0, 200.0)]
+    links = ["mc-joint", "mc-indep", "probit", "bridge"]
+    together = score_rows(session, labelled, links, samples=256, priors=priors)
+    for index, prior in enumerate(priors):
+        alone = score_rows(session, labelled, links, samples=256, priors=[prior])
+        for link in links:
+            torch.testing.assert_close(together.log_p[link][index], alone.log_p[link][0], atol=1e-6, rtol=1e-5)
+
+
+def test_validation_chooses_the_least_nll_and_eval_leaves_its_rows_out(demo, adapter):
+    model = ModelSettings(adapter=str(adapter))
+    before = evaluate(model, DataSettings())
+    tuned = tune_prior(model, settings=PriorSettings(method="auto"))
+    assert tuned.method == "validation"
+    record = tuned.prior["validation"]
+    rows_in_split = before["n"] + before["excluded"]
+    assert record["n"] == rows_in_split // 2 and record["split"] == "validation"
+    least = min(point["nll"] for point in record["curve"])
+    assert record["marglik"]["nll"] >= least and record["map"]["nll"] >= least
+    nearest = min(record["curve"], key=lambda point: point["nll"])["precision"]
+    assert abs(math.log(tuned.prior["precision"] / nearest)) < math.log(10) / 2
+    assert any("marginal likelihood would have given" in note for note in tuned.notes)
+    after = evaluate(model, DataSettings())
+    # A row that says the same as a tuned one is left out as well.
+    assert after["excluded"] >= record["n"] and after["n"] == rows_in_split - after["excluded"]
+    # The rows used are the same ones every time, and those of another seed are others.
+    assert tune_prior(model, settings=PriorSettings(method="auto")).prior["validation"]["rows"] == record["rows"]
+    other = tune_prior(model, settings=PriorSettings(method="auto", seed=1))
+    assert other.prior["validation"]["rows"] != record["rows"]
+    few = tune_prior(model, DataSettings(limit=30), PriorSettings(method="validation", link="probit"))
+    assert few.prior["validation"]["n"] == 30 and few.prior["validation"]["link"] == "probit"
+    assert evaluate(model, DataSettings(limit=50))["excluded"] >= 30
+
+
+def test_validation_of_a_prior_per_layer_keeps_the_evidences_ratios(demo, adapter):
+    model = ModelSettings(adapter=str(adapter))
+    by_evidence = tune_prior(model, settings=PriorSettings(method="marglik", structure="kind")).prior["precision"]
+    tuned = tune_prior(model, settings=PriorSettings(method="validation", structure="kind")).prior
+    assert tuned["precision"]["A"] / tuned["precision"]["B"] == pytest.approx(by_evidence["A"] / by_evidence["B"])
+    assert "ratios by marginal likelihood" in tuned["validation"]["scheme"]
+    assert evaluate(model, DataSettings(limit=20))["n"] == 20
+
+
+def test_auto_without_other_rows_is_the_marginal_likelihood_said_aloud(demo, adapter, tmp_path):
+    data_dir = tmp_path / "data"
+    data_dir.mkdir()
+    shutil.copy(demo / "data" / "train.jsonl", data_dir)
+    model = ModelSettings(adapter=str(adapter))
+    data = DataSettings(task=str(demo / "farm.yaml"), data_dir=data_dir)
+    result = fit(model, data, FitSettings(overwrite=True))
+    tuned = tune_prior(model)
+    assert tuned.method == "marglik"
+    assert tuned.prior["precision"] == pytest.approx(result.prior.prior.precisions["all"])
+    assert any("for want of validation rows" in note for note in tuned.notes)
+    with pytest.raises(DataError, match="no labelled rows"):
+        tune_prior(model, settings=PriorSettings(method="validation"))
+    with pytest.raises(UsageError, match="trained on these rows"):
+        tune_prior(model, DataSettings(split="train"), PriorSettings(method="validation"))
+
+
+def test_adapted_needs_full_and_a_scalar_prior(demo, adapter):
+    model = ModelSettings(adapter=str(adapter))
+    with pytest.raises(UsageError, match="--structure full"):
+        tune_prior(model, settings=PriorSettings(method="adapted"))
+    result = refit(demo, adapter, structure="full")
+    with pytest.raises(UsageError, match="--prior scalar"):
+        tune_prior(model, settings=PriorSettings(method="adapted", structure="kind"))
+    tuned = tune_prior(model, settings=PriorSettings(method="adapted"))
+    assert tuned.prior["method"] == "adapted"
+    assert SavedPosterior(result.folder).manifest["prior"]["precision"] == tuned.prior["precision"]
+    assert evaluate(model, DataSettings(limit=20))["results"][2]["nll"] > 0
+
+
+def test_a_biased_evidence_is_said(demo, adapter):
+    refit(demo, adapter, structure="lowrank", rank=2)
+    tuned = tune_prior(ModelSettings(adapter=str(adapter)), settings=PriorSettings(method="marglik"))
+    assert any("biased" in note for note in tuned.notes)
+
+
+def test_a_prior_that_makes_it_worse_is_a_warning_with_its_remedy(demo, adapter):
+    session = open_session(ModelSettings(adapter=str(adapter)), "default")
+    session.posterior.manifest["prior"]["method"] = "marglik"
+    labelled = read_labelled_rows(session, DataSettings(limit=100))
+    hit = torch.nn.functional.one_hot(labelled.targets, 2).double()
+    sure, unsure = torch.log(0.9 * hit + 0.1 * (1 - hit)), torch.log(0.6 * hit + 0.4 * (1 - hit))
+    (warning,) = evaluation._warn(session, "mc-joint", labelled, unsure, sure, 1.0)
+    assert warning.startswith("warning") and "underconfident" in warning and "--method validation" in warning
+    (warning,) = evaluation._warn(session, "mc-joint", labelled, unsure.flip(1), sure, 0.0)
+    assert "overconfident" in warning
+    noise = 0.01 * torch.where(torch.arange(100) % 2 == 0, 1.0, -1.0).double().unsqueeze(1) - 1e-4
+    (note,) = evaluation._warn(session, "mc-joint", labelled, unsure + noise, unsure, 1.0)
+    assert note.startswith("note") and "no better than MAP" in note
+    assert evaluation._warn(session, "mc-joint", labelled, sure, unsure, 1.0) == []
+
+
+def test_the_remedy_fits_how_the_prior_was_chosen(demo, adapter):
+    model = ModelSettings(adapter=str(adapter))
+    tune_prior(model, settings=PriorSettings(method="validation"))
+    session = open_session(model, "default")
+    assert "--link probit" in evaluation._remedy(session, "probit")
+    assert "--link map" in evaluation._remedy(session, "mc-joint")
+
+
+def test_the_bootstrap_interval_covers_the_mean():
+    generator = torch.Generator().manual_seed(0)
+    covered = 0
+    for _ in range(60):
+        sample = torch.randn(80, generator=generator).double() + 0.3
+        low, high = metrics.paired_interval(sample, resamples=400)
+        covered += low < 0.3 < high
+    assert covered >= 50
