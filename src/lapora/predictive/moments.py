@@ -79,9 +79,11 @@ class CovarianceObserver:
     def see_input(self, layer: BayesianLayer, leader: str, inputs: Tensor, mask: Tensor | None) -> Tensor:
         """Keep the layer's input, rotated at once where tokens are fewer than the gradient rows to rotate."""
         block = self._blocks[layer.name]
+        if not self._shares_basis(layer, leader):
+            return inputs
         if leader not in self._rotated_inputs:
             rows_to_rotate = len(block.gradient_basis) * self._directions * self._followers.get(leader, 1)
-            early = inputs.shape[1] <= rows_to_rotate and self._shares_basis(layer, leader)
+            early = inputs.shape[1] <= rows_to_rotate
             self._rotated_inputs[leader] = inputs @ block.input_basis if early else None
         rotated = self._rotated_inputs[leader]
         return inputs if rotated is None else rotated
