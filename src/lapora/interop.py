@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
@@ -178,13 +178,13 @@ def _kronecker_blocks(blocks: Sequence[EigenBlock], device: torch.device, dtype:
     input_bases: dict[str, Tensor] = {}
     found = []
     for block in blocks:
-        _refuse_partial_bases(block)
+        gradient_basis, input_basis = _full_bases(block)
         gradient_values, input_values = _outer_factors(block)
         if block.leader not in input_bases:
-            input_bases[block.leader] = block.input_basis.to(device, dtype)
+            input_bases[block.leader] = input_basis.to(device, dtype)
         found.append(
             KroneckerBlock(
-                gradient_basis=block.gradient_basis.to(device, dtype),
+                gradient_basis=gradient_basis.to(device, dtype),
                 gradient_values=gradient_values.to(device, dtype),
                 input_basis=input_bases[block.leader],
                 input_values=input_values.to(device, dtype),
@@ -193,15 +193,16 @@ def _kronecker_blocks(blocks: Sequence[EigenBlock], device: torch.device, dtype:
     return found
 
 
-def _refuse_partial_bases(block: EigenBlock) -> None:
-    """A Kronecker product in laplace-torch has two square bases, of the weight's rows and of its columns."""
-    rows, columns = block.shape
-    bases = [(block.gradient_basis, rows), (block.input_basis, columns)]
-    if any(basis is None or tuple(basis.shape) != (size, size) for basis, size in bases):
-        raise UsageError(
-            f"{block.name}: its curvature is not a Kronecker product over the whole weight (diagonal, low-rank, "
-            "or of the answers' rows alone), which is all that laplace-torch's Kronecker classes hold"
-        )
+def _full_bases(block: EigenBlock) -> tuple[Tensor, Tensor]:
+    """``U_g`` and ``U_a``: laplace-torch wants two square bases, of the weight's rows and of its columns."""
+    found = (block.gradient_basis, block.input_basis)
+    for basis, size in zip(found, block.shape, strict=True):
+        if basis is None or tuple(basis.shape) != (size, size):
+            raise UsageError(
+                f"{block.name}: its curvature is not a Kronecker product over the whole weight (diagonal, low-rank, "
+                "or of the answers' rows alone), which is all that laplace-torch's Kronecker classes hold"
+            )
+    return cast("tuple[Tensor, Tensor]", found)
 
 
 def _outer_factors(block: EigenBlock) -> tuple[Tensor, Tensor]:
