@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from lapora.curvature.collection import collect
 from lapora.curvature.kron import KronObserver
 from lapora.curvature.laplace_torch import asdl_factors, curvlinops_factors
 from lapora.errors import NumericalError, UsageError
 from lapora.model.bayesian_layers import BayesianLayer, find_bayesian_layers
-from lapora.workflows.fit import collect
 from tiny_models import Row, batches, close, rows, tiny_causal, tiny_classifier
 
 TOKENS = 7
@@ -28,8 +28,8 @@ def equally_long_rows() -> list[Row]:
 
 def native(answers, layers, encoded, weight_sharing, targets=TARGETS):
     observer = KronObserver(weight_sharing)
-    log_likelihood = collect(answers, layers, observer, batches(answers, encoded, 6), targets=targets)
-    return observer.factors(layers), log_likelihood
+    data = collect(answers, layers, observer, batches(answers, encoded, 6), targets=targets)
+    return observer.factors(layers), data.log_likelihood
 
 
 def curvature(factors):

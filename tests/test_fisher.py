@@ -3,12 +3,12 @@ from __future__ import annotations
 import pytest
 import torch
 
+from lapora.curvature.collection import collect
 from lapora.curvature.fisher import exact_columns, monte_carlo_columns
 from lapora.curvature.kron import KronObserver
 from lapora.curvature.linearisation import Linearisation
 from lapora.errors import NumericalError
 from lapora.posterior.gaussian import decompose
-from lapora.workflows.fit import collect
 from tiny_models import batches, close, dense_jacobian, rows
 
 
@@ -49,6 +49,9 @@ class Recorder:
         self.gradients.setdefault(layer.name, []).append(gradient[0].clone())
 
     def finish(self, layer):
+        pass
+
+    def end(self, rows, directions):
         pass
 
 

@@ -43,7 +43,7 @@ def test_without_labels_the_curvature_is_the_same(demo, adapter, tmp_path):
     bare = run(demo, adapter, data_dir=tmp_path / "data", overwrite=True)
     assert bare.log_likelihood is None
     assert SavedPosterior(bare.folder).manifest["prior"]["log_marginal_likelihood"] is None
-    assert bare.prior.precision == pytest.approx(labelled.prior.precision, rel=1e-6)
+    assert bare.prior.prior.precisions == pytest.approx(labelled.prior.prior.precisions, rel=1e-6)
     np.testing.assert_allclose(eigenvalues(bare.folder), before, rtol=1e-6)
     with pytest.raises(DataError, match="label"):
         run(demo, adapter, data_dir=tmp_path / "data", overwrite=True, fisher="empirical")

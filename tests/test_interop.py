@@ -15,7 +15,8 @@ from lapora.interop import from_laplace_torch, kron_laplace, to_kron_laplace, to
 from lapora.model.bayesian_layers import find_bayesian_layers
 from lapora.posterior.artifact import FORMAT_VERSION, SavedPosterior, write_posterior
 from lapora.posterior.evidence import Evidence
-from lapora.posterior.gaussian import decompose
+from lapora.posterior.gaussian import BlockPosterior, decompose
+from lapora.posterior.structures import CurvatureRun, fit_structure
 from lapora.predictive.links import log_probabilities
 from lapora.predictive.moments import LogitMoments
 from tiny_models import batches, close, dense_jacobian, moments, posterior, rows, tiny_causal, tiny_classifier
@@ -23,7 +24,8 @@ from tiny_models import batches, close, dense_jacobian, moments, posterior, rows
 DELTA = 0.7  # tiny_models.moments predicts at this prior precision
 
 
-def save(folder, blocks, *, structure="kron"):
+def save(folder, blocks, *, structure="kron", prior=None):
+    posterior = BlockPosterior(blocks)
     manifest = {
         "format_version": FORMAT_VERSION,
         "adapter": "",
@@ -31,21 +33,12 @@ def save(folder, blocks, *, structure="kron"):
         "task": {},
         "data": {"n": 6},
         "structure": structure,
-        "parameters": [
-            {
-                "name": block.name,
-                "shape": list(block.shape),
-                "role": block.role,
-                "input_of": block.leader,
-                "squared_norm": block.squared_norm,
-            }
-            for block in blocks
-        ],
-        "prior": {"precision": DELTA, "structure": "scalar"},
+        "parameters": posterior.parameters(),
+        "prior": prior or {"precision": DELTA, "structure": "scalar"},
         "answers": {},
         "log_likelihood": -3.5,
     }
-    write_posterior(folder, manifest, blocks)
+    write_posterior(folder, manifest, posterior)
     return SavedPosterior(folder)
 
 
@@ -60,7 +53,7 @@ def test_a_saved_posterior_goes_there_and_back_unchanged(answers, layers, tmp_pa
     exact(there.deltas, torch.full((len(layers),), DELTA, dtype=torch.float64))
     saved_again = save(tmp_path / "laplace" / "again", from_laplace_torch(there, layers))
     assert saved_again.manifest["parameters"] == saved.manifest["parameters"]
-    for back, block in zip(saved_again.blocks(), saved.blocks(), strict=True):
+    for back, block in zip(saved_again.gaussian().blocks, saved.gaussian().blocks, strict=True):
         exact(back.eigenvalues, block.eigenvalues)
         torch.testing.assert_close(back.input_basis, block.input_basis, rtol=0, atol=0)
         torch.testing.assert_close(back.gradient_basis, block.gradient_basis, rtol=0, atol=0)
@@ -111,7 +104,7 @@ def test_predictions_agree(answers, layers):
     assert not any(parameter.requires_grad for parameter in answers.model.parameters())
 
 
-def test_a_prior_for_each_layer():
+def test_a_prior_for_each_layer(tmp_path):
     answers = tiny_classifier(2)
     layers = find_bayesian_layers(answers.model)
     _, blocks = posterior(answers, layers, rows())
@@ -120,6 +113,11 @@ def test_a_prior_for_each_layer():
     parts = zip(blocks, precisions, strict=True)
     each = [Evidence([b.eigenvalues.numpy()], [b.squared_norm]).log_marginal_likelihood(delta) for b, delta in parts]
     assert float(laplace.log_marginal_likelihood()) == pytest.approx(sum(each) - 3.5, rel=1e-12)
+    by_name = {block.name: delta for block, delta in zip(blocks, precisions, strict=True)}
+    saved = save(tmp_path / "p", blocks, prior={"structure": "layer", "precision": by_name})
+    exact(to_laplace_torch(saved).deltas, torch.tensor(precisions, dtype=torch.float64))
+    session = SimpleNamespace(posterior=saved, answers=answers, layers=layers, choices=("no", "yes"))
+    exact(to_kron_laplace(session).prior_precision, torch.tensor(precisions, dtype=torch.float64))
 
 
 def test_a_session_brings_its_own_numbers(tmp_path):
@@ -199,6 +197,18 @@ def test_other_structures_are_refused(one_block, change, words):
     answers, layers, block = one_block
     with pytest.raises(UsageError, match=words):
         laplace_of(answers, layers, [replace(block, **change(block))], 2)
+
+
+@pytest.mark.parametrize(("structure", "rank"), [("ekfac", None), ("diag", None), ("kron", 2)])
+def test_what_fit_makes_of_other_structures_is_refused(structure, rank):
+    answers, encoded = tiny_classifier(2), rows()
+    layers = find_bayesian_layers(answers.model)
+    run = CurvatureRun(
+        answers, layers, lambda: batches(answers, encoded, 3), targets=[None] * len(encoded), classes=2, rank=rank
+    )
+    posterior_, _ = fit_structure(structure, run)
+    with pytest.raises(UsageError, match="laplace-torch"):
+        laplace_of(answers, layers, posterior_.blocks, 2)
 
 
 def test_other_posteriors_are_refused_by_name(one_block, tmp_path):

@@ -7,10 +7,11 @@ from dataclasses import replace
 import pytest
 import torch
 
+from lapora.curvature.per_example import PerExampleObserver
 from lapora.model.bayesian_layers import find_bayesian_layers
 from lapora.predictive.links import difference_covariance, log_probabilities
 from lapora.predictive.logistic_normal import log_expected_sigmoid
-from lapora.predictive.moments import CovarianceObserver, LogitMoments
+from lapora.predictive.moments import LogitMoments
 from tiny_models import batches, close, dense_jacobian, moments, posterior, rows, tiny_causal
 
 
@@ -48,13 +49,13 @@ def test_gradients_of_one_block_at_a_time_are_held(answers, layers, monkeypatch)
     _, blocks = posterior(answers, layers, encoded)
     classes = answers.logits(next(batches(answers, encoded, 1))).shape[1]
     held = []
-    finish = CovarianceObserver.finish
+    finish = PerExampleObserver.finish
 
     def watch(self, layer):
-        held.append(sum(gradient.numel() for kept in self._gradients.values() for gradient in kept))
+        held.append(sum(gradient.inside.numel() for kept in self._gradients.values() for gradient in kept))
         finish(self, layer)
 
-    monkeypatch.setattr(CovarianceObserver, "finish", watch)
+    monkeypatch.setattr(PerExampleObserver, "finish", watch)
     moments(answers, layers, blocks, encoded, classes=classes, size=len(encoded))
     parameters = sum(layer.shape[0] * layer.shape[1] for layer in layers)
     assert max(held) == len(encoded) * classes * parameters // 2  # the tiny models have two equal blocks

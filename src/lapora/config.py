@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16", "float64"]
 Quantisation = Literal["none", "8bit", "4bit"]
-Structure = Literal["kron"]
+Structure = Literal["kron", "ekfac", "diag", "lowrank", "full"]
 WeightSharing = Literal["expand", "reduce", "asdl"]
-Engine = Literal["native", "asdl"]
+Engine = Literal["native", "asdl", "curvlinops"]
 Subset = Literal["lora", "last-layer", "all"]
 FisherType = Literal["exact", "mc", "empirical"]
-PriorMethod = Literal["marglik"]
+PriorMethod = Literal["auto", "marglik", "adapted", "validation"]
+PriorStructure = Literal["scalar", "kind", "layer"]
+Optimizer = Literal["exact", "adam"]
 Link = Literal["mc-joint", "mc-indep", "probit", "bridge", "map"]
 OnError = Literal["stop", "report"]
+
+Progress = Callable[[int, int], None]
+"""Told of rows done and rows in all."""
 
 DEFAULT_SAMPLES = 2048
 """Quasi-Monte-Carlo points of the sampling links, for more than two answers."""
@@ -59,11 +65,26 @@ class FitSettings:
     engine: Engine = "native"
     subset: Subset = "lora"
     fisher: FisherType = "exact"
+    rank: int | None = None
     name: str = "default"
     max_length: int | None = None
     chat_template: bool = False
     seed: int = 0
     overwrite: bool = False
+
+
+@dataclass(frozen=True)
+class PriorSettings:
+    """How the prior precision is chosen."""
+
+    name: str = "default"
+    method: PriorMethod = "auto"
+    structure: PriorStructure = "scalar"
+    optimizer: Optimizer = "exact"
+    learning_rate: float = 0.1
+    steps: int = 1000
+    link: Link = "mc-joint"
+    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -78,6 +99,9 @@ class PredictSettings:
     on_error: OnError = "stop"
     abstain_below: float | None = None
 
+
+DEFAULT_RANK = 400
+"""Rank of ``--structure lowrank``: what real adapters needed to come within 0.01 in NLL of ``full``."""
 
 TOKEN_BUDGET = 2048
 """Tokens per batch, padding included, when no batch size is given."""

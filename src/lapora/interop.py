@@ -30,7 +30,7 @@ from lapora.errors import UsageError
 from lapora.model.answers import AnswerModel
 from lapora.model.bayesian_layers import BayesianLayer
 from lapora.posterior.artifact import SavedPosterior, posterior_folder
-from lapora.posterior.gaussian import EigenBlock
+from lapora.posterior.gaussian import BlockPosterior, EigenBlock
 
 if TYPE_CHECKING:
     from lapora.curvature.laplace_torch.kron_laplace import Kron, KronDecomposed, KronLaplace
@@ -169,8 +169,8 @@ def _read(posterior: SavedPosterior) -> tuple[list[EigenBlock], list[float]]:
     structure = posterior.manifest["structure"]
     if structure != "kron":
         raise UsageError(f"{posterior.folder}: structure {structure} has no form in laplace-torch; only kron has")
-    blocks = posterior.blocks()
-    return blocks, [posterior.prior_precision] * len(blocks)
+    gaussian = cast(BlockPosterior, posterior.gaussian())
+    return gaussian.blocks, [float(delta) for delta in posterior.prior.per_layer(posterior.manifest["parameters"])]
 
 
 def _kronecker_blocks(blocks: Sequence[EigenBlock], device: torch.device, dtype: torch.dtype) -> list[KroneckerBlock]:

@@ -46,3 +46,19 @@ def constant_predictor(targets: Tensor, classes: int) -> Tensor:
     """Log-probabilities of always predicting the class frequencies of these very rows: ``(N, C)``."""
     frequencies = torch.bincount(targets, minlength=classes).double() / len(targets)
     return frequencies.log().clamp(min=-1e300).expand(len(targets), classes).contiguous()
+
+
+def row_nll(log_p: Tensor, targets: Tensor) -> Tensor:
+    """NLL of every row, in nats: ``(N,)``."""
+    return -log_p.gather(1, targets.unsqueeze(1)).squeeze(1)
+
+
+def paired_interval(differences: Tensor, *, resamples: int = 2000, seed: int = 0) -> tuple[float, float]:
+    """A 95 % bootstrap interval of the mean of paired differences ``(N,)`` (percentiles; Efron 1979)."""
+    generator = torch.Generator().manual_seed(seed)
+    means = [
+        differences[torch.randint(len(differences), (len(differences),), generator=generator)].mean()
+        for _ in range(resamples)
+    ]
+    low, high = torch.stack(means).quantile(torch.tensor([0.025, 0.975], dtype=differences.dtype)).tolist()
+    return low, high

@@ -7,6 +7,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from lapora.posterior.prior import PriorPrecision
+
 
 def print_evaluation(record: dict[str, Any]) -> None:
     """Print the table of ``eval``."""
@@ -52,6 +54,7 @@ def print_tasks(tasks: list[dict[str, Any]]) -> None:
 def print_manifest(manifest: dict[str, Any]) -> None:
     """Print what a posterior is."""
     prior = manifest["prior"]
+    precision = PriorPrecision.from_manifest(prior).describe()
     lines = {
         "structure": f"{manifest['structure']}, {manifest['weight_sharing']}, {manifest['fisher']} Fisher",
         "subset": f"{manifest['subset']}, {len(manifest['parameters'])} matrices",
@@ -59,7 +62,7 @@ def print_manifest(manifest: dict[str, Any]) -> None:
         "task": f"{manifest['task']['task']}, {', '.join(manifest['answers']['choices'])}",
         "data": f"{manifest['data']['n']} rows of {manifest['data']['split']}",
         "log-likelihood": _nats(manifest["log_likelihood"]),
-        "prior precision": f"{prior['precision']:.4g} ({prior['method']}, {prior['structure']})",
+        "prior precision": f"{precision} ({prior['method']}, {prior['structure']})",
         "log marginal likelihood": _nats(prior["log_marginal_likelihood"]),
     }
     table = Table(show_header=False)

@@ -36,8 +36,11 @@ from lapora.config import (
     FitSettings,
     Link,
     OnError,
+    Optimizer,
     PredictSettings,
     PriorMethod,
+    PriorSettings,
+    PriorStructure,
     Structure,
     Subset,
     WeightSharing,
@@ -74,6 +77,7 @@ def fit_command(
     engine: Annotated[Engine, typer.Option(help="Who computes it; asdl is the paper's stack.")] = FitSettings.engine,
     subset: Annotated[Subset, typer.Option(help="Which weights are Bayesian.")] = FitSettings.subset,
     fisher: Annotated[FisherType, typer.Option(help="Which Fisher.")] = FitSettings.fisher,
+    rank: Annotated[int | None, typer.Option(min=1, help="Rank kept, of kron's wide sides or of lowrank.")] = None,
     name: NameOption = "default",
     base_model: BaseModelOption = None,
     quantize: QuantizeOption = None,
@@ -102,6 +106,7 @@ def fit_command(
                 engine=engine,
                 subset=subset,
                 fisher=fisher,
+                rank=rank,
                 name=name,
                 max_length=max_length,
                 chat_template=chat_template,
@@ -118,27 +123,52 @@ def fit_command(
         say("rows without labels: the evidence is known only up to a constant, which does not move the prior")
     say(
         f"posterior over {result.parameters:,} parameters from {result.rows:,} rows, prior precision "
-        f"{result.prior.precision:.4g} by marginal likelihood: {result.folder}"
+        f"{result.prior.prior.describe()} by marginal likelihood: {result.folder}"
     )
+    if result.kept < 1:
+        say(f"the basis keeps {result.kept:.1%} of the curvature's trace; the rest keeps the prior")
 
 
 @app.command("tune-prior")
 def tune_prior_command(
     adapter: AdapterArgument,
     name: NameOption = "default",
-    method: Annotated[PriorMethod, typer.Option(help="How it is chosen.")] = "marglik",
+    method: Annotated[PriorMethod, typer.Option(help="How it is chosen.")] = PriorSettings.method,
+    prior: Annotated[PriorStructure, typer.Option(help="One precision, or one per kind or layer.")] = (
+        PriorSettings.structure
+    ),
+    optimizer: Annotated[
+        Optimizer, typer.Option(help="Of the marginal likelihood; adam is the paper's.")
+    ] = PriorSettings.optimizer,
+    lr: Annotated[float, typer.Option(min=0, help="Learning rate of adam.")] = PriorSettings.learning_rate,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of adam.")] = PriorSettings.steps,
+    link: Annotated[Link, typer.Option(help="Link to tune for, by validation.")] = PriorSettings.link,
+    task: TaskOption = None,
+    data_dir: DataDirOption = None,
+    split: Annotated[str | None, typer.Option(help="Split with validation rows.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Validation rows to use; half of the split.")] = None,
+    base_model: BaseModelOption = None,
+    quantize: QuantizeOption = None,
+    dtype: DtypeOption = None,
+    device: DeviceOption = "auto",
+    batch_size: BatchOption = "auto",
+    seed: SeedOption = 0,
     output_dir: OutputDirOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Choose the prior precision by the marginal likelihood; needs neither model nor data."""
+    """Choose the prior precision: by validation rows where there are some, else by the marginal likelihood."""
+    model = model_settings(adapter, base_model, quantize, dtype, device, batch_size, output_dir)
     from lapora.workflows.tune_prior import tune_prior
 
-    prior = tune_prior(output_dir or Path(adapter), name, method)
+    settings = PriorSettings(name, method, prior, optimizer, lr, steps, link, seed)
+    with RowProgress("tune-prior") as progress:
+        tuned = tune_prior(model, DataSettings(task, data_dir, split, limit), settings, progress)
     if as_json:
-        typer.echo(json.dumps(prior))
-    if prior["at_bound"]:
-        say(f"the prior precision ran to the {prior['at_bound']} value allowed: the data do not decide it")
-    say(f"prior precision {prior['precision']:.4g} by marginal likelihood")
+        typer.echo(json.dumps(tuned.prior))
+    for note in tuned.notes:
+        say(note)
+    means = "marginal likelihood" if tuned.method == "marglik" else tuned.method
+    say(f"prior precision {tuned.precision.describe()} by {means}")
 
 
 @app.command("predict")
@@ -203,6 +233,8 @@ def eval_command(
             progress=progress,
         )
     warnings = record.pop("warnings")
+    if record["excluded"]:
+        say(f"{record['excluded']} rows that tuned the prior are left out")
     if record["truncated"]:
         say(f"{record['truncated']} of {record['n']} rows were cut to the greatest length")
     if as_json:
@@ -212,7 +244,7 @@ def eval_command(
 
         print_evaluation(record)
     for warning in warnings:
-        say(f"warning: {warning}")
+        say(warning)
 
 
 @app.command("tasks")

@@ -8,7 +8,8 @@ For a layer with inputs ``a_nt`` and gradients ``g_nts`` (example n, token t, Fi
 Source: Eschenhagen et al. 2023, "Kronecker-factored approximate curvature for modern neural network
 architectures"; Laplace-LoRA (Yang et al. 2024), section 3. Tokens are counted per layer: a head that reads
 one position counts one per example. What is kept is the two sums and the count, so that sums of several
-processes add up and the scaling is applied in one place, :attr:`KronFactors.scale`.
+processes add up and the scaling is applied in one place, :attr:`KronFactors.scale`. Wide sums may be kept as
+streaming sketches of low rank.
 """
 
 from __future__ import annotations
@@ -20,8 +21,12 @@ import torch
 from torch import Tensor
 
 from lapora.config import WeightSharing
+from lapora.curvature.sketch import NystromSketch
 from lapora.model.batches import Batch
 from lapora.model.bayesian_layers import BayesianLayer
+
+Sum = Tensor | NystromSketch
+"""``Σ x xᵀ``, whole or sketched."""
 
 
 @dataclass(frozen=True)
@@ -35,8 +40,8 @@ class KronFactors:
         leader: Name of the layer under which the input sum was taken.
     """
 
-    input_sum: Tensor
-    gradient_sum: Tensor
+    input_sum: Sum
+    gradient_sum: Sum
     count: int
     leader: str
 
@@ -51,14 +56,18 @@ class KronObserver:
 
     Args:
         weight_sharing: ``expand`` or ``reduce``.
+        rank: Sides wider than twice this are sketched; None keeps every sum whole.
+        seed: Of the sketches.
     """
 
-    def __init__(self, weight_sharing: WeightSharing) -> None:
+    def __init__(self, weight_sharing: WeightSharing, rank: int | None = None, seed: int = 0) -> None:
         if weight_sharing == "asdl":
             raise ValueError("asdl is another engine's scaling; see lapora.curvature.laplace_torch")
         self.weight_sharing = weight_sharing
-        self._input_sums: dict[str, Tensor] = {}
-        self._gradient_sums: dict[str, Tensor] = {}
+        self.rank = rank
+        self.seed = seed
+        self._input_sums: dict[str, Sum] = {}
+        self._gradient_sums: dict[str, Sum] = {}
         self._counts: dict[str, int] = {}
         self._leaders: dict[str, str] = {}
 
@@ -82,15 +91,33 @@ class KronObserver:
             features = inputs.flatten(0, 1) if mask is None else inputs[mask]
         else:
             features = inputs.mean(dim=1) if mask is None else _masked_mean(inputs, mask)
-        _add_outer(self._input_sums, layer.name, features)
+        self._add(self._input_sums, layer.name, features)
 
-    def see_gradient(self, layer: BayesianLayer, kept: Tensor | None, gradient: Tensor) -> None:
+    def see_gradient(self, layer: BayesianLayer, kept: object, gradient: Tensor) -> None:
         """Add ``Σ g gᵀ`` of one Fisher column."""
         rows = gradient.flatten(0, 1) if self.weight_sharing == "expand" else gradient.sum(dim=1)
-        _add_outer(self._gradient_sums, layer.name, rows)
+        self._add(self._gradient_sums, layer.name, rows)
 
     def finish(self, layer: BayesianLayer) -> None:
         """Sums need no closing."""
+
+    def end(self, rows: int, directions: int) -> None:
+        """Sums need no closing."""
+
+    def _add(self, sums: dict[str, Sum], name: str, rows: Tensor) -> None:
+        dimension = rows.shape[1]
+        if name not in sums:
+            sketched = self.rank is not None and dimension > 2 * self.rank
+            sums[name] = (
+                NystromSketch(dimension, 2 * (self.rank or 0), seed=self.seed, like=rows)
+                if sketched
+                else rows.new_zeros(dimension, dimension)
+            )
+        total = sums[name]
+        if isinstance(total, NystromSketch):
+            total.add(rows)
+        else:
+            total.addmm_(rows.T, rows)
 
     def factors(self, layers: Sequence[BayesianLayer]) -> dict[str, KronFactors]:
         """The sums of each layer, in the layers' order.
@@ -113,12 +140,6 @@ class KronObserver:
             count=self._counts.get(layer.name, 0),
             leader=leader,
         )
-
-
-def _add_outer(sums: dict[str, Tensor], name: str, rows: Tensor) -> None:
-    if name not in sums:
-        sums[name] = rows.new_zeros(rows.shape[1], rows.shape[1])
-    sums[name].addmm_(rows.T, rows)
 
 
 def _masked_mean(inputs: Tensor, mask: Tensor) -> Tensor:

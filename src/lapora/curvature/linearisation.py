@@ -34,13 +34,13 @@ class Observer(Protocol):
     """Sees a layer's inputs and output gradients, one layer at a time.
 
     For every batch: ``begin``; ``see_input`` once per layer during the forward pass; then, for one layer
-    after another, ``see_gradient`` K times and ``finish`` once.
+    after another, ``see_gradient`` K times and ``finish`` once; ``end``.
     """
 
     def begin(self, batch: Batch) -> None:
         """A new batch starts."""
 
-    def see_input(self, layer: BayesianLayer, leader: str, inputs: Tensor, mask: Tensor | None) -> Tensor | None:
+    def see_input(self, layer: BayesianLayer, leader: str, inputs: Tensor, mask: Tensor | None) -> Any:
         """The layer's input.
 
         Args:
@@ -53,11 +53,14 @@ class Observer(Protocol):
             What ``see_gradient`` is to be handed, or None when the gradient alone is enough.
         """
 
-    def see_gradient(self, layer: BayesianLayer, kept: Tensor | None, gradient: Tensor) -> None:
+    def see_gradient(self, layer: BayesianLayer, kept: Any, gradient: Tensor) -> None:
         """The gradient of one direction, ``(B, T, out_features)``, zero at padding."""
 
     def finish(self, layer: BayesianLayer) -> None:
         """All K directions of this layer have been seen."""
+
+    def end(self, rows: int, directions: int) -> None:
+        """The batch of ``rows`` examples is done, all layers and directions."""
 
 
 @dataclass
@@ -134,6 +137,7 @@ class Linearisation:
             along = directions(logits.detach()).to(logits.dtype)
             if len(along) and logits.requires_grad:
                 self._backward(logits, along)
+            self.observer.end(len(batch), len(along))
             return logits.detach()
         finally:
             self._forget()

@@ -48,6 +48,11 @@ class BayesianLayer:
         rows, columns = self.module.weight.shape
         return rows, columns + int(self.bias_as_input)
 
+    def gradient_shape(self, classes: int) -> tuple[int, int]:
+        """Rows and columns of W that can have a gradient, with C answers."""
+        rows, columns = self.shape
+        return (classes if self.answer_rows_only else rows), columns
+
     @property
     def squared_norm(self) -> float:
         """``‖θ‖²`` of the layer's Bayesian parameters, in float64."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 import re
 import shutil
@@ -22,11 +21,15 @@ from numpy.typing import NDArray
 
 from lapora._version import __version__
 from lapora.errors import PosteriorError, UsageError
+from lapora.posterior.prior import PriorPrecision
 
 if TYPE_CHECKING:
-    from lapora.posterior.gaussian import EigenBlock
+    from lapora.posterior.gaussian import Posterior
 
 FORMAT_VERSION = 1
+JOINT = "joint"
+"""Prefix of the tensors of a posterior whose basis spans all layers."""
+JOINT_STRUCTURES = ("full", "lowrank")
 MANIFEST_FILE = "posterior.json"
 FACTORS_FILE = "factors.safetensors"
 _REQUIRED = (
@@ -53,21 +56,15 @@ def posterior_folder(root: Path, name: str) -> Path:
     return root / "laplace" / name
 
 
-def write_posterior(folder: Path, manifest: Mapping[str, Any], blocks: Sequence[EigenBlock]) -> None:
+def write_posterior(folder: Path, manifest: Mapping[str, Any], posterior: Posterior) -> None:
     """Write a posterior, replacing what stands there.
 
     Raises:
         PosteriorError: The folder cannot be written.
     """
-    import torch
     from safetensors.torch import save_file
 
-    tensors: dict[str, torch.Tensor] = {}
-    for block in blocks:
-        tensors[f"{block.name}.gradient_basis"] = block.gradient_basis.float()
-        tensors[f"{block.name}.eigenvalues"] = block.eigenvalues
-        tensors.setdefault(f"{block.leader}.input_basis", block.input_basis.float())
-    tensors = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
+    tensors = {key: value.detach().cpu().contiguous() for key, value in posterior.tensors().items()}
     described = {
         key: {
             "shape": list(value.shape),
@@ -139,16 +136,11 @@ class SavedPosterior:
         missing = [key for key in _REQUIRED if key not in manifest]
         if missing:
             raise PosteriorError(f"{file}: the field {', '.join(missing)} is missing; fit again with --overwrite")
-        prior = manifest["prior"]
-        precision = prior.get("precision") if isinstance(prior, dict) else None
-        if not isinstance(precision, int | float) or not math.isfinite(precision) or precision <= 0:
-            raise PosteriorError(f"{file}: prior.precision is {precision!r}, not a positive number; tune the prior")
+        try:
+            PriorPrecision.from_manifest(manifest["prior"]).per_layer(manifest["parameters"])
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise PosteriorError(f"{file}: the field prior is damaged ({error}); tune the prior again") from error
         return manifest
-
-    @property
-    def prior_precision(self) -> float:
-        """δ as last tuned."""
-        return float(self.manifest["prior"]["precision"])
 
     def rewrite_manifest(self, changes: Mapping[str, Any]) -> None:
         """Replace fields of the manifest, atomically; the factors stay as they are.
@@ -162,9 +154,21 @@ class SavedPosterior:
         except OSError as error:
             raise PosteriorError(f"{self.folder}: cannot be written ({error.strerror or error})") from error
 
+    @property
+    def prior(self) -> PriorPrecision:
+        """The prior as last tuned."""
+        return PriorPrecision.from_manifest(self.manifest["prior"])
+
+    @property
+    def joint(self) -> bool:
+        """Whether one basis spans all layers: they then share one prior precision."""
+        return self.manifest["structure"] in JOINT_STRUCTURES
+
     def eigenvalues(self) -> list[NDArray[np.float64]]:
-        """``λ`` of every block, in order."""
-        names = [f"{parameter['name']}.eigenvalues" for parameter in self.manifest["parameters"]]
+        """``λ`` of every layer, in order; a single array where one basis spans all layers."""
+        names = [f"{JOINT}.eigenvalues"]
+        if not self.joint:
+            names = [f"{parameter['name']}.eigenvalues" for parameter in self.manifest["parameters"]]
         arrays = self.arrays(names)
         return [arrays[name] for name in names]
 
@@ -190,32 +194,21 @@ class SavedPosterior:
                 raise PosteriorError(f"{file}: tensor {name} is damaged; fit again with --overwrite")
         return found
 
-    def blocks(self) -> list[EigenBlock]:
-        """The Gaussian blocks, bases and all.
+    def gaussian(self) -> Posterior:
+        """The Gaussian, bases and all.
 
         Raises:
             PosteriorError: As for :meth:`arrays`.
         """
         import torch
 
-        from lapora.posterior.gaussian import EigenBlock
+        from lapora.posterior.gaussian import BlockPosterior, JointPosterior
 
-        parameters = self.manifest["parameters"]
-        arrays = self.arrays(list(self.manifest["tensors"]))
+        wanted = [name for name in self.manifest["tensors"] if not name.startswith("linear_model.")]
+        tensors = {name: torch.from_numpy(array) for name, array in self.arrays(wanted).items()}
+        kind: type[BlockPosterior] | type[JointPosterior] = JointPosterior if self.joint else BlockPosterior
         try:
-            return [
-                EigenBlock(
-                    name=parameter["name"],
-                    role=parameter["role"],
-                    shape=tuple(parameter["shape"]),
-                    leader=parameter["input_of"],
-                    input_basis=torch.from_numpy(arrays[f"{parameter['input_of']}.input_basis"]),
-                    gradient_basis=torch.from_numpy(arrays[f"{parameter['name']}.gradient_basis"]),
-                    eigenvalues=torch.from_numpy(arrays[f"{parameter['name']}.eigenvalues"]),
-                    squared_norm=float(parameter["squared_norm"]),
-                )
-                for parameter in parameters
-            ]
+            return kind.from_tensors(self.manifest["parameters"], tensors)
         except (KeyError, TypeError, ValueError) as error:
             raise PosteriorError(
                 f"{self.folder / MANIFEST_FILE}: parameters do not match the factors ({error}); fit again"

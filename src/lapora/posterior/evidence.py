@@ -10,45 +10,19 @@ a bracketed root is the maximum (MacKay 1992: δ‖θ‖² equals the number of 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lapora.errors import NumericalError
+from lapora.config import Optimizer, PriorStructure
+from lapora.errors import NumericalError, UsageError
+from lapora.posterior.prior import PriorPrecision, group_of
 
 LOWEST_PRECISION = 1e-6
 HIGHEST_PRECISION = 1e8
-
-
-@dataclass(frozen=True)
-class EvidenceMaximum:
-    """Where the marginal likelihood is greatest.
-
-    Attributes:
-        precision: δ, one over the prior's variance.
-        log_marginal_likelihood: In nats; without a log-likelihood, up to that constant.
-        effective_parameters: ``Σ λ/(λ+δ)``, the number of directions that the data determine.
-        at_bound: ``lowest`` or ``highest`` where δ ran to the end of its range, else None.
-    """
-
-    precision: float
-    log_marginal_likelihood: float
-    effective_parameters: float
-    at_bound: str | None
-
-    def describe(self, labelled: bool) -> dict[str, Any]:
-        """The manifest's ``prior``; the evidence itself is known only where the rows had labels."""
-        return {
-            "precision": self.precision,
-            "structure": "scalar",
-            "method": "marglik",
-            "log_marginal_likelihood": self.log_marginal_likelihood if labelled else None,
-            "effective_parameters": self.effective_parameters,
-            "at_bound": self.at_bound,
-        }
 
 
 class Evidence:
@@ -90,26 +64,135 @@ class Evidence:
         """Derivative of the log marginal likelihood in log δ."""
         return -0.5 * (precision * self.squared_norm - self.effective_parameters(precision))
 
-    def maximise(self) -> EvidenceMaximum:
-        """Find the δ of greatest marginal likelihood within [1e-6, 1e8], by a bracketed root of the slope."""
+    def maximise(self) -> tuple[float, str | None]:
+        """The δ of greatest marginal likelihood within [1e-6, 1e8], by a bracketed root of the slope.
+
+        Returns:
+            δ, and ``lowest`` or ``highest`` where it ran to the end of its range.
+        """
         from scipy.optimize import brentq
 
-        bound: str | None = None
         if self.slope(HIGHEST_PRECISION) >= 0:
-            precision, bound = HIGHEST_PRECISION, "highest"
-        elif self.slope(LOWEST_PRECISION) <= 0:
-            precision, bound = LOWEST_PRECISION, "lowest"
-        else:
-            root = brentq(
-                lambda log_precision: self.slope(math.exp(log_precision)),
-                math.log(LOWEST_PRECISION),
-                math.log(HIGHEST_PRECISION),
-                xtol=1e-10,
-            )
-            precision = math.exp(root)
-        return EvidenceMaximum(
-            precision=precision,
-            log_marginal_likelihood=self.log_marginal_likelihood(precision),
-            effective_parameters=self.effective_parameters(precision),
-            at_bound=bound,
+            return HIGHEST_PRECISION, "highest"
+        if self.slope(LOWEST_PRECISION) <= 0:
+            return LOWEST_PRECISION, "lowest"
+        bracket = math.log(LOWEST_PRECISION), math.log(HIGHEST_PRECISION)
+        return math.exp(brentq(lambda log_precision: self.slope(math.exp(log_precision)), *bracket, xtol=1e-10)), None
+
+    def climb(self, learning_rate: float, steps: int) -> tuple[float, str | None]:
+        """The paper's way to the same δ: Adam on log δ, from δ = 1.
+
+        Returns:
+            As for :meth:`maximise`.
+        """
+        import torch
+
+        log_precision = torch.zeros((), dtype=torch.float64, requires_grad=True)
+        optimizer = torch.optim.Adam([log_precision], lr=learning_rate, maximize=True)
+        for _ in range(steps):
+            log_precision.grad = torch.tensor(self.slope(math.exp(log_precision.item())), dtype=torch.float64)
+            optimizer.step()
+        precision = math.exp(log_precision.item())
+        bounded = min(max(precision, LOWEST_PRECISION), HIGHEST_PRECISION)
+        ran_to = None if bounded == precision else "lowest" if bounded == LOWEST_PRECISION else "highest"
+        return bounded, ran_to
+
+
+@dataclass(frozen=True)
+class EvidenceMaximum:
+    """Where the marginal likelihood is greatest.
+
+    Attributes:
+        prior: δ of every group of layers.
+        log_marginal_likelihood: In nats; without a log-likelihood, up to that constant.
+        effective_parameters: ``Σ λ/(λ+δ)``, the number of directions that the data determine.
+        at_bound: ``lowest`` or ``highest`` for each group whose δ ran to the end of its range.
+    """
+
+    prior: PriorPrecision
+    log_marginal_likelihood: float
+    effective_parameters: float
+    at_bound: dict[str, str]
+
+    def describe(self, labelled: bool) -> dict[str, Any]:
+        """The manifest's ``prior``; the evidence itself is known only where the rows had labels."""
+        return {
+            **self.prior.to_manifest(),
+            "method": "marglik",
+            "log_marginal_likelihood": self.log_marginal_likelihood if labelled else None,
+            "effective_parameters": self.effective_parameters,
+            "at_bound": self.at_bound or None,
+        }
+
+
+def maximise_evidence(
+    eigenvalues: Sequence[NDArray[np.float64]],
+    parameters: Sequence[Mapping[str, Any]],
+    log_likelihood: float = 0.0,
+    *,
+    structure: PriorStructure = "scalar",
+    optimizer: Optimizer = "exact",
+    learning_rate: float = 0.1,
+    steps: int = 1000,
+) -> EvidenceMaximum:
+    """Choose δ for every group of layers: the evidence is a sum over layers, so the groups are solved one by one.
+
+    Args:
+        eigenvalues: ``λ`` of each layer, or one array for all where the posterior joins layers.
+        parameters: The manifest's ``parameters``.
+        log_likelihood: ``log p(y|X, θ_MAP)`` in nats, or 0 where the data had no labels.
+        structure: Which layers share a δ.
+        optimizer: ``exact`` solves for the root of the slope; ``adam`` is the paper's way.
+        learning_rate: Of Adam.
+        steps: Of Adam.
+
+    Raises:
+        UsageError: Several priors for a posterior that joins layers.
+        NumericalError: An eigenvalue is negative or not finite.
+    """
+    precisions: dict[str, float] = {}
+    at_bound: dict[str, str] = {}
+    total, effective = log_likelihood, 0.0
+    for group, evidence in _evidence_by_group(eigenvalues, parameters, structure).items():
+        precision, bound = evidence.maximise() if optimizer == "exact" else evidence.climb(learning_rate, steps)
+        precisions[group] = precision
+        if bound:
+            at_bound[group] = bound
+        total += evidence.log_marginal_likelihood(precision)
+        effective += evidence.effective_parameters(precision)
+    return EvidenceMaximum(PriorPrecision(structure, precisions), total, effective, at_bound)
+
+
+def evidence_at(
+    prior: PriorPrecision,
+    eigenvalues: Sequence[NDArray[np.float64]],
+    parameters: Sequence[Mapping[str, Any]],
+    log_likelihood: float,
+) -> tuple[float, float]:
+    """The log marginal likelihood and the effective number of parameters at a given prior."""
+    total, effective = log_likelihood, 0.0
+    for group, evidence in _evidence_by_group(eigenvalues, parameters, prior.structure).items():
+        total += evidence.log_marginal_likelihood(prior.precisions[group])
+        effective += evidence.effective_parameters(prior.precisions[group])
+    return total, effective
+
+
+def _evidence_by_group(
+    eigenvalues: Sequence[NDArray[np.float64]], parameters: Sequence[Mapping[str, Any]], structure: PriorStructure
+) -> dict[str, Evidence]:
+    joint = len(eigenvalues) != len(parameters)
+    if joint and structure != "scalar":
+        raise UsageError(
+            f"--prior {structure} needs independent layers (kron, ekfac, diag); full and lowrank join them: "
+            "use --prior scalar"
         )
+    groups: dict[str, list[int]] = {}
+    for index, parameter in enumerate(parameters):
+        groups.setdefault(group_of(parameter, structure), []).append(index)
+    return {
+        group: Evidence(
+            eigenvalues if joint else [eigenvalues[index] for index in members],
+            [float(parameters[index]["squared_norm"]) for index in members],
+        )
+        for group, members in groups.items()
+    }

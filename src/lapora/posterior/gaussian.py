@@ -1,20 +1,27 @@
-"""The Gaussian posterior, one block per layer, in the eigenbasis of its curvature.
+"""The posterior: a Gaussian over the Bayesian weights, in the eigenbasis of its curvature.
 
-A block's precision is ``curvature + δ I``; in the basis ``U_g ⊗ U_a`` the curvature is diagonal with entries
-``λ_ij``, so that every later computation is elementwise in δ.
+A precision is ``curvature + δ I``; in the eigenbasis the curvature is diagonal with entries ``λ``, so that every
+later computation is elementwise in δ. Directions outside the basis have no curvature: they keep the prior.
+
+Two shapes: :class:`BlockPosterior`, one block per layer (kron, ekfac, diag), and :class:`JointPosterior`, one
+basis across all layers (full, lowrank).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from lapora.curvature.kron import KronFactors
+from lapora.curvature.kron import KronFactors, Sum
+from lapora.curvature.per_example import LayerBasis
+from lapora.curvature.sketch import NystromSketch
 from lapora.errors import NumericalError
 from lapora.model.bayesian_layers import BayesianLayer, Role
+from lapora.posterior.artifact import JOINT
 
 # Eigenvalues of a sum of squares are >= 0; round-off may push them below by a few units of float32.
 _NEGATIVE_TOLERANCE = 1e-5
@@ -29,20 +36,28 @@ class EigenBlock:
         role: ``A``, ``B`` or ``head``.
         shape: ``(o, i)`` of the whole weight.
         leader: Name of the layer whose input basis this block shares.
-        input_basis: ``U_a``, ``(i, i)``, columns are eigenvectors.
-        gradient_basis: ``U_g``, ``(o', o')``; ``o' < o`` where only the answers' rows have curvature.
-        eigenvalues: ``λ``, ``(o', i)`` in float64, the curvature's scale included.
+        input_basis: ``U_a``, ``(i, i')``, columns are eigenvectors; None is the identity.
+        gradient_basis: ``U_g``, ``(o', o'')``; ``o' < o`` where only the answers' rows have curvature; None is
+            the identity.
+        eigenvalues: ``λ``, ``(o'', i')`` in float64, the curvature's scale included.
         squared_norm: ``‖θ‖²`` of the whole weight at the MAP.
+        kept: Share of the curvature's trace that the basis holds; 1 where it is complete.
     """
 
     name: str
     role: Role
     shape: tuple[int, int]
     leader: str
-    input_basis: Tensor
-    gradient_basis: Tensor
+    input_basis: Tensor | None
+    gradient_basis: Tensor | None
     eigenvalues: Tensor
     squared_norm: float
+    kept: float = 1.0
+
+    @property
+    def basis(self) -> LayerBasis:
+        """What per-example gradients are rotated into."""
+        return LayerBasis(self.leader, self.input_basis, self.gradient_basis)
 
     def to(self, device: torch.device, dtype: torch.dtype) -> EigenBlock:
         """The block with its bases on a device and in a type; eigenvalues stay in float64."""
@@ -51,47 +66,197 @@ class EigenBlock:
             self.role,
             self.shape,
             self.leader,
-            self.input_basis.to(device, dtype),
-            self.gradient_basis.to(device, dtype),
+            None if self.input_basis is None else self.input_basis.to(device, dtype),
+            None if self.gradient_basis is None else self.gradient_basis.to(device, dtype),
             self.eigenvalues.to(device),
             self.squared_norm,
+            self.kept,
         )
 
 
-def decompose(layers: Sequence[BayesianLayer], factors: Mapping[str, KronFactors]) -> list[EigenBlock]:
+@dataclass(frozen=True, eq=False)
+class BlockPosterior:
+    """Independent Gaussians, one per layer."""
+
+    blocks: list[EigenBlock]
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> BlockPosterior:
+        """As :meth:`EigenBlock.to`, bases that blocks share still shared."""
+        moved: dict[int, Tensor] = {}
+        blocks = []
+        for block in self.blocks:
+            basis = block.input_basis
+            if basis is not None:
+                basis = moved.setdefault(id(basis), basis.to(device, dtype))
+            blocks.append(replace(block.to(device, dtype), input_basis=basis))
+        return BlockPosterior(blocks)
+
+    @property
+    def eigenvalues(self) -> list[Tensor]:
+        """``λ`` of each block."""
+        return [block.eigenvalues for block in self.blocks]
+
+    def parameters(self) -> list[dict[str, Any]]:
+        """The manifest's ``parameters``."""
+        return [
+            describe_parameter(block.name, block.role, block.shape, block.squared_norm)
+            | {"input_of": block.leader, "kept": block.kept}
+            for block in self.blocks
+        ]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What is written to disk, by name; a basis that is the identity is not."""
+        found: dict[str, Tensor] = {}
+        for block in self.blocks:
+            found[f"{block.name}.eigenvalues"] = block.eigenvalues
+            if block.gradient_basis is not None:
+                found[f"{block.name}.gradient_basis"] = block.gradient_basis.float()
+            if block.input_basis is not None:
+                found.setdefault(f"{block.leader}.input_basis", block.input_basis.float())
+        return found
+
+    @classmethod
+    def from_tensors(cls, parameters: Sequence[Mapping[str, Any]], tensors: Mapping[str, Tensor]) -> BlockPosterior:
+        """Read back what :meth:`parameters` and :meth:`tensors` gave.
+
+        Raises:
+            KeyError, TypeError, ValueError: They do not belong together.
+        """
+        return cls(
+            [
+                EigenBlock(
+                    name=parameter["name"],
+                    role=parameter["role"],
+                    shape=tuple(parameter["shape"]),
+                    leader=parameter["input_of"],
+                    input_basis=tensors.get(f"{parameter['input_of']}.input_basis"),
+                    gradient_basis=tensors.get(f"{parameter['name']}.gradient_basis"),
+                    eigenvalues=tensors[f"{parameter['name']}.eigenvalues"],
+                    squared_norm=float(parameter["squared_norm"]),
+                    kept=float(parameter.get("kept", 1.0)),
+                )
+                for parameter in parameters
+            ]
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class JointPosterior:
+    """One Gaussian over the weights of all layers, correlations between layers included.
+
+    Attributes:
+        layers: The manifest's description of each layer, in the order of the basis's columns.
+        basis: ``(M, P)``, orthonormal rows: directions with curvature.
+        joint_eigenvalues: ``λ``, ``(M,)`` in float64.
+        kept: Share of the curvature's trace that the basis holds; 1 for ``full``.
+        linear_model: What adapted evidence needs, for ``full``: ``kernel`` ``(M', M')``, ``prior_mean``
+            ``(N, C-1)`` and ``labels`` ``(N,)``; see :mod:`lapora.posterior.adapted`.
+    """
+
+    layers: list[dict[str, Any]]
+    basis: Tensor
+    joint_eigenvalues: Tensor
+    kept: float = 1.0
+    linear_model: dict[str, Tensor] = field(default_factory=dict)
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> JointPosterior:
+        """The posterior with its basis on a device and in a type; eigenvalues stay in float64."""
+        return replace(self, basis=self.basis.to(device, dtype), joint_eigenvalues=self.joint_eigenvalues.to(device))
+
+    @property
+    def eigenvalues(self) -> list[Tensor]:
+        """``λ``, as one list's only item."""
+        return [self.joint_eigenvalues]
+
+    def parameters(self) -> list[dict[str, Any]]:
+        """The manifest's ``parameters``."""
+        return self.layers
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What is written to disk, by name."""
+        return {
+            f"{JOINT}.basis": self.basis.float(),
+            f"{JOINT}.eigenvalues": self.joint_eigenvalues,
+            **{f"linear_model.{key}": value for key, value in self.linear_model.items()},
+        }
+
+    @classmethod
+    def from_tensors(cls, parameters: Sequence[Mapping[str, Any]], tensors: Mapping[str, Tensor]) -> JointPosterior:
+        """Read back what :meth:`parameters` and :meth:`tensors` gave.
+
+        Raises:
+            KeyError, TypeError, ValueError: They do not belong together.
+        """
+        return cls(
+            layers=[dict(parameter) for parameter in parameters],
+            basis=tensors[f"{JOINT}.basis"],
+            joint_eigenvalues=tensors[f"{JOINT}.eigenvalues"],
+        )
+
+
+Posterior = BlockPosterior | JointPosterior
+
+
+def describe_parameter(name: str, role: Role, shape: tuple[int, int], squared_norm: float) -> dict[str, Any]:
+    """One entry of the manifest's ``parameters``."""
+    return {"name": name, "shape": list(shape), "role": role, "squared_norm": squared_norm}
+
+
+def decompose(
+    layers: Sequence[BayesianLayer], factors: Mapping[str, KronFactors], rank: int | None = None
+) -> list[EigenBlock]:
     """Turn each layer's Kronecker sums into an eigenbasis and ``λ_ij = scale · λ^g_i λ^a_j``.
 
     Shared input sums are decomposed once. Decompositions run in float64.
 
+    Args:
+        layers: The layers.
+        factors: Their sums.
+        rank: Leading eigenvectors kept of each side, or None for all.
+
     Raises:
         NumericalError: A sum holds NaN or infinity, or is not positive semi-definite; the layer is named.
     """
-    input_bases: dict[str, tuple[Tensor, Tensor]] = {}
+    input_eigen: dict[str, _Eigen] = {}
     blocks = []
     for layer in layers:
         layer_factors = factors[layer.name]
         leader = layer_factors.leader
-        if leader not in input_bases:
-            input_bases[leader] = _eigen(layer_factors.input_sum, f"{leader} (inputs)")
-        input_values, input_basis = input_bases[leader]
-        gradient_values, gradient_basis = _eigen(layer_factors.gradient_sum, f"{layer.name} (gradients)")
+        if leader not in input_eigen:
+            input_eigen[leader] = _eigen(layer_factors.input_sum, f"{leader} (inputs)", rank)
+        inputs = input_eigen[leader]
+        gradients = _eigen(layer_factors.gradient_sum, f"{layer.name} (gradients)", rank)
         blocks.append(
             EigenBlock(
                 name=layer.name,
                 role=layer.role,
                 shape=layer.shape,
                 leader=leader,
-                input_basis=input_basis,
-                gradient_basis=gradient_basis,
-                eigenvalues=layer_factors.scale * torch.outer(gradient_values, input_values),
+                input_basis=inputs.vectors,
+                gradient_basis=gradients.vectors,
+                eigenvalues=layer_factors.scale * torch.outer(gradients.values, inputs.values),
                 squared_norm=layer.squared_norm,
+                kept=inputs.kept * gradients.kept,
             )
         )
     return blocks
 
 
-def _eigen(matrix: Tensor, where: str) -> tuple[Tensor, Tensor]:
-    wide = matrix.double()
+@dataclass(frozen=True, eq=False)
+class _Eigen:
+    values: Tensor
+    vectors: Tensor
+    kept: float
+
+
+def _eigen(total: Sum, where: str, rank: int | None) -> _Eigen:
+    if isinstance(total, NystromSketch):
+        try:
+            values, vectors = total.leading(rank or total.test_matrix.shape[1])
+        except NumericalError as error:
+            raise NumericalError(f"{where}: {error}") from error
+        return _Eigen(values, vectors, float(values.sum()) / total.trace if total.trace else 1.0)
+    wide = total.double()
     if not bool(torch.isfinite(wide).all()):
         raise NumericalError(f"{where}: the curvature is not finite; try --dtype float32")
     values, vectors = torch.linalg.eigh(wide)
@@ -101,4 +266,9 @@ def _eigen(matrix: Tensor, where: str) -> tuple[Tensor, Tensor]:
             f"{where}: the curvature is not positive semi-definite "
             f"(least eigenvalue {float(values[0]):.3g}, greatest {largest:.3g})"
         )
-    return values.clamp(min=0.0), vectors
+    values = values.clamp(min=0.0)
+    if rank is None or rank >= len(values):
+        return _Eigen(values, vectors, 1.0)
+    trace = float(values.sum())
+    values, vectors = values[-rank:], vectors[:, -rank:]
+    return _Eigen(values, vectors, float(values.sum()) / trace if trace else 1.0)

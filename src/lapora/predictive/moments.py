@@ -1,8 +1,8 @@
 """Mean and covariance of the logits under the linearised model (Laplace-LoRA, Eqs. 11 and 12).
 
 ``f* ~ N(f_MAP, Λ)`` with ``Λ_cc' = Σ_ℓ Σ_ij R_c,ij R_c',ij / (λ_ij + δ)`` and ``R_c = U_gᵀ G_c U_a``, where
-``G_c = Σ_t g_tc a_tᵀ`` is the gradient of one logit combination in one layer. Each layer is contracted as
-soon as its gradients are there: no (batch x classes x parameters) Jacobian is ever stored.
+``G_c = Σ_t g_tc a_tᵀ`` is the gradient of one logit combination in one layer. With independent layers each is
+contracted as soon as its gradients are there: no (batch x classes x parameters) Jacobian is ever stored.
 """
 
 from __future__ import annotations
@@ -13,10 +13,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lapora.curvature.per_example import JacobianObserver, LayerGradient, PerExampleObserver
 from lapora.errors import NumericalError
 from lapora.model.batches import Batch
 from lapora.model.bayesian_layers import BayesianLayer
-from lapora.posterior.gaussian import EigenBlock
+from lapora.posterior.gaussian import BlockPosterior, EigenBlock, JointPosterior, Posterior
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,29 @@ class LogitMoments:
         return self.covariance.shape[1] == self.mean.shape[1] - 1
 
 
-class CovarianceObserver:
+def covariance_observer(
+    posterior: Posterior,
+    precisions: Tensor,
+    layers: Sequence[BayesianLayer],
+    *,
+    classes: int,
+    directions: int,
+) -> BlockCovarianceObserver | JointCovarianceObserver:
+    """The observer that contracts gradients with this posterior.
+
+    Args:
+        posterior: On the model's device.
+        precisions: Prior precision δ of each layer under each of D priors: ``(D, number of layers)``.
+        layers: The Bayesian layers, in the posterior's order.
+        classes: Number of answers C.
+        directions: K, how many directions a batch will have.
+    """
+    if isinstance(posterior, BlockPosterior):
+        return BlockCovarianceObserver(posterior.blocks, precisions, directions=directions)
+    return JointCovarianceObserver(posterior, precisions, layers, classes)
+
+
+class BlockCovarianceObserver(PerExampleObserver):
     """Adds up Λ over the layers; see :class:`lapora.curvature.linearisation.Observer`.
 
     Several prior precisions are served at once, since the rotated gradients do not depend on them.
@@ -50,69 +73,39 @@ class CovarianceObserver:
     """
 
     def __init__(self, blocks: Sequence[EigenBlock], precisions: Tensor, *, directions: int = 1) -> None:
+        super().__init__({block.name: block.basis for block in blocks}, directions=directions)
         self._blocks = {block.name: block for block in blocks}
         self._precisions = {
             block.name: precisions[:, index].double().to(block.eigenvalues.device) for index, block in enumerate(blocks)
         }
         self._variances: dict[str, Tensor] = {}
-        self._rotated_inputs: dict[str, Tensor | None] = {}
-        self._gradients: dict[str, list[Tensor]] = {}
-        self._followers: dict[str, int] = {}
-        for block in blocks:
-            self._followers[block.leader] = self._followers.get(block.leader, 0) + 1
-        self._directions = directions
+        self._depth = len(precisions)
         self._covariance: Tensor | None = None
 
     def begin(self, batch: Batch) -> None:
         """Forget the last batch."""
-        self._rotated_inputs = {}
-        self._gradients = {}
+        super().begin(batch)
         self._covariance = None
 
     def covariance(self, rows: int, directions: int) -> Tensor:
         """Λ of the batch just run: ``(D, B, K, K)``, float64."""
         if self._covariance is None:
-            depth = len(next(iter(self._precisions.values())))
-            return torch.zeros(depth, rows, directions, directions, dtype=torch.float64)
+            return torch.zeros(self._depth, rows, directions, directions, dtype=torch.float64)
         return self._covariance
 
-    def see_input(self, layer: BayesianLayer, leader: str, inputs: Tensor, mask: Tensor | None) -> Tensor:
-        """Keep the layer's input, rotated at once where tokens are fewer than the gradient rows to rotate."""
-        block = self._blocks[layer.name]
-        if not self._shares_basis(layer, leader):
-            return inputs
-        if leader not in self._rotated_inputs:
-            rows_to_rotate = len(block.gradient_basis) * self._directions * self._followers.get(leader, 1)
-            early = inputs.shape[1] <= rows_to_rotate
-            self._rotated_inputs[leader] = inputs @ block.input_basis if early else None
-        rotated = self._rotated_inputs[leader]
-        return inputs if rotated is None else rotated
-
-    def see_gradient(self, layer: BayesianLayer, kept: Tensor | None, gradient: Tensor) -> None:
-        """Rotate one direction's gradient into the block's eigenbasis: ``R = U_gᵀ (Σ_t g_t a_tᵀ) U_a``."""
-        assert kept is not None
-        block = self._blocks[layer.name]
-        tokens, inputs = gradient.shape[1], kept.shape[2]
-        if tokens <= inputs:  # fewer tokens than columns: rotate the gradient's tokens
-            rotated = (gradient @ block.gradient_basis).transpose(1, 2) @ kept
-        else:
-            rotated = block.gradient_basis.T @ (gradient.transpose(1, 2) @ kept)
-        leader = block.leader
-        if self._rotated_inputs.get(leader) is not kept:
-            rotated = rotated @ block.input_basis
-        self._gradients.setdefault(layer.name, []).append(rotated.flatten(1))
-
-    def finish(self, layer: BayesianLayer) -> None:
-        """Contract the layer's K gradients with its posterior variance, and drop them."""
-        gradients = self._gradients.pop(layer.name)
-        count, rows = len(gradients), len(gradients[0])
-        variance = self._variance(layer.name, gradients[0].dtype)
-        depth = variance.shape[1]
+    def join(self, layer: BayesianLayer, gradients: Sequence[LayerGradient]) -> None:
+        """Contract the layer's K gradients with its posterior variance."""
+        inside = [gradient.inside.flatten(1) for gradient in gradients]
+        count, rows = len(inside), len(inside[0])
+        variance = self._variance(layer.name, inside[0].dtype)
         if self._covariance is None:
-            self._covariance = torch.zeros(depth, rows, count, count, dtype=torch.float64, device=variance.device)
+            self._covariance = torch.zeros(self._depth, rows, count, count, dtype=torch.float64, device=variance.device)
+        prior_variance = 1.0 / self._precisions[layer.name].unsqueeze(1)
         for first in range(count):
             for second in range(first, count):
-                term = ((gradients[first] * gradients[second]) @ variance).T.double()
+                term = ((inside[first] * inside[second]) @ variance).T.double()
+                for one, other in zip(gradients[first].outside, gradients[second].outside, strict=True):
+                    term = term + prior_variance * (one * other).sum(dim=(1, 2), dtype=torch.float64)
                 self._covariance[:, :, first, second] += term
                 if second != first:
                     self._covariance[:, :, second, first] += term
@@ -126,5 +119,37 @@ class CovarianceObserver:
             self._variances[name] = (1.0 / precision).to(dtype)
         return self._variances[name]
 
-    def _shares_basis(self, layer: BayesianLayer, leader: str) -> bool:
-        return self._blocks[layer.name].leader == leader
+
+class JointCovarianceObserver(JacobianObserver):
+    """Λ under a posterior whose basis spans all layers: a batch's gradients wait until all layers have theirs.
+
+    ``Λ = 1/δ ⟨G⊥, G'⊥⟩ + Σ_m c_m c'_m / (λ_m + δ)`` with ``c = W g`` and ``g⊥ = g - Wᵀ c``. For ``full`` this
+    equals ``1/δ [G Gᵀ - G Jᵀ (J Jᵀ + δI)⁻¹ J Gᵀ]`` without its difference of large numbers.
+
+    Args:
+        posterior: On the model's device.
+        precisions: ``(D, number of layers)``; the same δ for all layers, since they are not independent.
+        layers: The Bayesian layers, in the posterior's order.
+        classes: Number of answers C.
+    """
+
+    def __init__(
+        self, posterior: JointPosterior, precisions: Tensor, layers: Sequence[BayesianLayer], classes: int
+    ) -> None:
+        super().__init__(layers, classes)
+        if not bool((precisions == precisions[:, :1]).all()):
+            raise ValueError("a posterior that joins layers has one prior precision")
+        self._posterior = posterior
+        self._precisions = precisions[:, 0].double().to(posterior.basis.device)
+
+    def covariance(self, rows: int, directions: int) -> Tensor:
+        """Λ of the batch just run: ``(D, B, K, K)``, float64."""
+        basis = self._posterior.basis
+        outside = self.jacobian(rows, directions).to(basis).flatten(0, 1)
+        inside = outside @ basis.T
+        outside = torch.addmm(outside, inside, basis, alpha=-1.0).unflatten(0, (directions, rows))
+        inside = inside.unflatten(0, (directions, rows)).double()
+        variance = 1.0 / (self._posterior.joint_eigenvalues + self._precisions.unsqueeze(1))
+        found = torch.einsum("kbm,lbm,dm->dbkl", inside, inside, variance)
+        rest = torch.einsum("kbp,lbp->bkl", outside, outside).double()
+        return found + rest / self._precisions.reshape(-1, 1, 1, 1)

@@ -72,7 +72,7 @@ def run_demo(directory: Path, say: Callable[[str], None]) -> dict[str, Any]:
     model = ModelSettings(adapter=str(directory / "adapter"))
     data = DataSettings(task=str(directory / "farm.yaml"), data_dir=directory / "data")
     result = fit(model, data, FitSettings(overwrite=True))
-    say(f"prior precision {result.prior.precision:.3g} by marginal likelihood")
+    say(f"prior precision {result.prior.prior.describe()} by marginal likelihood")
     return evaluate(model, DataSettings(split="validation"))
 
 

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 
 from lapora import metrics
-from lapora.config import DEFAULT_SAMPLES, DataSettings, Link, ModelSettings
-from lapora.errors import DataError, PosteriorError
-from lapora.predictive.links import log_probabilities, needs_every_class
-from lapora.predictive.moments import LogitMoments
-from lapora.tasks import render_all, resolve_choices
-from lapora.workflows.fit import Progress
-from lapora.workflows.session import open_session, read_rows
+from lapora.config import DEFAULT_SAMPLES, DataSettings, Link, ModelSettings, Progress
+from lapora.errors import DataError
+from lapora.workflows.scoring import LabelledRows, read_labelled_rows, score_rows
+from lapora.workflows.session import Session, open_posterior, open_session
 
 
 def evaluate(
@@ -27,7 +24,7 @@ def evaluate(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Score posteriors against labels.
+    """Score posteriors against labels. Rows that tuned any of their priors are left out.
 
     Args:
         model: The adapter and how to run it.
@@ -44,61 +41,71 @@ def evaluate(
     Raises:
         DataError: The rows have no labels, or their answers are not the posterior's.
     """
+    if not names:
+        raise DataError("no posterior to evaluate; give --name")
+    tuned_on = frozenset(digest for name in names for digest in _tuning_rows(model, name))
     results: list[dict[str, Any]] = []
     warnings: list[str] = []
     record: dict[str, Any] = {}
+    session: Session | None = None
     for name in names:
-        session = open_session(model, name)
-        task, rows, split = read_rows(data, session.posterior.manifest, "validation")
-        kind = session.loaded.kind
-        choices = resolve_choices(task, rows)
-        if choices != session.choices:
-            raise PosteriorError(
-                f"posterior {name}: fitted to the answers {', '.join(session.choices)}; task {task.task} has "
-                f"{', '.join(choices)}; give the task that it was fitted on"
-            )
-        examples = render_all(task, rows, kind=kind, choices=session.choices, labels="required")
-        targets = torch.tensor([cast(int, example.target) for example in examples])
-        coded = session.encode(examples)
-        truncated = sum(row.truncated for row in coded)
-        classes = len(session.choices)
-        every_class = any(needs_every_class(link) for link in links)
-        log_p: dict[Link, torch.Tensor] = {
-            link: torch.zeros(len(examples), classes, dtype=torch.float64) for link in ("map", *links)
-        }
-        done = 0
-        with session.predictor(every_class=every_class) as predictor:
-            for batch in session.batches(coded):
-                moments: LogitMoments = predictor.moments(batch)
-                for link, table in log_p.items():
-                    table[list(batch.rows)] = log_probabilities(link, moments, samples=samples, seed=seed)
-                done += len(batch)
-                if progress is not None:
-                    progress(done, len(examples))
-        with_mcc = task.metric == "mcc"
+        session = open_session(model, name, session)
+        rows = read_labelled_rows(session, data, exclude=tuned_on)
+        scored = score_rows(session, rows, links, samples=samples, seed=seed, progress=progress)
+        log_p = {link: table[0] for link, table in scored.log_p.items()}
+        with_mcc = rows.task.metric == "mcc"
         if not results:
-            record = {"task": task.task, "split": split, "n": len(examples), "truncated": truncated}
-            constant = metrics.constant_predictor(targets, classes)
-            results.append({"method": "constant", **metrics.evaluate(constant, targets, with_mcc=with_mcc)})
-            results.append({"method": "map", **metrics.evaluate(log_p["map"], targets, with_mcc=with_mcc)})
+            record = {
+                "task": rows.task.task,
+                "split": rows.split,
+                "n": len(rows.examples),
+                "excluded": rows.excluded,
+                "truncated": scored.truncated,
+            }
+            constant = metrics.constant_predictor(rows.targets, len(session.choices))
+            results.append({"method": "constant", **metrics.evaluate(constant, rows.targets, with_mcc=with_mcc)})
+            results.append({"method": "map", **metrics.evaluate(log_p["map"], rows.targets, with_mcc=with_mcc)})
         for link in links:
-            scores = metrics.evaluate(log_p[link], targets, with_mcc=with_mcc)
+            scores = metrics.evaluate(log_p[link], rows.targets, with_mcc=with_mcc)
             results.append({"method": "laplace", "name": name, "link": link, **scores})
-            warnings += _warn(name, link, scores, results[1], log_p[link], len(examples))
-    if not results:
-        raise DataError("no posterior to evaluate; give --name")
+            if link != "map":
+                warnings += _warn(session, link, rows, log_p[link], log_p["map"], scores["accuracy"])
     return {**record, "results": results, "warnings": warnings}
 
 
+def _tuning_rows(model: ModelSettings, name: str) -> list[str]:
+    _, posterior = open_posterior(model, name)
+    found: list[str] = posterior.manifest["prior"].get("validation", {}).get("rows", [])
+    return found
+
+
 def _warn(
-    name: str, link: Link, scores: dict[str, float], at_map: dict[str, Any], log_p: torch.Tensor, rows: int
+    session: Session, link: Link, rows: LabelledRows, log_p: torch.Tensor, log_map: torch.Tensor, accuracy: float
 ) -> list[str]:
-    if scores["nll"] <= at_map["nll"]:
+    """Where Laplace is worse than MAP beyond chance: how, and the command that mends it."""
+    differences = metrics.row_nll(log_p, rows.targets) - metrics.row_nll(log_map, rows.targets)
+    worse = float(differences.mean())
+    if worse <= 0:
         return []
+    low, high = metrics.paired_interval(differences)
+    name = session.posterior.folder.name
+    interval = f"{worse:.4f} a row, 95 % interval {low:.4f} to {high:.4f}, {len(differences)} rows"
+    if low <= 0:
+        return [f"note: {name} ({link}) is no better than MAP in NLL on these rows ({interval})"]
     confidence = float(log_p.exp().max(dim=1).values.mean())
-    direction = "underconfident" if confidence < scores["accuracy"] else "overconfident"
+    direction = "underconfident" if confidence < accuracy else "overconfident"
     return [
-        f"{name} ({link}) is worse than MAP in NLL ({scores['nll']:.3f} against {at_map['nll']:.3f}, {rows} rows) "
-        f"and {direction} (confidence {confidence:.2f}, accuracy {scores['accuracy']:.2f}): "
-        "do not use it here; predict with --link map"
+        f"warning: {name} ({link}) is worse than MAP in NLL by {interval}, and {direction} (confidence "
+        f"{confidence:.2f}, accuracy {accuracy:.2f}); {_remedy(session, link)}"
     ]
+
+
+def _remedy(session: Session, link: Link) -> str:
+    prior = session.posterior.manifest["prior"]
+    folder = session.posterior.folder
+    command = f"lapora tune-prior {folder.parent.parent} --name {folder.name} --method validation"
+    if prior["method"] != "validation":
+        return f"tune the prior on validation rows: {command}"
+    if prior["validation"]["link"] != link:
+        return f"the prior was tuned for {prior['validation']['link']}: {command} --link {link}"
+    return "the tuning rows said otherwise: tune on more rows (--limit), or predict with --link map"

@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor
 
 from lapora._version import __version__
-from lapora.config import DataSettings, FisherType, FitSettings, ModelSettings
-from lapora.curvature.fisher import empirical_columns, exact_columns, monte_carlo_columns
-from lapora.curvature.kron import KronObserver
-from lapora.curvature.linearisation import Directions, Linearisation
+from lapora.config import DEFAULT_RANK, DataSettings, FitSettings, ModelSettings, Progress
 from lapora.errors import DataError, PosteriorError, UsageError
 from lapora.model.adapter import read_adapter
 from lapora.model.answers import AnswerModel
-from lapora.model.bayesian_layers import BayesianLayer, find_bayesian_layers
+from lapora.model.bayesian_layers import find_bayesian_layers
 from lapora.model.loading import LoadedModel, library_versions, load_model
 from lapora.posterior.artifact import FORMAT_VERSION, posterior_folder, write_posterior
-from lapora.posterior.evidence import Evidence, EvidenceMaximum
-from lapora.posterior.gaussian import EigenBlock, decompose
+from lapora.posterior.evidence import EvidenceMaximum, maximise_evidence
+from lapora.posterior.gaussian import BlockPosterior, Posterior, decompose
+from lapora.posterior.structures import CurvatureRun, fit_structure
 from lapora.tasks import (
     Example,
     Task,
@@ -33,9 +27,6 @@ from lapora.tasks import (
     resolve_choices,
 )
 from lapora.workflows.session import make_batches, read_rows
-
-Progress = Callable[[int, int], None]
-"""Called with rows done and rows in all."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +40,7 @@ class FitResult:
         log_likelihood: ``log p(y|X, θ_MAP)`` in nats, or None without labels.
         parameters: Number of Bayesian parameters.
         prior: The prior precision by marginal likelihood.
+        kept: Share of the curvature's trace that a truncated basis holds.
         notes: What the user should know.
     """
 
@@ -58,6 +50,7 @@ class FitResult:
     log_likelihood: float | None
     parameters: int
     prior: EvidenceMaximum
+    kept: float
     notes: tuple[str, ...]
 
 
@@ -108,31 +101,23 @@ def fit(model: ModelSettings, data: DataSettings, settings: FitSettings, progres
     layers = find_bayesian_layers(loaded.model, settings.subset)
     answers = AnswerModel(loaded.model, loaded.kind, loaded.pad_token_id, token_ids)
 
-    targets = [example.target for example in examples]
-    batches = make_batches(answers, encoded, model.batch_size)
-    if settings.engine == "asdl":
-        from lapora.curvature.laplace_torch import asdl_factors
-
-        factors, log_likelihood = asdl_factors(answers, layers, batches, targets, progress)
-    else:
-        observer = KronObserver(settings.weight_sharing)
-        log_likelihood = collect(
-            answers,
-            layers,
-            observer,
-            batches,
-            targets=targets,
-            fisher=settings.fisher,
-            seed=settings.seed,
-            progress=progress,
-        )
-        factors = observer.factors(layers)
-    blocks = decompose(layers, factors)
-    prior = Evidence(
-        [block.eigenvalues.cpu().numpy() for block in blocks],
-        [block.squared_norm for block in blocks],
-        log_likelihood or 0.0,
-    ).maximise()
+    run = CurvatureRun(
+        answers=answers,
+        layers=layers,
+        batches=lambda: make_batches(answers, encoded, model.batch_size),
+        targets=[example.target for example in examples],
+        classes=len(choices),
+        fisher=settings.fisher,
+        weight_sharing=settings.weight_sharing,
+        rank=settings.rank,
+        seed=settings.seed,
+        progress=progress,
+    )
+    posterior, log_likelihood = _posterior(run, settings)
+    parameters = posterior.parameters()
+    prior = maximise_evidence(
+        [values.cpu().numpy() for values in posterior.eigenvalues], parameters, log_likelihood or 0.0
+    )
     manifest = {
         "format_version": FORMAT_VERSION,
         "lapora_version": __version__,
@@ -161,75 +146,69 @@ def fit(model: ModelSettings, data: DataSettings, settings: FitSettings, progres
         "engine": settings.engine,
         "fisher": settings.fisher,
         "subset": settings.subset,
-        "rank": None,
+        "rank": _rank(settings),
+        "kept": _kept(posterior),
         "seed": settings.seed,
-        "parameters": [_describe(block) for block in blocks],
+        "parameters": parameters,
         "log_likelihood": log_likelihood,
         "prior": prior.describe(log_likelihood is not None),
     }
-    write_posterior(folder, manifest, blocks)
+    write_posterior(folder, manifest, posterior)
     return FitResult(
         folder=folder,
         rows=len(examples),
         truncated=sum(row.truncated for row in encoded),
         log_likelihood=log_likelihood,
-        parameters=sum(block.shape[0] * block.shape[1] for block in blocks),
+        parameters=sum(rows * columns for rows, columns in (parameter["shape"] for parameter in parameters)),
         prior=prior,
+        kept=_kept(posterior),
         notes=adapter.notes,
     )
 
 
 def _resolve_engine(settings: FitSettings) -> FitSettings:
-    """``--weight-sharing asdl`` and ``--engine asdl`` are two names of one thing: the paper's stack."""
-    if "asdl" not in (settings.engine, settings.weight_sharing):
-        return settings
-    if settings.fisher != "exact":
-        raise UsageError(f"--engine asdl computes the exact Fisher alone, not --fisher {settings.fisher}")
-    if settings.weight_sharing == "reduce":
-        raise UsageError("--engine asdl has no KFAC-reduce: its weight sharing is expand, divided by N")
-    return replace(settings, engine="asdl", weight_sharing="asdl")
+    """``--weight-sharing asdl`` and ``--engine asdl`` are two names of one thing: the paper's stack.
 
-
-def collect(
-    answers: AnswerModel,
-    layers: Sequence[BayesianLayer],
-    observer: KronObserver,
-    batches: Any,
-    *,
-    targets: Sequence[int | None],
-    fisher: FisherType = "exact",
-    seed: int = 0,
-    progress: Progress | None = None,
-) -> float | None:
-    """Show every batch to an observer of the curvature.
-
-    Returns:
-        ``log p(y|X, θ_MAP)`` in nats, or None where a row has no label.
+    Raises:
+        UsageError: A combination that does not exist.
     """
-    generator = torch.Generator().manual_seed(seed)
-    total, done = 0.0, 0
-    labelled = all(target is not None for target in targets)
-    with Linearisation(answers, layers, observer) as linearisation:
-        for batch in batches:
-            labels = torch.tensor([targets[row] for row in batch.rows]) if labelled else None
-            logits = linearisation.run(batch, _columns(fisher, labels, generator))
-            if labels is not None:
-                log_p = torch.log_softmax(logits.double().cpu(), dim=1)
-                total += float(log_p.gather(1, labels.unsqueeze(1)).sum())
-            done += len(batch)
-            if progress is not None:
-                progress(done, len(targets))
-    return total if labelled else None
+    structure, engine = settings.structure, settings.engine
+    if settings.rank is not None and structure not in ("kron", "lowrank"):
+        raise UsageError(f"--rank goes with --structure kron or lowrank, not {structure}")
+    if "asdl" in (engine, settings.weight_sharing):
+        if engine == "curvlinops" or settings.weight_sharing == "reduce":
+            raise UsageError("--engine asdl has no KFAC-reduce: its weight sharing is expand, divided by N")
+        settings = replace(settings, engine="asdl", weight_sharing="asdl")
+        engine = "asdl"
+    if engine == "native":
+        return settings
+    if structure != "kron" or settings.rank is not None:
+        raise UsageError(f"--engine {engine} computes --structure kron alone, without --rank")
+    if settings.fisher != "exact":
+        raise UsageError(f"--engine {engine} computes the exact Fisher alone, not --fisher {settings.fisher}")
+    return settings
 
 
-def _columns(fisher: FisherType, labels: Tensor | None, generator: torch.Generator) -> Directions:
-    if fisher == "exact":
-        return exact_columns
-    if fisher == "mc":
-        return lambda logits: monte_carlo_columns(logits, generator)
-    if labels is None:
-        raise UsageError("--fisher empirical needs a label in every row; use --fisher exact")
-    return lambda logits: empirical_columns(logits, labels.to(logits.device))
+def _posterior(run: CurvatureRun, settings: FitSettings) -> tuple[Posterior, float | None]:
+    """The curvature by the engine asked for, and the log-likelihood at the MAP."""
+    if settings.engine == "native":
+        posterior, data = fit_structure(settings.structure, run)
+        return posterior, data.log_likelihood
+    from lapora.curvature.laplace_torch import asdl_factors
+
+    factors, log_likelihood = asdl_factors(run.answers, run.layers, run.batches(), run.targets, run.progress)
+    return BlockPosterior(decompose(run.layers, factors)), log_likelihood
+
+
+def _rank(settings: FitSettings) -> int | None:
+    return settings.rank or (DEFAULT_RANK if settings.structure == "lowrank" else None)
+
+
+def _kept(posterior: Posterior) -> float:
+    """Share of the curvature's trace that the basis holds, the smallest of the layers'."""
+    if isinstance(posterior, BlockPosterior):
+        return min(block.kept for block in posterior.blocks)
+    return posterior.kept
 
 
 def _answers(
@@ -252,13 +231,3 @@ def _answers(
             "give the task the adapter was trained on"
         )
     return None
-
-
-def _describe(block: EigenBlock) -> dict[str, Any]:
-    return {
-        "name": block.name,
-        "shape": list(block.shape),
-        "role": block.role,
-        "input_of": block.leader,
-        "squared_norm": block.squared_norm,
-    }

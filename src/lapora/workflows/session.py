@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from lapora.config import TOKEN_BUDGET, DataSettings, ModelSettings
@@ -17,7 +18,8 @@ from lapora.model.batches import Batch, collate, plan_batches
 from lapora.model.bayesian_layers import BayesianLayer, find_bayesian_layers
 from lapora.model.loading import LoadedModel, load_model
 from lapora.posterior.artifact import SavedPosterior, posterior_folder
-from lapora.posterior.gaussian import EigenBlock
+from lapora.posterior.gaussian import Posterior
+from lapora.posterior.prior import PriorPrecision
 from lapora.predictive.predictor import LinearisedPredictor
 from lapora.tasks import EncodedExample, Example, Task, encode_all, load_rows, load_task
 
@@ -31,7 +33,7 @@ class Session:
         loaded: Model and tokenizer.
         answers: The network to answer logits.
         layers: The Bayesian layers, in the posterior's order.
-        blocks: Their Gaussian blocks, on the model's device.
+        gaussian: The Gaussian over their weights, on the model's device.
         task: The recorded task.
         choices: The answers.
         max_length: Tokens a row may have.
@@ -43,7 +45,7 @@ class Session:
     loaded: LoadedModel
     answers: AnswerModel
     layers: list[BayesianLayer]
-    blocks: list[EigenBlock]
+    gaussian: Posterior
     task: Task
     choices: tuple[str, ...]
     max_length: int
@@ -61,13 +63,17 @@ class Session:
             chat_template=self.chat_template,
         )
 
-    def predictor(self, *, every_class: bool, map_only: bool = False) -> LinearisedPredictor:
-        """The linearised predictive at the saved prior precision; see :class:`LinearisedPredictor`."""
+    def predictor(
+        self, *, every_class: bool, map_only: bool = False, priors: Sequence[PriorPrecision] = ()
+    ) -> LinearisedPredictor:
+        """The linearised predictive at the saved prior precision, or at several others at once."""
+        parameters = self.posterior.manifest["parameters"]
+        per_layer = [prior.per_layer(parameters) for prior in priors or [self.posterior.prior]]
         return LinearisedPredictor(
             self.answers,
             self.layers,
-            self.blocks,
-            self.posterior.prior_precision,
+            self.gaussian,
+            torch.tensor(np.stack(per_layer)),
             classes=len(self.choices),
             every_class=every_class,
             map_only=map_only,
@@ -107,8 +113,13 @@ def open_posterior(model: ModelSettings, name: str) -> tuple[Adapter, SavedPoste
     return adapter, posterior
 
 
-def open_session(model: ModelSettings, name: str) -> Session:
+def open_session(model: ModelSettings, name: str, earlier: Session | None = None) -> Session:
     """Load what ``fit`` recorded.
+
+    Args:
+        model: The adapter and how to run it.
+        name: The posterior.
+        earlier: A session of the same adapter, whose loaded model serves again where the base is the same.
 
     Raises:
         PosteriorError: The posterior is missing, damaged, or belongs to another adapter or base model.
@@ -116,14 +127,17 @@ def open_session(model: ModelSettings, name: str) -> Session:
     """
     adapter, posterior = open_posterior(model, name)
     recorded = posterior.manifest["base_model"]
-    loaded = load_model(
-        adapter,
-        base_model=model.base_model or recorded["name"],
-        quantize=model.quantize or recorded["quantization"],
-        dtype=model.dtype or recorded["dtype"],
-        device=model.device,
-        trust_remote_code=model.trust_remote_code,
-    )
+    if earlier is not None and earlier.posterior.manifest["base_model"] == recorded:
+        loaded = earlier.loaded
+    else:
+        loaded = load_model(
+            adapter,
+            base_model=model.base_model or recorded["name"],
+            quantize=model.quantize or recorded["quantization"],
+            dtype=model.dtype or recorded["dtype"],
+            device=model.device,
+            trust_remote_code=model.trust_remote_code,
+        )
     differences = [
         f"{key} {recorded[key]!r} then, {now!r} now"
         for key, now in (("quantization", loaded.quantize), ("fingerprint", loaded.fingerprint))
@@ -132,8 +146,8 @@ def open_session(model: ModelSettings, name: str) -> Session:
     if differences:
         raise PosteriorError(f"{posterior.folder}: fitted on another base model: {'; '.join(differences)}")
     layers = find_bayesian_layers(loaded.model, posterior.manifest["subset"])
-    blocks = posterior.blocks()
-    if [layer.name for layer in layers] != [block.name for block in blocks]:
+    gaussian = posterior.gaussian()
+    if [layer.name for layer in layers] != [parameter["name"] for parameter in posterior.manifest["parameters"]]:
         raise PosteriorError(f"{posterior.folder}: its parameters are not those of the adapter; fit again")
     answers = AnswerModel(loaded.model, loaded.kind, loaded.pad_token_id, posterior.manifest["answers"]["token_ids"])
     working = torch.float64 if loaded.dtype == "float64" else torch.float32
@@ -142,7 +156,7 @@ def open_session(model: ModelSettings, name: str) -> Session:
         loaded=loaded,
         answers=answers,
         layers=layers,
-        blocks=[block.to(answers.device, working) for block in blocks],
+        gaussian=gaussian.to(answers.device, working),
         task=Task.from_dict(posterior.manifest["task"], source=str(posterior.folder)),
         choices=tuple(posterior.manifest["answers"]["choices"]),
         max_length=int(posterior.manifest["data"]["max_length"]),

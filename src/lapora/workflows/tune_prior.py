@@ -1,34 +1,165 @@
-"""``lapora tune-prior``: the prior precision from the artifact alone; no model, no data, no torch."""
+"""``lapora tune-prior``: choose the prior precision, from the files alone or by validation rows."""
 
 from __future__ import annotations
 
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
-from lapora.config import PriorMethod
+from lapora.config import DataSettings, ModelSettings, PriorMethod, PriorSettings, Progress
+from lapora.errors import DataError, UsageError
 from lapora.posterior.artifact import SavedPosterior, posterior_folder
-from lapora.posterior.evidence import Evidence
+from lapora.posterior.evidence import EvidenceMaximum, evidence_at, maximise_evidence
+from lapora.posterior.prior import ALL, PriorPrecision
 
 
-def tune_prior(root: Path, name: str, method: PriorMethod = "marglik") -> dict[str, Any]:
-    """Choose δ by marginal likelihood and record it in the manifest.
+@dataclass(frozen=True)
+class TunedPrior:
+    """What was chosen.
+
+    Attributes:
+        prior: The manifest's new ``prior``.
+        precision: δ.
+        method: How it was chosen in the end.
+        notes: What the user should know, lines for people.
+    """
+
+    prior: dict[str, Any]
+    precision: PriorPrecision
+    method: PriorMethod
+    notes: list[str]
+
+
+def tune_prior(
+    model: ModelSettings,
+    data: DataSettings | None = None,
+    settings: PriorSettings | None = None,
+    progress: Progress | None = None,
+) -> TunedPrior:
+    """Choose δ and record it in the manifest.
 
     Args:
-        root: The adapter's folder (or the output folder).
-        name: The posterior's name.
-        method: ``marglik``, the only one so far.
-
-    Returns:
-        The manifest's new ``prior``.
+        model: The adapter (for the marginal likelihood only its folder is read).
+        data: Validation rows; None means a seeded half of the task's labelled split that ``fit`` did not read.
+        settings: Method, structure of the prior, optimizer.
+        progress: Told of rows done.
 
     Raises:
         PosteriorError: No such posterior, or a damaged one.
+        UsageError: A combination that does not exist.
+        DataError: ``validation`` without labelled rows.
         NumericalError: Eigenvalues that no curvature has.
     """
-    posterior = SavedPosterior(posterior_folder(root, name))
-    log_likelihood = posterior.manifest["log_likelihood"]
-    norms = [float(parameter["squared_norm"]) for parameter in posterior.manifest["parameters"]]
-    best = Evidence(posterior.eigenvalues(), norms, log_likelihood or 0.0).maximise()
-    prior = best.describe(log_likelihood is not None)
-    posterior.rewrite_manifest({"prior": prior})
-    return prior
+    data, settings = data or DataSettings(), settings or PriorSettings()
+    posterior = SavedPosterior(posterior_folder(model.root, settings.name))
+    by_evidence = _maximise(posterior, settings)
+    if settings.method == "adapted":
+        tuned = _adapted(posterior, settings)
+    elif settings.method == "marglik":
+        tuned = _by_evidence(posterior, by_evidence, _few_answers_note(posterior))
+    else:
+        tuned = _by_validation(posterior, model, data, settings, by_evidence, progress)
+    posterior.rewrite_manifest({"prior": tuned.prior})
+    return tuned
+
+
+def _maximise(posterior: SavedPosterior, settings: PriorSettings) -> EvidenceMaximum:
+    return maximise_evidence(
+        posterior.eigenvalues(),
+        posterior.manifest["parameters"],
+        posterior.manifest["log_likelihood"] or 0.0,
+        structure=settings.structure,
+        optimizer=settings.optimizer,
+        learning_rate=settings.learning_rate,
+        steps=settings.steps,
+    )
+
+
+def _by_evidence(posterior: SavedPosterior, best: EvidenceMaximum, notes: list[str]) -> TunedPrior:
+    prior = best.describe(posterior.manifest["log_likelihood"] is not None)
+    for group, bound in best.at_bound.items():
+        place = "" if group == ALL else f" of {group}"
+        notes = [*notes, f"the prior precision{place} ran to the {bound} value allowed: the data do not decide it"]
+    bias = _evidence_bias(posterior)
+    return TunedPrior(prior, best.prior, "marglik", [*notes, *bias])
+
+
+def _evidence_bias(posterior: SavedPosterior) -> list[str]:
+    kept = float(posterior.manifest.get("kept", 1.0))
+    if kept > 0.999:
+        return []
+    return [
+        f"the curvature kept is {kept:.1%} of its trace: the evidence leaves out the rest and is biased towards "
+        "a small precision; check it with --method validation"
+    ]
+
+
+def _few_answers_note(posterior: SavedPosterior) -> list[str]:
+    if len(posterior.manifest["answers"]["choices"]) <= 2:
+        return []
+    return [
+        "with more than two answers the marginal likelihood may choose too wide a posterior for an adapter that is "
+        "calibrated already: compare with MAP by `lapora eval`"
+    ]
+
+
+def _by_validation(
+    posterior: SavedPosterior,
+    model: ModelSettings,
+    data: DataSettings,
+    settings: PriorSettings,
+    by_evidence: EvidenceMaximum,
+    progress: Progress | None,
+) -> TunedPrior:
+    from lapora.workflows.validation import choose_by_validation
+
+    try:
+        choice = choose_by_validation(model, data, settings, by_evidence.prior, progress)
+    except DataError as error:
+        asked = data.split is not None or data.task is not None or data.data_dir is not None
+        if settings.method == "validation" or asked:
+            raise
+        reason = f"chosen by marginal likelihood, for want of validation rows: {error}"
+        return _by_evidence(posterior, by_evidence, [reason, *_few_answers_note(posterior)])
+    manifest = posterior.manifest
+    evidence, effective = evidence_at(
+        choice.prior, posterior.eigenvalues(), manifest["parameters"], manifest["log_likelihood"] or 0.0
+    )
+    prior = {
+        **choice.prior.to_manifest(),
+        "method": "validation",
+        "log_marginal_likelihood": evidence if manifest["log_likelihood"] is not None else None,
+        "effective_parameters": effective,
+        "at_bound": {ALL: choice.at_bound} if choice.at_bound else None,
+        "validation": choice.record,
+    }
+    return TunedPrior(prior, choice.prior, "validation", choice.notes)
+
+
+def _adapted(posterior: SavedPosterior, settings: PriorSettings) -> TunedPrior:
+    import numpy as np
+
+    from lapora.posterior.adapted import LinearModel
+
+    if posterior.manifest["structure"] != "full":
+        raise UsageError(
+            f"--method adapted needs a posterior of --structure full, not {posterior.manifest['structure']}"
+        )
+    if settings.structure != "scalar":
+        raise UsageError(f"--method adapted chooses one precision: use --prior scalar, not {settings.structure}")
+    names = ["linear_model.kernel", "linear_model.prior_mean", "linear_model.labels"]
+    if names[0] not in posterior.manifest["tensors"]:
+        raise UsageError("--method adapted needs labelled rows and --fisher exact in `lapora fit`")
+    kernel, prior_mean, labels = (posterior.arrays(names)[name] for name in names)
+    model = LinearModel(np.asarray(kernel), np.asarray(prior_mean), np.asarray(labels))
+    precision, evidence = model.maximise()
+    chosen = PriorPrecision("scalar", {ALL: precision})
+    parameters = posterior.manifest["parameters"]
+    _, effective = evidence_at(chosen, posterior.eigenvalues(), parameters, 0.0)
+    prior = {
+        **chosen.to_manifest(),
+        "method": "adapted",
+        "log_marginal_likelihood": evidence,
+        "effective_parameters": effective,
+        "at_bound": None,
+    }
+    return TunedPrior(prior, chosen, "adapted", [])

@@ -16,12 +16,13 @@ The factors are handed on as they come, unscaled.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
 
+from lapora.config import Progress
 from lapora.curvature.kron import KronFactors
 from lapora.curvature.laplace_torch.network import (
     AdapterNetwork,
@@ -35,7 +36,6 @@ from lapora.model.answers import AnswerModel
 from lapora.model.batches import Batch
 from lapora.model.bayesian_layers import BayesianLayer
 
-Progress = Callable[[int, int], None]
 Found = tuple[dict[str, KronFactors], float | None]
 
 

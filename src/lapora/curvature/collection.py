@@ -1,0 +1,89 @@
+"""One pass over the data: every batch shown to an observer of the curvature."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lapora.config import FisherType, Progress
+from lapora.curvature.fisher import empirical_columns, exact_columns, monte_carlo_columns
+from lapora.curvature.linearisation import Directions, Linearisation, Observer
+from lapora.errors import UsageError
+from lapora.model.answers import AnswerModel
+from lapora.model.batches import Batch
+from lapora.model.bayesian_layers import BayesianLayer
+
+
+@dataclass(frozen=True, eq=False)
+class DataPass:
+    """What a pass found besides the curvature.
+
+    Attributes:
+        logits: At the MAP, ``(N, C)`` in float64, in the rows' order.
+        log_likelihood: ``log p(y|X, θ_MAP)`` in nats, or None where a row has no label.
+    """
+
+    logits: Tensor
+    log_likelihood: float | None
+
+
+def collect(
+    answers: AnswerModel,
+    layers: Sequence[BayesianLayer],
+    observer: Observer,
+    batches: Iterable[Batch],
+    *,
+    targets: Sequence[int | None],
+    fisher: FisherType | Directions = "exact",
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> DataPass:
+    """Show every batch to an observer.
+
+    Args:
+        answers: The network.
+        layers: The Bayesian layers.
+        observer: Who sees them.
+        batches: All rows, each once.
+        targets: Label of each row.
+        fisher: Which Fisher's columns to differentiate, or any other directions.
+        seed: Of the labels drawn by the Monte-Carlo Fisher.
+        progress: Told of rows done.
+
+    Raises:
+        UsageError: The empirical Fisher without labels.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    labelled = all(target is not None for target in targets)
+    if fisher == "empirical" and not labelled:
+        raise UsageError("--fisher empirical needs a label in every row; use --fisher exact")
+    found: list[Tensor] = []
+    order: list[int] = []
+    with Linearisation(answers, layers, observer) as linearisation:
+        for batch in batches:
+            labels = torch.tensor([targets[row] for row in batch.rows]) if labelled else None
+            found.append(linearisation.run(batch, _columns(fisher, labels, generator)).double())
+            order += batch.rows
+            if progress is not None:
+                progress(len(order), len(targets))
+    stacked = torch.cat(found).cpu() if found else torch.zeros(0, 0, dtype=torch.float64)
+    logits = torch.empty_like(stacked)
+    logits[torch.tensor(order, dtype=torch.long)] = stacked
+    if not labelled or not found:
+        return DataPass(logits, None)
+    log_p = torch.log_softmax(logits, dim=1)
+    return DataPass(logits, float(log_p.gather(1, torch.tensor(targets).unsqueeze(1)).sum()))
+
+
+def _columns(fisher: FisherType | Directions, labels: Tensor | None, generator: torch.Generator) -> Directions:
+    if callable(fisher):
+        return fisher
+    if fisher == "exact":
+        return exact_columns
+    if fisher == "mc":
+        return lambda logits: monte_carlo_columns(logits, generator)
+    assert labels is not None
+    return lambda logits: empirical_columns(logits, labels.to(logits.device))

@@ -1,0 +1,132 @@
+"""Labelled rows and their log-probabilities under a session's posterior: what tuning and evaluation share."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from lapora.config import DataSettings, Link, Progress
+from lapora.errors import DataError, PosteriorError
+from lapora.posterior.prior import PriorPrecision
+from lapora.predictive.links import log_probabilities, needs_every_class
+from lapora.tasks import Example, Task, data_fingerprint, render_all, resolve_choices
+from lapora.workflows.session import Session, read_rows
+
+
+@dataclass(frozen=True, eq=False)
+class LabelledRows:
+    """Rows with their labels.
+
+    Attributes:
+        task: The task that rendered them.
+        split: Where they come from.
+        examples: The rows.
+        targets: Their labels, ``(N,)``.
+        excluded: How many rows of the split were left out.
+    """
+
+    task: Task
+    split: str
+    examples: list[Example]
+    targets: Tensor
+    excluded: int
+
+    def only(self, positions: Sequence[int]) -> LabelledRows:
+        """Some of the rows."""
+        return replace(
+            self,
+            examples=[self.examples[position] for position in positions],
+            targets=self.targets[torch.tensor(positions, dtype=torch.long)],
+        )
+
+
+def row_digest(example: Example) -> str:
+    """What a row is known by, wherever it stands: its texts, answers and label."""
+    return data_fingerprint([example])[:16]
+
+
+def read_labelled_rows(
+    session: Session, data: DataSettings, default_split: str = "validation", exclude: Collection[str] = ()
+) -> LabelledRows:
+    """Rows of a split, as ``fit`` rendered its own.
+
+    Args:
+        session: The fitted adapter.
+        data: Which rows; None means as ``fit`` recorded it. A limit counts the rows that are not excluded.
+        default_split: The split when ``data`` names none.
+        exclude: Digests of rows to leave out.
+
+    Raises:
+        DataError: A row cannot be read, or has no label; or no row is left.
+        PosteriorError: The task's answers are not the posterior's.
+    """
+    wanted = replace(data, limit=None) if exclude else data
+    task, rows, split = read_rows(wanted, session.posterior.manifest, default_split)
+    choices = resolve_choices(task, rows)
+    if choices != session.choices:
+        raise PosteriorError(
+            f"posterior {session.posterior.folder.name}: fitted to the answers {', '.join(session.choices)}; task "
+            f"{task.task} has {', '.join(choices)}; give the task that it was fitted on"
+        )
+    examples = render_all(task, rows, kind=session.loaded.kind, choices=session.choices, labels="required")
+    kept = [example for example in examples if not exclude or row_digest(example) not in exclude]
+    if not kept:
+        raise DataError(f"{split}: all {len(examples)} rows were used to tune the prior; score another --split")
+    excluded = len(examples) - len(kept)
+    kept = kept[: data.limit]
+    return LabelledRows(task, split, kept, torch.tensor([cast(int, row.target) for row in kept]), excluded)
+
+
+@dataclass(frozen=True, eq=False)
+class ScoredRows:
+    """Log-probabilities of rows.
+
+    Attributes:
+        log_p: By link, ``(D, N, C)`` in float64 under each of D priors; ``map`` is always there.
+        truncated: How many rows were cut to the greatest length.
+    """
+
+    log_p: dict[Link, Tensor]
+    truncated: int
+
+
+def score_rows(
+    session: Session,
+    rows: LabelledRows,
+    links: Sequence[Link],
+    *,
+    samples: int,
+    seed: int = 0,
+    priors: Sequence[PriorPrecision] = (),
+    progress: Progress | None = None,
+) -> ScoredRows:
+    """Predict rows by several links, under the saved prior or under several others, in one pass.
+
+    Args:
+        session: The fitted adapter.
+        rows: What to predict.
+        links: How moments become probabilities.
+        samples: Points of the sampling links.
+        seed: Their scrambling.
+        priors: Priors to predict under; by default the saved one.
+        progress: Told of rows done.
+    """
+    coded = session.encode(rows.examples)
+    depth = max(1, len(priors))
+    shape = (depth, len(coded), len(session.choices))
+    log_p: dict[Link, Tensor] = {link: torch.zeros(shape, dtype=torch.float64) for link in ("map", *links)}
+    done = 0
+    every_class = any(needs_every_class(link) for link in links)
+    with session.predictor(every_class=every_class, priors=priors) as predictor:
+        for batch in session.batches(coded):
+            for index, moments in enumerate(predictor.moments_under_each_prior(batch)):
+                for link, table in log_p.items():
+                    table[index, list(batch.rows)] = log_probabilities(link, moments, samples=samples, seed=seed)
+            done += len(batch)
+            if progress is not None:
+                progress(done, len(coded))
+    return ScoredRows(log_p, sum(row.truncated for row in coded))

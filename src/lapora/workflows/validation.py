@@ -1,0 +1,185 @@
+"""The prior precision by NLL of validation rows: a grid of priors in one pass over them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from lapora import metrics
+from lapora.config import DataSettings, ModelSettings, PriorSettings, Progress
+from lapora.errors import DataError, UsageError
+from lapora.posterior.prior import PriorPrecision
+from lapora.workflows.scoring import LabelledRows, read_labelled_rows, row_digest, score_rows
+from lapora.workflows.session import Session, open_session
+
+GRID = np.logspace(-3.0, 6.0, 19)
+"""Prior precisions tried: half decades, from hardly any prior to MAP."""
+
+TUNING_SAMPLES = 512
+"""Points of the sampling links while the grid is searched: their error averages out over rows."""
+
+
+@dataclass(frozen=True)
+class ValidationChoice:
+    """What the validation rows say.
+
+    Attributes:
+        prior: The prior of least NLL.
+        record: For the manifest: the curve, MAP, the rows used, and NLL at the marginal likelihood's prior.
+        at_bound: ``lowest`` or ``highest`` where the least NLL is at the grid's end, else None.
+        notes: What the user should know.
+    """
+
+    prior: PriorPrecision
+    record: dict[str, Any]
+    at_bound: str | None
+    notes: list[str]
+
+
+def choose_by_validation(
+    model: ModelSettings,
+    data: DataSettings,
+    settings: PriorSettings,
+    by_evidence: PriorPrecision,
+    progress: Progress | None = None,
+) -> ValidationChoice:
+    """Choose the prior of least validation NLL.
+
+    A scalar prior is searched on :data:`GRID`. With one prior per kind or layer, the ratios are those of the
+    marginal likelihood and their common factor is searched.
+
+    Args:
+        model: The adapter and how to run it.
+        data: The rows: by default a seeded half of the first labelled split that ``fit`` did not read.
+        settings: Link, seed, structure of the prior.
+        by_evidence: The prior that the marginal likelihood chooses, shown beside.
+        progress: Told of rows done.
+
+    Raises:
+        DataError: No labelled split but the one that ``fit`` read.
+        UsageError: The split that ``fit`` read was asked for.
+    """
+    session = open_session(model, settings.name)
+    rows = _tuning_rows(session, data, settings.seed)
+    scalar = settings.structure == "scalar"
+    middle = math.exp(float(np.mean(np.log(list(by_evidence.precisions.values())))))
+    factors = GRID / middle
+    priors = [
+        *(PriorPrecision("scalar", {"all": float(value)}) for value in GRID if scalar),
+        *(by_evidence.scaled(float(factor)) for factor in factors if not scalar),
+        by_evidence,
+    ]
+    scored = score_rows(
+        session,
+        rows,
+        [settings.link],
+        samples=TUNING_SAMPLES,
+        seed=settings.seed,
+        priors=priors,
+        progress=progress,
+    )
+    tables = scored.log_p[settings.link]
+    scores = [metrics.evaluate(table, rows.targets) for table in tables]
+    at_map = metrics.evaluate(scored.log_p["map"][0], rows.targets)
+    nll = [score["nll"] for score in scores[:-1]]
+    where, at_bound = least_point(np.log(GRID).tolist(), nll)
+    best = math.exp(where)
+    prior = PriorPrecision("scalar", {"all": best}) if scalar else by_evidence.scaled(best / middle)
+    nearest = int(np.argmin(nll))
+    notes = _notes(rows, nll[nearest], at_map["nll"], scores[-1]["nll"], by_evidence, at_bound)
+    difference = metrics.paired_interval(
+        metrics.row_nll(tables[nearest], rows.targets) - metrics.row_nll(scored.log_p["map"][0], rows.targets)
+    )
+    if difference[0] > 0:
+        notes.append(
+            f"warning: even at its best, Laplace is worse than MAP in NLL on these rows (by {difference[0]:.4f} to "
+            f"{difference[1]:.4f}): predict with --link map"
+        )
+    record = {
+        "split": rows.split,
+        "n": len(rows.examples),
+        "seed": settings.seed,
+        "link": settings.link,
+        "scheme": "scalar" if scalar else f"{settings.structure}: ratios by marginal likelihood, one factor by NLL",
+        "curve": [
+            {"precision": float(value), **{key: score[key] for key in ("nll", "ece", "accuracy")}}
+            for value, score in zip(GRID, scores[:-1], strict=True)
+        ],
+        "map": {key: at_map[key] for key in ("nll", "ece", "accuracy")},
+        "marglik": {**by_evidence.to_manifest(), **{key: scores[-1][key] for key in ("nll", "ece", "accuracy")}},
+        "rows": [row_digest(example) for example in rows.examples],
+    }
+    return ValidationChoice(prior, record, at_bound, notes)
+
+
+def least_point(positions: Sequence[float], values: Sequence[float]) -> tuple[float, str | None]:
+    """The least point of a curve: the vertex of the parabola through its three best neighbouring points.
+
+    Returns:
+        Its position, and ``lowest`` or ``highest`` where the least value is at that end.
+    """
+    best = int(np.argmin(values))
+    if best == 0:
+        return float(positions[0]), "lowest"
+    if best == len(positions) - 1:
+        return float(positions[-1]), "highest"
+    around = slice(best - 1, best + 2)
+    curvature, slope, _ = np.polyfit(np.asarray(positions[around]) - positions[best], np.asarray(values[around]), 2)
+    if curvature <= 0:
+        return float(positions[best]), None
+    offset = -slope / (2 * curvature)
+    limit = positions[best + 1] - positions[best]
+    return float(positions[best] + np.clip(offset, -limit, limit)), None
+
+
+def _tuning_rows(session: Session, data: DataSettings, seed: int) -> LabelledRows:
+    """A seeded half of the split (or as many rows as the limit says)."""
+    rows = _labelled_split(session, data)
+    count = data.limit or max(1, len(rows.examples) // 2)
+    order = torch.randperm(len(rows.examples), generator=torch.Generator().manual_seed(seed))
+    return rows.only(sorted(order[:count].tolist()))
+
+
+def _labelled_split(session: Session, data: DataSettings) -> LabelledRows:
+    fitted = session.posterior.manifest["data"]
+    whole = DataSettings(data.task, data.data_dir, data.split)
+    same_source = data.data_dir is None and data.task is None
+    if data.split is not None:
+        if same_source and data.split == fitted["split"]:
+            raise UsageError(
+                f"--split {data.split}: the adapter was trained on these rows; give another split, or --method marglik"
+            )
+        return read_labelled_rows(session, whole)
+    reasons = []
+    for split in ("validation", "test"):
+        if same_source and split == fitted["split"]:
+            continue
+        try:
+            return read_labelled_rows(session, DataSettings(data.task, data.data_dir, split))
+        except DataError as error:
+            reasons.append(str(error))
+    raise DataError(f"no labelled rows but those that fit read ({reasons[0] if reasons else 'no other split'})")
+
+
+def _notes(
+    rows: LabelledRows,
+    least: float,
+    at_map: float,
+    at_evidence: float,
+    by_evidence: PriorPrecision,
+    at_bound: str | None,
+) -> list[str]:
+    notes = [
+        f"{len(rows.examples)} rows of {rows.split}: NLL {least:.4f} (MAP {at_map:.4f}); marginal likelihood would "
+        f"have given {by_evidence.describe()}, NLL {at_evidence:.4f}"
+    ]
+    if at_bound == "highest":
+        notes.append("the least NLL is at the highest prior precision tried, which is MAP: the posterior adds nothing")
+    if at_bound == "lowest":
+        notes.append("the least NLL is at the lowest prior precision tried: look at the curve with `lapora inspect`")
+    return notes

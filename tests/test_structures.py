@@ -1,0 +1,345 @@
+"""Every structure of the curvature against a dense computation on tiny models."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import LlamaConfig, LlamaForSequenceClassification
+
+from lapora.curvature.sketch import NystromSketch
+from lapora.errors import UsageError
+from lapora.model.answers import AnswerModel
+from lapora.model.bayesian_layers import find_bayesian_layers
+from lapora.posterior import structures
+from lapora.posterior.evidence import maximise_evidence
+from lapora.posterior.gaussian import BlockPosterior
+from lapora.posterior.structures import CurvatureRun, fit_structure
+from tiny_models import batches, close, dense_jacobian, moments, rows, tiny_causal, tiny_classifier
+
+DELTA = 0.7
+
+
+def run_of(answers, layers, encoded, **how) -> CurvatureRun:
+    classes = answers.logits(next(batches(answers, encoded, 1))).shape[1]
+    generator = torch.Generator().manual_seed(5)
+    targets = torch.randint(0, classes, (len(encoded),), generator=generator).tolist()
+    return CurvatureRun(
+        answers, layers, lambda: batches(answers, encoded, 4, pad_to=11), targets=targets, classes=classes, **how
+    )
+
+
+def hessian_of(logits):
+    p = torch.softmax(logits, dim=1)
+    return torch.diag_embed(p) - p.unsqueeze(2) * p.unsqueeze(1)
+
+
+def dense_ggn(logits, jacobian):
+    return torch.einsum("ncp,ncd,ndq->pq", jacobian, hessian_of(logits), jacobian)
+
+
+def dense_covariance(jacobian, curvature, delta=DELTA):
+    """J (F + δI)⁻¹ Jᵀ, (N, C, C)."""
+    precision = curvature + delta * torch.eye(len(curvature), dtype=curvature.dtype)
+    return torch.einsum("ncp,pq,ndq->ncd", jacobian, torch.linalg.inv(precision), jacobian)
+
+
+def layer_slices(layers, classes):
+    start = 0
+    for layer in layers:
+        rows_, columns = layer.gradient_shape(classes)
+        yield layer, slice(start, start + rows_ * columns)
+        start += rows_ * columns
+
+
+def kron_basis(block):
+    eye = torch.eye(block.eigenvalues.shape[0]).double()
+    left = eye if block.gradient_basis is None else block.gradient_basis
+    right = torch.eye(block.eigenvalues.shape[1]).double() if block.input_basis is None else block.input_basis
+    return torch.kron(left, right)
+
+
+def check_predictive(answers, layers, posterior, encoded, jacobian, curvature):
+    classes = jacobian.shape[1]
+    _, covariance = moments(answers, layers, posterior, encoded, classes=classes, precision=DELTA)
+    close(covariance, dense_covariance(jacobian, curvature), answers)
+
+
+def head_decoder(classes=3):
+    """A decoder whose head reads one position: the last token's."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=30, hidden_size=12, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16,
+        max_position_embeddings=32, initializer_range=0.5, num_labels=classes, pad_token_id=0,
+    )  # fmt: skip
+    lora = LoraConfig(
+        r=3, lora_alpha=6, target_modules=["q_proj", "v_proj"], task_type="SEQ_CLS", modules_to_save=["score"]
+    )
+    model = get_peft_model(LlamaForSequenceClassification(config), lora)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    return AnswerModel(model.double().eval().requires_grad_(False), "classifier", 0)
+
+
+MIXTURES = {
+    "classifier and its head": lambda: (tiny_classifier(3), "all"),
+    "classifier's head alone": lambda: (tiny_classifier(2), "last-layer"),
+    "decoder's head and body": lambda: (head_decoder(), "all"),
+    "LoRA on lm_head and body": lambda: (tiny_causal(3, targets=("q_proj", "v_proj", "lm_head")), "lora"),
+    "LoRA on lm_head alone": lambda: (tiny_causal(4, targets=("q_proj", "lm_head")), "last-layer"),
+}
+
+
+@pytest.fixture(params=list(MIXTURES))
+def mixture(request):
+    answers, subset = MIXTURES[request.param]()
+    return answers, find_bayesian_layers(answers.model, subset)
+
+
+def bayesian_jacobian(answers, layers, encoded):
+    """Dense logits and Jacobian, biases as a last input column, vocabulary rows cut to the answers'."""
+    logits, whole = dense_jacobian(answers, layers, encoded)
+    parts, start = [], 0
+    bias = {}
+    for layer in layers:
+        if layer.bias_as_input:
+            bias[layer.name] = _bias_jacobian(answers, layer, encoded)
+    for layer in layers:
+        rows_, columns = layer.module.weight.shape
+        part = whole[:, :, start : start + rows_ * columns].unflatten(2, (rows_, columns))
+        start += rows_ * columns
+        if layer.answer_rows_only:
+            part = part[:, :, answers.answer_token_ids]
+        if layer.bias_as_input:
+            part = torch.cat([part, bias[layer.name].unsqueeze(3)], dim=3)
+        parts.append(part.flatten(2))
+    return logits, torch.cat(parts, dim=2)
+
+
+def _bias_jacobian(answers, layer, encoded):
+    layer.module.bias.requires_grad_(True)
+    found = []
+    for batch in batches(answers, encoded, 1):
+        logits = answers.logits(batch)[0]
+        found.append(torch.stack([torch.autograd.grad(f, layer.module.bias, retain_graph=True)[0] for f in logits]))
+    layer.module.bias.requires_grad_(False)
+    return torch.stack(found)
+
+
+def check_diag(answers, layers, encoded, logits, jacobian):
+    posterior, _ = fit_structure("diag", run_of(answers, layers, encoded))
+    expected = dense_ggn(logits, jacobian).diagonal()
+    close(torch.cat([values.flatten() for values in posterior.eigenvalues]), expected, answers)
+    check_predictive(answers, layers, posterior, encoded, jacobian, torch.diag(expected))
+
+
+def check_ekfac(answers, layers, encoded, logits, jacobian, sharing):
+    run = run_of(answers, layers, encoded, weight_sharing=sharing)
+    posterior, _ = fit_structure("ekfac", run)
+    basis_of_kron, _ = fit_structure("kron", run)
+    ggn = dense_ggn(logits, jacobian)
+    curvature = torch.zeros_like(ggn)
+    for block, kron, (_, place) in zip(
+        posterior.blocks, basis_of_kron.blocks, layer_slices(layers, logits.shape[1]), strict=True
+    ):
+        basis = kron_basis(kron)
+        moments_ = (basis.T @ ggn[place, place] @ basis).diagonal()
+        close(block.eigenvalues.flatten(), moments_, answers)
+        curvature[place, place] = basis @ torch.diag(moments_) @ basis.T
+    check_predictive(answers, layers, posterior, encoded, jacobian, curvature)
+
+
+def check_full(answers, layers, encoded, logits, jacobian):
+    posterior, data = fit_structure("full", run_of(answers, layers, encoded))
+    ggn = dense_ggn(logits, jacobian)
+    close(data.logits, logits, answers)
+    expected = torch.linalg.eigvalsh(ggn).flip(0)[: len(posterior.joint_eigenvalues)]
+    close(posterior.joint_eigenvalues, expected, answers)
+    check_predictive(answers, layers, posterior, encoded, jacobian, ggn)
+
+
+def check_lowrank(answers, layers, encoded, logits, jacobian):
+    """With a rank as great as the GGN's, the sketch is exact."""
+    posterior, _ = fit_structure("lowrank", run_of(answers, layers, encoded, rank=len(encoded) * logits.shape[1]))
+    assert posterior.kept == pytest.approx(1.0, abs=1e-5)
+    ggn = dense_ggn(logits, jacobian)
+    close(posterior.joint_eigenvalues.sum(), ggn.trace(), answers)
+    check_predictive(answers, layers, posterior, encoded, jacobian, ggn)
+
+
+@pytest.mark.parametrize("check", [check_diag, check_full, check_lowrank])
+def test_equals_the_dense_reference(answers, layers, check):
+    encoded = rows()
+    check(answers, layers, encoded, *dense_jacobian(answers, layers, encoded))
+
+
+@pytest.mark.parametrize("sharing", ["expand", "reduce"])
+def test_ekfac_has_exact_second_moments_in_krons_basis(answers, layers, sharing):
+    encoded = rows()
+    check_ekfac(answers, layers, encoded, *dense_jacobian(answers, layers, encoded), sharing)
+
+
+def test_heads_and_mixtures(mixture):
+    answers, layers = mixture
+    encoded = rows()
+    logits, jacobian = bayesian_jacobian(answers, layers, encoded)
+    check_diag(answers, layers, encoded, logits, jacobian)
+    check_ekfac(answers, layers, encoded, logits, jacobian, "expand")
+    check_full(answers, layers, encoded, logits, jacobian)
+    check_lowrank(answers, layers, encoded, logits, jacobian)
+
+
+def test_a_head_that_reads_one_position_counts_one_token(mixture):
+    answers, layers = mixture
+    encoded = rows()
+    logits, jacobian = bayesian_jacobian(answers, layers, encoded)
+    posterior, _ = fit_structure("kron", run_of(answers, layers, encoded))
+    ggn = dense_ggn(logits, jacobian)
+    for block, (layer, place) in zip(posterior.blocks, layer_slices(layers, logits.shape[1]), strict=True):
+        if layer.reads_answer_only and layer.role == "head":
+            # Of one token per row the trace is Σ|a|² Σ|g|² / N; the exact one is Σ|a|²|g|².
+            ratio = float(block.eigenvalues.sum() / ggn[place, place].trace())
+            assert 0.5 < ratio < 2.0
+
+
+@pytest.mark.parametrize("rank", [2, 5])
+@pytest.mark.parametrize("sharing", ["expand", "reduce"])
+def test_truncated_kron_is_exact_for_its_curvature_and_bounds_the_variance(answers, layers, rank, sharing):
+    """The basis is a subspace, the rest keeps the prior: Λ equals the dense one, and exceeds the untruncated."""
+    encoded = rows()
+    logits, jacobian = dense_jacobian(answers, layers, encoded)
+    classes = logits.shape[1]
+    posterior, _ = fit_structure("kron", run_of(answers, layers, encoded, rank=rank, weight_sharing=sharing))
+    whole, _ = fit_structure("kron", run_of(answers, layers, encoded, weight_sharing=sharing))
+    curvature = torch.zeros(jacobian.shape[2], jacobian.shape[2], dtype=torch.float64)
+    kept = []
+    for block, complete, (_, place) in zip(posterior.blocks, whole.blocks, layer_slices(layers, classes), strict=True):
+        assert max(block.eigenvalues.shape) <= rank
+        basis = kron_basis(block)
+        curvature[place, place] = basis @ torch.diag(block.eigenvalues.flatten()) @ basis.T
+        assert float(block.eigenvalues.sum()) <= float(complete.eigenvalues.sum()) * (1 + 1e-4)
+        if float(complete.eigenvalues.sum()) > 0:
+            kept.append(float(block.eigenvalues.sum() / complete.eigenvalues.sum()))
+            assert block.kept == pytest.approx(kept[-1], rel=1e-3)
+    assert min(kept) < 1
+    check_predictive(answers, layers, posterior, encoded, jacobian, curvature)
+    _, truncated = moments(answers, layers, posterior, encoded, classes=classes, precision=DELTA)
+    _, exact = moments(answers, layers, whole, encoded, classes=classes, precision=DELTA)
+    least = torch.linalg.eigvalsh(truncated - exact).amin(dim=1)
+    assert bool((least > -1e-4 * truncated.diagonal(dim1=1, dim2=2).amax(dim=1)).all())
+
+
+def test_a_sketch_of_enough_width_is_exact_and_a_narrow_one_never_exceeds():
+    generator = torch.Generator().manual_seed(0)
+    data = torch.randn(40, 30, generator=generator).double() @ torch.diag(0.7 ** torch.arange(30).double())
+    total = data.T @ data
+    wide = NystromSketch(30, 30, seed=1, like=data)
+    narrow = NystromSketch(30, 12, seed=1, like=data)
+    for part in data.split(7):
+        wide.add(part)
+        narrow.add(part)
+    values, vectors = wide.leading(30)
+    torch.testing.assert_close(vectors * values @ vectors.T, total, atol=1e-8, rtol=1e-6)
+    assert wide.trace == pytest.approx(float(total.trace()))
+    values, vectors = narrow.leading(6)
+    assert len(values) == 6
+    exact = torch.linalg.eigvalsh(total).flip(0)[:6]
+    assert float((values / exact - 1).abs().max()) < 0.1
+    left = torch.linalg.eigvalsh(total - vectors * values @ vectors.T)
+    assert float(left.min()) > -1e-8 * float(total.trace())
+
+
+def test_a_zero_sketch_has_no_direction():
+    sketch = NystromSketch(5, 3, seed=0, like=torch.zeros(()))
+    sketch.add(torch.zeros(4, 5))
+    assert [len(part) for part in sketch.leading(3)] == [0, 5]
+
+
+def test_full_equals_laplace_torchs_full():
+    from laplace.baselaplace import FullLaplace
+    from laplace.utils import SubnetMask  # noqa: F401 - the package imports lazily
+
+    answers = tiny_classifier(3)
+    layers = find_bayesian_layers(answers.model)
+    encoded = rows()
+    run = run_of(answers, layers, encoded)
+    posterior, _ = fit_structure("full", run)
+    for layer in layers:
+        layer.module.weight.requires_grad_(True)
+
+    class Plain(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.network = answers.network
+
+        def forward(self, data):
+            return self.network(input_ids=data["input_ids"], attention_mask=data["attention_mask"]).logits
+
+    items = []
+    for batch in batches(answers, encoded, len(encoded)):
+        for row in range(len(batch)):
+            items.append(
+                {
+                    "input_ids": batch.input_ids[row],
+                    "attention_mask": batch.attention_mask[row],
+                    "labels": torch.tensor(run.targets[row]),
+                }
+            )
+    loader = torch.utils.data.DataLoader(items, batch_size=3)
+    theirs = FullLaplace(Plain(), "classification", prior_precision=DELTA, dict_key_y="labels")
+    with sdpa_kernel(SDPBackend.MATH):  # the fused kernel has no forward-mode derivative
+        theirs.fit(loader, progress_bar=False)
+    values = torch.linalg.eigvalsh(theirs.H.double())
+    ours = posterior.joint_eigenvalues
+    torch.testing.assert_close(values.flip(0)[: len(ours)], ours, atol=1e-6, rtol=1e-4)
+    batch = next(batches(answers, encoded, len(encoded)))
+    jacobians, _ = theirs.backend.jacobians({"input_ids": batch.input_ids, "attention_mask": batch.attention_mask})
+    expected = theirs.functional_variance(jacobians.detach())
+    for layer in layers:
+        layer.module.weight.requires_grad_(False)
+    _, covariance = moments(answers, layers, posterior, encoded, classes=3, precision=DELTA)
+    torch.testing.assert_close(covariance, expected.detach().double(), atol=1e-5, rtol=1e-4)
+
+
+def test_full_refuses_what_does_not_fit_and_says_what_does(monkeypatch):
+    answers = tiny_classifier(3)
+    layers = find_bayesian_layers(answers.model)
+    monkeypatch.setattr(structures, "_available_memory", lambda: 1000.0)
+    with pytest.raises(UsageError, match=r"GiB.*lowrank"):
+        fit_structure("full", run_of(answers, layers, rows()))
+
+
+@pytest.mark.parametrize("structure", ["kron", "ekfac", "diag", "lowrank", "full"])
+def test_a_wider_prior_never_narrows_the_prediction(structure):
+    """Monotone in δ: variance falls, effective parameters fall, and the evidence has one maximum."""
+    answers = tiny_classifier(3)
+    layers = find_bayesian_layers(answers.model)
+    encoded = rows()
+    posterior, data = fit_structure(structure, run_of(answers, layers, encoded))
+    traces = []
+    for delta in (0.01, 0.1, 1.0, 10.0):
+        _, covariance = moments(answers, layers, posterior, encoded, classes=3, precision=delta)
+        traces.append(covariance.diagonal(dim1=1, dim2=2).sum(1))
+    assert all(bool((before > after).all()) for before, after in itertools.pairwise(traces))
+    values = [each.numpy() for each in posterior.eigenvalues]
+    best = maximise_evidence(values, posterior.parameters(), data.log_likelihood)
+    assert not best.at_bound
+    assert isinstance(posterior, BlockPosterior) == (structure in ("kron", "ekfac", "diag"))
+
+
+def test_monte_carlo_and_empirical_fishers_of_full():
+    answers = tiny_classifier(3)
+    layers = find_bayesian_layers(answers.model)
+    encoded = rows()
+    logits, jacobian = dense_jacobian(answers, layers, encoded)
+    run = run_of(answers, layers, encoded, fisher="empirical")
+    posterior, _ = fit_structure("full", run)
+    score = torch.nn.functional.one_hot(torch.tensor(run.targets), 3) - torch.softmax(logits, dim=1)
+    gradients = torch.einsum("nc,ncp->np", score, jacobian)
+    expected = torch.linalg.eigvalsh(gradients.T @ gradients).flip(0)[: len(posterior.joint_eigenvalues)]
+    close(posterior.joint_eigenvalues, expected, answers)
+    assert not posterior.linear_model
