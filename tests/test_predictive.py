@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -28,6 +29,18 @@ def test_covariance_equals_dense_j_sigma_jt(answers, layers):
     close(covariance, expected, answers)
     _, differences = moments(answers, layers, blocks, encoded, classes=logits.shape[1], every_class=False)
     close(differences, difference_covariance(expected), answers)
+
+
+def test_layers_of_one_input_may_have_bases_of_their_own(answers, layers):
+    """As the engines give them; rotated by another layer's basis, the variance would be off by a third."""
+    encoded = rows()
+    _, blocks = posterior(answers, layers, encoded)
+    assert any(block.leader != block.name for block in blocks)
+    own = [replace(block, leader=block.name, input_basis=block.input_basis.flip(1)) for block in blocks]
+    own = [replace(block, eigenvalues=block.eigenvalues.flip(1)) for block in own]
+    classes = answers.logits(next(batches(answers, encoded, 1))).shape[1]
+    shared = moments(answers, layers, blocks, encoded, classes=classes, size=1)
+    close(moments(answers, layers, own, encoded, classes=classes, size=1), shared, answers)
 
 
 def test_gradients_of_one_block_at_a_time_are_held(answers, layers, monkeypatch):

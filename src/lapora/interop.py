@@ -1,0 +1,223 @@
+"""Posteriors to laplace-torch and back, for those who go on with its classes.
+
+A posterior of structure ``kron`` is what laplace-torch calls a ``KronDecomposed``, and with the model a
+``KronLaplace``. ::
+
+    from lapora.interop import from_laplace_torch, to_kron_laplace, to_laplace_torch
+
+    precision = to_laplace_torch("my-adapter")       # posterior precision, one Kronecker product per layer
+    session = open_session(ModelSettings("my-adapter"), "default")
+    laplace = to_kron_laplace(session)               # laplace-torch's own class, ready to predict
+    probabilities = laplace(tokenizer(texts, return_tensors="pt", padding=True))
+    blocks = from_laplace_torch(laplace, session.layers)
+
+What is no Kronecker product of full bases (EKFAC, diagonal, low-rank, the answers' rows of a language-model
+head, a head's bias as one more input) has no place in these classes, and is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+import torch
+from torch import Tensor
+
+from lapora.curvature.laplace_torch import kron_laplace as room
+from lapora.curvature.laplace_torch.kron_laplace import KroneckerBlock
+from lapora.errors import UsageError
+from lapora.model.answers import AnswerModel
+from lapora.model.bayesian_layers import BayesianLayer
+from lapora.posterior.artifact import SavedPosterior, posterior_folder
+from lapora.posterior.gaussian import BlockPosterior, EigenBlock
+
+if TYPE_CHECKING:
+    from lapora.curvature.laplace_torch.kron_laplace import Kron, KronDecomposed, KronLaplace
+    from lapora.workflows.session import Session
+
+# A Kronecker product's eigenvalues are an outer product to the last digits of float64.
+_RANK_ONE_TOLERANCE = 1e-9
+
+
+def to_laplace_torch(
+    posterior: SavedPosterior | Path | str, name: str = "default", dtype: torch.dtype = torch.float64
+) -> KronDecomposed:
+    """The precision of a saved posterior, prior included.
+
+    Args:
+        posterior: The posterior, or the folder that holds ``laplace/``: the adapter's, or ``--output-dir``.
+        name: The posterior's name, where a folder is given.
+        dtype: Type of the tensors.
+
+    Returns:
+        One Kronecker product per layer, in the saved order; ``deltas`` is the prior precision of each.
+
+    Raises:
+        UsageError: The structure is not one of Kronecker products.
+        PosteriorError: No such posterior, or a damaged one.
+    """
+    if not isinstance(posterior, SavedPosterior):
+        posterior = SavedPosterior(posterior_folder(Path(posterior), name))
+    blocks, precisions = _read(posterior)
+    kronecker = _kronecker_blocks(blocks, torch.device("cpu"), dtype)
+    return room.kron_decomposed(kronecker, torch.tensor(precisions, dtype=dtype))
+
+
+def to_kron_laplace(session: Session) -> KronLaplace:
+    """The posterior of an open session as a ``KronLaplace``; see :func:`kron_laplace`.
+
+    Raises:
+        UsageError: The structure is not one of Kronecker products.
+    """
+    blocks, precisions = _read(session.posterior)
+    manifest = session.posterior.manifest
+    return kron_laplace(
+        session.answers,
+        session.layers,
+        blocks,
+        precisions,
+        classes=len(session.choices),
+        rows=int(manifest["data"]["n"]),
+        log_likelihood=manifest["log_likelihood"],
+    )
+
+
+def kron_laplace(
+    answers: AnswerModel,
+    layers: Sequence[BayesianLayer],
+    blocks: Sequence[EigenBlock],
+    prior_precision: float | Sequence[float],
+    *,
+    classes: int,
+    rows: int,
+    log_likelihood: float | None = None,
+) -> KronLaplace:
+    """A ``KronLaplace`` over an adapter's weights whose posterior is the given one.
+
+    It predicts, samples, and gives and optimises its marginal likelihood as after its own ``fit``; to ``fit``
+    it again, let the layers' weights require gradients first. As input it takes what a tokenizer returns, or
+    :func:`lapora.curvature.laplace_torch.network.as_inputs` of a batch. Its Jacobians are laplace-torch's, by
+    ``torch.func``: ``(rows, C, parameters)`` in memory, and not through a base quantised by bitsandbytes.
+
+    Args:
+        answers: The network.
+        layers: Its Bayesian layers.
+        blocks: Their posterior.
+        prior_precision: δ, or one for each layer.
+        classes: Number of answers C.
+        rows: N, the number of rows that the posterior was fitted to.
+        log_likelihood: ``log p(y|X, θ_MAP)``; without it the marginal likelihood is one up to a constant.
+
+    Raises:
+        UsageError: A block is not a Kronecker product of full bases.
+    """
+    weight = layers[0].module.weight
+    precisions = [prior_precision] * len(blocks) if isinstance(prior_precision, int | float) else prior_precision
+    return room.kron_laplace(
+        answers,
+        layers,
+        _kronecker_blocks(blocks, weight.device, weight.dtype),
+        precisions,
+        classes=classes,
+        rows=rows,
+        log_likelihood=log_likelihood or 0.0,
+    )
+
+
+def from_laplace_torch(
+    source: KronLaplace | KronDecomposed | Kron, layers: Sequence[BayesianLayer]
+) -> list[EigenBlock]:
+    """The curvature that laplace-torch found, as blocks that can be saved, tuned and predicted with.
+
+    The prior precision (``deltas``, ``prior_precision``) is no part of a block; a temperature is.
+
+    Args:
+        source: A fitted ``KronLaplace`` of the adapter, its posterior precision, or a bare ``Kron``.
+        layers: The Bayesian layers, in the order of the source's: that of the model's parameters.
+
+    Returns:
+        One block per layer; layers that share one input basis in the source share it here.
+
+    Raises:
+        UsageError: The source's blocks are not Kronecker products, or not of these layers.
+    """
+    blocks = room.kronecker_blocks(source)
+    shapes = [(len(block.gradient_values), len(block.input_values)) for block in blocks]
+    if shapes != [layer.shape for layer in layers]:
+        raise UsageError(
+            f"laplace-torch's {len(blocks)} blocks are not those of the {len(layers)} layers given, in their order"
+        )
+    leaders: dict[int, str] = {}
+    return [
+        EigenBlock(
+            name=layer.name,
+            role=layer.role,
+            shape=layer.shape,
+            leader=leaders.setdefault(id(block.input_basis), layer.name),
+            input_basis=block.input_basis,
+            gradient_basis=block.gradient_basis,
+            eigenvalues=torch.outer(block.gradient_values.double(), block.input_values.double()),
+            squared_norm=layer.squared_norm,
+        )
+        for layer, block in zip(layers, blocks, strict=True)
+    ]
+
+
+def _read(posterior: SavedPosterior) -> tuple[list[EigenBlock], list[float]]:
+    """A saved posterior's blocks, and the prior precision of each."""
+    structure = posterior.manifest["structure"]
+    if structure != "kron":
+        raise UsageError(f"{posterior.folder}: structure {structure} has no form in laplace-torch; only kron has")
+    gaussian = cast(BlockPosterior, posterior.gaussian())
+    return gaussian.blocks, [float(delta) for delta in posterior.prior.per_layer(posterior.manifest["parameters"])]
+
+
+def _kronecker_blocks(blocks: Sequence[EigenBlock], device: torch.device, dtype: torch.dtype) -> list[KroneckerBlock]:
+    """Split every block's eigenvalues in two; layers that share an input basis go on sharing one tensor."""
+    input_bases: dict[str, Tensor] = {}
+    found = []
+    for block in blocks:
+        gradient_basis, input_basis = _full_bases(block)
+        gradient_values, input_values = _outer_factors(block)
+        if block.leader not in input_bases:
+            input_bases[block.leader] = input_basis.to(device, dtype)
+        found.append(
+            KroneckerBlock(
+                gradient_basis=gradient_basis.to(device, dtype),
+                gradient_values=gradient_values.to(device, dtype),
+                input_basis=input_bases[block.leader],
+                input_values=input_values.to(device, dtype),
+            )
+        )
+    return found
+
+
+def _full_bases(block: EigenBlock) -> tuple[Tensor, Tensor]:
+    """``U_g`` and ``U_a``: laplace-torch wants two square bases, of the weight's rows and of its columns."""
+    found = (block.gradient_basis, block.input_basis)
+    for basis, size in zip(found, block.shape, strict=True):
+        if basis is None or tuple(basis.shape) != (size, size):
+            raise UsageError(
+                f"{block.name}: its curvature is not a Kronecker product over the whole weight (diagonal, low-rank, "
+                "or of the answers' rows alone), which is all that laplace-torch's Kronecker classes hold"
+            )
+    return cast("tuple[Tensor, Tensor]", found)
+
+
+def _outer_factors(block: EigenBlock) -> tuple[Tensor, Tensor]:
+    """``l_g`` and ``l_a`` with ``λ = l_g l_aᵀ``, read off the greatest eigenvalue's row and column."""
+    eigenvalues = block.eigenvalues.double()
+    largest = eigenvalues.max()
+    if float(largest) <= 0:
+        return eigenvalues.new_zeros(len(eigenvalues)), eigenvalues.new_zeros(eigenvalues.shape[1])
+    row, column = divmod(int(eigenvalues.argmax()), eigenvalues.shape[1])
+    gradient_values = eigenvalues[:, column] / largest.sqrt()
+    input_values = eigenvalues[row] / largest.sqrt()
+    errors = (torch.outer(gradient_values, input_values) - eigenvalues).abs()
+    if not bool((errors <= _RANK_ONE_TOLERANCE * eigenvalues + 1e-15 * largest).all()):
+        raise UsageError(
+            f"{block.name}: its eigenvalues are no outer product (EKFAC's are not), and laplace-torch holds "
+            "no others; fit with --structure kron"
+        )
+    return gradient_values, input_values
