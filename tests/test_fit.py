@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from lapora.config import DataSettings, FitSettings, ModelSettings
-from lapora.errors import DataError, PosteriorError
+from lapora.errors import DataError, PosteriorError, UsageError
 from lapora.posterior.artifact import SavedPosterior
 from lapora.workflows.evaluate import evaluate
 from lapora.workflows.fit import fit
@@ -84,3 +84,39 @@ def test_quantised_bases_fit_and_evaluate(demo, adapter, quantize):
     assert at_map["nll"] == pytest.approx(in_full["nll"], abs=0.3)
     assert at_map["nll"] != in_full["nll"]
     assert record["results"][2]["nll"] < at_map["nll"]
+
+
+def test_laplace_torchs_engines_from_the_same_command(demo, adapter):
+    """On rows of one length curvlinops equals the native engine; ASDL is T times as sure."""
+    native = run(demo, adapter).prior.prior.precisions["all"]
+    curvlinops = run(demo, adapter, overwrite=True, engine="curvlinops")
+    assert SavedPosterior(curvlinops.folder).manifest["engine"] == "curvlinops"
+    assert curvlinops.prior.prior.precisions["all"] == pytest.approx(native, rel=0.05)
+    asdl = run(demo, adapter, overwrite=True, weight_sharing="asdl")
+    assert SavedPosterior(asdl.folder).manifest["engine"] == "asdl"
+    assert asdl.prior.prior.precisions["all"] > 2 * native
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"structure": "full", "engine": "asdl"},
+        {"structure": "diag", "rank": 4},
+        {"engine": "curvlinops", "weight_sharing": "asdl"},
+        {"engine": "asdl", "weight_sharing": "reduce"},
+        {"engine": "curvlinops", "fisher": "mc"},
+        {"engine": "curvlinops", "rank": 4},
+    ],
+)
+def test_impossible_combinations_are_refused(demo, adapter, settings):
+    with pytest.raises(UsageError):
+        run(demo, adapter, **settings)
+
+
+@pytest.mark.parametrize("structure", ["ekfac", "diag", "lowrank", "full"])
+def test_every_structure_is_saved_and_read_back(demo, adapter, structure):
+    result = run(demo, adapter, structure=structure)
+    saved = SavedPosterior(result.folder)
+    assert saved.manifest["structure"] == structure and saved.manifest["kept"] > 0.9
+    record = evaluate(ModelSettings(adapter=str(adapter)), DataSettings(limit=100), names=["other"])
+    assert record["results"][2]["nll"] < record["results"][1]["nll"]

@@ -99,7 +99,9 @@ def _resolve_engine(settings: FitSettings) -> FitSettings:
     if settings.rank is not None and structure not in ("kron", "lowrank"):
         raise UsageError(f"--rank goes with --structure kron or lowrank, not {structure}")
     if "asdl" in (engine, settings.weight_sharing):
-        if engine == "curvlinops" or settings.weight_sharing == "reduce":
+        if engine == "curvlinops":
+            raise UsageError("--engine curvlinops has no --weight-sharing asdl: use expand, reduce, or --engine asdl")
+        if settings.weight_sharing == "reduce":
             raise UsageError("--engine asdl has no KFAC-reduce: its weight sharing is expand, divided by N")
         settings = replace(settings, engine="asdl", weight_sharing="asdl")
         engine = "asdl"
@@ -117,9 +119,13 @@ def fit_posterior(run: CurvatureRun, settings: FitSettings) -> tuple[Posterior, 
     if settings.engine == "native":
         posterior, data = fit_structure(settings.structure, run)
         return posterior, data.log_likelihood
-    from lapora.curvature.laplace_torch import asdl_factors
+    from lapora.curvature.laplace_torch import asdl_factors, curvlinops_factors
 
-    factors, log_likelihood = asdl_factors(run.answers, run.layers, run.batches(), run.targets, run.progress)
+    rows = (run.answers, run.layers, run.batches(), run.targets)
+    if settings.engine == "asdl":
+        factors, log_likelihood = asdl_factors(*rows, run.progress)
+    else:
+        factors, log_likelihood = curvlinops_factors(*rows, settings.weight_sharing, run.progress)
     return BlockPosterior(decompose(run.layers, factors, rank=sys.maxsize)), log_likelihood
 
 
