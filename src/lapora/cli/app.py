@@ -74,9 +74,7 @@ def fit_command(
     weight_sharing: Annotated[
         WeightSharing, typer.Option(help="KFAC for shared weights; asdl is the paper's stack.")
     ] = FitSettings.weight_sharing,
-    engine: Annotated[
-        Engine, typer.Option(help="Who computes it; the others are laplace-torch's.")
-    ] = FitSettings.engine,
+    engine: Annotated[Engine, typer.Option(help="Who computes it; two are laplace-torch's.")] = FitSettings.engine,
     subset: Annotated[Subset, typer.Option(help="Which weights are Bayesian.")] = FitSettings.subset,
     fisher: Annotated[FisherType, typer.Option(help="Which Fisher.")] = FitSettings.fisher,
     rank: Annotated[int | None, typer.Option(min=1, help="Rank kept, of kron's wide sides or of lowrank.")] = None,

@@ -122,7 +122,7 @@ def fit_posterior(run: CurvatureRun, settings: FitSettings) -> tuple[Posterior, 
     from lapora.curvature.laplace_torch import asdl_factors, curvlinops_factors
 
     rows = (run.answers, run.layers, run.batches(), run.targets)
-    if settings.engine == "asdl":
+    if settings.weight_sharing == "asdl":
         factors, log_likelihood = asdl_factors(*rows, run.progress)
     else:
         factors, log_likelihood = curvlinops_factors(*rows, settings.weight_sharing, run.progress)
