@@ -2,6 +2,8 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV   ?= .venv
 BIN    := $(VENV)/bin
+# Processes that run the tests, one thread each.
+WORKERS ?= 2
 
 .PHONY: demo test test-slow lint benchmark clean
 
@@ -9,7 +11,7 @@ demo: $(VENV)/.installed
 	$(BIN)/lapora demo
 
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS)
 
 test-slow: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -m slow

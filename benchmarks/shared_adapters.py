@@ -9,6 +9,7 @@ from importlib import resources
 from pathlib import Path
 
 from lapora.config import DataSettings, ModelSettings
+from lapora.workflows.demo import run_demo
 
 SHARED = Path(os.environ.get("LAPORA_SHARED", Path(__file__).parents[2] / "shared"))
 
@@ -33,6 +34,12 @@ class BenchmarkAdapter:
 
     def place(self, folder: Path) -> tuple[ModelSettings, DataSettings]:
         """Copy the adapter into a folder that may be written, and say how to run it."""
+        if self.name == "demo":
+            run_demo(folder / "demo", lambda _: None)
+            data = DataSettings(
+                task=str(folder / "demo" / "farm.yaml"), data_dir=folder / "demo" / "data", split="train"
+            )
+            return ModelSettings(adapter=str(folder / "demo" / "adapter")), data
         source = SHARED / "adapters" / f"minilm-{self.name}"
         if not source.is_dir():
             raise SystemExit(f"{source}: not there; say where the shared adapters are with LAPORA_SHARED")
@@ -52,5 +59,6 @@ class BenchmarkAdapter:
 ADAPTERS = {
     "boolq": BenchmarkAdapter("boolq", 1000, 500, 128, None),
     "source2": BenchmarkAdapter("source2", 300, 500, None, '["arc-e", "obqa"]'),
+    "demo": BenchmarkAdapter("demo", None, 600, None, None),  # the small Llama-shaped decoder of `lapora demo`
     "source5": BenchmarkAdapter("source5", None, 400, None, '["boolq", "arc-c", "arc-e", "obqa", "winogrande"]'),
 }

@@ -8,11 +8,16 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from filelock import FileLock
 
 from lapora.model.bayesian_layers import find_bayesian_layers
 from tiny_models import tiny_causal, tiny_classifier
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+if "PYTEST_XDIST_WORKER" in os.environ:  # one thread for each of the workers and for what they start
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
 SHARED = Path(os.environ.get("LAPORA_SHARED", Path(__file__).parents[2] / "shared"))
 
 
@@ -36,11 +41,15 @@ def layers(answers):
 
 @pytest.fixture(scope="session")
 def demo(tmp_path_factory) -> Path:
-    """What `lapora demo` makes; tests that write work on a copy."""
-    folder = tmp_path_factory.mktemp("demo") / "lapora-demo"
-    done = subprocess.run(
-        [sys.executable, "-m", "lapora", "demo", str(folder)], capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr
-    assert "laplace" in done.stdout
+    """What `lapora demo` makes, once for all workers; tests that write work on a copy."""
+    shared_by_workers = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared_by_workers = shared_by_workers.parent
+    folder = shared_by_workers / "lapora-demo"
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            command = [sys.executable, "-m", "lapora", "demo", str(folder)]
+            done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+            assert done.returncode == 0, done.stderr
+            assert "laplace" in done.stdout
     return folder

@@ -163,7 +163,7 @@ def test_validation_chooses_the_least_nll_and_eval_leaves_its_rows_out(demo, ada
     assert record["marglik"]["nll"] >= least and record["map"]["nll"] >= least
     nearest = min(record["curve"], key=lambda point: point["nll"])["precision"]
     assert abs(math.log(tuned.prior["precision"] / nearest)) < math.log(10) / 2
-    assert any("marginal likelihood would have given" in note for note in tuned.notes)
+    assert "marginal likelihood would have given" in tuned.reason
     after = evaluate(model, DataSettings())
     # A row that says the same as a tuned one is left out as well.
     assert after["excluded"] >= record["n"] and after["n"] == rows_in_split - after["excluded"]
@@ -195,7 +195,7 @@ def test_auto_without_other_rows_is_the_marginal_likelihood_said_aloud(demo, ada
     tuned = tune_prior(model)
     assert tuned.method == "marglik"
     assert tuned.prior["precision"] == pytest.approx(result.prior.prior.precisions["all"])
-    assert any("for want of validation rows" in note for note in tuned.notes)
+    assert "for want of validation rows" in tuned.reason
     with pytest.raises(DataError, match="no labelled rows"):
         tune_prior(model, settings=PriorSettings(method="validation"))
     with pytest.raises(UsageError, match="trained on these rows"):

@@ -65,10 +65,36 @@ def print_manifest(manifest: dict[str, Any]) -> None:
         "prior precision": f"{precision} ({prior['method']}, {prior['structure']})",
         "log marginal likelihood": _nats(prior["log_marginal_likelihood"]),
     }
+    if manifest.get("kept", 1.0) < 1.0:
+        lines["structure"] += f", {manifest['kept']:.1%} of the curvature's trace kept"
     table = Table(show_header=False)
     for key, value in lines.items():
         table.add_row(key, value)
-    Console().print(table)
+    console = Console()
+    console.print(table)
+    if "validation" in prior:
+        console.print(_validation_curve(prior["validation"]))
+
+
+_BAR = 30
+
+
+def _validation_curve(record: dict[str, Any]) -> Table:
+    """NLL, ECE and accuracy of every prior tried, NLL drawn as a bar: short is good."""
+    table = Table(
+        title=f"{record['n']} rows of {record['split']}, {record['link']} ({record['scheme']})", title_justify="left"
+    )
+    for title in ("prior precision", "nll", "ece", "accuracy"):
+        table.add_column(title, justify="right")
+    table.add_column("nll, longer is worse", min_width=_BAR)
+    rows = [(f"{point['precision']:.3g}", point) for point in record["curve"]] + [("MAP", record["map"])]
+    values = [point["nll"] for _, point in rows]
+    low, high = min(values), max(values)
+    for label, point in rows:
+        length = 1 + round((_BAR - 1) * (point["nll"] - low) / (high - low or 1.0))
+        least = " least" if point["nll"] == low else ""
+        table.add_row(label, *(f"{point[key]:.3f}" for key in ("nll", "ece", "accuracy")), "█" * length + least)
+    return table
 
 
 def _nats(value: float | None) -> str:

@@ -165,10 +165,9 @@ def tune_prior_command(
         tuned = tune_prior(model, DataSettings(task, data_dir, split, limit), settings, progress)
     if as_json:
         typer.echo(json.dumps(tuned.prior))
+    say(tuned.reason)
     for note in tuned.notes:
         say(note)
-    means = "marginal likelihood" if tuned.method == "marglik" else tuned.method
-    say(f"prior precision {tuned.precision.describe()} by {means}")
 
 
 @app.command("predict")

@@ -73,10 +73,7 @@ def run_demo(directory: Path, say: Callable[[str], None]) -> dict[str, Any]:
     model = ModelSettings(adapter=str(directory / "adapter"))
     data = DataSettings(task=str(directory / "farm.yaml"), data_dir=directory / "data")
     fit(model, data, FitSettings(overwrite=True))
-    tuned = tune_prior(model)
-    for note in tuned.notes:
-        say(note)
-    say(f"prior precision {tuned.precision.describe()} by {tuned.method}")
+    say(tune_prior(model).reason)
     return evaluate(model, DataSettings(split="validation"))
 
 

@@ -20,12 +20,14 @@ class TunedPrior:
         prior: The manifest's new ``prior``.
         precision: δ.
         method: How it was chosen in the end.
+        reason: What was chosen and why, and what the other way would have given: one line.
         notes: What the user should know, lines for people.
     """
 
     prior: dict[str, Any]
     precision: PriorPrecision
     method: PriorMethod
+    reason: str
     notes: list[str]
 
 
@@ -55,7 +57,7 @@ def tune_prior(
     if settings.method == "adapted":
         tuned = _adapted(posterior, settings)
     elif settings.method == "marglik":
-        tuned = _by_evidence(posterior, by_evidence, _few_answers_note(posterior))
+        tuned = _by_evidence(posterior, by_evidence, "")
     else:
         tuned = _by_validation(posterior, model, data, settings, by_evidence, progress)
     posterior.rewrite_manifest({"prior": tuned.prior})
@@ -74,13 +76,15 @@ def _maximise(posterior: SavedPosterior, settings: PriorSettings) -> EvidenceMax
     )
 
 
-def _by_evidence(posterior: SavedPosterior, best: EvidenceMaximum, notes: list[str]) -> TunedPrior:
+def _by_evidence(posterior: SavedPosterior, best: EvidenceMaximum, because: str) -> TunedPrior:
     prior = best.describe(posterior.manifest["log_likelihood"] is not None)
+    notes = _few_answers_note(posterior)
     for group, bound in best.at_bound.items():
         place = "" if group == ALL else f" of {group}"
         notes = [*notes, f"the prior precision{place} ran to the {bound} value allowed: the data do not decide it"]
     bias = _evidence_bias(posterior)
-    return TunedPrior(prior, best.prior, "marglik", [*notes, *bias])
+    reason = f"prior precision {best.prior.describe()} by marginal likelihood{because}"
+    return TunedPrior(prior, best.prior, "marglik", reason, [*notes, *bias])
 
 
 def _evidence_bias(posterior: SavedPosterior) -> list[str]:
@@ -118,8 +122,7 @@ def _by_validation(
         asked = data.split is not None or data.task is not None or data.data_dir is not None
         if settings.method == "validation" or asked:
             raise
-        reason = f"chosen by marginal likelihood, for want of validation rows: {error}"
-        return _by_evidence(posterior, by_evidence, [reason, *_few_answers_note(posterior)])
+        return _by_evidence(posterior, by_evidence, f", for want of validation rows ({error})")
     manifest = posterior.manifest
     evidence, effective = evidence_at(
         choice.prior, posterior.eigenvalues(), manifest["parameters"], manifest["log_likelihood"] or 0.0
@@ -132,7 +135,7 @@ def _by_validation(
         "at_bound": {ALL: choice.at_bound} if choice.at_bound else None,
         "validation": choice.record,
     }
-    return TunedPrior(prior, choice.prior, "validation", choice.notes)
+    return TunedPrior(prior, choice.prior, "validation", choice.reason, choice.notes)
 
 
 def _adapted(posterior: SavedPosterior, settings: PriorSettings) -> TunedPrior:
@@ -162,4 +165,4 @@ def _adapted(posterior: SavedPosterior, settings: PriorSettings) -> TunedPrior:
         "effective_parameters": effective,
         "at_bound": None,
     }
-    return TunedPrior(prior, chosen, "adapted", [])
+    return TunedPrior(prior, chosen, "adapted", f"prior precision {precision:.4g} by adapted evidence", [])

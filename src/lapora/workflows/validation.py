@@ -32,12 +32,14 @@ class ValidationChoice:
         prior: The prior of least NLL.
         record: For the manifest: the curve, MAP, the rows used, and NLL at the marginal likelihood's prior.
         at_bound: ``lowest`` or ``highest`` where the least NLL is at the grid's end, else None.
-        notes: What the user should know.
+        reason: What was chosen, and what the marginal likelihood would have given: one line.
+        notes: What else the user should know.
     """
 
     prior: PriorPrecision
     record: dict[str, Any]
     at_bound: str | None
+    reason: str
     notes: list[str]
 
 
@@ -91,7 +93,12 @@ def choose_by_validation(
     best = math.exp(where)
     prior = PriorPrecision("scalar", {"all": best}) if scalar else by_evidence.scaled(best / middle)
     nearest = int(np.argmin(nll))
-    notes = _notes(rows, nll[nearest], at_map["nll"], scores[-1]["nll"], by_evidence, at_bound)
+    reason = (
+        f"prior precision {prior.describe()} by validation: NLL {nll[nearest]:.4f} on {len(rows.examples)} rows of "
+        f"{rows.split} (MAP {at_map['nll']:.4f}; marginal likelihood would have given {by_evidence.describe()}, "
+        f"NLL {scores[-1]['nll']:.4f})"
+    )
+    notes = _notes(at_bound)
     difference = metrics.paired_interval(
         metrics.row_nll(tables[nearest], rows.targets) - metrics.row_nll(scored.log_p["map"][0], rows.targets)
     )
@@ -114,7 +121,7 @@ def choose_by_validation(
         "marglik": {**by_evidence.to_manifest(), **{key: scores[-1][key] for key in ("nll", "ece", "accuracy")}},
         "rows": [row_digest(example) for example in rows.examples],
     }
-    return ValidationChoice(prior, record, at_bound, notes)
+    return ValidationChoice(prior, record, at_bound, reason, notes)
 
 
 def least_point(positions: Sequence[float], values: Sequence[float]) -> tuple[float, str | None]:
@@ -166,20 +173,9 @@ def _labelled_split(session: Session, data: DataSettings) -> LabelledRows:
     raise DataError(f"no labelled rows but those that fit read ({reasons[0] if reasons else 'no other split'})")
 
 
-def _notes(
-    rows: LabelledRows,
-    least: float,
-    at_map: float,
-    at_evidence: float,
-    by_evidence: PriorPrecision,
-    at_bound: str | None,
-) -> list[str]:
-    notes = [
-        f"{len(rows.examples)} rows of {rows.split}: NLL {least:.4f} (MAP {at_map:.4f}); marginal likelihood would "
-        f"have given {by_evidence.describe()}, NLL {at_evidence:.4f}"
-    ]
+def _notes(at_bound: str | None) -> list[str]:
     if at_bound == "highest":
-        notes.append("the least NLL is at the highest prior precision tried, which is MAP: the posterior adds nothing")
+        return ["the least NLL is at the highest prior precision tried, which is MAP: the posterior adds nothing"]
     if at_bound == "lowest":
-        notes.append("the least NLL is at the lowest prior precision tried: look at the curve with `lapora inspect`")
-    return notes
+        return ["the least NLL is at the lowest prior precision tried: look at the curve with `lapora inspect`"]
+    return []

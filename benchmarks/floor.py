@@ -1,0 +1,230 @@
+"""lapora against the physical floor and against its peers, on the same batches of the same model.
+
+The floor of C answers is one forward and C-1 backward passes: the logits, and by plain autograd the gradients
+of C-1 logit combinations with respect to the LoRA weights. Links that need every class are set against C
+backward passes.
+
+    python -m benchmarks.floor                   # the table of ratios
+    python -m benchmarks.floor --peers           # laplace-torch with ASDL and curvlinops beside it
+    python -m benchmarks.floor --memory          # peak memory, each contestant in a process of its own
+
+Time is measured in one process, floor and contestant by turns, medians of several rounds. Model loading is out,
+eigendecompositions are in.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from benchmarks.models import Subject, subject
+from lapora.curvature.fisher import exact_columns
+from lapora.curvature.laplace_torch import asdl_factors, curvlinops_factors
+from lapora.posterior.gaussian import Posterior
+from lapora.posterior.structures import CurvatureRun, fit_structure
+from lapora.predictive.links import log_probabilities
+from lapora.predictive.predictor import LinearisedPredictor
+
+CASES: list[dict[str, Any]] = [
+    {"kind": "encoder-22M", "classes": 2, "tokens": 12, "rows": 400, "batch_size": 100},
+    {"kind": "encoder-22M", "classes": 2, "tokens": 52, "rows": 160, "batch_size": 40},
+    {"kind": "encoder-22M", "classes": 4, "tokens": 52, "rows": 80, "batch_size": 40},
+    {"kind": "llama-134M", "classes": 2, "tokens": 64, "rows": 48, "batch_size": 16},
+    {"kind": "llama-134M", "classes": 4, "tokens": 64, "rows": 48, "batch_size": 16},
+]
+PEER_CASES: list[dict[str, Any]] = [
+    {"kind": "encoder-22M", "classes": 2, "tokens": 12, "rows": 100, "batch_size": 25},
+    {"kind": "encoder-22M", "classes": 2, "tokens": 52, "rows": 50, "batch_size": 25},
+]
+
+
+def floor(it: Subject, backward: int) -> None:
+    """One forward and ``backward`` backward passes a batch, with respect to the LoRA weights."""
+    weights = [layer.module.weight for layer in it.layers]
+    for weight in weights:
+        weight.requires_grad_(True)
+    for batch in it.batches:
+        logits = it.answers.logits(batch)
+        along = exact_columns(logits.detach()).to(logits.dtype)
+        for index in range(backward):
+            column = along[min(index, len(along) - 1)]
+            torch.autograd.grad(logits, weights, column, retain_graph=index < backward - 1)
+    for weight in weights:
+        weight.requires_grad_(False)
+
+
+def fit(it: Subject) -> Posterior:
+    run = CurvatureRun(it.answers, it.layers, lambda: it.batches, [0] * it.rows, it.classes)
+    return fit_structure("kron", run)[0]
+
+
+def predict(it: Subject, posterior: Posterior, link: Any) -> None:
+    every_class = link != "mc-joint"
+    precisions = torch.ones(1, len(it.layers), dtype=torch.float64)
+    with LinearisedPredictor(
+        it.answers, it.layers, posterior, precisions, classes=it.classes, every_class=every_class
+    ) as predictor:
+        for batch in it.batches:
+            log_probabilities(link, predictor.moments(batch))
+
+
+def contestants(it: Subject, *, peers: bool = False) -> dict[str, tuple[int, Callable[[], object]]]:
+    """What is measured, and the number of backward passes of its floor."""
+    less, posterior = it.classes - 1, fit(it).to(it.answers.device, torch.float32)
+    found: dict[str, tuple[int, Callable[[], object]]] = {
+        "lapora fit": (less, lambda: fit(it)),
+        "lapora predict mc-joint": (less, lambda: predict(it, posterior, "mc-joint")),
+        "lapora predict mc-indep": (it.classes, lambda: predict(it, posterior, "mc-indep")),
+        "lapora predict probit": (it.classes, lambda: predict(it, posterior, "probit")),
+        "lapora predict bridge": (it.classes, lambda: predict(it, posterior, "bridge")),
+    }
+    if peers:
+        from laplace.curvature import AsdlGGN, CurvlinopsGGN
+
+        for name, backend in (("asdl", AsdlGGN), ("curvlinops", CurvlinopsGGN)):
+            factors = asdl_factors if name == "asdl" else curvlinops_factors
+            found[f"laplace-torch {name} fit"] = (
+                less,
+                lambda factors=factors: factors(it.answers, it.layers, it.batches, [0] * it.rows),
+            )
+            found[f"laplace-torch {name} predict"] = (less, lambda backend=backend: peer_predict(it, backend))
+    return found
+
+
+def peer_predict(it: Subject, backend: Any) -> None:
+    """laplace-torch's functional variance of every batch, and 100 samples of the softmax."""
+    from lapora.curvature.laplace_torch.network import as_inputs, quietly, trainable
+    from lapora.interop import kron_laplace
+    from lapora.posterior.gaussian import BlockPosterior
+
+    posterior = fit(it)
+    assert isinstance(posterior, BlockPosterior)
+    laplace = kron_laplace(
+        it.answers, it.layers, posterior.blocks, 1.0, classes=it.classes, rows=it.rows, log_likelihood=0.0
+    )
+    with quietly(), trainable(it.layers):
+        engine = backend(laplace.model, "classification")
+        for batch in it.batches:
+            jacobian, mean = engine.jacobians(as_inputs(batch))
+            variance = laplace.functional_variance(jacobian.detach())
+            draws = torch.distributions.MultivariateNormal(mean.detach(), _positive(variance)).sample((100,))
+            torch.softmax(draws, dim=-1).mean(dim=0)
+
+
+def _positive(variance: torch.Tensor) -> torch.Tensor:
+    return variance + 1e-4 * torch.eye(variance.shape[-1])
+
+
+def measure(case: dict[str, Any], rounds: int, peers: bool) -> list[dict[str, Any]]:
+    """Medians of floor and contestants, taken by turns."""
+    it = subject(**case)
+    racers = contestants(it, peers=peers)
+    times: dict[str, list[float]] = {name: [] for name in racers}
+    floors: dict[int, list[float]] = {count: [] for count, _ in racers.values()}
+    for turn in range(rounds + 1):
+        for count in floors:
+            floors[count].append(_timed(lambda count=count: floor(it, count)))
+        for name, (_, run) in racers.items():
+            times[name].append(_timed(run))
+        if turn == 0:  # warm-up
+            times = {name: [] for name in times}
+            floors = {count: [] for count in floors}
+    found = []
+    for name, (count, _) in racers.items():
+        base, taken = statistics.median(floors[count]), statistics.median(times[name])
+        spread = (max(times[name]) - min(times[name])) / taken
+        found.append({**case, "name": name, "floor": base, "time": taken, "ratio": taken / base, "spread": spread})
+    return found
+
+
+def _timed(run: Callable[[], object]) -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    started = time.perf_counter()
+    run()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+def peak(case: dict[str, Any], name: str, peers: bool) -> float:
+    """Peak memory beyond the loaded model, in MiB, of one contestant (or ``floor``) in this process."""
+    it = subject(**case)
+    if name == "floor":
+        run: Callable[[], object] = lambda: floor(it, it.classes - 1)  # noqa: E731
+    else:
+        run = contestants(it, peers=peers)[name][1] if peers else _alone(it, name)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    run()
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+
+
+def _alone(it: Subject, name: str) -> Callable[[], object]:
+    """The contestant without the others' preparations: prediction is from a posterior of no data."""
+    if name == "lapora fit":
+        return lambda: fit(it)
+    few = Subject(it.answers, it.layers, it.batches[:0], 0, it.classes)
+    posterior = fit(few).to(it.answers.device, torch.float32)
+    return lambda: predict(it, posterior, name.removeprefix("lapora predict "))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--peers", action="store_true")
+    parser.add_argument("--memory", action="store_true")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--one", help="JSON of a case and a contestant, for a process of its own")
+    options = parser.parse_args()
+    if options.one:
+        request = json.loads(options.one)
+        print(peak(request["case"], request["name"], options.peers))
+        return
+    cases = PEER_CASES if options.peers else CASES
+    print(f"{torch.get_num_threads()} threads, torch {torch.__version__}\n")
+    if options.memory:
+        _print_memory(cases, options.peers)
+        return
+    print("| model | C | tokens | rows | | floor | time | ratio | spread |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
+    for case in cases:
+        for row in measure(case, options.rounds, options.peers):
+            print(
+                f"| {row['kind']} | {row['classes']} | {row['tokens']} | {row['rows']} | {row['name']} | "
+                f"{row['floor']:.2f} s | {row['time']:.2f} s | {row['ratio']:.2f} | {row['spread']:.0%} |",
+                flush=True,
+            )
+
+
+def _print_memory(cases: list[dict[str, Any]], peers: bool) -> None:
+    names = ["floor", "lapora fit", "lapora predict mc-joint"]
+    if peers:
+        names += ["laplace-torch asdl fit", "laplace-torch asdl predict"]
+    print(
+        "| model | C | tokens | batch | | peak beyond the model | ratio |\n| --- | --- | --- | --- | --- | --- | --- |"
+    )
+    for case in cases:
+        base = None
+        for name in names:
+            request = json.dumps({"case": case, "name": name})
+            command = [sys.executable, "-W", "ignore", "-m", "benchmarks.floor", "--one", request]
+            done = subprocess.run(command + ["--peers"] * peers, capture_output=True, text=True, check=True)
+            used = float(done.stdout.strip().splitlines()[-1])
+            base = base or used
+            print(
+                f"| {case['kind']} | {case['classes']} | {case['tokens']} | {case['batch_size']} | {name} | "
+                f"{used:.0f} MiB | {used / base:.2f} |",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()
