@@ -71,6 +71,8 @@ class FitSettings:
     chat_template: bool = False
     seed: int = 0
     overwrite: bool = False
+    resume: bool = False
+    save_every: float = 60.0
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ from lapora.cli.options import (
     SamplesOption,
     SeedOption,
     TaskOption,
+    TrustOption,
     model_settings,
 )
 from lapora.cli.output import RowProgress, binary_lines, complain, say, write_json_lines
@@ -84,14 +85,19 @@ def fit_command(
     dtype: DtypeOption = None,
     device: DeviceOption = "auto",
     batch_size: BatchOption = "auto",
+    trust_remote_code: TrustOption = False,
     max_length: Annotated[int | None, typer.Option(min=1, help="Tokens per row.")] = None,
     chat_template: Annotated[bool, typer.Option("--chat-template", help="Wrap prompts as a chat.")] = False,
     seed: SeedOption = 0,
     output_dir: OutputDirOption = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a posterior of that name.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from what a fit that was ended has saved.")] = False,
+    save_every: Annotated[float, typer.Option(min=0, help="Seconds between saves for --resume; 0: every batch.")] = (
+        FitSettings.save_every
+    ),
 ) -> None:
     """Fit the Laplace posterior of ADAPTER on the rows it was trained on."""
-    model = model_settings(adapter, base_model, quantize, dtype, device, batch_size, output_dir)
+    model = model_settings(adapter, base_model, quantize, dtype, device, batch_size, output_dir, trust_remote_code)
     if task is None:
         raise UsageError("--data is missing: a built-in task (see `lapora tasks`) or the path of a task YAML")
     from lapora.workflows.fit import fit
@@ -112,6 +118,8 @@ def fit_command(
                 chat_template=chat_template,
                 seed=seed,
                 overwrite=overwrite,
+                resume=resume,
+                save_every=save_every,
             ),
             progress,
         )
@@ -152,12 +160,13 @@ def tune_prior_command(
     dtype: DtypeOption = None,
     device: DeviceOption = "auto",
     batch_size: BatchOption = "auto",
+    trust_remote_code: TrustOption = False,
     seed: SeedOption = 0,
     output_dir: OutputDirOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Choose the prior precision: by validation rows where there are some, else by the marginal likelihood."""
-    model = model_settings(adapter, base_model, quantize, dtype, device, batch_size, output_dir)
+    model = model_settings(adapter, base_model, quantize, dtype, device, batch_size, output_dir, trust_remote_code)
     from lapora.workflows.tune_prior import tune_prior
 
     settings = PriorSettings(name, method, prior, optimizer, lr, steps, link, seed)
@@ -186,11 +195,12 @@ def predict_command(
     dtype: DtypeOption = None,
     device: DeviceOption = "auto",
     batch_size: BatchOption = "auto",
+    trust_remote_code: TrustOption = False,
     seed: SeedOption = 0,
     output_dir: OutputDirOption = None,
 ) -> None:
     """Predict, one JSON line out per JSON line in."""
-    model = model_settings(adapter, base_model, quantize, dtype, device, batch_size, output_dir)
+    model = model_settings(adapter, base_model, quantize, dtype, device, batch_size, output_dir, trust_remote_code)
     from lapora.workflows.predict import predict
 
     settings = PredictSettings(name, link, samples, seed, logits, on_error, abstain_below)
@@ -213,12 +223,13 @@ def eval_command(
     dtype: DtypeOption = None,
     device: DeviceOption = "auto",
     batch_size: BatchOption = "auto",
+    trust_remote_code: TrustOption = False,
     seed: SeedOption = 0,
     output_dir: OutputDirOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Score MAP and Laplace side by side."""
-    model = model_settings(adapter, base_model, quantize, dtype, device, batch_size, output_dir)
+    model = model_settings(adapter, base_model, quantize, dtype, device, batch_size, output_dir, trust_remote_code)
     from lapora.workflows.evaluate import evaluate
 
     with RowProgress("eval") as progress:

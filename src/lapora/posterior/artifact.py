@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lapora.errors import NumericalError, PosteriorError, UsageError
-from lapora.posterior.manifest import FORMAT_VERSION, read_manifest, with_checksums
+from lapora.posterior.manifest import FORMAT_VERSION, check_prior, read_manifest, with_checksums
 from lapora.posterior.prior import PriorPrecision
 
 if TYPE_CHECKING:
@@ -176,6 +176,14 @@ class SavedPosterior:
                 f"{self.folder}: cannot be written ({_reason(error)}); the old manifest stands"
             ) from error
         self.manifest = manifest
+
+    def prior_is_sound(self) -> bool:
+        """Whether the prior is whole, and as ``fit`` or ``tune-prior`` wrote it."""
+        try:
+            check_prior(self.folder / MANIFEST_FILE, self.manifest)
+        except PosteriorError:
+            return False
+        return True
 
     @property
     def prior(self) -> PriorPrecision:

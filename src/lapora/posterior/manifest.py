@@ -67,7 +67,7 @@ def read_manifest(file: Path, *, prior_matters: bool = True) -> dict[str, Any]:
             f"since fit wrote it; {_AGAIN}"
         )
     if prior_matters:
-        _check_prior(file, manifest)
+        check_prior(file, manifest)
     return manifest
 
 
@@ -102,7 +102,12 @@ def _rest(manifest: Mapping[str, Any]) -> str:
     return _checksum({key: value for key, value in manifest.items() if key not in ("prior", CHECKSUMS)})
 
 
-def _check_prior(file: Path, manifest: Mapping[str, Any]) -> None:
+def check_prior(file: Path, manifest: Mapping[str, Any]) -> None:
+    """Check the ``prior`` of a manifest whose other fields are right.
+
+    Raises:
+        PosteriorError: It is damaged, or was changed since it was written.
+    """
     prior = manifest["prior"]
     try:
         PriorPrecision.from_manifest(prior).per_layer(manifest["parameters"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,6 +79,22 @@ class PreparedFit:
             seed=settings.seed,
             progress=progress,
         )
+
+    def identity(self, settings: FitSettings) -> dict[str, Any]:
+        """Everything that decides the sums of a pass, for ``--resume``: its settings, its rows, its batches."""
+        described = self.describe()
+        del described["data"]["data_dir"], described["data"]["limit"]
+        tokens = hashlib.sha256()
+        for row in self.encoded:
+            tokens.update(json.dumps([row.input_ids, row.token_type_ids]).encode("ascii"))
+        chosen = ("structure", "weight_sharing", "fisher", "subset", "rank", "seed")
+        return {
+            **described,
+            **{key: getattr(settings, key) for key in chosen},
+            "batch_size": self.batch_size,
+            "tokens": tokens.hexdigest(),
+            "device": self.answers.device.type,
+        }
 
     def describe(self) -> dict[str, Any]:
         """The manifest's fields about adapter, base model, task and data."""
