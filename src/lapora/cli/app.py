@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
+import warnings
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated, Any, TextIO, cast
 
 import typer
 
@@ -46,7 +47,7 @@ from lapora.config import (
     Subset,
     WeightSharing,
 )
-from lapora.errors import LaporaError, UsageError
+from lapora.errors import LaporaError, LaporaWarning, UsageError
 
 app = typer.Typer(
     name="lapora",
@@ -326,8 +327,23 @@ INTERRUPTED = 130
 """What Typer makes of Ctrl-C."""
 
 
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """Lapora's own warnings are lines for people; a library's are no news for them."""
+    if issubclass(category, LaporaWarning):
+        say(f"warning: {message}")
+
+
 def run() -> None:
     """Run the command line and end the process with the promised status."""
+    warnings.simplefilter("once", LaporaWarning)
+    warnings.showwarning = _show_warning
     try:
         # Without its standalone mode Typer returns an exit status instead of ending the process.
         status = app(standalone_mode=False)

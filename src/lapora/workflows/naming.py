@@ -5,7 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+import torch
+from torch import Tensor
+
 from lapora.errors import NonFiniteRowError, NumericalError
+from lapora.model.batches import Batch
 
 
 @contextmanager
@@ -22,3 +26,15 @@ def naming_examples(names: Sequence[str]) -> Iterator[None]:
         yield
     except NonFiniteRowError as error:
         raise NumericalError(f"{names[error.row]}: {error.reason}") from error
+
+
+def refuse_infinite(covariance: Tensor, batch: Batch) -> None:
+    """Logits may be finite where their gradients are not.
+
+    Raises:
+        NonFiniteRowError: A row's covariance holds NaN or infinity.
+    """
+    finite = torch.isfinite(covariance).flatten(1).all(dim=1)
+    if not bool(finite.all()):
+        row = batch.rows[int((~finite).nonzero()[0])]
+        raise NonFiniteRowError(row, "the covariance of its logits is not finite; try --dtype float32")

@@ -28,6 +28,7 @@ from lapora.tasks import (
     render_all,
     resolve_choices,
 )
+from lapora.workflows.identity import adapter_settings, tokenizer_digest
 from lapora.workflows.session import make_batches, read_rows
 
 
@@ -104,6 +105,8 @@ class PreparedFit:
             "lapora_version": __version__,
             "libraries": library_versions(),
             "adapter": self.adapter.sha256,
+            "adapter_config": adapter_settings(self.adapter),
+            "tokenizer": tokenizer_digest(loaded.tokenizer, self.chat_template),
             "base_model": {
                 "name": loaded.base_model,
                 "revision": loaded.revision,
