@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 import random
+import sys
+import tempfile
+import warnings
 from pathlib import Path
 
 import torch
@@ -105,3 +109,24 @@ def fit_tiny(folder: Path, *, model: dict[str, object] | None = None, **settings
 
 def json_lines(count: int, seed: int = 5) -> list[bytes]:
     return [json.dumps(row).encode() + b"\n" for row in make_rows(count, seed)]
+
+
+def command(monkeypatch, capfdbinary, *arguments: object, stdin: bytes | None = None) -> tuple[int, bytes, str]:
+    """Run the command line in this process on real file descriptors: status, stdout, stderr."""
+    from lapora.cli.app import run
+
+    monkeypatch.setattr(sys, "argv", ["lapora", *map(str, arguments)])
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
+    with tempfile.TemporaryFile() as file, warnings.catch_warnings():
+        file.write(stdin or b"")
+        file.seek(0)
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(file, encoding="utf-8"))
+        capfdbinary.readouterr()
+        try:
+            run()
+            status = 0
+        except SystemExit as end:
+            status = int(end.code or 0)
+        out, err = capfdbinary.readouterr()
+        sys.stdin.detach()
+    return status, out, err.decode()

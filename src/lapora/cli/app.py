@@ -11,6 +11,7 @@ from typing import Annotated, Any, TextIO, cast
 import typer
 
 from lapora._version import __version__
+from lapora.cli.lines import binary_lines
 from lapora.cli.options import (
     AdapterArgument,
     BaseModelOption,
@@ -30,7 +31,7 @@ from lapora.cli.options import (
     TrustOption,
     model_settings,
 )
-from lapora.cli.output import RowProgress, binary_lines, complain, say, write_json_lines
+from lapora.cli.output import RowProgress, complain, json_text, say, write_json_lines
 from lapora.config import (
     DataSettings,
     Engine,
@@ -275,7 +276,7 @@ def tasks_command(
         from lapora.workflows.check_task import check as check_rows
 
         report = check_rows(adapter, DataSettings(check, data_dir, split, limit), base_model=base_model)
-        typer.echo(json.dumps(report, indent=2, ensure_ascii=False))
+        typer.echo(json_text(report, indent=2))
         return
     from lapora.tasks import builtin_tasks, builtin_yaml, describe_task, load_task
 

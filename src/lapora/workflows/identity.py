@@ -35,7 +35,7 @@ _PROBE = "Is the sky blue? 0123456789 naïve übermäßig 空は青い\n\tdef f(
 
 def adapter_settings(adapter: Adapter) -> dict[str, Any]:
     """The settings beside the weights that decide what the adapter computes; those at rest are left out."""
-    found = {key: adapter.config.get(key) for key in _DECIDING_SETTINGS}
+    found: dict[str, Any] = {key: adapter.config.get(key) for key in _DECIDING_SETTINGS}
     ordered = {key: sorted(value) if _is_list_of_texts(value) else value for key, value in found.items()}
     return {key: value for key, value in ordered.items() if value and value != "none"}
 
