@@ -354,11 +354,11 @@ def test_killed_while_overwriting_or_tuning_leaves_the_old_or_the_new(tmp_path, 
 @pytest.mark.slow
 def test_the_command_itself_killed_and_resumed(tmp_path):
     """The same through `python -m lapora`; two at once, too: the second ends with status 4 and names the first."""
-    tiny = make_adapter(tmp_path, rows=6000)
+    tiny = make_adapter(tmp_path, rows=20_000)
     command = [sys.executable, "-m", "lapora", "fit", str(tiny / "adapter"), "--data", str(tiny / "task.yaml")]
     command += ["--data-dir", str(tiny / "data"), "--batch-size", "2", "--save-every", "0.2", "--device", "cpu"]
     whole = fit(model_of(tiny, batch_size=2), data_of(tiny), _settings("whole"))
-    for _ in range(3):
+    for index in range(3):
         with subprocess.Popen([*command, "--resume"], stderr=subprocess.PIPE) as process:
             partial = tiny / "adapter" / "laplace" / ".default.partial" / "pass-0.safetensors"
             seen = partial.stat().st_mtime_ns if partial.exists() else 0
@@ -366,8 +366,9 @@ def test_the_command_itself_killed_and_resumed(tmp_path):
                 if partial.exists() and partial.stat().st_mtime_ns != seen:
                     break
                 time.sleep(0.05)
-            second = subprocess.run([*command, "--resume"], capture_output=True, text=True)
-            assert second.returncode == 4 and f"process {process.pid} is writing it" in second.stderr
+            if index == 0:
+                second = subprocess.run([*command, "--resume"], capture_output=True, text=True)
+                assert second.returncode == 4 and f"process {process.pid} is writing it" in second.stderr
             process.kill()
     done = subprocess.run([*command, "--resume"], capture_output=True, text=True)
     assert done.returncode == 0 and "went on after" in done.stderr, done.stderr

@@ -275,7 +275,7 @@ class SavedPosterior:
                 f"{self.folder / MANIFEST_FILE}: parameters do not match the factors ({error}); "
                 "fit again with --overwrite"
             ) from error
-        check_blocks(blocks, self.folder / FACTORS_FILE)
+        check_blocks(blocks, self.manifest["structure"], self.folder / FACTORS_FILE)
         return blocks
 
 

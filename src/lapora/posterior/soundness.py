@@ -18,35 +18,44 @@ from lapora.posterior.gaussian import BlockPosterior, JointPosterior
 _ORTHONORMAL_TOLERANCE = 1e-3
 
 
-def check_blocks(posterior: BlockPosterior, file: Path) -> None:
+def check_blocks(posterior: BlockPosterior, structure: str, file: Path) -> None:
     """Check every layer's tensors against each other and against the shape of its weight.
 
+    Args:
+        posterior: The layers.
+        structure: ``diag`` has no bases; the others have two for every layer.
+        file: Where they come from.
+
     Raises:
-        PosteriorError: A shape does not fit; the tensor is named.
+        PosteriorError: A tensor is missing, or its shape does not fit; it is named.
         NumericalError: A basis is not orthonormal.
     """
     checked: set[int] = set()
     for block in posterior.blocks:
-        rows, columns = block.shape
-        sizes = (
-            ("gradient_basis", block.name, block.gradient_basis, rows, block.eigenvalues.shape[:1]),
-            ("input_basis", block.leader, block.input_basis, columns, block.eigenvalues.shape[1:]),
-        )
         if block.eigenvalues.dim() != 2:
             raise PosteriorError(f"{file}: tensor {block.name}.eigenvalues is no matrix; fit again with --overwrite")
-        for side, name, basis, size, found in sizes:
-            # A language-model head has curvature in its answers' rows alone: fewer, and no basis of the whole.
-            fits = found[0] <= size if basis is None else basis.dim() == 2 and tuple(found) == basis.shape[1:]
-            if side == "input_basis" and fits and (size != found[0] if basis is None else size != len(basis)):
-                fits = False
-            if not fits or (basis is not None and not basis.shape[1] <= basis.shape[0] <= size):
+        rows, columns = block.eigenvalues.shape
+        # A language-model head has curvature in its answers' rows alone, and no others.
+        sides = (
+            (f"{block.name}.gradient_basis", block.gradient_basis, block.shape[0], rows, block.role == "head"),
+            (f"{block.leader}.input_basis", block.input_basis, block.shape[1], columns, False),
+        )
+        for name, basis, size, found, part in sides:
+            if (basis is None) != (structure == "diag"):
+                what = "is missing" if basis is None else "has no place in structure diag"
+                raise PosteriorError(f"{file}: tensor {name} {what}; fit again with --overwrite")
+            length = found if basis is None else len(basis)
+            fits = length == size or (part and 0 < length < size)
+            if basis is not None:
+                fits = fits and basis.dim() == 2 and basis.shape[1] == found <= length
+            if not fits:
                 raise PosteriorError(
-                    f"{file}: tensors {block.name}.eigenvalues and {name}.{side} do not have the shapes of a "
-                    f"{rows} x {columns} weight; fit again with --overwrite"
+                    f"{file}: tensors {block.name}.eigenvalues and {name} do not have the shapes of a "
+                    f"{block.shape[0]} x {block.shape[1]} weight; fit again with --overwrite"
                 )
             if basis is not None and id(basis) not in checked:
                 checked.add(id(basis))
-                _check_orthonormal(basis, f"{file}: tensor {name}.{side}")
+                _check_orthonormal(basis, f"{file}: tensor {name}")
 
 
 def check_joint(posterior: JointPosterior, file: Path) -> None:
