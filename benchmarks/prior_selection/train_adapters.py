@@ -22,7 +22,6 @@ from benchmarks.prior_selection.recipes import RECIPES, Recipe, texts_of, traini
 
 BASE_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
 FOLDER = Path(__file__).parent / "adapters"
-BATCH = 32
 EARLY_SHARE = 0.25
 
 
@@ -59,7 +58,7 @@ def train(one: Recipe, data: Path, folder: Path, early_folder: Path | None = Non
     losses: list[float] = []
     model.train()
     while len(losses) < one.steps:
-        for batch in _epoch(lengths, order):
+        for batch in _epoch(lengths, order, one.batch):
             padded = tokenizer.pad(
                 {key: [encoded[key][i] for i in batch] for key in encoded}, return_tensors="pt"
             )
@@ -77,14 +76,14 @@ def train(one: Recipe, data: Path, folder: Path, early_folder: Path | None = Non
     return sum(losses[-(one.steps // 10) :]) / (one.steps // 10)
 
 
-def _epoch(lengths: list[int], order: random.Random) -> list[list[int]]:
+def _epoch(lengths: list[int], order: random.Random, size: int) -> list[list[int]]:
     """Batches of like length out of groups of eight: little padding, and still a random order."""
     positions = list(range(len(lengths)))
     order.shuffle(positions)
     batches = []
-    for start in range(0, len(positions), 8 * BATCH):
-        group = sorted(positions[start : start + 8 * BATCH], key=lambda i: lengths[i])
-        batches += [group[i : i + BATCH] for i in range(0, len(group), BATCH)]
+    for start in range(0, len(positions), 8 * size):
+        group = sorted(positions[start : start + 8 * size], key=lambda i: lengths[i])
+        batches += [group[i : i + size] for i in range(0, len(group), size)]
     order.shuffle(batches)
     return batches
 

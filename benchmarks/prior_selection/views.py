@@ -33,7 +33,7 @@ from lapora.workflows.fit import collect
 Array = NDArray[np.float64]
 GRID: Array = np.logspace(-2, 5, 57)
 """Prior precisions at which KFAC's variances are kept; in between they are interpolated in the logarithm."""
-CORRUPTION = (0.1, 0.2, 0.3, 0.4, 0.5)
+CORRUPTION = (0.2, 0.3, 0.4)
 CORRUPTION_WITH_VARIANCE = 0.3
 
 
@@ -249,20 +249,10 @@ def make_view(one: Recipe, shared: Path, early: Path | None = None) -> dict[str,
     del jacobian
 
     saved = network.lora_off()
-    view["base_train_logits"], base = network.jacobian(train_encoded, "B")
-    view["base_train_train"] = (base.flatten(0, 1) @ base.flatten(0, 1).T).numpy()
-    pieces = []
-    base_logits = []
-    for start in range(0, len(held_encoded), 250):
-        logits, piece = network.jacobian(held_encoded[start : start + 250], "B")
-        base_logits.append(logits)
-        pieces.append((piece.flatten(0, 1) @ base.flatten(0, 1).T).numpy())
-    view["base_held_logits"], view["base_held_train"] = np.concatenate(base_logits), np.concatenate(pieces)
+    view["base_train_logits"] = network.logits(train_encoded)
+    view["base_held_logits"] = network.logits(held_encoded)
     view["train_embeddings"], view["held_embeddings"] = _embeddings(network, train_encoded), _embeddings(network, held_encoded)
     network.lora_on(saved)
-    view["train_map_embeddings"], view["held_map_embeddings"] = (
-        _embeddings(network, train_encoded), _embeddings(network, held_encoded),
-    )
     if early is not None and (early / one.name).exists():
         view["early_train_logits"] = _early(one, early / one.name, network, train_encoded)
         view["early_held_logits"] = _early(one, early / one.name, network, held_encoded)
