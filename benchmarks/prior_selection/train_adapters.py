@@ -15,10 +15,9 @@ from importlib import resources
 from pathlib import Path
 
 import torch
+from benchmarks.prior_selection.recipes import RECIPES, Recipe, texts_of, training_rows
 from peft import LoraConfig, TaskType, get_peft_model
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
-
-from benchmarks.prior_selection.recipes import RECIPES, Recipe, texts_of, training_rows
 
 BASE_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
 FOLDER = Path(__file__).parent / "adapters"
@@ -46,7 +45,11 @@ def train(one: Recipe, data: Path, folder: Path, early_folder: Path | None = Non
     tokenizer = AutoTokenizer.from_pretrained(base_model_folder())
     network = AutoModelForSequenceClassification.from_pretrained(base_model_folder(), num_labels=len(one.classes))
     config = LoraConfig(
-        task_type=TaskType.SEQ_CLS, r=one.rank, lora_alpha=2 * one.rank, lora_dropout=0.1, target_modules=["query", "value"]
+        task_type=TaskType.SEQ_CLS,
+        r=one.rank,
+        lora_alpha=2 * one.rank,
+        lora_dropout=0.1,
+        target_modules=["query", "value"],
     )
     model = get_peft_model(network, config)
     rows = training_rows(one, data)
@@ -59,9 +62,7 @@ def train(one: Recipe, data: Path, folder: Path, early_folder: Path | None = Non
     model.train()
     while len(losses) < one.steps:
         for batch in _epoch(lengths, order, one.batch):
-            padded = tokenizer.pad(
-                {key: [encoded[key][i] for i in batch] for key in encoded}, return_tensors="pt"
-            )
+            padded = tokenizer.pad({key: [encoded[key][i] for i in batch] for key in encoded}, return_tensors="pt")
             loss = model(**padded, labels=torch.tensor([rows[i].label for i in batch])).loss
             optimizer.zero_grad()
             loss.backward()

@@ -14,12 +14,13 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch import Tensor
-
 from benchmarks.prior_selection.recipes import Recipe, Row, held_out_rows, texts_of, training_rows
 from benchmarks.prior_selection.train_adapters import FOLDER, base_model_folder
-from lapora.curvature.fisher import difference_columns, no_columns
+from numpy.typing import NDArray
+from scipy import linalg
+from torch import Tensor
+
+from lapora.curvature.fisher import difference_columns, exact_columns
 from lapora.curvature.kron import KronObserver
 from lapora.curvature.linearisation import Linearisation
 from lapora.model.adapter import read_adapter
@@ -33,8 +34,11 @@ from lapora.workflows.fit import collect
 Array = NDArray[np.float64]
 GRID: Array = np.logspace(-2, 5, 57)
 """Prior precisions at which KFAC's variances are kept; in between they are interpolated in the logarithm."""
-CORRUPTION = (0.2, 0.3, 0.4)
-CORRUPTION_WITH_VARIANCE = 0.3
+THINNED_SHARE = 0.3
+"""Share of a row's tokens that are deleted in its thinned copy."""
+OTHER_SHARES = (0.2, 0.4)
+FEATURES = 400
+"""Leading directions of the unweighted Jacobian that the refitted linear models work in."""
 
 
 @dataclass(frozen=True)
@@ -156,7 +160,7 @@ def kfac_variances(blocks: Sequence[EigenBlock], jacobian: Tensor) -> NDArray[np
     return cast(NDArray[np.float32], total.float().numpy())
 
 
-def corrupt(encoded: Sequence[_Encoded], share: float, seed: int) -> list[_Encoded]:
+def thin(encoded: Sequence[_Encoded], share: float, seed: int) -> list[_Encoded]:
     """Delete a share of the tokens between the special ones, at random; at least one stays."""
     chance = random.Random(seed)
     found = []
@@ -164,40 +168,58 @@ def corrupt(encoded: Sequence[_Encoded], share: float, seed: int) -> list[_Encod
         types = row.token_type_ids or [0] * len(row.input_ids)
         last = len(row.input_ids) - 1
         inner = range(1, last)
-        kept = [i for i in inner if row.input_ids[i] in (101, 102) or chance.random() >= share] or [chance.choice(inner)]
+        kept = [i for i in inner if row.input_ids[i] in (101, 102) or chance.random() >= share] or [
+            chance.choice(inner)
+        ]
         kept = [0, *kept, last]
         found.append(_Encoded([row.input_ids[i] for i in kept], [types[i] for i in kept]))
     return found
 
 
-def _grams(left: Tensor, right: Tensor, layers: Sequence[BayesianLayer]) -> dict[str, NDArray[np.float32]]:
-    """``left rightᵀ`` apart for A's and B's parameters, layer by layer."""
-    first, second = left.flatten(0, 1), right.flatten(0, 1)
-    found = {role: torch.zeros(len(first), len(second)) for role in ("A", "B")}
-    for layer, at in _slices(layers):
-        found[layer.role].addmm_(first[:, at], second[:, at].T)
-    return {role: gram.numpy() for role, gram in found.items()}
+class FullPosterior:
+    """The exact GGN over all LoRA weights, in the dual: only ``J Jᵀ`` is ever decomposed (method of the ``full`` fit).
+
+    Args:
+        jacobian: ``(N, C-1, P)`` of the training rows.
+        logits: ``(N, C)`` of the same rows.
+    """
+
+    def __init__(self, jacobian: Tensor, logits: Array) -> None:
+        self._jacobian = jacobian.flatten(0, 1)
+        # Rows 1..C-1 of the Fisher's columns: what weighs the differences.
+        self._columns = exact_columns(torch.tensor(logits)).permute(1, 2, 0)[:, 1:].float()
+        self._gram = self._jacobian @ self._jacobian.T
+        weighted = self._weigh(self._weigh(self._gram).T.contiguous()).double()
+        values, self._vectors = torch.linalg.eigh((weighted + weighted.T) / 2)
+        self.eigenvalues: Array = values.clamp(min=0.0).numpy()
+
+    def _weigh(self, products: Tensor) -> Tensor:
+        rows, columns, _ = self._columns.shape
+        by_row = products.reshape(-1, rows, columns)
+        return torch.einsum("mnc,ncs->mns", by_row, self._columns).flatten(1)
+
+    def variances(self, jacobian: Tensor) -> NDArray[np.float32]:
+        """``(1/δ) [G Gᵀ - G Jᵀ (K + δI)⁻¹ J Gᵀ]`` at every δ of the grid, ``(G, N, C-1, C-1)``."""
+        rows, columns, _ = jacobian.shape
+        products = jacobian.flatten(0, 1) @ self._jacobian.T
+        rotated = (self._weigh(products) @ self._vectors.float()).reshape(rows, columns, -1)
+        own = jacobian @ jacobian.transpose(1, 2)
+        found = []
+        for delta in GRID:
+            scaled = rotated * torch.tensor(1.0 / (self.eigenvalues + delta)).float()
+            found.append(((own - scaled @ rotated.transpose(1, 2)) / delta).numpy())
+        return np.array(found, dtype=np.float32)
+
+    def features(self, count: int) -> NDArray[np.float32]:
+        """Leading part of Φ with ``Φ Φᵀ = J Jᵀ``, ``(N, C-1, count)``."""
+        rows, columns, _ = self._columns.shape
+        size = len(self._gram)
+        values, vectors = linalg.eigh(self._gram.numpy(), subset_by_index=[size - min(count, size), size - 1])
+        kept = values > values[-1] * 1e-6
+        return cast(NDArray[np.float32], (vectors[:, kept] * np.sqrt(values[kept])).reshape(rows, columns, -1))
 
 
-def _grams_of_rows(jacobian: Tensor, layers: Sequence[BayesianLayer]) -> dict[str, NDArray[np.float32]]:
-    """``J_n J_nᵀ`` of every row, apart for A's and B's parameters."""
-    rows, columns, _ = jacobian.shape
-    found = {role: torch.zeros(rows, columns, columns) for role in ("A", "B")}
-    for layer, at in _slices(layers):
-        found[layer.role] += jacobian[:, :, at] @ jacobian[:, :, at].transpose(1, 2)
-    return {role: gram.numpy() for role, gram in found.items()}
-
-
-def _slices(layers: Sequence[BayesianLayer]) -> list[tuple[BayesianLayer, slice]]:
-    found, start = [], 0
-    for layer in layers:
-        end = start + layer.shape[0] * layer.shape[1]
-        found.append((layer, slice(start, end)))
-        start = end
-    return found
-
-
-def make_view(one: Recipe, shared: Path, early: Path | None = None) -> dict[str, Any]:
+def make_view(one: Recipe, shared: Path) -> dict[str, Any]:
     """Compute everything the criteria and the comparison read, for one adapter."""
     network = Network(one, shared)
     train, held = training_rows(one, shared / "data"), held_out_rows(one, shared / "data")
@@ -214,58 +236,36 @@ def make_view(one: Recipe, shared: Path, early: Path | None = None) -> dict[str,
     view["layer_roles"] = np.array([block.role for block in blocks])
     view["layer_shapes"] = np.array([block.shape for block in blocks])
     theta = torch.cat([layer.module.weight.detach().flatten() for layer in network.layers])
-    split = [int(layer.role == "A") for layer in network.layers for _ in range(layer.shape[0] * layer.shape[1])]
-    is_a = torch.tensor(split).float()
 
     view["train_logits"], jacobian = network.jacobian(train_encoded)
     view["train_kfac"] = kfac_variances(blocks, jacobian)
-    for role, gram in _grams(jacobian, jacobian, network.layers).items():
-        view[f"train_train_{role}"] = gram
-    view["train_theta_A"] = (jacobian @ (theta * is_a)).numpy()
-    view["train_theta_B"] = (jacobian @ (theta * (1 - is_a))).numpy()
+    view["train_theta"] = (jacobian @ theta).numpy()
+    full = FullPosterior(jacobian, view["train_logits"])
+    view["full_eigenvalues"] = full.eigenvalues
+    view["train_full"] = full.variances(jacobian)
+    view["features"] = full.features(FEATURES)
+    pieces: dict[str, list[Any]] = {}
+    for start in range(0, len(held_encoded), 250):
+        logits, piece = network.jacobian(held_encoded[start : start + 250])
+        pieces.setdefault("held_logits", []).append(logits)
+        pieces.setdefault("held_kfac", []).append(kfac_variances(blocks, piece))
+        pieces.setdefault("held_full", []).append(full.variances(piece))
+    for key, parts in pieces.items():
+        view[key] = np.concatenate(parts, axis=0 if key == "held_logits" else 1)
+    del full, jacobian
 
-    def against(encoded: list[_Encoded], name: str) -> None:
-        pieces: dict[str, list[Any]] = {}
-        for start in range(0, len(encoded), 250):
-            logits, piece = network.jacobian(encoded[start : start + 250])
-            pieces.setdefault(f"{name}_logits", []).append(logits)
-            pieces.setdefault(f"{name}_kfac", []).append(np.moveaxis(kfac_variances(blocks, piece), 1, 0))
-            if name == "corrupt":
-                continue
-            for role, gram in _grams(piece, jacobian, network.layers).items():
-                pieces.setdefault(f"{name}_train_{role}", []).append(gram)
-            for role, own in _grams_of_rows(piece, network.layers).items():
-                pieces.setdefault(f"{name}_self_{role}", []).append(own)
-            pieces.setdefault(f"{name}_theta_A", []).append((piece @ (theta * is_a)).numpy())
-            pieces.setdefault(f"{name}_theta_B", []).append((piece @ (theta * (1 - is_a))).numpy())
-        for key, parts in pieces.items():
-            view[key] = np.concatenate(parts)
-        view[f"{name}_kfac"] = np.moveaxis(view[f"{name}_kfac"], 0, 1)
-
-    against(held_encoded, "held")
-    against(corrupt(train_encoded, CORRUPTION_WITH_VARIANCE, one.seed), "corrupt")
-    for share in CORRUPTION:
-        view[f"corrupt_logits_{share}"] = network.logits(corrupt(train_encoded, share, one.seed))
+    thinned = thin(train_encoded, THINNED_SHARE, one.seed)
+    view["thin_logits"], jacobian = network.jacobian(thinned)
+    view["thin_kfac"] = kfac_variances(blocks, jacobian)
     del jacobian
+    for share in OTHER_SHARES:
+        view[f"thin_logits_{share}"] = network.logits(thin(train_encoded, share, one.seed))
 
     saved = network.lora_off()
     view["base_train_logits"] = network.logits(train_encoded)
-    view["base_held_logits"] = network.logits(held_encoded)
-    view["train_embeddings"], view["held_embeddings"] = _embeddings(network, train_encoded), _embeddings(network, held_encoded)
+    view["train_embeddings"] = _embeddings(network, train_encoded)
     network.lora_on(saved)
-    if early is not None and (early / one.name).exists():
-        view["early_train_logits"] = _early(one, early / one.name, network, train_encoded)
-        view["early_held_logits"] = _early(one, early / one.name, network, held_encoded)
     return view
-
-
-def _early(one: Recipe, folder: Path, network: Network, encoded: Sequence[_Encoded]) -> Array:
-    loaded = load_model(read_adapter(str(folder)), base_model=str(base_model_folder()), device="cpu")
-    kept = network.answers
-    network.answers = AnswerModel(loaded.model, loaded.kind, loaded.pad_token_id, None)
-    logits = network.logits(encoded)
-    network.answers = kept
-    return logits
 
 
 def _embeddings(network: Network, encoded: Sequence[_Encoded]) -> NDArray[np.float32]:
@@ -281,13 +281,11 @@ def _embeddings(network: Network, encoded: Sequence[_Encoded]) -> NDArray[np.flo
     return found
 
 
-def load_view(one: Recipe, shared: Path, cache: Path, early: Path | None = None) -> dict[str, Any]:
+def load_view(one: Recipe, shared: Path, cache: Path) -> dict[str, Any]:
     """The view of one adapter, from the scratch folder where it is there."""
     path = cache / f"{one.name}.npz"
     if not path.exists():
         cache.mkdir(parents=True, exist_ok=True)
-        with torch.no_grad():
-            torch.set_num_threads(1)
-        np.savez(path, **make_view(one, shared, early))
+        np.savez(path, **make_view(one, shared))
     with np.load(path) as arrays:
         return dict(arrays)
