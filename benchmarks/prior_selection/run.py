@@ -105,9 +105,8 @@ def choose(adapter: Adapter, structure: Structure, everything: bool) -> dict[str
     values, norm = adapter.eigenvalues(structure), adapter.squared_norm
     train_variances = view[f"train_{structure}"]
     thinned = criteria.differences(view["thin_logits"])
-    # The full posterior's variances of thinned rows need another product with J: the whole rows' stand in.
     outside = criteria.without_own_row(adapter.mean, train_variances)
-    thinned_variances = view["thin_kfac"] if structure == "kfac" else outside
+    thinned_variances = view[f"thin_{structure}"]
     features = view["features"].astype(np.float64)
     prior_mean = adapter.mean - view["train_theta"]
     margins = adapter.margins()

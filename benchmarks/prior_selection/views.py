@@ -252,12 +252,11 @@ def make_view(one: Recipe, shared: Path) -> dict[str, Any]:
         pieces.setdefault("held_full", []).append(full.variances(piece))
     for key, parts in pieces.items():
         view[key] = np.concatenate(parts, axis=0 if key == "held_logits" else 1)
-    del full, jacobian
 
     thinned = thin(train_encoded, THINNED_SHARE, one.seed)
-    view["thin_logits"], jacobian = network.jacobian(thinned)
-    view["thin_kfac"] = kfac_variances(blocks, jacobian)
-    del jacobian
+    for key, parts in thinned_parts(network, blocks, full, thinned).items():
+        view[key] = parts
+    del full, jacobian
     for share in OTHER_SHARES:
         view[f"thin_logits_{share}"] = network.logits(thin(train_encoded, share, one.seed))
 
@@ -266,6 +265,19 @@ def make_view(one: Recipe, shared: Path) -> dict[str, Any]:
     view["train_embeddings"] = _embeddings(network, train_encoded)
     network.lora_on(saved)
     return view
+
+
+def thinned_parts(
+    network: Network, blocks: Sequence[EigenBlock], full: FullPosterior, thinned: list[_Encoded]
+) -> dict[str, Any]:
+    """Logits and variances of the thinned copies, with Jacobians of their own."""
+    pieces: dict[str, list[Any]] = {"thin_logits": [], "thin_kfac": [], "thin_full": []}
+    for start in range(0, len(thinned), 250):
+        logits, piece = network.jacobian(thinned[start : start + 250])
+        pieces["thin_logits"].append(logits)
+        pieces["thin_kfac"].append(kfac_variances(blocks, piece))
+        pieces["thin_full"].append(full.variances(piece))
+    return {key: np.concatenate(parts, axis=0 if key == "thin_logits" else 1) for key, parts in pieces.items()}
 
 
 def _embeddings(network: Network, encoded: Sequence[_Encoded]) -> NDArray[np.float32]:
