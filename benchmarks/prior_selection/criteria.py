@@ -8,13 +8,10 @@ posterior, ``H_n`` the Hessian of ``-log p(y|d)``, λ the curvature's eigenvalue
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from scipy import linalg
-from scipy.optimize import brentq
 
 from lapora.posterior.evidence import Evidence
 from lapora.predictive.links import log_probabilities
@@ -93,6 +90,19 @@ def thinned_rows(grid: Array, mean: Array, variances: Array, labels: Labels) -> 
         labels: Labels of the rows.
     """
     return validation(grid, mean, variances, labels)
+
+
+def evidence_or_thinned_rows(evidence: float, thinned: float, training_nll: float) -> float:
+    """Evidence's δ where the training NLL is saturated, else that of the thinned rows.
+
+    A saturated adapter may know its rows so well that it recognises their thinned copies; evidence does well there.
+
+    Args:
+        evidence: δ by :func:`marginal_likelihood`.
+        thinned: δ by :func:`thinned_rows`, a fifth of the tokens deleted.
+        training_nll: NLL of the whole training rows at the MAP.
+    """
+    return evidence if training_nll < SATURATED_NLL else thinned
 
 
 def without_own_row(mean: Array, variances: Array) -> Array:
@@ -302,15 +312,6 @@ def matched_gap(grid: Array, mean: Array, variances: Array, gap: float) -> float
     if gap <= optimism[-1]:
         return np.inf
     return float(np.exp(np.interp(-gap, -optimism, np.log(grid))))
-
-
-def root_in_log(slope: Callable[[float], float], low: float = 1e-4, high: float = 1e7) -> float:
-    """Root of a function that falls through zero in δ; a bound where it does not."""
-    if slope(low) <= 0:
-        return low
-    if slope(high) >= 0:
-        return np.inf
-    return float(np.exp(brentq(lambda at: slope(float(np.exp(at))), np.log(low), np.log(high), xtol=1e-4)))
 
 
 # Temperature, for comparison

@@ -123,6 +123,11 @@ def choose(adapter: Adapter, structure: Structure, everything: bool) -> dict[str
         "thinned rows": criteria.thinned_rows(grid, thinned, thinned_variances, adapter.labels),
         "probe": criteria.simulated_validation(grid, adapter.mean, train_variances, adapter.labels, margins),
     }
+    fewer = criteria.differences(view["thin_logits_0.2"])
+    found["thinned, 20%"] = criteria.thinned_rows(grid, fewer, outside, adapter.labels)
+    found["evidence if saturated, else thinned 20%"] = criteria.evidence_or_thinned_rows(
+        found["marginal likelihood"], found["thinned, 20%"], adapter.training_nll
+    )
     found["larger of both"] = max(found["thinned rows"], found["probe"])
     if everything:
         gap = criteria.mean_nll(criteria.log_softmax(margins), adapter.labels) - adapter.training_nll
@@ -139,9 +144,8 @@ def choose(adapter: Adapter, structure: Structure, everything: bool) -> dict[str
             "leave-one-out at MAP": criteria.leave_one_out_at_map(grid, adapter.mean, train_variances, adapter.labels),
             "matched gap": criteria.matched_gap(grid, adapter.mean, train_variances, gap),
         }
-        for share in (0.2, 0.4):
-            fewer = criteria.differences(view[f"thin_logits_{share}"])
-            found[f"thinned, {share:.0%}"] = criteria.thinned_rows(grid, fewer, outside, adapter.labels)
+        more = criteria.differences(view["thin_logits_0.4"])
+        found["thinned, 40%"] = criteria.thinned_rows(grid, more, outside, adapter.labels)
         same = criteria.thinned_rows(grid, thinned, outside, adapter.labels)
         found[f"thinned, {THINNED_SHARE:.0%}, whole rows' variance"] = same
     return found
@@ -183,7 +187,7 @@ def report(structure: Structure, half: str, scores: dict[str, dict[str, Score]])
 
 def details(structure: Structure, scores: dict[str, dict[str, Score]]) -> str:
     """NLL, ECE and accuracy of the comparison's methods."""
-    methods = [m for m in next(iter(scores.values())) if not m.startswith("thinned,")][:8]
+    methods = list(next(iter(scores.values())))[:10]
     lines = [f"\n### {structure}: NLL / ECE / accuracy\n", "| adapter | " + " | ".join(methods) + " |"]
     lines.append("| --- " * (len(methods) + 1) + "|")
     for name, row in scores.items():
