@@ -64,8 +64,8 @@ class Recipe:
     batch: int = 32
 
     def describe(self) -> dict[str, Any]:
-        """Plain values, for the list of recipes."""
-        return asdict(self)
+        """Plain values, for the list of recipes; the seed of an adapter not trained here is not known."""
+        return {key: value for key, value in asdict(self).items() if not (self.shared and key == "seed")}
 
 
 _FIELDS = {

