@@ -18,11 +18,11 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+
 from benchmarks.prior_selection import criteria
 from benchmarks.prior_selection.criteria import Array, Labels
 from benchmarks.prior_selection.recipes import RECIPES, Recipe, halves
 from benchmarks.prior_selection.views import THINNED_SHARE, load_view
-
 from lapora.metrics import evaluate
 
 Structure = Literal["kfac", "full"]

@@ -15,9 +15,10 @@ from importlib import resources
 from pathlib import Path
 
 import torch
-from benchmarks.prior_selection.recipes import RECIPES, Recipe, texts_of, training_rows
 from peft import LoraConfig, TaskType, get_peft_model
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from benchmarks.prior_selection.recipes import RECIPES, Recipe, texts_of, training_rows
 
 BASE_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
 FOLDER = Path(__file__).parent / "adapters"

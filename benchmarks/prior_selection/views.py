@@ -14,22 +14,23 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from benchmarks.prior_selection.recipes import Recipe, Row, held_out_rows, texts_of, training_rows
-from benchmarks.prior_selection.train_adapters import FOLDER, base_model_folder
 from numpy.typing import NDArray
 from scipy import linalg
 from torch import Tensor
 
+from benchmarks.prior_selection.recipes import Recipe, Row, held_out_rows, texts_of, training_rows
+from benchmarks.prior_selection.train_adapters import FOLDER, base_model_folder
+from lapora.curvature.collection import collect
 from lapora.curvature.fisher import difference_columns, exact_columns
 from lapora.curvature.kron import KronObserver
 from lapora.curvature.linearisation import Linearisation
+from lapora.curvature.per_example import JacobianObserver
 from lapora.model.adapter import read_adapter
 from lapora.model.answers import AnswerModel
 from lapora.model.batches import Batch, collate, plan_batches
-from lapora.model.bayesian_layers import BayesianLayer, find_bayesian_layers
+from lapora.model.bayesian_layers import find_bayesian_layers
 from lapora.model.loading import load_model
 from lapora.posterior.gaussian import EigenBlock, decompose
-from lapora.workflows.fit import collect
 
 Array = NDArray[np.float64]
 GRID: Array = np.logspace(-2, 5, 57)
@@ -45,26 +46,6 @@ FEATURES = 400
 class _Encoded:
     input_ids: list[int]
     token_type_ids: list[int] | None
-
-
-class _JacobianObserver:
-    """Keeps every layer's per-example gradients; see :class:`lapora.curvature.linearisation.Observer`."""
-
-    def __init__(self) -> None:
-        self.gradients: dict[str, list[Tensor]] = {}
-
-    def begin(self, batch: Batch) -> None:
-        self.gradients = {}
-
-    def see_input(self, layer: BayesianLayer, leader: str, inputs: Tensor, mask: Tensor | None) -> Tensor:
-        return inputs
-
-    def see_gradient(self, layer: BayesianLayer, kept: Tensor | None, gradient: Tensor) -> None:
-        assert kept is not None
-        self.gradients.setdefault(layer.name, []).append((gradient.transpose(1, 2) @ kept).flatten(1))
-
-    def finish(self, layer: BayesianLayer) -> None:
-        """Nothing to close."""
 
 
 class Network:
@@ -99,20 +80,15 @@ class Network:
     def jacobian(self, encoded: Sequence[_Encoded], role: str | None = None) -> tuple[Array, Tensor]:
         """Logits ``(N, C)`` and Jacobian ``(N, C-1, P)`` in float32, layers in the posterior's order."""
         layers = [layer for layer in self.layers if role is None or layer.role == role]
-        sizes = [layer.shape[0] * layer.shape[1] for layer in layers]
         classes = len(self.recipe.classes)
+        observer = JacobianObserver(layers, classes)
         logits = np.zeros((len(encoded), classes))
-        jacobian = torch.zeros(len(encoded), classes - 1, sum(sizes))
-        observer = _JacobianObserver()
+        jacobian = torch.zeros(len(encoded), classes - 1, observer.parameters)
         with Linearisation(self.answers, layers, observer) as linearisation:
             for batch in self.batches(encoded):
                 rows = list(batch.rows)
                 logits[rows] = linearisation.run(batch, difference_columns).double().numpy()
-                start = 0
-                for layer, size in zip(layers, sizes, strict=True):
-                    for column, gradient in enumerate(observer.gradients[layer.name]):
-                        jacobian[rows, column, start : start + size] = gradient
-                    start += size
+                jacobian[rows] = observer.jacobian(len(rows), classes - 1).transpose(0, 1)
         return logits, jacobian
 
     def kfac(self, encoded: Sequence[_Encoded]) -> list[EigenBlock]:
@@ -144,6 +120,7 @@ def kfac_variances(blocks: Sequence[EigenBlock], jacobian: Tensor) -> NDArray[np
     start = 0
     for block in blocks:
         high, wide = block.shape
+        assert block.gradient_basis is not None and block.input_basis is not None
         gradient = jacobian[:, :, start : start + high * wide].reshape(rows * columns, high, wide)
         # Transposed, so that both rotations are one large product each: (n i) x o and (n o) x i.
         rotated = gradient.transpose(1, 2).reshape(-1, high) @ block.gradient_basis.float()
