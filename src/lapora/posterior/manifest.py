@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -116,8 +115,7 @@ def check_prior(file: Path, manifest: Mapping[str, Any]) -> None:
         _or_null(_number)(prior.get("log_marginal_likelihood"), "log_marginal_likelihood")
         validation = prior.get("validation")
         if validation is not None:
-            _mapping("split", "n", "link")(validation, "validation")
-            _list_of(_text)(validation.get("rows", []), "validation.rows")
+            _VALIDATION(validation, "validation")
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError, _Wrong) as error:
         what = f"no precision for {error}" if isinstance(error, KeyError) else error
         raise PosteriorError(f"{file}: the field prior is damaged ({what}); {_TUNE}") from error
@@ -149,7 +147,8 @@ def _among(values: tuple[Any, ...]) -> _Check:
 
 
 def _number(value: Any, field: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    # A comparison, since a whole number may be too long to become a float; NaN fails it too.
+    if isinstance(value, bool) or not isinstance(value, int | float) or not -1e300 < value < 1e300:
         raise _Wrong(f"{field} is {value!r:.60}, not a finite number")
 
 
@@ -260,6 +259,26 @@ _FIELDS: dict[str, _Check] = {
 }
 
 
+_OPTIONAL: dict[str, _Check] = {
+    "adapter_config": _mapping(),
+    "tokenizer": _digest,
+    "libraries": _mapping(),
+    "kept": _share,
+    "rank": _or_null(_whole(1)),
+}
+
+_SCORES = {"nll": _number, "ece": _number, "accuracy": _number}
+_VALIDATION = _mapping(
+    split=_text,
+    n=_whole(1),
+    link=_text,
+    scheme=_text,
+    rows=_list_of(_text),
+    curve=_list_of(_mapping(precision=_number, **_SCORES), 1),
+    map=_mapping(**_SCORES),
+)
+
+
 def _check_parameters(manifest: Mapping[str, Any]) -> None:
     parameters = manifest["parameters"]
     names = [parameter["name"] for parameter in parameters]
@@ -269,11 +288,12 @@ def _check_parameters(manifest: Mapping[str, Any]) -> None:
     known = set(names)
     for index, parameter in enumerate(parameters):
         field = f"parameters[{index}]"
-        if not joint and parameter.get("input_of") not in known:
-            raise _Wrong(f"{field}.input_of is {parameter.get('input_of')!r:.60}, which names no parameter")
+        leader = parameter.get("input_of")
+        if not joint and not (isinstance(leader, str) and leader in known):
+            raise _Wrong(f"{field}.input_of is {leader!r:.60}, which names no parameter")
         if "kept" in parameter:
             _share(parameter["kept"], f"{field}.kept")
-    if "kept" in manifest:
-        _share(manifest["kept"], "kept")
-    if manifest.get("rank") is not None:
-        _whole(1)(manifest["rank"], "rank")
+    for key, check in _OPTIONAL.items():
+        if key in manifest:
+            check(manifest[key], key)
+    _or_null(_text)(manifest["data"].get("data_dir"), "data.data_dir")
