@@ -43,7 +43,7 @@ def save(folder, blocks, *, structure="kron", prior=None):
         "fisher": "exact",
         "subset": "lora",
         "parameters": posterior.parameters(),
-        "prior": prior or {"precision": DELTA, "structure": "scalar", "method": "marglik"},
+        "prior": {"method": "marglik", **(prior or {"precision": DELTA, "structure": "scalar"})},
         "answers": {"choices": ["no", "yes"], "token_ids": None},
         "log_likelihood": -3.5,
     }
