@@ -135,7 +135,8 @@ def load_model(
         fingerprint=fingerprint,
         number_of_labels=getattr(base.config, "num_labels", None) if adapter.kind == "classifier" else None,
     )
-    if adapter.kind == "classifier" and base.config.get_text_config().pad_token_id is None:
+    if adapter.kind == "classifier":
+        # A decoder with a head finds the answer's position by this id: it must be the one that batches are padded with.
         base.config.get_text_config().pad_token_id = loaded.pad_token_id
     return loaded
 

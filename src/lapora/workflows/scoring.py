@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 
 from lapora.config import DataSettings, Link, Progress
-from lapora.errors import DataError, PosteriorError
+from lapora.errors import DataError, PosteriorError, UnlabelledError
 from lapora.posterior.prior import PriorPrecision
 from lapora.predictive.links import log_probabilities, needs_every_class
 from lapora.tasks import Example, Task, data_fingerprint, render_all, resolve_choices
 from lapora.workflows.session import Session, read_rows
+
+_LABELS_LOOKED_FOR = 100
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,6 +63,7 @@ def read_labelled_rows(
         exclude: Digests of rows to leave out.
 
     Raises:
+        UnlabelledError: No row has a label.
         DataError: A row cannot be read, or has no label; or no row is left.
         PosteriorError: The task's answers are not the posterior's.
     """
@@ -72,7 +75,11 @@ def read_labelled_rows(
             f"posterior {session.posterior.folder.name}: fitted to the answers {', '.join(session.choices)}; task "
             f"{task.task} has {', '.join(choices)}; give the task that it was fitted on"
         )
-    examples = render_all(task, rows, kind=session.loaded.kind, choices=session.choices, labels="required")
+    kind = session.loaded.kind
+    bare = render_all(task, rows[:_LABELS_LOOKED_FOR], kind=kind, choices=session.choices, labels="optional")
+    if all(example.target is None for example in bare):
+        raise UnlabelledError(f"{split}: the rows have no labels (looked at {len(bare)}); give a split that has them")
+    examples = render_all(task, rows, kind=kind, choices=session.choices, labels="required")
     kept = [example for example in examples if not exclude or row_digest(example) not in exclude]
     if not kept:
         raise DataError(f"{split}: all {len(examples)} rows were used to tune the prior; score another --split")
