@@ -51,7 +51,25 @@ class NumericalError(LaporaError):
     exit_status = 6
 
 
+class NonFiniteRowError(NumericalError):
+    """What the model makes of one row is NaN or infinite.
+
+    Args:
+        row: Its position in the sequence that the batches were cut from.
+        reason: What is wrong with it, and what to do.
+    """
+
+    def __init__(self, row: int, reason: str) -> None:
+        super().__init__(f"row {row}: {reason}")
+        self.row = row
+        self.reason = reason
+
+
 class GateError(LaporaError):
     """An ``eval --fail-if`` gate failed."""
 
     exit_status = 7
+
+
+class LaporaWarning(UserWarning):
+    """Something the user should know that is no error; the command line prints it as one line, once."""

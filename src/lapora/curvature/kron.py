@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from lapora.config import WHOLE_WIDTH, WIDE_RANK, WeightSharing
+from lapora.curvature.resuming import ObserverState, sums_from_state, sums_state
 from lapora.curvature.sketch import NystromSketch
 from lapora.model.batches import Batch
 from lapora.model.bayesian_layers import BayesianLayer
@@ -131,6 +132,19 @@ class KronObserver:
             total.add(rows)
         else:
             total.addmm_(rows.T, rows)
+
+    def state(self) -> ObserverState:
+        """All sums, counts and who shares whose input."""
+        inputs, gradients = sums_state(self._input_sums, "input"), sums_state(self._gradient_sums, "gradient")
+        facts = {**inputs.facts, **gradients.facts, "counts": self._counts, "leaders": self._leaders}
+        return ObserverState({**inputs.tensors, **gradients.tensors}, facts)
+
+    def restore(self, state: ObserverState) -> None:
+        """Go on from what :meth:`state` gave."""
+        self._input_sums = sums_from_state(state, "input", self.seed)
+        self._gradient_sums = sums_from_state(state, "gradient", self.seed)
+        self._counts = dict(state.facts["counts"])
+        self._leaders = dict(state.facts["leaders"])
 
     def factors(self, layers: Sequence[BayesianLayer]) -> dict[str, KronFactors]:
         """The sums of each layer, in the layers' order.

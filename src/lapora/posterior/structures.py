@@ -16,11 +16,13 @@ from lapora.curvature.fisher import difference_columns, exact_columns
 from lapora.curvature.kron import KronObserver
 from lapora.curvature.linearisation import Directions, Observer
 from lapora.curvature.per_example import JacobianObserver, LayerBasis, SecondMomentObserver
+from lapora.curvature.resuming import ObserverState, sums_from_state, sums_state
 from lapora.curvature.sketch import NystromSketch
 from lapora.errors import NumericalError, UsageError
 from lapora.model.answers import AnswerModel
 from lapora.model.batches import Batch
 from lapora.model.bayesian_layers import BayesianLayer
+from lapora.posterior.checkpoint import Checkpoint
 from lapora.posterior.gaussian import (
     BlockPosterior,
     EigenBlock,
@@ -46,6 +48,7 @@ class CurvatureRun:
         rank: Of ``kron`` and ``lowrank``; None is the structure's own default.
         seed: Of whatever is random.
         progress: Told of rows done, from the start again for every pass.
+        checkpoint: Keeps the sums on disk as they grow.
     """
 
     answers: AnswerModel
@@ -58,14 +61,15 @@ class CurvatureRun:
     rank: int | None = None
     seed: int = 0
     progress: Progress | None = None
+    checkpoint: Checkpoint | None = None
 
     @property
     def columns(self) -> int:
         """Fisher columns of one example: C-1 exact ones, or a single one."""
         return self.classes - 1 if self.fisher == "exact" else 1
 
-    def observe(self, observer: Observer, directions: Directions | None = None) -> DataPass:
-        """One pass."""
+    def observe(self, observer: Observer, directions: Directions | None = None, *, another: bool = False) -> DataPass:
+        """One pass; ``another`` says that a further one builds on it."""
         return collect(
             self.answers,
             self.layers,
@@ -75,6 +79,7 @@ class CurvatureRun:
             fisher=directions or self.fisher,
             seed=self.seed,
             progress=self.progress,
+            keeper=None if self.checkpoint is None else self.checkpoint.next_pass(keep=another),
         )
 
 
@@ -97,7 +102,7 @@ def _kron(run: CurvatureRun) -> tuple[Posterior, DataPass]:
 def _ekfac(run: CurvatureRun) -> tuple[Posterior, DataPass]:
     """KFAC's eigenbasis, then exact second moments in it: a second pass."""
     observer = KronObserver(run.weight_sharing)
-    run.observe(observer)
+    run.observe(observer, another=True)
     posterior = BlockPosterior(decompose(run.layers, observer.factors(run.layers)))
     working = torch.float64 if run.layers[0].module.weight.dtype == torch.float64 else torch.float32
     rotated = posterior.to(run.answers.device, working)
@@ -143,6 +148,7 @@ class _SketchObserver(JacobianObserver):
 
     def __init__(self, run: CurvatureRun, rank: int) -> None:
         super().__init__(run.layers, run.classes)
+        self.seed = run.seed
         weight = run.layers[0].module.weight
         like = weight.new_zeros((), dtype=torch.float64 if weight.dtype == torch.float64 else torch.float32)
         self.sketch = NystromSketch(self.parameters, 2 * rank, seed=run.seed, like=like)
@@ -150,6 +156,16 @@ class _SketchObserver(JacobianObserver):
     def end(self, rows: int, directions: int) -> None:
         """Add the batch's rows."""
         self.sketch.add(self.jacobian(rows, directions).flatten(0, 1).to(self.sketch.image))
+
+    def state(self) -> ObserverState:
+        """The sketch."""
+        return sums_state({"rows": self.sketch}, "sketch")
+
+    def restore(self, state: ObserverState) -> None:
+        """Go on from what :meth:`state` gave."""
+        sketch = sums_from_state(state, "sketch", self.seed)["rows"]
+        assert isinstance(sketch, NystromSketch)
+        self.sketch = sketch
 
 
 def _lowrank(run: CurvatureRun) -> tuple[Posterior, DataPass]:
@@ -182,6 +198,14 @@ class _RowsObserver(JacobianObserver):
     def end(self, rows: int, directions: int) -> None:
         """Keep the batch's rows."""
         self.rows[list(self._batch_rows)] = self.jacobian(rows, directions).transpose(0, 1).to(self.rows)
+
+    def state(self) -> ObserverState:
+        """The rows."""
+        return ObserverState({"rows": self.rows})
+
+    def restore(self, state: ObserverState) -> None:
+        """Go on from what :meth:`state` gave."""
+        self.rows = state.tensors["rows"].to(self.rows)
 
 
 def _full(run: CurvatureRun) -> tuple[Posterior, DataPass]:

@@ -14,6 +14,7 @@ from lapora.errors import DataError, PosteriorError, UnlabelledError
 from lapora.posterior.prior import PriorPrecision
 from lapora.predictive.links import log_probabilities, needs_every_class
 from lapora.tasks import Example, Task, data_fingerprint, render_all, resolve_choices
+from lapora.workflows.naming import naming_examples, refuse_infinite
 from lapora.workflows.session import Session, read_rows
 
 _LABELS_LOOKED_FOR = 100
@@ -130,9 +131,11 @@ def score_rows(
     every_class = any(needs_every_class(link) for link in links)
     with session.predictor(every_class=every_class, priors=priors) as predictor:
         for batch in session.batches(coded):
-            for index, moments in enumerate(predictor.moments_under_each_prior(batch)):
-                for link, table in log_p.items():
-                    table[index, list(batch.rows)] = log_probabilities(link, moments, samples=samples, seed=seed)
+            with naming_examples([example.where for example in rows.examples]):
+                for index, moments in enumerate(predictor.moments_under_each_prior(batch)):
+                    refuse_infinite(moments.covariance, batch)
+                    for link, table in log_p.items():
+                        table[index, list(batch.rows)] = log_probabilities(link, moments, samples=samples, seed=seed)
             done += len(batch)
             if progress is not None:
                 progress(done, len(coded))

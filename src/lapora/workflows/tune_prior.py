@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from lapora.config import DataSettings, ModelSettings, PriorMethod, PriorSettings, Progress
 from lapora.errors import MissingSplitError, UnlabelledError, UsageError
 from lapora.posterior.artifact import SavedPosterior, posterior_folder
 from lapora.posterior.evidence import EvidenceMaximum, bias_of_truncation, evidence_at, maximise_evidence
+from lapora.posterior.lock import writing
 from lapora.posterior.prior import ALL, PriorPrecision
 
 
@@ -54,8 +56,19 @@ def tune_prior(
     data, settings = data or DataSettings(), settings or PriorSettings()
     if settings.link == "map":
         raise UsageError("--link map has no prior to tune: give the link that you predict with")
-    posterior = SavedPosterior(posterior_folder(model.root, settings.name))
+    folder = posterior_folder(model.root, settings.name)
+    SavedPosterior(folder, prior_matters=False)  # nothing is written where no posterior is
+    with writing(folder):
+        return _tune(folder, model, data, settings, progress)
+
+
+def _tune(
+    folder: Path, model: ModelSettings, data: DataSettings, settings: PriorSettings, progress: Progress | None
+) -> TunedPrior:
+    posterior = SavedPosterior(folder, prior_matters=False)
     by_evidence = _maximise(posterior, settings)
+    if not posterior.prior_is_sound():
+        posterior.rewrite_manifest({"prior": by_evidence.describe(posterior.manifest["log_likelihood"] is not None)})
     if settings.method == "adapted":
         tuned = _adapted(posterior, settings)
     elif settings.method == "marglik":
