@@ -1,4 +1,4 @@
-"""Tables for a terminal."""
+"""The built-in tasks, and what a posterior is."""
 
 from __future__ import annotations
 
@@ -8,21 +8,6 @@ from rich.console import Console
 from rich.table import Table
 
 from lapora.posterior.prior import PriorPrecision
-
-
-def print_evaluation(record: dict[str, Any]) -> None:
-    """Print the table of ``eval``."""
-    table = Table(title=f"{record['task']}, {record['split']}: {record['n']} rows")
-    table.add_column("method")
-    columns = [key for key in ("accuracy", "mcc", "ece", "nll", "brier") if key in record["results"][0]]
-    for key in columns:
-        table.add_column(key, justify="right")
-    for result in record["results"]:
-        label = result["method"]
-        if label == "laplace":
-            label += f" {result['name']} ({result['link']})"
-        table.add_row(label, *(f"{result[key]:.3f}" for key in columns))
-    Console().print(table)
 
 
 def print_tasks(tasks: list[dict[str, Any]]) -> None:
