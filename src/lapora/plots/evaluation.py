@@ -14,6 +14,7 @@ from lapora import metrics
 from lapora.plots.style import Picture, line_style, new_figure, style
 
 _MOST_CURVES = 8
+_LEAST_COVERAGE = 0.05
 _NORMAL_95 = 1.96
 
 
@@ -121,25 +122,39 @@ def _histograms(pair: Mapping[str, Tensor], targets: Tensor, ending: str) -> Pic
 
 
 def _risk_coverage(tables: Mapping[str, Tensor], targets: Tensor) -> Picture:
-    figure = new_figure(5.6, 3.9)
+    """One curve for methods that put the rows in the same order, as a temperature leaves it with two answers."""
+    curves: dict[tuple[bytes, bytes], list[str]] = {}
+    for label, log_p in tables.items():
+        if label != "constant":
+            coverage, risk = metrics.risk_coverage(log_p, targets)
+            curves.setdefault((coverage.numpy().tobytes(), risk.numpy().tobytes()), []).append(label)
+    shown = list(curves.values())[:_MOST_CURVES]
+    figure = new_figure(5.8, 4.3)
     axis: Axes = figure.subplots()
-    shown = [label for label in tables if label != "constant"][:_MOST_CURVES]
-    for index, label in enumerate(shown):
-        coverage, risk = metrics.risk_coverage(tables[label], targets)
-        area = metrics.evaluate(tables[label], targets)["aurc"]
-        every = max(1, len(coverage) // 10)
+    for index, labels in enumerate(shown):
+        coverage, risk = metrics.risk_coverage(tables[labels[0]], targets)
+        area = metrics.evaluate(tables[labels[0]], targets)["aurc"]
+        # The first few rows say nothing: their error rate is one of few.
+        drawn = (coverage >= _LEAST_COVERAGE) | (coverage == coverage[-1])
+        every = max(1, int(drawn.sum()) // 9)
         axis.plot(
-            coverage.numpy(),
-            risk.numpy(),
-            label=f"{label}: {area:.3f}",
-            markevery=(index * every // max(1, len(shown)), every),
+            coverage[drawn].numpy(),
+            risk[drawn].numpy(),
+            label=f"{', '.join(labels)}: {area:.3f}",
+            markevery=(index * every // len(shown), every),
             **line_style(index),
         )
-    axis.set(xlabel="coverage: share of rows answered", ylabel="risk: share of wrong answers among them")
+    axis.set(xlabel="coverage: share of rows answered", ylabel="risk: share of wrong answers")
     axis.set(xlim=(0, 1.01), ylim=(0, None))
-    axis.legend(title="area under the curve", title_fontsize=8, loc="lower right")
-    left_out = len([label for label in tables if label != "constant"]) - len(shown)
-    caption = "Risk against coverage: the error rate if only the most confident rows are answered; lower is better."
-    if left_out:
-        caption += f" The first {_MOST_CURVES} methods; {left_out} more are in the table."
+    longest = max(len(", ".join(labels)) for labels in shown)
+    title = "area under the curve"
+    figure.legend(
+        title=title, title_fontsize=8, loc="outside lower center", ncols=1 if longest > 30 or len(shown) < 3 else 2
+    )
+    caption = (
+        "Risk against coverage: the error rate if only the most confident rows are answered (from "
+        f"{_LEAST_COVERAGE:.0%} of them on); lower is better."
+    )
+    if len(curves) > len(shown):
+        caption += f" The first {len(shown)} curves; {len(curves) - len(shown)} more are in the table."
     return Picture("risk-coverage", caption, figure)

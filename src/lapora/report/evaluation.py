@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -33,6 +34,11 @@ _IN_A_PIPE = 140
 def number(value: float | None, digits: int = 3) -> str:
     """A score, or a dash where it is not defined."""
     return "-" if value is None else f"{value:.{digits}f}"
+
+
+def threshold(value: float) -> str:
+    """A threshold, rounded down: rows that stand on it are kept."""
+    return f"{math.floor(value * 1e6) / 1e6:.6f}"
 
 
 def label_of(result: Mapping[str, Any]) -> str:
@@ -89,9 +95,8 @@ def _coverage(results: Sequence[Mapping[str, Any]]) -> Table:
         table.add_column(heading, justify="right")
     for result in results:
         found = result["coverage"]
-        threshold = f"{found['threshold']:.6g}"
         shares = [f"{found['coverage']:.1%}", number(found["accuracy"]), number(result["accuracy"])]
-        table.add_row(Text(label_of(result)), threshold, *shares)
+        table.add_row(Text(label_of(result)), threshold(found["threshold"]), *shares)
     return table
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lapora.errors import DataError
-from lapora.report.evaluation import HEADINGS, difference_of, label_of, number
+from lapora.report.evaluation import HEADINGS, label_of, number, threshold
 
 
 @dataclass(frozen=True)
@@ -78,14 +78,14 @@ def evaluation_tables(record: Mapping[str, Any]) -> list[PageTable]:
     scores = [score for score in HEADINGS if score in results[0]]
     tables = [
         PageTable(
-            f"{record['n']} rows of {record['split']}",
+            f"Scores on {record['n']} rows of {record['split']}",
             ["method", *(HEADINGS[score] for score in scores), "nll less MAP's (95 %)", "ece less MAP's (95 %)"],
             [
                 [
                     label_of(result),
                     *(_with_interval(result, score) for score in scores),
-                    difference_of(result),
-                    difference_of(result, "ece"),
+                    _difference(result, "nll"),
+                    _difference(result, "ece"),
                 ]
                 for result in results
             ],
@@ -101,7 +101,7 @@ def evaluation_tables(record: Mapping[str, Any]) -> list[PageTable]:
                 [
                     [
                         label_of(result),
-                        f"{result['coverage']['threshold']:.6g}",
+                        threshold(result["coverage"]["threshold"]),
                         f"{result['coverage']['coverage']:.1%}",
                         number(result["coverage"]["accuracy"]),
                         number(result["accuracy"]),
@@ -158,4 +158,9 @@ def checkpoint_page_tables(record: Mapping[str, Any]) -> list[PageTable]:
 def _with_interval(result: Mapping[str, Any], score: str) -> str:
     interval = result["intervals"].get(score)
     text = number(result[score])
-    return f"{text}\n{interval[0]:.3f} to {interval[1]:.3f}" if interval else text
+    return f"{text}\n{interval[0]:.3f}\u2013{interval[1]:.3f}" if interval else text
+
+
+def _difference(result: Mapping[str, Any], score: str) -> str:
+    found = result.get("difference_to_map", {}).get(score)
+    return f"{found['value']:+.3f}\n{found['interval'][0]:+.3f} to {found['interval'][1]:+.3f}" if found else ""
