@@ -37,6 +37,7 @@ def checkpoint_pictures(record: Mapping[str, Any]) -> list[Picture]:
         return []
     where = f"{record['task']}, {record['n']} rows of {record['split']}"
     dashed = "The dashed line is the checkpoint of the best MAP accuracy."
+    chosen = "" if record.get("prior_method") == "marglik" else " The priors were chosen for mc-joint."
     with style():
         pictures = [
             Picture(
@@ -49,7 +50,7 @@ def checkpoint_pictures(record: Mapping[str, Any]) -> list[Picture]:
             pictures.append(
                 Picture(
                     "checkpoints-links",
-                    f"The links side by side (KFAC); {where}. {dashed}",
+                    f"The links side by side (KFAC); {where}. {dashed}{chosen}",
                     _grid(record, [_MAP, _LLLA, _LA], links, across="links"),
                 )
             )

@@ -13,6 +13,8 @@ from rich.text import Text
 from lapora.report.evaluation import HEADINGS, label_of, number
 
 _BEST_IS_HIGH = ("accuracy", "mcc", "auroc")
+# The constant predictor is calibrated and says nothing, and an oracle has seen the labels: they are no candidates.
+_NO_CANDIDATES = ("constant", "temperature (oracle)")
 
 
 def print_comparison(runs: Sequence[Mapping[str, Any]], scores: Sequence[str]) -> None:
@@ -45,14 +47,15 @@ def _side_by_side(runs: Sequence[Mapping[str, Any]], score: str) -> Table:
     best = max if score in _BEST_IS_HIGH else min
     bests = []
     for column in columns:
-        # The constant predictor is calibrated and says nothing: it does not count.
-        known = [value for label, value in column.items() if value is not None and label != "constant"]
+        known = [value for label, value in column.items() if value is not None and label not in _NO_CANDIDATES]
         bests.append(best(known) if known else None)
     for label in dict.fromkeys(label for column in columns for label in column):
         cells = [
             Text(
                 number(column[label]) if label in column else "",
-                style="bold" if label != "constant" and value is not None and column.get(label) == value else "",
+                style="bold"
+                if label not in _NO_CANDIDATES and value is not None and column.get(label) == value
+                else "",
             )
             for column, value in zip(columns, bests, strict=True)
         ]

@@ -142,16 +142,18 @@ def evaluation_tables(record: Mapping[str, Any]) -> list[PageTable]:
 
 
 def checkpoint_page_tables(record: Mapping[str, Any]) -> list[PageTable]:
-    """Accuracy, ECE and NLL of every checkpoint."""
-    labels = [label_of(result) for result in record["checkpoints"][0]["results"]]
+    """Accuracy, ECE and NLL of every checkpoint: methods down, training steps across."""
+    checkpoints = record["checkpoints"]
+    columns = [{label_of(result): result for result in checkpoint["results"]} for checkpoint in checkpoints]
+    headings = ["method", *(f"step {checkpoint['step']}" for checkpoint in checkpoints)]
     tables = []
     for score in ("accuracy", "ece", "nll"):
-        rows = []
-        for checkpoint in record["checkpoints"]:
-            found = {label_of(result): result[score] for result in checkpoint["results"]}
-            rows.append([str(checkpoint["step"]), *(number(found.get(label)) for label in labels)])
-        title = f"{HEADINGS[score]} of {record['n']} rows of {record['split']}"
-        tables.append(PageTable(title, ["step", *labels], rows))
+        rows = [
+            [label, *(number(column[label][score]) if label in column else "" for column in columns)]
+            for label in columns[0]
+        ]
+        title = f"{HEADINGS[score].upper() if score != 'accuracy' else 'Accuracy'} on {record['n']} rows of"
+        tables.append(PageTable(f"{title} {record['split']}", headings, rows))
     return tables
 
 

@@ -82,8 +82,8 @@ def evaluate_checkpoints(
         progress: Told of rows done.
 
     Returns:
-        ``task``, ``split``, ``n``, ``skipped`` (why a posterior was left out, by name) and ``checkpoints``: for each,
-        ``step`` and the record of its evaluation.
+        ``run``, ``task``, ``split``, ``n``, ``prior_method``, ``skipped`` (why a posterior was left out, by name) and
+        ``checkpoints``: for each, ``step`` and the record of its evaluation.
 
     Raises:
         UsageError: No checkpoints there, or no task.
@@ -110,6 +110,7 @@ def evaluate_checkpoints(
     return {
         "run": str(run),
         **{key: first[key] for key in ("task", "split", "n")},
+        "prior_method": checkpoints.prior_method,
         "skipped": skipped,
         "checkpoints": done,
     }
