@@ -303,6 +303,7 @@ def test_a_failed_gate_ends_with_7_after_the_results(adapter, tmp_path, capsys):
         (("--coverage", "0"), "--coverage"),
         (("--checkpoints", "--name", "x"), "--name"),
         (("--checkpoints",), "no checkpoint-STEP"),
+        (("--prior-method", "marglik"), "need --checkpoints"),
     ],
 )
 def test_bad_options(adapter, arguments, words):

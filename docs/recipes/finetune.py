@@ -101,7 +101,10 @@ def training_rows(options: argparse.Namespace, tokenizer: Any, max_length: int) 
     examples = render_all(task, loaded, kind=options.kind, choices=choices)
     coded = encode_all(examples, tokenizer, kind=options.kind, max_length=max_length, task=task)
     if options.kind == "classifier":
-        rows = [{"ids": row.input_ids, "labels": example.target} for row, example in zip(coded, examples, strict=True)]
+        rows = [
+            {"ids": row.input_ids, "types": row.token_type_ids, "labels": example.target}
+            for row, example in zip(coded, examples, strict=True)
+        ]
         return rows, choices
     texts = [example.text for example in examples]
     tokens = answer_token_ids(tokenizer, texts, choices, delimiter=task.target_delimiter)
@@ -120,7 +123,10 @@ def collate(batch: list[dict[str, Any]], pad: int) -> dict[str, torch.Tensor]:
     labels = [row["labels"] for row in batch]
     if isinstance(labels[0], list):
         labels = [label + [-100] * (longest - len(label)) for label in labels]
-    return {"input_ids": ids, "attention_mask": mask, "labels": torch.tensor(labels)}
+    inputs = {"input_ids": ids, "attention_mask": mask, "labels": torch.tensor(labels)}
+    if batch[0].get("types") is not None:
+        inputs["token_type_ids"] = torch.tensor([row["types"] + [0] * (longest - len(row["ids"])) for row in batch])
+    return inputs
 
 
 if __name__ == "__main__":

@@ -79,6 +79,7 @@ def eval_command(
     fit_split: Annotated[str, typer.Option(help="With --checkpoints: split they were trained on.")] = "train",
     fit_limit: Annotated[int | None, typer.Option(min=1, help="With --checkpoints: rows to fit on.")] = None,
     max_length: Annotated[int | None, typer.Option(min=1, help="With --checkpoints: tokens per row.")] = None,
+    chat_template: Annotated[bool, typer.Option("--chat-template", help="With --checkpoints: wrap as a chat.")] = False,
     prior_method: Annotated[PriorMethod, typer.Option(help="With --checkpoints: how priors are chosen.")] = "auto",
     plots: Annotated[Path | None, typer.Option(help="Folder for pictures, PNG and SVG.")] = None,
     report: Annotated[Path | None, typer.Option(help="HTML file: one page with everything.")] = None,
@@ -118,10 +119,14 @@ def eval_command(
             raise UsageError(f"{'--name' if name else '--fail-if'} does not go with --checkpoints")
         if prior_method == "adapted":
             raise UsageError("--prior-method adapted needs --structure full, which --checkpoints does not fit")
-        fitting = CheckpointSettings(fit_split, fit_limit, max_length, prior_method=prior_method)
+        fitting = CheckpointSettings(fit_split, fit_limit, max_length, chat_template, prior_method)
         record = _run_checkpoints(model, data, settings, fitting, as_json)
         _keep_checkpoints(model, record, plots, report, output)
         return
+    if (fit_split, fit_limit, max_length, chat_template, prior_method) != ("train", None, None, False, "auto"):
+        raise UsageError(
+            "--fit-split, --fit-limit, --max-length, --chat-template and --prior-method need --checkpoints"
+        )
     from lapora.workflows.evaluate import run_evaluation
     from lapora.workflows.gates import check_gates, parse_gate
 

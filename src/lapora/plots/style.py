@@ -48,6 +48,11 @@ class Picture:
     caption: str
     figure: Figure
 
+    def __post_init__(self) -> None:
+        """Lay the figure out once: every further drawing would move it by a hair."""
+        self.figure.draw_without_rendering()
+        self.figure.set_layout_engine("none")
+
 
 @contextmanager
 def style() -> Iterator[None]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Console
@@ -12,7 +12,9 @@ from rich.table import Table
 from rich.text import Text
 
 from lapora.config import method_label
-from lapora.metrics import Bin
+
+if TYPE_CHECKING:  # listing tasks and inspecting a posterior need no torch
+    from lapora.metrics import Bin
 
 HEADINGS = {
     "accuracy": "accuracy",
@@ -164,8 +166,10 @@ def checkpoint_tables(record: Mapping[str, Any]) -> list[Table]:
     """One table for each score: training steps down, methods across."""
     tables = []
     for score in ("accuracy", "ece", "nll"):
-        labels = [label_of(result) for result in record["checkpoints"][0]["results"]]
-        labels = [label for label in labels if label == "map" or label.endswith("(mc-joint)")] or labels
+        results = record["checkpoints"][0]["results"]
+        links = [result["link"] for result in results if "link" in result]
+        shown = (None, "mc-joint" if "mc-joint" in links else next(iter(links), None))
+        labels = [label_of(each) for each in results if each.get("link") in shown and each["method"] != "constant"]
         table = Table(
             title=Text(f"{record['task']}, {record['split']}: {score} of {record['n']} rows"), box=box.SIMPLE_HEAD
         )

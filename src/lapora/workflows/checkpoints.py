@@ -128,7 +128,13 @@ def _one_checkpoint(
     progress: Progress | None,
 ) -> dict[str, Any]:
     cache = model.root / "laplace" / CACHE_FILE
-    asked = {"data": rows_key, "settings": repr(settings), "fit": repr(checkpoints), "version": __version__}
+    asked = {
+        "data": rows_key,
+        "settings": repr(settings),
+        "fit": repr(checkpoints),
+        "base": _base(model),
+        "version": __version__,
+    }
     kept = _read_cache(cache)
     if kept and kept["key"] == _key(model, kept["names"], asked):
         skipped |= {name: reason for name, reason in kept["skipped"].items() if name not in skipped}
@@ -182,7 +188,7 @@ def _fit_and_tune(
         seed=settings.seed,
     )
     note = model.root / "laplace" / f".{name}.made-with"
-    wanted = hashlib.sha256(f"{rows_key}{fitting!r}{checkpoints!r}".encode()).hexdigest()
+    wanted = hashlib.sha256(f"{rows_key}{fitting!r}{checkpoints!r}{_base(model)}".encode()).hexdigest()
     if note.is_file() and note.read_text(encoding="utf-8") == wanted and _usable(model, name):
         return
     note.unlink(missing_ok=True)
@@ -199,6 +205,11 @@ def _fit_and_tune(
         )
         say(f"{heading}: {tuned.reason}")
     note.write_text(wanted, encoding="utf-8")
+
+
+def _base(model: ModelSettings) -> str:
+    """How the base model was asked for."""
+    return repr((model.base_model, model.quantize, model.dtype))
 
 
 def _usable(model: ModelSettings, name: str) -> bool:
