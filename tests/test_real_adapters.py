@@ -10,6 +10,7 @@ import pytest
 from lapora.config import DataSettings, FitSettings, ModelSettings
 from lapora.workflows.evaluate import evaluate
 from lapora.workflows.fit import fit
+from lapora.workflows.tune_prior import tune_prior
 
 SOURCE = """
 task: {name}
@@ -55,3 +56,16 @@ def test_figures_of_an_independent_implementation(shared, tmp_path, name, sharin
     assert by_method["laplace"]["nll"] == pytest.approx(nll, abs=0.005)
     # With five classes the reference's own sampling moves rows between bins, and 10 % in δ is 0.02 in ECE.
     assert by_method["laplace"]["ece"] == pytest.approx(ece, abs=0.025 if name == "source5" else 0.006)
+    if (name, sharing) == ("source5", "expand"):
+        _validation_mends_what_the_evidence_spoils(model)
+
+
+def _validation_mends_what_the_evidence_spoils(model):
+    """The adapter is calibrated already: tuned on half of the validation rows, Laplace beats MAP on the other half."""
+    tuned = tune_prior(model)
+    assert tuned.method == "validation"
+    assert 20 < tuned.prior["precision"] < 1000
+    record = evaluate(model, DataSettings())
+    assert record["n"] == record["excluded"] == 250
+    _, at_map, laplace = record["results"]
+    assert laplace["nll"] < at_map["nll"] and not record["warnings"]

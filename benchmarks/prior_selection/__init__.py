@@ -1,0 +1,1 @@
+"""Choosing the prior precision from training data alone: adapters, criteria and the comparison."""

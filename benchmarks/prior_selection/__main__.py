@@ -1,0 +1,5 @@
+"""``python -m benchmarks.prior_selection`` is ``python -m benchmarks.prior_selection.run``."""
+
+from benchmarks.prior_selection.run import main
+
+main()
