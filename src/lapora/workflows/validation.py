@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import torch
 
 from lapora import metrics
 from lapora.config import DataSettings, ModelSettings, PriorSettings, Progress
@@ -160,9 +159,7 @@ def _least(values: Sequence[float]) -> int:
 def _tuning_rows(session: Session, data: DataSettings, seed: int) -> LabelledRows:
     """A seeded half of the split (or as many rows as the limit says)."""
     rows = _labelled_split(session, data)
-    count = data.limit or max(1, len(rows.examples) // 2)
-    order = torch.randperm(len(rows.examples), generator=torch.Generator().manual_seed(seed))
-    return rows.only(sorted(order[:count].tolist()))
+    return rows.chosen(data.limit or max(1, len(rows.examples) // 2), seed)
 
 
 def _labelled_split(session: Session, data: DataSettings) -> LabelledRows:
