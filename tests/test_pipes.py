@@ -235,8 +235,8 @@ def test_control_c_at_any_moment_leaves_whole_lines(tiny, delay):
 
 def feed(process: subprocess.Popen, lines: list[bytes]) -> None:
     try:
-        for line in lines:
-            process.stdin.write(line)
+        for line in lines:  # unbuffered: nothing is left over when the process has gone
+            os.write(process.stdin.fileno(), line)
         process.stdin.close()
     except (BrokenPipeError, ValueError):
         pass
