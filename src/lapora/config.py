@@ -18,6 +18,7 @@ PriorMethod = Literal["auto", "marglik", "adapted", "validation"]
 PriorStructure = Literal["scalar", "kind", "layer"]
 Optimizer = Literal["exact", "adam"]
 Link = Literal["mc-joint", "mc-indep", "probit", "bridge", "map"]
+Method = Literal["constant", "map", "temperature", "mc-dropout", "ensemble", "laplace"]
 OnError = Literal["stop", "report"]
 
 Progress = Callable[[int, int], None]
@@ -90,6 +91,39 @@ class PriorSettings:
 
 
 @dataclass(frozen=True)
+class EvalSettings:
+    """What is scored beside what.
+
+    Attributes:
+        methods: Which; ``all`` is every one that there is, and every saved posterior and link unless named.
+        names: Saved posteriors; empty means ``default``, or under ``all`` every one.
+        links: Links of each; empty means mc-joint, or under ``all`` every one.
+        samples: Points of the sampling links.
+        seed: Of whatever is random.
+        dropout_samples: Passes of MC dropout.
+        ensemble: Other adapters, or folders of checkpoints, to average with ADAPTER.
+        temperature_split: Split that the temperature is fitted on; None means the rows that tuned the prior.
+        temperature_oracle: Add the temperature fitted on the scored rows themselves.
+        ood: Tasks of other data.
+        ood_data_dirs: Their folders: one for all, or one for each.
+        coverage: Share of rows to keep, for which a threshold is wanted.
+    """
+
+    methods: tuple[Method | Literal["all"], ...] = ("constant", "map", "laplace")
+    names: tuple[str, ...] = ()
+    links: tuple[Link, ...] = ()
+    samples: int = DEFAULT_SAMPLES
+    seed: int = 0
+    dropout_samples: int = 20
+    ensemble: tuple[Path, ...] = ()
+    temperature_split: str | None = None
+    temperature_oracle: bool = False
+    ood: tuple[str, ...] = ()
+    ood_data_dirs: tuple[Path, ...] = ()
+    coverage: float | None = None
+
+
+@dataclass(frozen=True)
 class PredictSettings:
     """How logit moments become probabilities, and what is written."""
 
@@ -116,3 +150,8 @@ TOKEN_BUDGET = 2048
 
 LONGEST_LINE = 16 * 2**20
 """Bytes of an input line of ``predict``; a longer one is no row, and not held in memory."""
+
+
+def method_label(method: str, name: str | None = None, link: str | None = None) -> str:
+    """How tables, pictures and gates name a method: ``laplace default (mc-joint)``."""
+    return " ".join(part for part in (method, name, f"({link})" if link else None) if part)

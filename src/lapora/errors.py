@@ -37,6 +37,14 @@ class DataError(LaporaError):
     exit_status = 5
 
 
+class MissingSplitError(DataError):
+    """There is no such split to be read: no file, or nothing on the Hub."""
+
+
+class UnlabelledError(DataError):
+    """Rows of which none has a label, where labels are needed."""
+
+
 class NumericalError(LaporaError):
     """NaN, infinity or a matrix that is not positive semi-definite."""
 

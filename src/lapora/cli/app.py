@@ -6,11 +6,12 @@ import json
 import sys
 import warnings
 from pathlib import Path
-from typing import Annotated, Any, TextIO, cast
+from typing import Annotated, Any, TextIO
 
 import typer
 
 from lapora._version import __version__
+from lapora.cli.evaluate import compare_command, eval_command
 from lapora.cli.lines import binary_lines
 from lapora.cli.options import (
     AdapterArgument,
@@ -21,7 +22,6 @@ from lapora.cli.options import (
     DtypeOption,
     JsonOption,
     LimitOption,
-    LinksOption,
     NameOption,
     OutputDirOption,
     QuantizeOption,
@@ -210,53 +210,8 @@ def predict_command(
         write_json_lines(predict(model, settings, lines), output)
 
 
-@app.command("eval")
-def eval_command(
-    adapter: AdapterArgument,
-    task: TaskOption = None,
-    data_dir: DataDirOption = None,
-    split: Annotated[str | None, typer.Option(help="Split to score.")] = None,
-    limit: LimitOption = None,
-    link: LinksOption = ["mc-joint"],  # noqa: B006
-    name: Annotated[list[str], typer.Option(help="Posterior to score; may be repeated.")] = ["default"],  # noqa: B006
-    samples: SamplesOption = PredictSettings.samples,
-    base_model: BaseModelOption = None,
-    quantize: QuantizeOption = None,
-    dtype: DtypeOption = None,
-    device: DeviceOption = "auto",
-    batch_size: BatchOption = "auto",
-    trust_remote_code: TrustOption = False,
-    seed: SeedOption = 0,
-    output_dir: OutputDirOption = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Score MAP and Laplace side by side."""
-    model = model_settings(adapter, base_model, quantize, dtype, device, batch_size, output_dir, trust_remote_code)
-    from lapora.workflows.evaluate import evaluate
-
-    with RowProgress("eval") as progress:
-        record = evaluate(
-            model,
-            DataSettings(task, data_dir, split, limit),
-            names=name,
-            links=cast("list[Link]", link),
-            samples=samples,
-            seed=seed,
-            progress=progress,
-        )
-    warnings = record.pop("warnings")
-    if record["excluded"]:
-        say(f"{record['excluded']} rows that tuned the prior are left out")
-    if record["truncated"]:
-        say(f"{record['truncated']} of {record['n']} rows were cut to the greatest length")
-    if as_json:
-        typer.echo(json.dumps(record))
-    else:
-        from lapora.report import print_evaluation
-
-        print_evaluation(record)
-    for warning in warnings:
-        say(warning)
+app.command("eval")(eval_command)
+app.command("compare")(compare_command)
 
 
 @app.command("tasks")

@@ -7,7 +7,7 @@ from typing import Annotated, get_args
 
 import typer
 
-from lapora.config import Dtype, Link, ModelSettings, Quantisation
+from lapora.config import Dtype, Link, Method, ModelSettings, Quantisation
 from lapora.errors import UsageError
 
 
@@ -23,6 +23,29 @@ LinksOption = Annotated[
     list[str],
     typer.Option(
         callback=_known_links, metavar=f"<{'|'.join(get_args(Link))}>", help="Link to score; may be repeated."
+    ),
+]
+
+
+def _known_methods(methods: list[str]) -> list[str]:
+    """Repeated, or several in one with commas."""
+    known = ("all", *get_args(Method))
+    found = [part.strip() for method in methods for part in method.split(",")]
+    for method in found:
+        if method not in known:
+            raise UsageError(f"--methods {method}: one of {', '.join(known)}")
+    return found
+
+
+MethodsOption = Annotated[
+    list[str],
+    typer.Option(
+        "--methods",
+        "--method",
+        callback=_known_methods,
+        metavar=f"<all|{'|'.join(get_args(Method))}>",
+        help="What to score; may be repeated. all: every method, saved posterior and link.",
+        show_default="constant, map, laplace",
     ),
 ]
 AdapterArgument = Annotated[str, typer.Argument(metavar="ADAPTER", help="Folder of a PEFT LoRA adapter.")]

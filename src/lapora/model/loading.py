@@ -137,7 +137,8 @@ def load_model(
         fingerprint=fingerprint,
         number_of_labels=getattr(base.config, "num_labels", None) if adapter.kind == "classifier" else None,
     )
-    if adapter.kind == "classifier" and base.config.get_text_config().pad_token_id is None:
+    if adapter.kind == "classifier":
+        # A decoder with a head finds the answer's position by this id: it must be the one that batches are padded with.
         base.config.get_text_config().pad_token_id = loaded.pad_token_id
     return loaded
 
@@ -258,7 +259,10 @@ def _load_adapter(adapter: Adapter, base: nn.Module, base_name: str) -> PeftMode
         raise AdapterError(f"{adapter.path}: peft cannot put it on base model {base_name} ({reason})") from error
     expected = get_peft_model_state_dict(model, save_embedding_layers=False)
     absent = sorted(set(expected) - set(adapter.shapes))
-    surplus = sorted(set(adapter.shapes) - set(expected) - {k for k in adapter.shapes if "embed" in k})
+    # peft saves embeddings, and an output layer that has LoRA, whole beside their LoRA weights, and loads them back.
+    kept = set(model.state_dict())
+    whole = {k for k in adapter.shapes if "embed" in k or (k.endswith(".base_layer.weight") and k in kept)}
+    surplus = sorted(set(adapter.shapes) - set(expected) - whole)
     if absent or surplus:
         raise AdapterError(
             f"{adapter.path}: the adapter does not fit base model {base_name}: "

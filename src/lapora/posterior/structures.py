@@ -155,7 +155,7 @@ class _SketchObserver(JacobianObserver):
 
     def end(self, rows: int, directions: int) -> None:
         """Add the batch's rows."""
-        self.sketch.add(self.jacobian(rows, directions).flatten(0, 1))
+        self.sketch.add(self.jacobian(rows, directions).flatten(0, 1).to(self.sketch.image))
 
     def state(self) -> ObserverState:
         """The sketch."""
@@ -170,12 +170,14 @@ class _SketchObserver(JacobianObserver):
 
 def _lowrank(run: CurvatureRun) -> tuple[Posterior, DataPass]:
     rank = run.rank or DEFAULT_RANK
+    _refuse_a_sketch_that_does_not_fit(run, rank)
     observer = _SketchObserver(run, rank)
     data = run.observe(observer)
     values, vectors = observer.sketch.leading(rank)
     trace = observer.sketch.trace
     kept = min(1.0, float(values.sum()) / trace) if trace else 1.0
-    return JointPosterior(_describe(run.layers), vectors.T.contiguous(), values, kept), data
+    described = [{**parameter, "kept": kept} for parameter in _describe(run.layers)]
+    return JointPosterior(described, vectors.T.contiguous(), values, kept), data
 
 
 class _RowsObserver(JacobianObserver):
@@ -297,10 +299,26 @@ def _describe(layers: Sequence[BayesianLayer]) -> list[dict[str, object]]:
     return [describe_parameter(layer.name, layer.role, layer.shape, layer.squared_norm) for layer in layers]
 
 
+def _size(run: CurvatureRun) -> tuple[int, int]:
+    """Parameters that can have a gradient, and bytes of one number."""
+    parameters = sum(r * c for r, c in (layer.gradient_shape(run.classes) for layer in run.layers))
+    return parameters, 8 if run.layers[0].module.weight.dtype == torch.float64 else 4
+
+
+def _refuse_a_sketch_that_does_not_fit(run: CurvatureRun, rank: int) -> None:
+    parameters, width = _size(run)
+    needed, available = 5 * rank * parameters * width, _available_memory()
+    if needed > available:
+        raise UsageError(
+            f"--structure lowrank --rank {rank} needs {needed / 2**30:.1f} GiB for {parameters:,} parameters, and "
+            f"{available / 2**30:.1f} GiB are free; use a smaller --rank, or --structure kron"
+        )
+
+
 def _refuse_what_does_not_fit(run: CurvatureRun) -> None:
     rows = len(run.targets) * run.columns
-    parameters = sum(r * c for r, c in (layer.gradient_shape(run.classes) for layer in run.layers))
-    needed = 2 * rows * parameters * 4 + 4 * rows * rows * 8
+    parameters, width = _size(run)
+    needed = 2 * rows * parameters * width + 4 * rows * rows * 8
     available = _available_memory()
     if needed > available:
         raise UsageError(

@@ -93,16 +93,20 @@ def _averaged_softmax(differences: Tensor, covariance: Tensor, samples: int, see
     if differences.shape[1] == 1:
         deviation = covariance[:, 0, 0].clamp(min=0.0).sqrt()
         return torch.stack(log_expected_sigmoid(differences[:, 0], deviation), dim=1)
-    points = _normal_points(samples, differences.shape[1], seed)
-    # The symmetric root, not Cholesky: a covariance may be singular (a class no parameter moves).
-    values, vectors = torch.linalg.eigh(covariance)
-    root = vectors * values.clamp(min=0.0).sqrt().unsqueeze(1)
+    points = normal_points(samples, differences.shape[1], seed)
+    root = symmetric_root(covariance)
     chunk = max(1, _CHUNK_ELEMENTS // (samples * (differences.shape[1] + 1)))
     averaged = [
         _log_mean_softmax(mean, factor, points)
         for mean, factor in zip(differences.split(chunk), root.split(chunk), strict=True)
     ]
     return torch.cat(averaged)
+
+
+def symmetric_root(covariance: Tensor) -> Tensor:
+    """L with ``L Lᵀ`` the covariances ``(B, K, K)``; not Cholesky's, since they may be singular."""
+    values, vectors = torch.linalg.eigh(covariance)
+    return vectors * values.clamp(min=0.0).sqrt().unsqueeze(1)
 
 
 def _log_mean_softmax(mean: Tensor, root: Tensor, points: Tensor) -> Tensor:
@@ -112,7 +116,7 @@ def _log_mean_softmax(mean: Tensor, root: Tensor, points: Tensor) -> Tensor:
     return averaged - torch.logsumexp(averaged, dim=1, keepdim=True)
 
 
-def _normal_points(samples: int, dimensions: int, seed: int) -> Tensor:
+def normal_points(samples: int, dimensions: int, seed: int) -> Tensor:
     """Scrambled Sobol points carried to the standard normal, ``(samples, dimensions)``, with mean zero.
 
     Half of the points are the other half's mirror images, which integrates every odd function exactly.

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
-from lapora.errors import DataError
+from lapora.errors import DataError, MissingSplitError
 from lapora.tasks.quoting import first_line, listed, quoted
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
@@ -31,7 +31,9 @@ def find_split_file(folder: Path, names: list[str]) -> Path:
         DataError: There is no such folder or file; the message lists what was found.
     """
     if not folder.is_dir():
-        raise DataError(f"--data-dir {quoted(str(folder), 200)}: no such folder; give the folder of the split files")
+        raise MissingSplitError(
+            f"--data-dir {quoted(str(folder), 200)}: no such folder; give the folder of the split files"
+        )
     for name in names:
         if "/" in name or "\\" in name or name in ("", ".", ".."):
             raise DataError(f"the split {quoted(name)} is no file name; use a name such as train or validation")
@@ -41,7 +43,7 @@ def find_split_file(folder: Path, names: list[str]) -> Path:
                 return path
     there = sorted(entry.name for entry in folder.iterdir() if entry.suffix in SUFFIXES)
     found = listed(there) if there else "no .jsonl, .json, .csv or .parquet file at all"
-    raise DataError(
+    raise MissingSplitError(
         f"--data-dir {quoted(str(folder), 200)}: no {names[0]}.jsonl (nor .json, .csv, .parquet); "
         f"it has {found}; choose with --split"
     )

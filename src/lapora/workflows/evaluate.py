@@ -1,17 +1,43 @@
-"""``lapora eval``: MAP, every link asked for, and the constant predictor, on the same rows."""
+"""``lapora eval``: baselines, MAP and every posterior and link asked for, on the same rows."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from lapora import metrics
-from lapora.config import DEFAULT_SAMPLES, DataSettings, Link, ModelSettings, Progress
-from lapora.errors import DataError
-from lapora.workflows.scoring import LabelledRows, read_labelled_rows, score_rows
-from lapora.workflows.session import Session, open_posterior, open_session
+from lapora.config import DEFAULT_SAMPLES, DataSettings, EvalSettings, Link, ModelSettings, Progress
+from lapora.errors import DataError, UsageError
+from lapora.predictive.information import mutual_information
+from lapora.tasks import data_fingerprint
+from lapora.workflows import baselines
+from lapora.workflows.plan import Plan, Prediction, make_plan
+from lapora.workflows.scoring import LabelledRows, ScoredRows, read_labelled_rows, score_rows
+from lapora.workflows.session import Session, open_session
+from lapora.workflows.shift import coverage_record, read_shifted_rows, shift_record
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """What was found.
+
+    Attributes:
+        record: What ``eval --json`` prints.
+        predictions: Of the scored rows, in the record's order.
+        targets: Their labels, ``(N,)``.
+        warnings: Lines for people: what was left out, and where Laplace is worse than MAP.
+        manifests: The manifests of the posteriors scored, by name.
+    """
+
+    record: dict[str, Any]
+    predictions: list[Prediction]
+    targets: torch.Tensor
+    warnings: list[str]
+    manifests: dict[str, Mapping[str, Any]]
 
 
 def evaluate(
@@ -24,59 +50,189 @@ def evaluate(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Score posteriors against labels. Rows that tuned any of their priors are left out.
+    """The constant predictor, MAP and Laplace: the record of :func:`run_evaluation`, with ``warnings`` added."""
+    settings = EvalSettings(names=tuple(names), links=tuple(links), samples=samples, seed=seed)
+    done = run_evaluation(model, data, settings, progress)
+    return {**done.record, "warnings": done.warnings}
+
+
+def run_evaluation(
+    model: ModelSettings, data: DataSettings, settings: EvalSettings, progress: Progress | None = None
+) -> Evaluation:
+    """Score methods against labels. Rows that tuned a prior or the temperature are left out.
 
     Args:
         model: The adapter and how to run it.
         data: The rows; by default the validation split of what ``fit`` recorded.
-        names: Saved posteriors.
-        links: Links to score for each.
-        samples: Points of the sampling links.
-        seed: Their scrambling.
+        settings: What is scored beside what.
         progress: Told of rows done.
 
-    Returns:
-        The record that ``eval --json`` prints, with ``warnings`` added.
-
     Raises:
+        UsageError: Options that contradict each other, or a method that this adapter does not have.
         DataError: The rows have no labels, or their answers are not the posterior's.
+        PosteriorError: A posterior is missing, damaged, or of other weights.
     """
-    if not names:
-        raise DataError("no posterior to evaluate; give --name")
-    tuned_on = frozenset(digest for name in names for digest in _tuning_rows(model, name))
-    results: list[dict[str, Any]] = []
-    warnings: list[str] = []
-    record: dict[str, Any] = {}
-    session: Session | None = None
-    for name in names:
-        session = open_session(model, name, session)
-        rows = read_labelled_rows(session, data, exclude=tuned_on)
-        scored = score_rows(session, rows, links, samples=samples, seed=seed, progress=progress)
-        log_p = {link: table[0] for link, table in scored.log_p.items()}
-        with_mcc = rows.task.metric == "mcc"
-        if not results:
-            record = {
-                "task": rows.task.task,
-                "split": rows.split,
-                "n": len(rows.examples),
-                "excluded": rows.excluded,
-                "truncated": scored.truncated,
-            }
-            constant = metrics.constant_predictor(rows.targets, len(session.choices))
-            results.append({"method": "constant", **metrics.evaluate(constant, rows.targets, with_mcc=with_mcc)})
-            results.append({"method": "map", **metrics.evaluate(log_p["map"], rows.targets, with_mcc=with_mcc)})
-        for link in links:
-            scores = metrics.evaluate(log_p[link], rows.targets, with_mcc=with_mcc)
-            results.append({"method": "laplace", "name": name, "link": link, **scores})
-            if link != "map":
-                warnings += _warn(session, link, rows, log_p[link], log_p["map"], scores["accuracy"])
-    return {**record, "results": results, "warnings": warnings}
+    plan = make_plan(model, settings)
+    session = open_session(model, plan.names[0])
+    notes: list[str] = []
+    temperature = _temperature(session, plan, data, settings, notes)
+    left_out = plan.tuning_digests | (temperature.rows if temperature else frozenset())
+    rows = read_labelled_rows(session, data, exclude=left_out)
+    sets = [rows, *read_shifted_rows(session, settings, data.limit)]
+
+    predictions: list[list[Prediction]] = [[] for _ in sets]
+    manifests: dict[str, Mapping[str, Any]] = {}
+    truncated = 0
+    for name in plan.names if "laplace" in plan.methods else plan.names[:1]:
+        if name != session.posterior.folder.name:
+            session = open_session(model, name, session)
+        manifests[name] = session.posterior.manifest
+        scored = [_score(session, each, plan, settings, progress) for each in sets]
+        if len(manifests) == 1:
+            truncated = scored[0].truncated
+            log_maps = [each.log_p["map"][0] for each in scored]
+            predictions = _baselines(model, session, sets, log_maps, plan, settings, temperature, notes)
+        if "laplace" in plan.methods:
+            for found, each in zip(predictions, scored, strict=True):
+                found += _laplace(name, plan.links, each, settings)
+            notes += _warnings(session, plan.links, rows, scored[0])
+    record = {
+        "task": rows.task.task,
+        "split": rows.split,
+        "n": len(rows.examples),
+        "excluded": rows.excluded,
+        "truncated": truncated,
+        "rows": data_fingerprint(rows.examples),
+        "results": _results(predictions[0], rows, settings),
+    }
+    if settings.ood:
+        inside = [each for each in predictions[0] if each.method not in _OWN_ROWS_ONLY]
+        record["ood"] = [
+            shift_record(inside, found, each) for found, each in zip(predictions[1:], sets[1:], strict=True)
+        ]
+    return Evaluation(record, predictions[0], rows.targets, notes, manifests)
 
 
-def _tuning_rows(model: ModelSettings, name: str) -> list[str]:
-    _, posterior = open_posterior(model, name)
-    found: list[str] = posterior.manifest["prior"].get("validation", {}).get("rows", [])
+_OWN_ROWS_ONLY = ("constant", "temperature (oracle)")
+
+
+def _temperature(
+    session: Session, plan: Plan, data: DataSettings, settings: EvalSettings, notes: list[str]
+) -> baselines.Temperature | None:
+    if "temperature" not in plan.methods:
+        return None
+    try:
+        found = baselines.fit_temperature(session, plan, data, settings)
+    except DataError as error:
+        if not plan.everything or settings.temperature_split:
+            raise
+        notes.append(f"temperature left out: {baselines.first_line(error)}")
+        return None
+    notes += found.notes
     return found
+
+
+def _score(
+    session: Session, rows: LabelledRows, plan: Plan, settings: EvalSettings, progress: Progress | None
+) -> ScoredRows:
+    laplace = "laplace" in plan.methods
+    return score_rows(
+        session,
+        rows,
+        plan.links if laplace else (),
+        samples=settings.samples,
+        seed=settings.seed,
+        with_moments=laplace and bool(settings.ood),
+        progress=progress,
+    )
+
+
+def _baselines(
+    model: ModelSettings,
+    session: Session,
+    sets: Sequence[LabelledRows],
+    log_maps: Sequence[torch.Tensor],
+    plan: Plan,
+    settings: EvalSettings,
+    temperature: baselines.Temperature | None,
+    notes: list[str],
+) -> list[list[Prediction]]:
+    """Every method but Laplace, of each set of rows; the constant and the oracle of the first set alone."""
+    found: list[list[Prediction]] = [[] for _ in sets]
+    if "constant" in plan.methods:
+        constant = metrics.constant_predictor(sets[0].targets, len(session.choices))
+        found[0].append(Prediction("constant", constant))
+    for each, log_map in zip(found, log_maps, strict=True):
+        # MAP is what every other method is compared with: it is always there.
+        each.append(Prediction("map", log_map))
+        if temperature:
+            each.append(temperature.predict(log_map))
+    if settings.temperature_oracle:
+        found[0].append(baselines.oracle_temperature(log_maps[0], sets[0].targets))
+    if "mc-dropout" in plan.methods:
+        try:
+            drawn = baselines.mc_dropout(session, sets, settings.dropout_samples, settings.seed)
+        except UsageError as error:
+            if not plan.everything:
+                raise
+            notes.append(f"left out: {baselines.first_line(error)}")
+        else:
+            found = [[*each, one] for each, one in zip(found, drawn, strict=True)]
+    if "ensemble" in plan.methods:
+        averaged = baselines.ensemble(model, session, sets, log_maps, settings.ensemble)
+        found = [[*each, one] for each, one in zip(found, averaged, strict=True)]
+    return found
+
+
+def _laplace(name: str, links: Sequence[Link], scored: ScoredRows, settings: EvalSettings) -> list[Prediction]:
+    information = None
+    if scored.moments is not None:
+        information = mutual_information(scored.moments, samples=settings.samples, seed=settings.seed)
+    return [
+        Prediction(
+            "laplace", scored.log_p[link][0], name, link, mutual_information=None if link == "map" else information
+        )
+        for link in links
+    ]
+
+
+def _results(predictions: Sequence[Prediction], rows: LabelledRows, settings: EvalSettings) -> list[dict[str, Any]]:
+    """The record's entries: scores, their intervals, and the paired differences to MAP."""
+    with_mcc = rows.task.metric == "mcc"
+    tables = {each.label: each.log_p for each in predictions}
+    own, paired = metrics.intervals(tables, rows.targets, reference="map", with_mcc=with_mcc, seed=settings.seed)
+    scores = {label: metrics.evaluate(log_p, rows.targets, with_mcc=with_mcc) for label, log_p in tables.items()}
+    results = []
+    for each in predictions:
+        entry = {**each.identity(), **{key: _defined(value) for key, value in scores[each.label].items()}}
+        entry["intervals"] = {key: list(interval) for key, interval in own[each.label].items()}
+        if each.label in paired:
+            entry["difference_to_map"] = {
+                key: {"value": scores[each.label][key] - scores["map"][key], "interval": list(interval)}
+                for key, interval in paired[each.label].items()
+            }
+        if settings.coverage is not None:
+            entry["coverage"] = coverage_record(each, rows.targets, settings.coverage)
+        results.append(entry)
+    return results
+
+
+def _defined(value: float) -> float | None:
+    return None if math.isnan(value) else value
+
+
+def _warnings(session: Session, links: Sequence[Link], rows: LabelledRows, scored: ScoredRows) -> list[str]:
+    found = []
+    for link in links:
+        if link != "map":
+            log_p = scored.log_p[link][0]
+            accuracy = float((log_p.argmax(dim=1) == rows.targets).double().mean())
+            found += _warn(session, link, rows, log_p, scored.log_p["map"][0], accuracy)
+    return found
+
+
+_WORTH_SAYING = 1e-4
+"""Nats a row."""
 
 
 def _warn(
@@ -85,7 +241,7 @@ def _warn(
     """Where Laplace is worse than MAP beyond chance: how, and the command that mends it."""
     differences = metrics.row_nll(log_p, rows.targets) - metrics.row_nll(log_map, rows.targets)
     worse = float(differences.mean())
-    if worse <= 0:
+    if worse <= _WORTH_SAYING:
         return []
     low, high = metrics.paired_interval(differences)
     name = session.posterior.folder.name

@@ -21,7 +21,7 @@ from lapora.posterior.artifact import SavedPosterior, posterior_folder
 from lapora.posterior.gaussian import Posterior
 from lapora.posterior.prior import PriorPrecision
 from lapora.predictive.predictor import LinearisedPredictor
-from lapora.tasks import EncodedExample, Example, Task, encode_all, load_rows, load_task
+from lapora.tasks import EncodedExample, Example, Task, encode_all, load_rows, load_task, split_source
 from lapora.workflows.identity import adapter_differences, model_differences, warn_of_other_versions
 
 
@@ -184,3 +184,16 @@ def read_rows(data: DataSettings, recorded: dict[str, Any] | None, default_split
     folder = data.data_dir or recorded_data.get("data_dir")
     split = data.split or default_split
     return task, load_rows(task, split, data_dir=Path(folder) if folder else None, limit=data.limit), split
+
+
+def source_of(manifest: dict[str, Any], data: DataSettings) -> tuple[str, ...]:
+    """What identifies a split, whatever it is called: the folder or the task's own source, and the split there.
+
+    Args:
+        manifest: The posterior's, for what ``data`` does not say.
+        data: The split.
+    """
+    recorded = manifest["task"]
+    task = load_task(data.task) if data.task else Task.from_dict(recorded, source="the posterior's task")
+    folder = data.data_dir or manifest["data"].get("data_dir")
+    return split_source(task, data.split or "", folder)

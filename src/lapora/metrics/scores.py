@@ -1,11 +1,16 @@
-"""Accuracy, MCC, calibration error, NLL and Brier score of class probabilities."""
+"""Scores of class probabilities against labels."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-ECE_BINS = 15
+from lapora.metrics.weighted import ADAPTIVE_BINS, ECE_BINS, WeightedScores
+
+__all__ = ["ADAPTIVE_BINS", "ECE_BINS", "HIGHER_IS_BETTER", "constant_predictor", "evaluate", "row_entropy", "row_nll"]
+
+HIGHER_IS_BETTER = frozenset({"accuracy", "mcc", "auroc"})
+"""Of the others, less is better."""
 
 
 def evaluate(log_p: Tensor, targets: Tensor, *, with_mcc: bool = False) -> dict[str, float]:
@@ -18,7 +23,9 @@ def evaluate(log_p: Tensor, targets: Tensor, *, with_mcc: bool = False) -> dict[
 
     Returns:
         ``accuracy``, ``ece`` (15 equal-width bins of the top probability; Guo et al. 2017), ``nll`` (nats per
-        row, from log-probabilities), ``brier`` (sum over classes), and ``mcc`` on request.
+        row, from log-probabilities), ``brier`` (sum over classes), ``mcc`` on request, ``adaptive_ece`` (15
+        bins of equal mass), ``auroc`` (of the top probability for being right; NaN where every row is right,
+        or wrong) and ``aurc`` (area under the risk-coverage curve).
     """
     from torchmetrics.functional.classification import (
         multiclass_accuracy,
@@ -28,18 +35,19 @@ def evaluate(log_p: Tensor, targets: Tensor, *, with_mcc: bool = False) -> dict[
 
     classes = log_p.shape[1]
     p = log_p.exp()
+    weighted = WeightedScores(log_p, targets)(torch.ones(1, len(targets), dtype=torch.float64))
     scores = {
         "accuracy": float(multiclass_accuracy(log_p, targets, classes, average="micro")),
         # torchmetrics gives a probability of exactly one a bin of its own: keep it in the last.
         "ece": float(
             multiclass_calibration_error(p.clamp(max=1.0 - 1e-12), targets, classes, n_bins=ECE_BINS, norm="l1")
         ),
-        "nll": float(-log_p.gather(1, targets.unsqueeze(1)).mean()),
+        "nll": float(row_nll(log_p, targets).mean()),
         "brier": float((p - torch.nn.functional.one_hot(targets, classes)).square().sum(dim=1).mean()),
     }
     if with_mcc:
         scores["mcc"] = float(multiclass_matthews_corrcoef(p.argmax(dim=1), targets, classes))
-    return scores
+    return scores | {key: float(weighted[key]) for key in ("adaptive_ece", "auroc", "aurc")}
 
 
 def constant_predictor(targets: Tensor, classes: int) -> Tensor:
@@ -53,12 +61,6 @@ def row_nll(log_p: Tensor, targets: Tensor) -> Tensor:
     return -log_p.gather(1, targets.unsqueeze(1)).squeeze(1)
 
 
-def paired_interval(differences: Tensor, *, resamples: int = 2000, seed: int = 0) -> tuple[float, float]:
-    """A 95 % bootstrap interval of the mean of paired differences ``(N,)`` (percentiles; Efron 1979)."""
-    generator = torch.Generator().manual_seed(seed)
-    means = [
-        differences[torch.randint(len(differences), (len(differences),), generator=generator)].mean()
-        for _ in range(resamples)
-    ]
-    low, high = torch.stack(means).quantile(torch.tensor([0.025, 0.975], dtype=differences.dtype)).tolist()
-    return low, high
+def row_entropy(log_p: Tensor) -> Tensor:
+    """Entropy of every row's probabilities, in nats: ``(N,)``."""
+    return torch.special.entr(log_p.exp()).sum(dim=-1)

@@ -1,4 +1,4 @@
-"""Tables for a terminal."""
+"""The built-in tasks, and what a posterior is."""
 
 from __future__ import annotations
 
@@ -12,24 +12,9 @@ from lapora.posterior.prior import PriorPrecision
 from lapora.tasks.quoting import printable
 
 
-def _cell(text: str) -> Text:
+def cell(text: str) -> Text:
     """Text as it is: no markup that data brought along, no terminal controls."""
     return Text(printable(text, 1000))
-
-
-def print_evaluation(record: dict[str, Any]) -> None:
-    """Print the table of ``eval``."""
-    table = Table(title=_cell(f"{record['task']}, {record['split']}: {record['n']} rows"))
-    table.add_column("method")
-    columns = [key for key in ("accuracy", "mcc", "ece", "nll", "brier") if key in record["results"][0]]
-    for key in columns:
-        table.add_column(key, justify="right")
-    for result in record["results"]:
-        label = result["method"]
-        if label == "laplace":
-            label += f" {result['name']} ({result['link']})"
-        table.add_row(_cell(label), *(f"{result[key]:.3f}" for key in columns))
-    Console().print(table)
 
 
 def print_tasks(tasks: list[dict[str, Any]]) -> None:
@@ -48,13 +33,13 @@ def print_tasks(tasks: list[dict[str, Any]]) -> None:
     console = Console()
     if not console.is_terminal:
         for row in rows:
-            print("\t".join(printable(cell, 1000) for cell in row))
+            print("\t".join(printable(value, 1000) for value in row))
         return
     table = Table()
     for title in header:
         table.add_column(title)
     for row in rows:
-        table.add_row(*map(_cell, row))
+        table.add_row(*map(cell, row))
     console.print(table)
 
 
@@ -76,7 +61,7 @@ def print_manifest(manifest: dict[str, Any]) -> None:
         lines["structure"] += f", {manifest['kept']:.1%} of the curvature's trace kept"
     table = Table(show_header=False)
     for key, value in lines.items():
-        table.add_row(key, _cell(value))
+        table.add_row(key, cell(value))
     console = Console()
     console.print(table)
     if "validation" in prior:
@@ -89,7 +74,7 @@ _BAR = 30
 def _validation_curve(record: dict[str, Any]) -> Table:
     """NLL, ECE and accuracy of every prior tried, NLL drawn as a bar: short is good."""
     title = f"{record['n']} rows of {record['split']}, {record['link']} ({record['scheme']})"
-    table = Table(title=_cell(title), title_justify="left")
+    table = Table(title=cell(title), title_justify="left")
     for title in ("prior precision", "nll", "ece", "accuracy"):
         table.add_column(title, justify="right")
     table.add_column("nll, longer is worse", min_width=_BAR)

@@ -1,0 +1,96 @@
+"""Percentile bootstrap over rows (Efron 1979): of each score, and of its difference to another method's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lapora.metrics.weighted import WeightedScores
+
+RESAMPLES = 1000
+_CHUNK_ELEMENTS = 4_000_000
+
+
+class Interval(NamedTuple):
+    """The 2.5 and 97.5 % quantiles of a bootstrap."""
+
+    low: float
+    high: float
+
+
+def intervals(
+    tables: Mapping[str, Tensor],
+    targets: Tensor,
+    *,
+    reference: str | None = None,
+    with_mcc: bool = False,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> tuple[dict[str, dict[str, Interval]], dict[str, dict[str, Interval]]]:
+    """95 % intervals of every score of several methods, all on the same resamples.
+
+    Args:
+        tables: ``(N, C)`` log-probabilities of each method.
+        targets: ``(N,)`` labels.
+        reference: The method that differences are taken to, paired row by row.
+        with_mcc: Add the Matthews correlation coefficient.
+        resamples: How many.
+        seed: Of the resampling.
+
+    Returns:
+        By method and score: the intervals, and those of the differences to ``reference`` (empty without one). A
+        score that is undefined in more than a twentieth of the resamples has none.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    count = len(targets)
+    scorers = {key: WeightedScores(log_p, targets, with_mcc=with_mcc) for key, log_p in tables.items()}
+    drawn: dict[str, list[dict[str, Tensor]]] = {key: [] for key in tables}
+    left = resamples
+    while left > 0:
+        size = min(left, max(1, _CHUNK_ELEMENTS // count))
+        left -= size
+        chosen = torch.randint(count, (size, count), generator=generator)
+        weights = torch.zeros(size, count, dtype=torch.float64)
+        weights.scatter_add_(1, chosen, torch.ones(size, count, dtype=torch.float64))
+        for key, scorer in scorers.items():
+            drawn[key].append(scorer(weights))
+    values = {
+        key: {score: torch.cat([part[score] for part in parts]) for score in parts[0]} for key, parts in drawn.items()
+    }
+    own = {key: _intervals_of(scores) for key, scores in values.items()}
+    if reference is None:
+        return own, {}
+    base = values[reference]
+    differences = {
+        key: _intervals_of({score: value - base[score] for score, value in scores.items()})
+        for key, scores in values.items()
+        if key != reference
+    }
+    return own, differences
+
+
+def _intervals_of(scores: Mapping[str, Tensor]) -> dict[str, Interval]:
+    found = {}
+    for score, drawn in scores.items():
+        defined = drawn[torch.isfinite(drawn)]
+        if len(defined) >= 0.95 * len(drawn):
+            found[score] = _quantiles(defined)
+    return found
+
+
+def paired_interval(differences: Tensor, *, resamples: int = 2000, seed: int = 0) -> tuple[float, float]:
+    """A 95 % bootstrap interval of the mean of paired differences ``(N,)``."""
+    generator = torch.Generator().manual_seed(seed)
+    means = [
+        differences[torch.randint(len(differences), (len(differences),), generator=generator)].mean()
+        for _ in range(resamples)
+    ]
+    return _quantiles(torch.stack(means))
+
+
+def _quantiles(values: Tensor) -> Interval:
+    low, high = values.quantile(torch.tensor([0.025, 0.975], dtype=values.dtype)).tolist()
+    return Interval(low, high)

@@ -1,0 +1,168 @@
+"""One self-contained HTML page: what was run, the tables, the pictures and the manifests."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from lapora.errors import DataError
+from lapora.report.evaluation import HEADINGS, label_of, number, threshold
+
+
+@dataclass(frozen=True)
+class PageTable:
+    """A table.
+
+    Attributes:
+        title: What it shows.
+        headings: Of the columns; all but the first hold numbers.
+        rows: Their cells.
+        note: What a reader should know.
+    """
+
+    title: str
+    headings: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Page:
+    """What the page holds; everything is escaped when it is written.
+
+    Attributes:
+        title: Heading.
+        facts: What was run, by name.
+        tables: The tables.
+        pictures: Caption and SVG of each picture.
+        warnings: Lines for people.
+        manifests: Whatever else belongs to the result, by name.
+    """
+
+    title: str
+    facts: Mapping[str, str]
+    tables: Sequence[PageTable]
+    pictures: Sequence[tuple[str, bytes]] = ()
+    warnings: Sequence[str] = ()
+    manifests: Mapping[str, Any] = field(default_factory=dict)
+
+
+def write_page(file: Path, page: Page) -> None:
+    """Write the page.
+
+    Raises:
+        DataError: The file cannot be written.
+    """
+    from jinja2 import Environment, StrictUndefined
+
+    source = (resources.files("lapora.report") / "page.html").read_text(encoding="utf-8")
+    # Pictures are images, not inline markup: their ids cannot collide and nothing in them can run.
+    pictures = [(caption, base64.b64encode(svg).decode("ascii")) for caption, svg in page.pictures]
+    manifests = {name: json.dumps(content, indent=2, ensure_ascii=False) for name, content in page.manifests.items()}
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    text = environment.from_string(source).render(page=page, pictures=pictures, manifests=manifests)
+    try:
+        file.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise DataError(f"{file}: cannot be written ({error.strerror}); give another --report") from error
+
+
+def evaluation_tables(record: Mapping[str, Any]) -> list[PageTable]:
+    """The tables of an evaluation's record."""
+    results = record["results"]
+    scores = [score for score in HEADINGS if score in results[0]]
+    tables = [
+        PageTable(
+            f"Scores on {record['n']} rows of {record['split']}",
+            ["method", *(HEADINGS[score] for score in scores), "nll less MAP's (95 %)", "ece less MAP's (95 %)"],
+            [
+                [
+                    label_of(result),
+                    *(_with_interval(result, score) for score in scores),
+                    _difference(result, "nll"),
+                    _difference(result, "ece"),
+                ]
+                for result in results
+            ],
+            "Below each score its 95 % bootstrap interval; differences are paired row by row. Calibration errors are "
+            "biased upwards on few rows, and so are their intervals.",
+        )
+    ]
+    if "coverage" in results[0]:
+        tables.append(
+            PageTable(
+                f"To answer {results[0]['coverage']['asked']:.0%} of the rows",
+                ["method", "--abstain-below", "rows answered", "accuracy of these", "accuracy of all"],
+                [
+                    [
+                        label_of(result),
+                        threshold(result["coverage"]["threshold"]),
+                        f"{result['coverage']['coverage']:.1%}",
+                        number(result["coverage"]["accuracy"]),
+                        number(result["accuracy"]),
+                    ]
+                    for result in results
+                ],
+            )
+        )
+    for shifted in record.get("ood", []):
+        keys = ("accuracy", "confidence", "confidence_in", "entropy", "entropy_in")
+        aurocs = ("max_probability", "entropy", "mutual_information")
+        tables.append(
+            PageTable(
+                f"Other data: {shifted['task']}, {shifted['n']} rows of {shifted['split']}",
+                [
+                    "method",
+                    "accuracy",
+                    "confidence",
+                    "(own rows)",
+                    "entropy",
+                    "(own rows)",
+                    "AUROC by max probability",
+                    "by entropy",
+                    "by mutual information",
+                ],
+                [
+                    [
+                        label_of(result),
+                        *(number(result[key]) for key in keys),
+                        *(number(result["auroc"][key]) for key in aurocs),
+                    ]
+                    for result in shifted["results"]
+                ],
+                "AUROC of telling these rows from the adapter's own; 0.5 is chance.",
+            )
+        )
+    return tables
+
+
+def checkpoint_page_tables(record: Mapping[str, Any]) -> list[PageTable]:
+    """Accuracy, ECE and NLL of every checkpoint: methods down, training steps across."""
+    checkpoints = record["checkpoints"]
+    columns = [{label_of(result): result for result in checkpoint["results"]} for checkpoint in checkpoints]
+    headings = ["method", *(f"step {checkpoint['step']}" for checkpoint in checkpoints)]
+    tables = []
+    for score in ("accuracy", "ece", "nll"):
+        rows = [
+            [label, *(number(column[label][score]) if label in column else "" for column in columns)]
+            for label in columns[0]
+        ]
+        title = f"{HEADINGS[score].upper() if score != 'accuracy' else 'Accuracy'} on {record['n']} rows of"
+        tables.append(PageTable(f"{title} {record['split']}", headings, rows))
+    return tables
+
+
+def _with_interval(result: Mapping[str, Any], score: str) -> str:
+    interval = result["intervals"].get(score)
+    text = number(result[score])
+    return f"{text}\n{interval[0]:.3f}\u2013{interval[1]:.3f}" if interval else text
+
+
+def _difference(result: Mapping[str, Any], score: str) -> str:
+    found = result.get("difference_to_map", {}).get(score)
+    return f"{found['value']:+.3f}\n{found['interval'][0]:+.3f} to {found['interval'][1]:+.3f}" if found else ""

@@ -1,0 +1,195 @@
+"""What Laplace is compared with: temperature scaling, MC dropout and an ensemble of adapters."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from lapora import metrics
+from lapora.config import DataSettings, Dtype, EvalSettings, ModelSettings, Quantisation
+from lapora.errors import AdapterError, DataError, LaporaError, UsageError
+from lapora.model.adapter import CONFIG_FILE, Adapter, read_adapter
+from lapora.model.answers import AnswerModel
+from lapora.model.dropout import lora_dropout_on, lora_dropouts
+from lapora.model.loading import load_model
+from lapora.workflows.checkpoint_folders import checkpoint_folders
+from lapora.workflows.plan import Plan, Prediction
+from lapora.workflows.scoring import LabelledRows, forward_log_p, read_labelled_rows, row_digest
+from lapora.workflows.session import Session
+
+
+@dataclass(frozen=True)
+class Temperature:
+    """A fitted temperature.
+
+    Attributes:
+        value: T.
+        split: Where its rows come from.
+        rows: Their digests: they are not scored.
+        notes: What the user should know.
+    """
+
+    value: float
+    split: str
+    rows: frozenset[str]
+    notes: tuple[str, ...] = ()
+
+    def predict(self, log_map: Tensor) -> Prediction:
+        """The scaled probabilities of any rows."""
+        details = {"temperature": self.value, "fitted_on": {"split": self.split, "n": len(self.rows)}}
+        return Prediction("temperature", torch.log_softmax(log_map / self.value, dim=1), details=details)
+
+
+def fit_temperature(session: Session, plan: Plan, data: DataSettings, settings: EvalSettings) -> Temperature:
+    """Fit the temperature on rows that are not going to be scored.
+
+    They are those of ``temperature_split``; else those that tuned a prior; else a seeded half of the split that is
+    evaluated, the half that ``tune-prior`` would take.
+
+    Raises:
+        UsageError: The split that the adapter was trained on.
+        DataError: No such rows.
+    """
+    evaluated = data.split or "validation"
+    fitted = session.posterior.manifest["data"]["split"]
+    split = settings.temperature_split
+    if split == fitted and data.task is None and data.data_dir is None:
+        raise UsageError(f"--temperature-split {split}: the adapter was trained on these rows; give another split")
+    notes: tuple[str, ...] = ()
+    rows = None
+    for record in plan.tuned_on.values():
+        if rows is None and split in (None, record["split"]):
+            rows = _recorded_rows(session, data, record["split"], frozenset(record["rows"]))
+            if rows is None:
+                notes = ("the rows that tuned the prior are not in this data: the temperature has rows of its own",)
+    if rows is None:
+        rows = read_labelled_rows(session, DataSettings(data.task, data.data_dir, split or evaluated))
+        if rows.split == evaluated:
+            rows = rows.chosen(max(1, len(rows.examples) // 2), settings.seed)
+    log_map = forward_log_p(session.answers, session.encode(rows.examples), session.batch_size)
+    digests = frozenset(row_digest(example) for example in rows.examples)
+    return Temperature(metrics.fit_temperature(log_map, rows.targets), rows.split, digests, notes)
+
+
+def _recorded_rows(session: Session, data: DataSettings, split: str, digests: Collection[str]) -> LabelledRows | None:
+    try:
+        rows = read_labelled_rows(session, DataSettings(data.task, data.data_dir, split))
+    except DataError:
+        return None
+    found = [index for index, example in enumerate(rows.examples) if row_digest(example) in digests]
+    return rows.only(found) if found else None
+
+
+def oracle_temperature(log_map: Tensor, targets: Tensor) -> Prediction:
+    """The temperature fitted on the very rows it is scored on: a bound, not a method."""
+    value = metrics.fit_temperature(log_map, targets)
+    scaled = torch.log_softmax(log_map / value, dim=1)
+    return Prediction("temperature (oracle)", scaled, details={"temperature": value})
+
+
+def mc_dropout(session: Session, sets: Sequence[LabelledRows], passes: int, seed: int) -> list[Prediction]:
+    """Average the probabilities of passes with the adapter's own dropout on.
+
+    Raises:
+        UsageError: The adapter has no dropout.
+    """
+    layers = lora_dropouts(session.loaded.model)
+    if not layers:
+        raise UsageError("mc-dropout: the adapter's lora_dropout is 0, so that every pass would be the same")
+    found = []
+    with lora_dropout_on(session.loaded.model, seed):
+        for rows in sets:
+            coded = replace(session, task=rows.task).encode(rows.examples)
+            drawn = [forward_log_p(session.answers, coded, session.batch_size) for _ in range(passes)]
+            details = {"passes": passes, "dropout": max(layer.p for layer in layers)}
+            found.append(_averaged("mc-dropout", torch.stack(drawn), details))
+    return found
+
+
+def ensemble(
+    model: ModelSettings,
+    session: Session,
+    sets: Sequence[LabelledRows],
+    log_maps: Sequence[Tensor],
+    paths: Sequence[Path],
+) -> list[Prediction]:
+    """Average the probabilities of ADAPTER and other adapters of the same base.
+
+    Args:
+        model: How to run them.
+        session: The fitted adapter.
+        sets: Sets of rows.
+        log_maps: Its own log-probabilities of each.
+        paths: Adapters, or folders with ``checkpoint-*``.
+
+    Raises:
+        AdapterError: A member cannot be read, or is of another base or kind.
+        UsageError: No member but ADAPTER itself.
+    """
+    members = _members(session, paths)
+    tables = [[log_map] for log_map in log_maps]
+    for member in members:
+        for table, log_p in zip(tables, _member_log_p(model, session, member, sets), strict=True):
+            table.append(log_p)
+    details = {"members": 1 + len(members)}
+    return [_averaged("ensemble", torch.stack(table), details) for table in tables]
+
+
+def _members(session: Session, paths: Sequence[Path]) -> list[Adapter]:
+    members: dict[str, Adapter] = {}
+    for path in paths:
+        folders = [path] if (path / CONFIG_FILE).is_file() else [folder for _, folder in checkpoint_folders(path)]
+        for folder in folders or [path]:
+            adapter = read_adapter(folder)
+            if adapter.kind != session.loaded.kind:
+                raise AdapterError(f"--ensemble {folder}: a {adapter.kind}, and ADAPTER is a {session.loaded.kind}")
+            members[adapter.sha256] = adapter
+    members.pop(session.posterior.manifest["adapter"], None)
+    if not members:
+        raise UsageError("--ensemble: no other adapter than ADAPTER itself; give one with other weights")
+    return list(members.values())
+
+
+def _member_log_p(
+    model: ModelSettings, session: Session, member: Adapter, sets: Sequence[LabelledRows]
+) -> list[Tensor]:
+    own = session.loaded
+    loaded = load_model(
+        member,
+        base_model=own.base_model,
+        quantize=cast(Quantisation, own.quantize),
+        dtype=cast(Dtype, own.dtype),
+        device=model.device,
+        trust_remote_code=model.trust_remote_code,
+    )
+    if loaded.number_of_labels != own.number_of_labels:
+        raise AdapterError(
+            f"--ensemble {member.path}: {loaded.number_of_labels} outputs, and ADAPTER has {own.number_of_labels}"
+        )
+    answers = AnswerModel(
+        loaded.model, loaded.kind, loaded.pad_token_id, session.posterior.manifest["answers"]["token_ids"]
+    )
+    there = replace(session, loaded=loaded, answers=answers)
+    return [
+        forward_log_p(answers, replace(there, task=rows.task).encode(rows.examples), session.batch_size)
+        for rows in sets
+    ]
+
+
+def _averaged(method: str, drawn: Tensor, details: dict[str, Any]) -> Prediction:
+    """Average ``(S, N, C)`` log-probabilities; what the members disagree on is mutual information."""
+    log_p = torch.logsumexp(drawn, dim=0) - math.log(len(drawn))
+    log_p = log_p - torch.logsumexp(log_p, dim=1, keepdim=True)
+    information = metrics.row_entropy(log_p) - metrics.row_entropy(drawn).mean(dim=0)
+    return Prediction(method, log_p, details=details, mutual_information=information.clamp(min=0.0))
+
+
+def first_line(error: LaporaError) -> str:
+    """Why a method of ``all`` is left out."""
+    return str(error).splitlines()[0]

@@ -1,0 +1,250 @@
+"""``lapora eval RUN_DIR --checkpoints``: fit, tune and score every checkpoint of a training run.
+
+What is done is kept in each checkpoint's ``laplace/``: posteriors by name, and the scores with a key of all that they
+depend on. A run that was stopped goes on where it was.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from lapora._version import __version__
+from lapora.config import (
+    DataSettings,
+    EvalSettings,
+    FitSettings,
+    ModelSettings,
+    PriorMethod,
+    PriorSettings,
+    Progress,
+)
+from lapora.errors import PosteriorError, UsageError
+from lapora.posterior.artifact import SavedPosterior, posterior_folder
+from lapora.tasks import load_rows, load_task
+from lapora.workflows.checkpoint_folders import checkpoint_folders
+from lapora.workflows.evaluate import run_evaluation
+from lapora.workflows.fit import fit
+from lapora.workflows.session import open_posterior
+from lapora.workflows.tune_prior import tune_prior
+
+POSTERIORS: dict[str, FitSettings] = {
+    "la-kron": FitSettings(name="la-kron", overwrite=True),
+    "la-diag": FitSettings(name="la-diag", structure="diag", overwrite=True),
+    "llla-kron": FitSettings(name="llla-kron", subset="last-layer", overwrite=True),
+    "llla-diag": FitSettings(name="llla-diag", structure="diag", subset="last-layer", overwrite=True),
+}
+"""The paper's: LA over all LoRA weights and LLLA over the last layer, each by KFAC and by a diagonal."""
+
+CACHE_FILE = "checkpoint-scores.json"
+
+
+@dataclass(frozen=True)
+class CheckpointSettings:
+    """How checkpoints are fitted.
+
+    Attributes:
+        fit_split: Split the adapters were trained on.
+        fit_limit: Only its first so many rows.
+        max_length: Tokens per row.
+        chat_template: Whether prompts are wrapped as a chat.
+        prior_method: How the prior precision is chosen.
+    """
+
+    fit_split: str = "train"
+    fit_limit: int | None = None
+    max_length: int | None = None
+    chat_template: bool = False
+    prior_method: PriorMethod = "auto"
+
+
+def evaluate_checkpoints(
+    model: ModelSettings,
+    data: DataSettings,
+    settings: EvalSettings,
+    checkpoints: CheckpointSettings,
+    say: Callable[[str], None],
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Score every checkpoint.
+
+    Args:
+        model: ``adapter`` is the folder of the run.
+        data: Task, folder and the split to score.
+        settings: Links, samples and seed; posteriors are :data:`POSTERIORS`.
+        checkpoints: How they are fitted.
+        say: Told what is being done.
+        progress: Told of rows done.
+
+    Returns:
+        ``run``, ``task``, ``split``, ``n``, ``prior_method``, ``skipped`` (why a posterior was left out, by name) and
+        ``checkpoints``: for each, ``step`` and the record of its evaluation.
+
+    Raises:
+        UsageError: No checkpoints there, or no task.
+    """
+    run = Path(model.adapter)
+    folders = checkpoint_folders(run)
+    if not folders:
+        raise UsageError(f"{run}: no checkpoint-STEP folder with an adapter in it; give the folder of a training run")
+    if data.task is None:
+        raise UsageError("--data is missing: the task that the run was trained on")
+    rows_key = _rows_key(data, checkpoints)
+    skipped: dict[str, str] = {}
+    done = []
+    for number, (step, folder) in enumerate(folders, 1):
+        here = replace(
+            model,
+            adapter=str(folder),
+            output_dir=None if model.output_dir is None else model.output_dir / folder.name,
+        )
+        heading = f"checkpoint {step} ({number} of {len(folders)})"
+        one = _one_checkpoint(here, data, settings, checkpoints, rows_key, skipped, heading, say, progress)
+        done.append({"step": step, **one})
+    first = done[0]
+    return {
+        "run": str(run),
+        **{key: first[key] for key in ("task", "split", "n")},
+        "prior_method": checkpoints.prior_method,
+        "skipped": skipped,
+        "checkpoints": done,
+    }
+
+
+def _one_checkpoint(
+    model: ModelSettings,
+    data: DataSettings,
+    settings: EvalSettings,
+    checkpoints: CheckpointSettings,
+    rows_key: str,
+    skipped: dict[str, str],
+    heading: str,
+    say: Callable[[str], None],
+    progress: Progress | None,
+) -> dict[str, Any]:
+    cache = model.root / "laplace" / CACHE_FILE
+    asked = {
+        "data": rows_key,
+        "settings": repr(settings),
+        "fit": repr(checkpoints),
+        "base": _base(model),
+        "version": __version__,
+    }
+    kept = _read_cache(cache)
+    if kept and kept["key"] == _key(model, kept["names"], asked):
+        skipped |= {name: reason for name, reason in kept["skipped"].items() if name not in skipped}
+        for name, reason in kept["skipped"].items():
+            say(f"{heading}: {name} left out: {reason}")
+        say(f"{heading}: done before")
+        return dict(kept["record"])
+    names = []
+    for name, fitting in POSTERIORS.items():
+        if name in skipped:
+            continue
+        try:
+            _fit_and_tune(model, data, settings, checkpoints, fitting, rows_key, f"{heading}: {name}", say, progress)
+        except UsageError as error:
+            # A run's checkpoints are alike: what the first has no layer for, none has.
+            if fitting.subset != "last-layer":
+                raise
+            skipped[name] = str(error)
+            say(f"{heading}: {name} left out: {error}")
+            continue
+        names.append(name)
+    say(f"{heading}: scoring")
+    record = run_evaluation(model, data, replace(settings, names=tuple(names)), progress).record
+    found = {"key": _key(model, names, asked), "names": names, "skipped": skipped, "record": record}
+    partial = cache.with_name(f".{cache.name}.{os.getpid()}")
+    partial.write_text(json.dumps(found), encoding="utf-8")
+    partial.replace(cache)
+    return record
+
+
+def _fit_and_tune(
+    model: ModelSettings,
+    data: DataSettings,
+    settings: EvalSettings,
+    checkpoints: CheckpointSettings,
+    fitting: FitSettings,
+    rows_key: str,
+    heading: str,
+    say: Callable[[str], None],
+    progress: Progress | None,
+) -> None:
+    """What is missing of one posterior of one checkpoint.
+
+    A note beside the posterior says which rows and settings it was fitted and tuned with.
+    """
+    name = fitting.name
+    fitting = replace(
+        fitting,
+        max_length=checkpoints.max_length,
+        chat_template=checkpoints.chat_template,
+        seed=settings.seed,
+    )
+    note = model.root / "laplace" / f".{name}.made-with"
+    wanted = hashlib.sha256(f"{rows_key}{fitting!r}{checkpoints!r}{_base(model)}".encode()).hexdigest()
+    if note.is_file() and note.read_text(encoding="utf-8") == wanted and _usable(model, name):
+        return
+    note.unlink(missing_ok=True)
+    say(f"{heading}: fitting")
+    training = DataSettings(data.task, data.data_dir, checkpoints.fit_split, checkpoints.fit_limit)
+    fit(model, training, fitting, progress)
+    if checkpoints.prior_method != "marglik":
+        say(f"{heading}: tuning the prior")
+        tuned = tune_prior(
+            model,
+            DataSettings(),
+            PriorSettings(name=name, method=checkpoints.prior_method, seed=settings.seed),
+            progress,
+        )
+        say(f"{heading}: {tuned.reason}")
+    note.write_text(wanted, encoding="utf-8")
+
+
+def _base(model: ModelSettings) -> str:
+    """How the base model was asked for."""
+    return repr((model.base_model, model.quantize, model.dtype))
+
+
+def _usable(model: ModelSettings, name: str) -> bool:
+    try:
+        open_posterior(model, name)
+    except PosteriorError:
+        return False
+    return True
+
+
+def _rows_key(data: DataSettings, checkpoints: CheckpointSettings) -> str:
+    """Digest of the task and of every row that is fitted or scored."""
+    task = load_task(data.task or "")
+    digest = hashlib.sha256(json.dumps(task.to_dict(), sort_keys=True, default=str).encode())
+    for split in (checkpoints.fit_split, data.split or "validation"):
+        for row in load_rows(task, split, data_dir=data.data_dir):
+            digest.update(json.dumps(row.values, sort_keys=True, default=str).encode())
+    digest.update(repr((data.split, data.limit)).encode())
+    return digest.hexdigest()
+
+
+def _key(model: ModelSettings, names: Sequence[str], asked: dict[str, str]) -> str | None:
+    """Digest of all that a checkpoint's scores depend on, or None where a posterior is not there."""
+    digest = hashlib.sha256(json.dumps(asked, sort_keys=True).encode())
+    for name in names:
+        if not _usable(model, name):
+            return None
+        manifest = SavedPosterior(posterior_folder(model.root, name)).manifest
+        digest.update(json.dumps(manifest, sort_keys=True, default=str).encode())
+    return digest.hexdigest()
+
+
+def _read_cache(file: Path) -> dict[str, Any] | None:
+    try:
+        kept = json.loads(file.read_text(encoding="utf-8"))
+        return kept if {"key", "names", "skipped", "record"} <= set(kept) else None
+    except (OSError, ValueError, TypeError):
+        return None

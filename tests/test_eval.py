@@ -1,0 +1,322 @@
+"""`eval` and `compare`: baselines, shift, abstention, gates, results kept."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from lapora import metrics
+from lapora.cli.app import app
+from lapora.config import DataSettings, EvalSettings, FitSettings, ModelSettings
+from lapora.errors import AdapterError, DataError, GateError, UsageError
+from lapora.workflows.evaluate import run_evaluation
+from lapora.workflows.fit import fit
+from lapora.workflows.gates import check_gates, parse_gate
+from lapora.workflows.scoring import forward_log_p, read_labelled_rows, row_digest, score_rows
+from lapora.workflows.session import open_session
+
+
+@pytest.fixture(scope="module")
+def adapter(demo, tmp_path_factory):
+    """The demo's adapter with dropout, and a second posterior whose prior validation rows did not choose."""
+    folder = tmp_path_factory.mktemp("eval") / "adapter"
+    shutil.copytree(demo / "adapter", folder)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(config | {"lora_dropout": 0.1}))
+    fit(
+        ModelSettings(adapter=str(folder)),
+        DataSettings(task=str(demo / "farm.yaml"), data_dir=demo / "data"),
+        FitSettings(name="diag", structure="diag"),
+    )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def other(adapter, tmp_path_factory):
+    """An adapter of other weights."""
+    folder = tmp_path_factory.mktemp("other") / "adapter"
+    folder.mkdir()
+    shutil.copy(adapter / "adapter_config.json", folder)
+    weights = load_file(adapter / "adapter_model.safetensors")
+    generator = torch.Generator().manual_seed(0)
+    moved = {key: value + 0.05 * torch.randn(value.shape, generator=generator) for key, value in weights.items()}
+    save_file(moved, folder / "adapter_model.safetensors")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def elsewhere(tmp_path_factory):
+    """Rows of the same task about other things, some without a label."""
+    folder = tmp_path_factory.mktemp("ood")
+    rows = [{"story": "the barn the barn the barn the barn", "name": name, "label": 1} for name in ("anna", "hugo")]
+    rows.append({"story": "bees", "name": "ines"})
+    (folder / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows * 5))
+    return folder
+
+
+def run(adapter, data=None, **settings):
+    return run_evaluation(ModelSettings(adapter=str(adapter)), data or DataSettings(limit=80), EvalSettings(**settings))
+
+
+def by_label(done):
+    return {each.label: result for each, result in zip(done.predictions, done.record["results"], strict=True)}
+
+
+def test_everything_in_one_table(demo, adapter, other, elsewhere):
+    done = run(
+        adapter,
+        methods=("all",),
+        ensemble=(other,),
+        temperature_oracle=True,
+        dropout_samples=4,
+        coverage=0.8,
+        ood=(str(demo / "farm.yaml"),),
+        ood_data_dirs=(elsewhere,),
+    )
+    results = by_label(done)
+    laplace = [
+        f"laplace {n} ({link})" for n in ("default", "diag") for link in ("mc-joint", "mc-indep", "probit", "bridge")
+    ]
+    assert list(results) == [
+        "constant",
+        "map",
+        "temperature",
+        "temperature (oracle)",
+        "mc-dropout",
+        "ensemble",
+        *laplace,
+    ]
+    assert done.record["n"] == 80 and done.record["excluded"] >= 300
+    assert results["temperature (oracle)"]["nll"] <= min(results["temperature"]["nll"], results["map"]["nll"])
+    assert results["ensemble"]["members"] == 2 and results["mc-dropout"]["passes"] == 4
+    for label, result in results.items():
+        assert set(result["intervals"]) >= {"accuracy", "ece", "adaptive_ece", "nll", "brier", "aurc"}
+        assert ("difference_to_map" in result) == (label != "map")
+        kept = result["coverage"]
+        assert kept["coverage"] >= 0.8 and 0 <= kept["accuracy"] <= 1
+    difference = results["temperature"]["difference_to_map"]["nll"]
+    assert difference["value"] == pytest.approx(results["temperature"]["nll"] - results["map"]["nll"])
+    assert difference["interval"][0] <= difference["value"] <= difference["interval"][1]
+
+    (shifted,) = done.record["ood"]
+    assert (shifted["task"], shifted["split"], shifted["n"]) == ("farm", "test", 15)
+    assert [each["method"] for each in shifted["results"]][:4] == ["map", "temperature", "mc-dropout", "ensemble"]
+    for each in shifted["results"]:
+        # With two answers the entropy orders rows as the top probability does.
+        assert each["auroc"]["entropy"] == pytest.approx(each["auroc"]["max_probability"])
+        averaged = each["method"] in ("mc-dropout", "ensemble", "laplace")
+        assert (each["auroc"]["mutual_information"] is not None) == averaged
+        assert 0 < each["entropy"] < 0.7 and each["accuracy"] is not None
+
+
+def test_temperature_reuses_the_rows_that_tuned_the_prior_and_none_is_scored(adapter):
+    model = ModelSettings(adapter=str(adapter))
+    done = run(adapter, DataSettings(), methods=("temperature",))
+    results = by_label(done)
+    assert list(results) == ["map", "temperature"]
+    session = open_session(model, "default")
+    digests = set(session.posterior.manifest["prior"]["validation"]["rows"])
+    assert results["temperature"]["fitted_on"] == {"split": "validation", "n": len(digests)}
+    every = read_labelled_rows(session, DataSettings())
+    scored = read_labelled_rows(session, DataSettings(), exclude=digests)
+    assert done.record["n"] == len(scored.examples)
+    tuning = every.only([i for i, each in enumerate(every.examples) if row_digest(each) in digests])
+    log_map = run_log_map(session, tuning)
+    assert results["temperature"]["temperature"] == pytest.approx(metrics.fit_temperature(log_map, tuning.targets))
+
+
+def run_log_map(session, rows):
+    log_p = forward_log_p(session.answers, session.encode(rows.examples), 16)
+    torch.testing.assert_close(log_p, score_rows(session, rows, ["map"], samples=8).log_p["map"][0], atol=1e-5, rtol=0)
+    return log_p
+
+
+def test_temperature_without_tuning_rows_takes_half_and_leaves_it_out(demo, adapter, tmp_path):
+    done = run(adapter, DataSettings(), methods=("temperature",), names=("diag",))
+    assert by_label(done)["temperature"]["fitted_on"]["n"] == pytest.approx(300, abs=5)
+    assert done.record["excluded"] >= 300 and done.record["n"] + done.record["excluded"] == 600
+    with pytest.raises(UsageError, match="trained on these rows"):
+        run(adapter, temperature_split="train")
+    shutil.copytree(demo / "data", tmp_path / "data")
+    lines = (demo / "data" / "validation.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "data" / "test.jsonl").write_text("".join(lines[:40]))
+    done = run(adapter, DataSettings(data_dir=tmp_path / "data"), names=("diag",), temperature_split="test")
+    assert by_label(done)["temperature"]["fitted_on"]["split"] == "test"
+    assert done.record["excluded"] >= 40
+
+
+def test_what_cannot_be_had_is_refused_by_name_and_left_out_of_all(demo, adapter):
+    with pytest.raises(UsageError, match="lora_dropout is 0"):
+        run(demo / "adapter", methods=("mc-dropout",))
+    done = run(demo / "adapter", methods=("all",), links=("mc-joint",))
+    assert "mc-dropout" not in by_label(done) and any("mc-dropout" in line for line in done.warnings)
+    with pytest.raises(UsageError, match="--ensemble PATH"):
+        run(adapter, methods=("ensemble",))
+    with pytest.raises(UsageError, match="other weights"):
+        run(adapter, ensemble=(adapter,))
+    with pytest.raises(AdapterError, match="no such directory"):
+        run(adapter, ensemble=(adapter / "nowhere",))
+
+
+def test_an_ensemble_of_a_folder_of_checkpoints_averages_probabilities(adapter, other, tmp_path):
+    for step, source in ((10, adapter), (20, other)):
+        shutil.copytree(source, tmp_path / f"checkpoint-{step}", ignore=shutil.ignore_patterns("laplace"))
+    done = run(adapter, methods=("map", "ensemble"), ensemble=(tmp_path,))
+    predictions = {each.method: each for each in done.predictions}
+    p = predictions["ensemble"].log_p.exp()
+    own = predictions["map"].log_p.exp()
+    assert torch.allclose(p.sum(dim=1), torch.ones(80, dtype=torch.float64))
+    # The other member's probabilities, got back from the average, are probabilities of another model.
+    rest = 2 * p - own
+    assert float(rest.min()) > -1e-9 and float(rest.max()) < 1 + 1e-9 and float((rest - own).abs().max()) > 1e-3
+    assert bool((predictions["ensemble"].mutual_information >= 0).all())
+
+
+def test_dropout_is_off_again_and_the_same_seed_draws_the_same(adapter):
+    first, again, another = (
+        run(adapter, methods=("map", "mc-dropout"), dropout_samples=3, seed=seed) for seed in (0, 0, 1)
+    )
+    assert torch.equal(first.predictions[1].log_p, again.predictions[1].log_p)
+    assert not torch.equal(first.predictions[1].log_p, another.predictions[1].log_p)
+    assert torch.equal(first.predictions[0].log_p, another.predictions[0].log_p)
+
+
+def test_coverage_is_the_value_for_predict(adapter, demo, tmp_path, capsys):
+    done = run(adapter, DataSettings(), coverage=0.7)
+    threshold = by_label(done)["laplace default (mc-joint)"]["coverage"]["threshold"]
+    session = open_session(ModelSettings(adapter=str(adapter)), "default")
+    digests = set(session.posterior.manifest["prior"]["validation"]["rows"])
+    rows = read_labelled_rows(session, DataSettings(), exclude=digests)
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(dict(each.row)) + "\n" for each in rows.examples))
+    app(
+        ["predict", str(adapter), str(tmp_path / "rows.jsonl"), "--abstain-below", str(threshold - 1e-6)],
+        standalone_mode=False,
+    )
+    answered = [not json.loads(line)["abstained"] for line in capsys.readouterr().out.splitlines()]
+    kept = by_label(done)["laplace default (mc-joint)"]["coverage"]["coverage"]
+    assert sum(answered) / len(answered) == pytest.approx(kept, abs=0.005) and kept >= 0.7
+
+
+def test_other_data_with_another_number_of_answers_is_refused(demo, adapter, elsewhere, tmp_path):
+    (tmp_path / "three.yaml").write_text((demo / "farm.yaml").read_text().replace("- 'no'", "- 'no'\n- perhaps"))
+    with pytest.raises(DataError, match="3 answers"):
+        run(adapter, ood=(str(tmp_path / "three.yaml"),), ood_data_dirs=(elsewhere,))
+    with pytest.raises(DataError, match="--ood-data-dir"):
+        run(adapter, ood=(str(demo / "farm.yaml"),))
+    with pytest.raises(UsageError, match="2 --ood-data-dir for 1"):
+        run(adapter, ood=("boolq",), ood_data_dirs=(elsewhere, elsewhere))
+    with pytest.raises(UsageError, match="without --ood"):
+        run(adapter, ood_data_dirs=(elsewhere,))
+
+
+RESULTS = [
+    {"method": "constant", "nll": 0.7, "ece": 0.0, "auroc": 0.5},
+    {"method": "map", "nll": 0.8, "ece": 0.2, "auroc": 0.6},
+    {"method": "laplace", "name": "default", "link": "mc-joint", "nll": 0.6, "ece": 0.05, "auroc": 0.61},
+    {"method": "laplace", "name": "v1.2", "link": "probit", "nll": 0.65, "ece": 0.15, "auroc": None},
+]
+
+
+@pytest.mark.parametrize(
+    ("condition", "named"),
+    [
+        ("ece>0.1", ["v1.2 (probit) ece 0.15"]),
+        ("ece > .2", []),
+        ("nll>map.nll", []),
+        ("map.nll>constant.nll", ["map nll 0.8, constant nll 0.7"]),
+        ("nll>=0.6", ["default", "v1.2"]),
+        ("default.ece<=1e-1", ["default"]),
+        ("v1.2/probit.nll > 0.5", ["v1.2"]),
+        ("v1.2.nll<0.5", []),
+        ("laplace.nll<map.nll", ["default", "v1.2"]),
+        ("auroc<0.5", ["v1.2 (probit) auroc is not defined"]),
+    ],
+)
+def test_gates(condition, named):
+    gate = parse_gate(condition)
+    if not named:
+        check_gates([gate], RESULTS)
+        return
+    with pytest.raises(GateError) as failed:
+        check_gates([gate], RESULTS)
+    assert all(part in str(failed.value) for part in named) and gate.text in str(failed.value)
+    assert str(failed.value).count("(laplace") == sum(part.startswith(("v1", "default")) for part in named)
+
+
+@pytest.mark.parametrize(
+    "condition", ["", "ece", "ece=0.1", "ece>", "0.1<ece", "loss>1", "ece>0.1>0.2", "map.x>1", "ece>1.2.3"]
+)
+def test_bad_gates_are_usage_errors(condition):
+    with pytest.raises(UsageError, match="--fail-if"):
+        parse_gate(condition)
+
+
+@pytest.mark.parametrize("condition", ["ensemble.nll>1", "nll>nothing.nll", "mcc<0.5"])
+def test_gates_on_what_was_not_scored(condition):
+    with pytest.raises(UsageError, match="--fail-if"):
+        check_gates([parse_gate(condition)], RESULTS)
+
+
+def test_gates_speak_of_map_where_there_is_no_laplace():
+    with pytest.raises(GateError, match=r"map ece 0\.2"):
+        check_gates([parse_gate("ece>0.1")], RESULTS[:2])
+
+
+def test_a_failed_gate_ends_with_7_after_the_results(adapter, tmp_path, capsys):
+    file = tmp_path / "results.jsonl"
+    file.write_text('{"half')
+    arguments = ["eval", str(adapter), "--limit", "60", "--output", str(file), "--fail-if", "nll>0.01", "--json"]
+    with pytest.raises(GateError, match=r"nll>0\.01 \(laplace default \(mc-joint\) nll") as failed:
+        app(arguments, standalone_mode=False)
+    assert failed.value.exit_status == 7 and len(str(failed.value).splitlines()) == 1
+    assert json.loads(capsys.readouterr().out)["n"] == 60
+    lines = file.read_text().splitlines()
+    assert len(lines) == 2 and json.loads(lines[1])["adapter"] == str(adapter)
+    with pytest.raises(DataError, match="line 1"):
+        app(["compare", str(file)], standalone_mode=False)
+
+    file.write_text(lines[1] + "\n")
+    app(
+        ["eval", str(adapter), "--limit", "50", "--output", str(file), "--methods", "map,constant"],
+        standalone_mode=False,
+    )
+    capsys.readouterr()
+    app(["compare", str(file), str(file), "--json"], standalone_mode=False)
+    printed = capsys.readouterr()
+    runs = json.loads(printed.out)
+    assert [run["n"] for run in runs] == [60, 50, 60, 50] and "did not score the same rows" in printed.err
+    app(["compare", str(file)], standalone_mode=False)
+    table = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
+    assert len({len(line) for line in table}) == 1 and len(table) == 1 + 3 + 2
+    assert [line[6:9] for line in table[1:]][2] == ["laplace", "default", "mc-joint"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--fail-if", "loss>1"), "not a metric"),
+        (("--methods", "mpa"), "--methods mpa"),
+        (("--coverage", "0"), "--coverage"),
+        (("--checkpoints", "--name", "x"), "--name"),
+        (("--checkpoints",), "no checkpoint-STEP"),
+        (("--prior-method", "marglik"), "need --checkpoints"),
+    ],
+)
+def test_bad_options(adapter, arguments, words):
+    with pytest.raises(UsageError, match=words):
+        app(["eval", str(adapter), *arguments], standalone_mode=False)
+
+
+def test_tables_for_a_terminal(adapter, demo, elsewhere, capsys, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "130")
+    ood = ["--ood", str(demo / "farm.yaml"), "--ood-data-dir", str(elsewhere)]
+    app(["eval", str(adapter), "--limit", "60", "--coverage", "0.8", *ood], standalone_mode=False)
+    out = capsys.readouterr().out
+    for words in ("adaptive ece", "nll less MAP's", "--abstain-below", "other data: farm", "mutual inf.", "█", "┃"):
+        assert words in out
+    assert "…" not in out

@@ -1,0 +1,157 @@
+"""Pictures, and the page in a real browser."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import shutil
+import subprocess
+
+import matplotlib.image
+import numpy as np
+import pytest
+import torch
+
+from lapora import metrics
+from lapora.cli.app import app
+from lapora.errors import DataError
+from lapora.plots import evaluation_pictures, save_pictures, to_svg
+from lapora.report.page import Page, PageTable, write_page
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+NASTY = "</script><script>document.title='broken'</script><img src=x onerror=\"document.title='broken'\">&lt;"
+
+
+@pytest.fixture(scope="module")
+def tables():
+    generator = torch.Generator().manual_seed(0)
+    log_map = torch.log_softmax(4 * torch.randn(200, 3, generator=generator).double(), dim=1)
+    targets = torch.where(
+        torch.rand(200, generator=generator) < 0.7, log_map.argmax(1), torch.randint(0, 3, (200,), generator=generator)
+    )
+    return {
+        "constant": metrics.constant_predictor(targets, 3),
+        "map": log_map,
+        "temperature": torch.log_softmax(log_map / 3, dim=1),
+        "laplace default (mc-joint)": torch.log_softmax(log_map / 2, dim=1),
+        "laplace other (probit)": torch.log_softmax(log_map / 4, dim=1),
+    }, targets
+
+
+def test_pictures_are_named_written_and_the_same_each_time(tables, tmp_path):
+    after = ["laplace default (mc-joint)", "laplace other (probit)"]
+    pictures = evaluation_pictures(*tables, after)
+    assert [picture.name for picture in pictures] == [
+        "reliability-laplace-default-mc-joint",
+        "confidence-laplace-default-mc-joint",
+        "reliability-laplace-other-probit",
+        "confidence-laplace-other-probit",
+        "risk-coverage",
+    ]
+    files = save_pictures(pictures, tmp_path / "new" / "folder")
+    assert len(files) == 10 and all(file.stat().st_size > 2000 for file in files)
+    assert to_svg(evaluation_pictures(*tables, after)[0].figure) == to_svg(pictures[0].figure)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match="cannot be written"):
+        save_pictures(pictures, tmp_path / "file")
+
+
+def test_counts_and_axes_of_the_reliability_diagram(tables):
+    (picture, *_) = evaluation_pictures(*tables, ["laplace default (mc-joint)"])
+    upper, _, lower, _ = picture.figure.axes
+    counts = [int(text.get_text()) for text in lower.texts]
+    assert sum(counts) == 200
+    assert counts == [each.count for each in metrics.reliability_bins(tables[0]["map"], tables[1]) if each.count]
+    assert "ECE" in upper.get_title() and upper.get_xlim()[0] < 1 / 3
+
+
+def test_curves_are_told_apart_without_colour(tables):
+    risk = evaluation_pictures(*tables, ["temperature"])[-1]
+    (axis,) = risk.figure.axes
+    looks = {(line.get_marker(), str(line.get_linestyle())) for line in axis.lines}
+    assert len(looks) == len(axis.lines) == 4
+    assert all(list(line.get_xdata()) == sorted(line.get_xdata()) for line in axis.lines)
+
+
+def test_methods_that_order_rows_alike_share_a_curve():
+    generator = torch.Generator().manual_seed(0)
+    log_p = torch.log_softmax(torch.randn(50, 2, generator=generator).double(), dim=1)
+    alike = {"map": log_p, "temperature": torch.log_softmax(log_p / 2, dim=1)}
+    risk = evaluation_pictures(alike, torch.randint(0, 2, (50,), generator=generator), ["temperature"])[-1]
+    assert [line.get_label().split(":")[0] for line in risk.figure.axes[0].lines] == ["map, temperature"]
+
+
+def test_everything_on_the_page_is_escaped_and_nothing_is_fetched(tmp_path):
+    page = Page(
+        NASTY,
+        {NASTY: NASTY},
+        [PageTable(NASTY, [NASTY], [[NASTY]], NASTY)],
+        [(NASTY, b"<svg/>")],
+        [NASTY],
+        {NASTY: NASTY},
+    )
+    write_page(tmp_path / "page.html", page)
+    text = (tmp_path / "page.html").read_text()
+    assert "<script" not in text and "<img src=x" not in text
+    assert "Content-Security-Policy" in text
+    assert not re.search(r"(?:src|href)=\"(?!data:image/svg)", text) and "url(" not in text and "@import" not in text
+    with pytest.raises(DataError, match="cannot be written"):
+        write_page(tmp_path / "nowhere" / "page.html", page)
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here; .ci/run installs Debian's")
+def test_the_page_in_chromium(demo, tmp_path, capsys):
+    """The page of a real run: laid out, pictures drawn, nothing wider than the window, no script of the data's run."""
+    adapter = tmp_path / "adapter"
+    shutil.copytree(demo / "adapter", adapter)
+    manifest = adapter / "laplace" / "default" / "posterior.json"
+    content = json.loads(manifest.read_text())
+    content["task"]["task"] = "farm"
+    content["note"] = NASTY
+    manifest.write_text(json.dumps(content))
+    page = tmp_path / "page.html"
+    arguments = ["--limit", "80", "--methods", "all", "--coverage", "0.8", "--report", str(page), "--json"]
+    app(["eval", str(adapter), *arguments], standalone_mode=False)
+    record = json.loads(capsys.readouterr().out)
+
+    # What the browser made of it is asked by a script of the test's own, which the page's policy would stop.
+    measured = tmp_path / "measured.html"
+    policy = re.compile(r"<meta http-equiv=\"Content-Security-Policy\"[^>]*>")
+    text = page.read_text()
+    assert policy.search(text)
+    measure = """<script>addEventListener("load", () => {
+      const images = [...document.images];
+      document.title = JSON.stringify({
+        title: document.title,
+        images: images.map(i => i.complete && i.naturalWidth > 200 && i.alt.length > 20 && i.clientWidth > 200),
+        rows: document.querySelectorAll("tbody tr").length,
+        overflow: document.documentElement.scrollWidth - innerWidth,
+        cut: [...document.querySelectorAll("h1, h2, figcaption, .warning, .facts td")]
+          .filter(e => e.scrollWidth > e.clientWidth + 1 && getComputedStyle(e).display != "inline").length,
+        text: document.body.innerText.includes("onerror"),
+      });
+    });</script></body>"""
+    measured.write_text(policy.sub("", text).replace("</body>", measure))
+    for width in (1280, 420):
+        dumped = chromium(f"--window-size={width},900", "--dump-dom", measured.as_uri())
+        found = json.loads(re.search(r"<title>(.*?)</title>", dumped, flags=re.S)[1].replace("&amp;", "&"))
+        assert found["title"] == "farm: is adapter calibrated?"
+        assert found["images"] == [True] * 3
+        assert found["rows"] >= 2 * len(record["results"])
+        assert found["overflow"] <= 0 and found["cut"] == 0, (width, found)
+
+    chromium("--window-size=1280,2400", f"--screenshot={tmp_path / 'page.png'}", page.as_uri())
+    pixels = matplotlib.image.imread(io.BytesIO((tmp_path / "page.png").read_bytes()))[..., :3]
+    ink = pixels.mean(axis=2) < 0.5
+    assert pixels.shape[:2] == (2400, 1280) and 0.005 < ink.mean() < 0.5
+    # Ink all the way down to the pictures, none at the edges.
+    assert all(part.any() for part in np.array_split(ink[:2000], 8)) and not ink[:, :8].any() and not ink[:, -24:].any()
+
+
+def chromium(*arguments: str) -> str:
+    # No sandbox: in a container, as root, Chromium has none to offer; the page is the test's own.
+    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-1000:]
+    return done.stdout
