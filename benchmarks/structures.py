@@ -1,7 +1,7 @@
 """Every structure of the posterior on one real adapter: calibration, time and size, as a Markdown table.
 
-``python -m benchmarks.structures [boolq|source2|source5|demo]``. Times leave out loading: fit is the passes over the
-data and the decompositions, predict the linearised prediction of the scored rows.
+``python -m benchmarks.structures [boolq|source2|source5|demo] [--brief]``. Times leave out loading: fit is the passes
+over the data and the decompositions, predict the linearised prediction of the scored rows.
 """
 
 from __future__ import annotations
@@ -22,6 +22,12 @@ from lapora.workflows.prepare import prepare_fit
 from lapora.workflows.scoring import read_labelled_rows, score_rows
 from lapora.workflows.session import open_session
 from lapora.workflows.tune_prior import tune_prior
+
+SAME_POSTERIOR = {"`full`, adapted evidence": "`full`"}
+"""Rows that only tune another row's posterior in another way."""
+
+ONLY_IN_DETAIL = ("rank 16", "rank 64", "rank 128", "rank 50", "reduce basis", "all (")
+"""Left out with --brief."""
 
 METHODS: dict[str, tuple[FitSettings, PriorMethod]] = {
     "paper's stack (`--engine asdl`)": (FitSettings(engine="asdl"), "marglik"),
@@ -63,12 +69,15 @@ def table(chosen: BenchmarkAdapter, folder: Path):
     try:
         session = None
         for label, (settings, method) in METHODS.items():
-            name = f"m{list(METHODS).index(label)}"
-            started = time.perf_counter()
+            if "--brief" in sys.argv and any(part in label for part in ONLY_IN_DETAIL):
+                continue
+            name = f"m{list(METHODS).index(SAME_POSTERIOR.get(label, label))}"
             if chosen.name == "demo" and settings.subset != "lora":
                 continue  # it has neither a saved head nor LoRA on its lm_head
-            result = fitting.fit(model, data, replace(settings, name=name, max_length=chosen.max_length))
-            fit_time = time.perf_counter() - started
+            if label not in SAME_POSTERIOR:
+                started = time.perf_counter()
+                result = fitting.fit(model, data, replace(settings, name=name, max_length=chosen.max_length))
+                fit_time = time.perf_counter() - started
             tuned = tune_prior(model, settings=PriorSettings(name=name, method=method))
             session = open_session(model, name, session)
             rows = read_labelled_rows(session, DataSettings(limit=chosen.scored))

@@ -28,7 +28,9 @@ def shared() -> Path:
     return SHARED
 
 
-@pytest.fixture(params=[("classifier", 2), ("classifier", 3), ("classifier", 5), ("causal", 2), ("causal", 4)])
+@pytest.fixture(
+    params=[("classifier", 2), ("classifier", 3), ("classifier", 5), ("causal", 2), ("causal", 3), ("causal", 5)]
+)
 def answers(request):
     kind, classes = request.param
     return tiny_classifier(classes) if kind == "classifier" else tiny_causal(classes)

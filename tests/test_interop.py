@@ -28,14 +28,23 @@ def save(folder, blocks, *, structure="kron", prior=None):
     posterior = BlockPosterior(blocks)
     manifest = {
         "format_version": FORMAT_VERSION,
-        "adapter": "",
-        "base_model": {},
-        "task": {},
-        "data": {"n": 6},
+        "adapter": "0" * 64,
+        "base_model": {
+            "name": "tiny",
+            "revision": None,
+            "quantization": "none",
+            "dtype": "float64",
+            "fingerprint": "0" * 64,
+        },
+        "task": {"task": "tiny"},
+        "data": {"split": "train", "n": 6, "fingerprint": "0" * 64, "max_length": 32},
         "structure": structure,
+        "weight_sharing": "expand",
+        "fisher": "exact",
+        "subset": "lora",
         "parameters": posterior.parameters(),
-        "prior": prior or {"precision": DELTA, "structure": "scalar"},
-        "answers": {},
+        "prior": prior or {"precision": DELTA, "structure": "scalar", "method": "marglik"},
+        "answers": {"choices": ["no", "yes"], "token_ids": None},
         "log_likelihood": -3.5,
     }
     write_posterior(folder, manifest, posterior)

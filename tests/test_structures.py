@@ -10,6 +10,7 @@ from peft import LoraConfig, get_peft_model
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
+from lapora.curvature.kron import KronObserver
 from lapora.curvature.sketch import NystromSketch
 from lapora.errors import UsageError
 from lapora.model.answers import AnswerModel
@@ -90,6 +91,8 @@ MIXTURES = {
     "classifier's head alone": lambda: (tiny_classifier(2), "last-layer"),
     "decoder's head and body": lambda: (head_decoder(), "all"),
     "LoRA on lm_head and body": lambda: (tiny_causal(3, targets=("q_proj", "v_proj", "lm_head")), "lora"),
+    "query, key and value share one input": lambda: (tiny_causal(3, targets=("q_proj", "k_proj", "v_proj")), "lora"),
+    "LoRA on lm_head and body, all": lambda: (tiny_causal(3, targets=("v_proj", "lm_head")), "all"),
     "LoRA on lm_head alone": lambda: (tiny_causal(4, targets=("q_proj", "lm_head")), "last-layer"),
 }
 
@@ -196,14 +199,35 @@ def test_heads_and_mixtures(mixture):
 def test_a_head_that_reads_one_position_counts_one_token(mixture):
     answers, layers = mixture
     encoded = rows()
-    logits, jacobian = bayesian_jacobian(answers, layers, encoded)
-    posterior, _ = fit_structure("kron", run_of(answers, layers, encoded))
-    ggn = dense_ggn(logits, jacobian)
-    for block, (layer, place) in zip(posterior.blocks, layer_slices(layers, logits.shape[1]), strict=True):
-        if layer.reads_answer_only and layer.role == "head":
-            # Of one token per row the trace is Σ|a|² Σ|g|² / N; the exact one is Σ|a|²|g|².
-            ratio = float(block.eigenvalues.sum() / ggn[place, place].trace())
-            assert 0.5 < ratio < 2.0
+    observer = KronObserver("expand")
+    recorded = {}
+
+    class Watch(KronObserver):
+        def see_input(self, layer, leader, inputs, mask):
+            recorded.setdefault(layer.name, []).append(inputs if mask is None else inputs[mask].unsqueeze(0))
+            return super().see_input(layer, leader, inputs, mask)
+
+    observer = Watch("expand")
+    run_of(answers, layers, encoded).observe(observer)
+    factors = observer.factors(layers)
+    tokens = sum(len(row.input_ids) for row in encoded)
+    in_head = {layer.name for layer in layers if layer.role == "head" or "lm_head" in layer.name}
+    for layer in layers:
+        assert factors[layer.name].count == (len(encoded) if layer.name in in_head else tokens)
+        seen = torch.cat([part.flatten(0, 1) for part in recorded[layer.name]])
+        assert len(seen) == factors[layer.name].count
+        close(factors[layer.name].input_sum, seen.T @ seen, answers)
+    for layer in (layer for layer in layers if layer.role == "head"):
+        # One token per row: what the head reads is what its own module was given at that position.
+        given = []
+        handle = layer.module.register_forward_pre_hook(lambda _, arguments, given=given: given.append(arguments[0]))
+        for batch in batches(answers, encoded, 1):
+            answers.logits(batch)
+        handle.remove()
+        last = torch.stack([value.reshape(-1, value.shape[-1])[-1] for value in given])
+        if layer.bias_as_input:
+            last = torch.cat([last, torch.ones(len(last), 1).double()], dim=1)
+        close(factors[layer.name].input_sum, last.T @ last, answers)
 
 
 @pytest.mark.parametrize("rank", [2, 5])
@@ -218,7 +242,7 @@ def test_truncated_kron_is_exact_for_its_curvature_and_bounds_the_variance(answe
     curvature = torch.zeros(jacobian.shape[2], jacobian.shape[2], dtype=torch.float64)
     kept = []
     for block, complete, (_, place) in zip(posterior.blocks, whole.blocks, layer_slices(layers, classes), strict=True):
-        assert max(block.eigenvalues.shape) <= rank
+        assert max(block.eigenvalues.shape) <= max(rank, min(complete.eigenvalues.shape))
         basis = kron_basis(block)
         curvature[place, place] = basis @ torch.diag(block.eigenvalues.flatten()) @ basis.T
         assert float(block.eigenvalues.sum()) <= float(complete.eigenvalues.sum()) * (1 + 1e-4)
@@ -343,3 +367,13 @@ def test_monte_carlo_and_empirical_fishers_of_full():
     expected = torch.linalg.eigvalsh(gradients.T @ gradients).flip(0)[: len(posterior.joint_eigenvalues)]
     close(posterior.joint_eigenvalues, expected, answers)
     assert not posterior.linear_model
+    # Sampled labels: the trace is right in expectation.
+    exact = float(dense_ggn(logits, jacobian).trace())
+    sampled = [
+        float(
+            fit_structure("full", run_of(answers, layers, encoded, fisher="mc", seed=seed))[0].joint_eigenvalues.sum()
+        )
+        for seed in range(60)
+    ]
+    error = torch.tensor(sampled).std() / 60**0.5
+    assert abs(sum(sampled) / 60 - exact) < 4 * float(error)

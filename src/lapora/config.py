@@ -72,6 +72,8 @@ class FitSettings:
     chat_template: bool = False
     seed: int = 0
     overwrite: bool = False
+    resume: bool = False
+    save_every: float = 60.0
 
 
 @dataclass(frozen=True)
@@ -145,6 +147,9 @@ WIDE_RANK = 256
 
 TOKEN_BUDGET = 2048
 """Tokens per batch, padding included, when no batch size is given."""
+
+LONGEST_LINE = 16 * 2**20
+"""Bytes of an input line of ``predict``; a longer one is no row, and not held in memory."""
 
 
 def method_label(method: str, name: str | None = None, link: str | None = None) -> str:

@@ -37,13 +37,39 @@ class DataError(LaporaError):
     exit_status = 5
 
 
+class MissingSplitError(DataError):
+    """There is no such split to be read: no file, or nothing on the Hub."""
+
+
+class UnlabelledError(DataError):
+    """Rows of which none has a label, where labels are needed."""
+
+
 class NumericalError(LaporaError):
     """NaN, infinity or a matrix that is not positive semi-definite."""
 
     exit_status = 6
 
 
+class NonFiniteRowError(NumericalError):
+    """What the model makes of one row is NaN or infinite.
+
+    Args:
+        row: Its position in the sequence that the batches were cut from.
+        reason: What is wrong with it, and what to do.
+    """
+
+    def __init__(self, row: int, reason: str) -> None:
+        super().__init__(f"row {row}: {reason}")
+        self.row = row
+        self.reason = reason
+
+
 class GateError(LaporaError):
     """An ``eval --fail-if`` gate failed."""
 
     exit_status = 7
+
+
+class LaporaWarning(UserWarning):
+    """Something the user should know that is no error; the command line prints it as one line, once."""

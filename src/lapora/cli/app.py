@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import sys
+import warnings
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TextIO
 
 import typer
 
 from lapora._version import __version__
 from lapora.cli.evaluate import compare_command, eval_command
+from lapora.cli.lines import binary_lines
 from lapora.cli.options import (
     AdapterArgument,
     BaseModelOption,
@@ -26,9 +28,10 @@ from lapora.cli.options import (
     SamplesOption,
     SeedOption,
     TaskOption,
+    TrustOption,
     model_settings,
 )
-from lapora.cli.output import RowProgress, binary_lines, complain, say, write_json_lines
+from lapora.cli.output import RowProgress, complain, json_text, say, write_json_lines
 from lapora.config import (
     DataSettings,
     Engine,
@@ -45,7 +48,7 @@ from lapora.config import (
     Subset,
     WeightSharing,
 )
-from lapora.errors import LaporaError, UsageError
+from lapora.errors import LaporaError, LaporaWarning, UsageError
 
 app = typer.Typer(
     name="lapora",
@@ -84,14 +87,19 @@ def fit_command(
     dtype: DtypeOption = None,
     device: DeviceOption = "auto",
     batch_size: BatchOption = "auto",
+    trust_remote_code: TrustOption = False,
     max_length: Annotated[int | None, typer.Option(min=1, help="Tokens per row.")] = None,
     chat_template: Annotated[bool, typer.Option("--chat-template", help="Wrap prompts as a chat.")] = False,
     seed: SeedOption = 0,
     output_dir: OutputDirOption = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a posterior of that name.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from what a fit that was ended has saved.")] = False,
+    save_every: Annotated[float, typer.Option(min=0, help="Seconds between saves for --resume; 0: every batch.")] = (
+        FitSettings.save_every
+    ),
 ) -> None:
     """Fit the Laplace posterior of ADAPTER on the rows it was trained on."""
-    model = model_settings(adapter, base_model, quantize, dtype, device, batch_size, output_dir)
+    model = model_settings(adapter, base_model, quantize, dtype, device, batch_size, output_dir, trust_remote_code)
     if task is None:
         raise UsageError("--data is missing: a built-in task (see `lapora tasks`) or the path of a task YAML")
     from lapora.workflows.fit import fit
@@ -112,6 +120,8 @@ def fit_command(
                 chat_template=chat_template,
                 seed=seed,
                 overwrite=overwrite,
+                resume=resume,
+                save_every=save_every,
             ),
             progress,
         )
@@ -152,12 +162,13 @@ def tune_prior_command(
     dtype: DtypeOption = None,
     device: DeviceOption = "auto",
     batch_size: BatchOption = "auto",
+    trust_remote_code: TrustOption = False,
     seed: SeedOption = 0,
     output_dir: OutputDirOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Choose the prior precision: by validation rows where there are some, else by the marginal likelihood."""
-    model = model_settings(adapter, base_model, quantize, dtype, device, batch_size, output_dir)
+    model = model_settings(adapter, base_model, quantize, dtype, device, batch_size, output_dir, trust_remote_code)
     from lapora.workflows.tune_prior import tune_prior
 
     settings = PriorSettings(name, method, prior, optimizer, lr, steps, link, seed)
@@ -186,11 +197,12 @@ def predict_command(
     dtype: DtypeOption = None,
     device: DeviceOption = "auto",
     batch_size: BatchOption = "auto",
+    trust_remote_code: TrustOption = False,
     seed: SeedOption = 0,
     output_dir: OutputDirOption = None,
 ) -> None:
     """Predict, one JSON line out per JSON line in."""
-    model = model_settings(adapter, base_model, quantize, dtype, device, batch_size, output_dir)
+    model = model_settings(adapter, base_model, quantize, dtype, device, batch_size, output_dir, trust_remote_code)
     from lapora.workflows.predict import predict
 
     settings = PredictSettings(name, link, samples, seed, logits, on_error, abstain_below)
@@ -219,7 +231,7 @@ def tasks_command(
         from lapora.workflows.check_task import check as check_rows
 
         report = check_rows(adapter, DataSettings(check, data_dir, split, limit), base_model=base_model)
-        typer.echo(json.dumps(report, indent=2, ensure_ascii=False))
+        typer.echo(json_text(report, indent=2))
         return
     from lapora.tasks import builtin_tasks, builtin_yaml, describe_task, load_task
 
@@ -271,8 +283,23 @@ INTERRUPTED = 130
 """What Typer makes of Ctrl-C."""
 
 
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """Lapora's own warnings are lines for people; a library's are no news for them."""
+    if issubclass(category, LaporaWarning):
+        say(f"warning: {message}")
+
+
 def run() -> None:
     """Run the command line and end the process with the promised status."""
+    warnings.simplefilter("once", LaporaWarning)
+    warnings.showwarning = _show_warning
     try:
         # Without its standalone mode Typer returns an exit status instead of ending the process.
         status = app(standalone_mode=False)

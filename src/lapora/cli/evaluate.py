@@ -29,6 +29,7 @@ from lapora.cli.options import (
     SamplesOption,
     SeedOption,
     TaskOption,
+    TrustOption,
     model_settings,
 )
 from lapora.cli.output import RowProgress, say
@@ -89,12 +90,13 @@ def eval_command(
     dtype: DtypeOption = None,
     device: DeviceOption = "auto",
     batch_size: BatchOption = "auto",
+    trust_remote_code: TrustOption = False,
     seed: SeedOption = 0,
     output_dir: OutputDirOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Score MAP, Laplace and other methods side by side."""
-    model = model_settings(adapter, base_model, quantize, dtype, device, batch_size, output_dir)
+    model = model_settings(adapter, base_model, quantize, dtype, device, batch_size, output_dir, trust_remote_code)
     if coverage == 0:
         raise UsageError("--coverage 0: a share of the rows above 0 and at most 1")
     data = DataSettings(task, data_dir, split, limit)

@@ -61,6 +61,9 @@ LimitOption = Annotated[int | None, typer.Option(min=1, help="Only the first so 
 NameOption = Annotated[str, typer.Option(help="Name of the posterior.")]
 SeedOption = Annotated[int, typer.Option(help="Seed of whatever is random.")]
 SamplesOption = Annotated[int, typer.Option(min=2, help="Points of the sampling links (more than two answers).")]
+TrustOption = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run the code that a base model or tokenizer brings along.")
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -72,6 +75,7 @@ def model_settings(
     device: str,
     batch_size: str,
     output_dir: Path | None,
+    trust_remote_code: bool = False,
 ) -> ModelSettings:
     """The options that every command that loads a model has.
 
@@ -88,4 +92,5 @@ def model_settings(
         device=device,
         batch_size=None if batch_size == "auto" else int(batch_size),
         output_dir=output_dir,
+        trust_remote_code=trust_remote_code,
     )

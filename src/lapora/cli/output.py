@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from types import TracebackType
 from typing import Any, BinaryIO
 
@@ -15,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from lapora.errors import DataError
 
-_stderr = Console(stderr=True, highlight=False, soft_wrap=True)
+_stderr = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
 
 
 def say(message: str) -> None:
@@ -64,7 +65,7 @@ class RowProgress:
 
 
 def write_json_lines(records: Iterable[Mapping[str, Any]], target: str) -> None:
-    """Write records as they come, one JSON line each, flushed.
+    """Write records as they come, one JSON line each in UTF-8 whatever the locale, each handed on whole.
 
     Args:
         records: What to write.
@@ -74,37 +75,41 @@ def write_json_lines(records: Iterable[Mapping[str, Any]], target: str) -> None:
     Raises:
         DataError: The file cannot be written.
     """
+    if target == "-" and sys.stdout is None:
+        raise DataError("standard output is closed; give --output FILE")
     try:
-        stream = sys.stdout if target == "-" else open(target, "w", encoding="utf-8")  # noqa: SIM115
+        stream = sys.stdout.buffer if target == "-" else open(target, "wb")  # noqa: SIM115
     except OSError as error:
         raise DataError(f"{target}: cannot be written ({error.strerror}); give another --output") from error
     try:
         for record in records:
-            stream.write(json.dumps(record, ensure_ascii=False) + "\n")
+            stream.write(json_text(record).encode("utf-8") + b"\n")
             stream.flush()
     except BrokenPipeError:
-        # What is buffered has nowhere to go; without this Python complains of it at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        _drop_what_is_buffered(stream)
     except OSError as error:
+        _drop_what_is_buffered(stream)
         raise DataError(f"{target}: cannot be written ({error.strerror})") from error
     finally:
-        if stream is not sys.stdout:
-            stream.close()
+        if target != "-":
+            with contextlib.suppress(OSError):
+                stream.close()
 
 
-@contextmanager
-def binary_lines(source: str) -> Iterator[BinaryIO]:
-    """Standard input, or a file.
+def _drop_what_is_buffered(stream: BinaryIO) -> None:
+    """It has nowhere to go; without this Python complains of it at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+# Terminal controls (C1, delete), marks that turn the direction of text, line separators, halves of a surrogate pair.
+_ESCAPED = re.compile("[\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def json_text(content: Any, indent: int | None = None) -> str:
+    """JSON that a terminal may be shown: what is no text for people is escaped, as JSON allows.
 
     Raises:
-        DataError: No such file.
+        ValueError: A number is NaN or infinite, which JSON has no word for.
     """
-    if source == "-":
-        yield sys.stdin.buffer
-        return
-    try:
-        stream = open(source, "rb")  # noqa: SIM115
-    except OSError as error:
-        raise DataError(f"{source}: cannot be read ({error.strerror})") from error
-    with stream:
-        yield stream
+    text = json.dumps(content, ensure_ascii=False, allow_nan=False, indent=indent)
+    return _ESCAPED.sub(lambda found: f"\\u{ord(found.group()):04x}", text)

@@ -11,6 +11,7 @@ from torch import Tensor
 from lapora.config import FisherType, Progress
 from lapora.curvature.fisher import empirical_columns, exact_columns, monte_carlo_columns
 from lapora.curvature.linearisation import Directions, Linearisation, Observer
+from lapora.curvature.resuming import PassKeeper, PassState, Resumable
 from lapora.errors import UsageError
 from lapora.model.answers import AnswerModel
 from lapora.model.batches import Batch
@@ -40,6 +41,7 @@ def collect(
     fisher: FisherType | Directions = "exact",
     seed: int = 0,
     progress: Progress | None = None,
+    keeper: PassKeeper | None = None,
 ) -> DataPass:
     """Show every batch to an observer.
 
@@ -52,6 +54,7 @@ def collect(
         fisher: Which Fisher's columns to differentiate, or any other directions.
         seed: Of the labels drawn by the Monte-Carlo Fisher.
         progress: Told of rows done.
+        keeper: Keeps the sums as the pass goes on, and has those to go on from; the observer must be resumable.
 
     Raises:
         UsageError: The empirical Fisher without labels.
@@ -62,14 +65,34 @@ def collect(
         raise UsageError("--fisher empirical needs a label in every row; use --fisher exact")
     found: list[Tensor] = []
     order: list[int] = []
+    done = 0
+
+    def state() -> PassState:
+        assert isinstance(observer, Resumable)
+        logits = torch.cat([each.cpu() for each in found])
+        return PassState(done, order, logits, generator.get_state(), observer.state())
+
+    saved = None if keeper is None else keeper.saved()
+    if saved is not None:
+        assert isinstance(observer, Resumable)
+        observer.restore(saved.observer)
+        generator.set_state(saved.generator)
+        found, order = [saved.logits], list(saved.order)
     with Linearisation(answers, layers, observer) as linearisation:
         for batch in batches:
+            done += 1
+            if saved is not None and done <= saved.batches:
+                continue
             labels = torch.tensor([targets[row] for row in batch.rows]) if labelled else None
             found.append(linearisation.run(batch, _columns(fisher, labels, generator)).double())
             order += batch.rows
             if progress is not None:
                 progress(len(order), len(targets))
-    stacked = torch.cat(found).cpu() if found else torch.zeros(0, 0, dtype=torch.float64)
+            if keeper is not None:
+                keeper.offer(state)
+    if keeper is not None and found:
+        keeper.finish(state)
+    stacked = torch.cat([each.cpu() for each in found]) if found else torch.zeros(0, 0, dtype=torch.float64)
     logits = torch.empty_like(stacked)
     logits[torch.tensor(order, dtype=torch.long)] = stacked
     if not labelled or not found:

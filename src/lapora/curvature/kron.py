@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from lapora.config import WHOLE_WIDTH, WIDE_RANK, WeightSharing
+from lapora.curvature.resuming import ObserverState, sums_from_state, sums_state
 from lapora.curvature.sketch import NystromSketch
 from lapora.model.batches import Batch
 from lapora.model.bayesian_layers import BayesianLayer
@@ -29,11 +30,17 @@ Sum = Tensor | NystromSketch
 """``Σ x xᵀ``, whole or sketched."""
 
 
-def rank_of_side(dimension: int, rank: int | None) -> int:
-    """How many leading eigenvectors of a side of a Kronecker block are kept."""
-    if rank is None:
-        return dimension if dimension <= WHOLE_WIDTH else WIDE_RANK
-    return min(rank, dimension)
+def rank_of_side(dimension: int, other: int, rank: int | None) -> int:
+    """How many leading eigenvectors of a side of a Kronecker block are kept: all of the smaller side, if not wide.
+
+    Args:
+        dimension: Of this side.
+        other: Of the other side.
+        rank: What was asked for; None keeps sides up to ``WHOLE_WIDTH`` whole.
+    """
+    if dimension <= WHOLE_WIDTH and (rank is None or dimension < other):
+        return dimension
+    return min(WIDE_RANK if rank is None else rank, dimension)
 
 
 @dataclass(frozen=True)
@@ -98,12 +105,12 @@ class KronObserver:
             features = inputs.flatten(0, 1) if mask is None else inputs[mask]
         else:
             features = inputs.mean(dim=1) if mask is None else _masked_mean(inputs, mask)
-        self._add(self._input_sums, layer.name, features)
+        self._add(self._input_sums, layer.name, features, layer.shape[0])
 
     def see_gradient(self, layer: BayesianLayer, kept: object, gradient: Tensor) -> None:
         """Add ``Σ g gᵀ`` of one Fisher column."""
         rows = gradient.flatten(0, 1) if self.weight_sharing == "expand" else gradient.sum(dim=1)
-        self._add(self._gradient_sums, layer.name, rows)
+        self._add(self._gradient_sums, layer.name, rows, layer.shape[1])
 
     def finish(self, layer: BayesianLayer) -> None:
         """Sums need no closing."""
@@ -111,10 +118,10 @@ class KronObserver:
     def end(self, rows: int, directions: int) -> None:
         """Sums need no closing."""
 
-    def _add(self, sums: dict[str, Sum], name: str, rows: Tensor) -> None:
+    def _add(self, sums: dict[str, Sum], name: str, rows: Tensor, other: int) -> None:
         dimension = rows.shape[1]
         if name not in sums:
-            width = 2 * rank_of_side(dimension, self.rank)
+            width = 2 * rank_of_side(dimension, other, self.rank)
             sums[name] = (
                 NystromSketch(dimension, width, seed=self.seed, like=rows)
                 if dimension > width
@@ -125,6 +132,19 @@ class KronObserver:
             total.add(rows)
         else:
             total.addmm_(rows.T, rows)
+
+    def state(self) -> ObserverState:
+        """All sums, counts and who shares whose input."""
+        inputs, gradients = sums_state(self._input_sums, "input"), sums_state(self._gradient_sums, "gradient")
+        facts = {**inputs.facts, **gradients.facts, "counts": self._counts, "leaders": self._leaders}
+        return ObserverState({**inputs.tensors, **gradients.tensors}, facts)
+
+    def restore(self, state: ObserverState) -> None:
+        """Go on from what :meth:`state` gave."""
+        self._input_sums = sums_from_state(state, "input", self.seed)
+        self._gradient_sums = sums_from_state(state, "gradient", self.seed)
+        self._counts = dict(state.facts["counts"])
+        self._leaders = dict(state.facts["leaders"])
 
     def factors(self, layers: Sequence[BayesianLayer]) -> dict[str, KronFactors]:
         """The sums of each layer, in the layers' order.

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lapora.curvature.resuming import ObserverState
 from lapora.model.batches import Batch
 from lapora.model.bayesian_layers import BayesianLayer
 
@@ -169,6 +170,14 @@ class SecondMomentObserver(PerExampleObserver):
         total = sum(gradient.inside.square().sum(dim=0, dtype=torch.float64) for gradient in gradients)
         assert isinstance(total, Tensor)
         self._sums[layer.name] = self._sums[layer.name] + total if layer.name in self._sums else total
+
+    def state(self) -> ObserverState:
+        """The sums."""
+        return ObserverState(dict(self._sums))
+
+    def restore(self, state: ObserverState) -> None:
+        """Go on from what :meth:`state` gave."""
+        self._sums = dict(state.tensors)
 
     def second_moments(self, layer: BayesianLayer) -> Tensor | None:
         """``(o'', i')`` in float64, or None for a layer that no logit depends on."""

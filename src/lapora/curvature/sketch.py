@@ -9,6 +9,7 @@ positive-semidefinite matrix from streaming data", Algorithm 3.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from torch import Tensor
 from lapora.errors import NumericalError
 
 _WELL_CONDITIONED = 4
+_CHUNK = 8192
 
 
 class NystromSketch:
@@ -46,34 +48,51 @@ class NystromSketch:
         self.trace += float(rows.square().sum(dtype=torch.float64))
 
     def leading(self, rank: int) -> tuple[Tensor, Tensor]:
-        """The leading eigenpairs of the approximation.
+        """The leading eigenpairs of the approximation. Ends the sketch: its memory is worked in.
 
         Args:
             rank: How many, at most the sketch's width.
 
         Returns:
-            Eigenvalues ``(k,)``, falling, and eigenvectors ``(d, k)``, in float64; ``k <= rank``, less where
-            the matrix has no more directions.
+            Eigenvalues ``(k,)``, falling, in float64, and eigenvectors ``(d, k)`` in the rows' type; ``k <= rank``,
+            less where the matrix has no more directions.
 
         Raises:
             NumericalError: The rows held NaN or infinity.
         """
-        image, test = self.image.double(), self.test_matrix.double()
-        if not bool(torch.isfinite(image).all()):
+        if not bool(torch.isfinite(self.image).all()):
             raise NumericalError("the curvature is not finite; try --dtype float32")
-        norm = float(torch.linalg.matrix_norm(image))
+        width = self.image.shape[1]
+        norm = math.sqrt(sum(float(image.square().sum()) for image, _ in self._chunks()))
         if norm == 0.0:
-            return image.new_zeros(0), image.new_zeros(len(image), 0)
+            return self._double(0), self._double(len(self.image), 0)
         # The shift makes the core positive definite; it is taken off the eigenvalues again.
         accuracy = torch.finfo(self.image.dtype).eps
         shift = accuracy * norm
-        core = test.T @ image + shift * (test.T @ test)
+        core = self._double(width, width)
+        for image, test in self._chunks():
+            core += test.T @ image + shift * (test.T @ test)
         values, vectors = torch.linalg.eigh((core + core.T) / 2)
         kept = values > 0.5 * shift
         root = vectors[:, kept] / values[kept].sqrt()
-        half = (image + shift * test) @ root  # half halfᵀ is the approximation
-        squares, right = torch.linalg.eigh(half.T @ half)
+        # half halfᵀ is the approximation; it takes the image's place.
+        gram = self._double(root.shape[1], root.shape[1])
+        for start, (image, test) in zip(range(0, len(self.image), _CHUNK), self._chunks(), strict=True):
+            half = (image + shift * test) @ root
+            gram += half.T @ half
+            self.image[start : start + _CHUNK, : root.shape[1]] = half.to(self.image.dtype)
+        squares, right = torch.linalg.eigh(gram)
         squares, right = squares.flip(0), right.flip(1)
         found = (squares - shift).clamp(min=0.0)
         count = min(rank, int((found > 10 * accuracy * float(found[0])).sum())) if len(found) else 0
-        return found[:count], half @ (right[:, :count] / squares[:count].sqrt())
+        combination = (right[:, :count] / squares[:count].sqrt()).to(self.image.dtype)
+        return found[:count], self.image[:, : root.shape[1]] @ combination
+
+    def _chunks(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Image and test matrix a few rows at a time, in float64."""
+        for start in range(0, len(self.image), _CHUNK):
+            rows = slice(start, start + _CHUNK)
+            yield self.image[rows].double(), self.test_matrix[rows].double()
+
+    def _double(self, *shape: int) -> Tensor:
+        return torch.zeros(*shape, dtype=torch.float64, device=self.image.device)

@@ -127,7 +127,7 @@ def _read_config(path: Path) -> dict[str, Any]:
         raise AdapterError(f"{path}: {CONFIG_FILE} is missing; ADAPTER is a folder that peft has saved")
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise AdapterError(f"{file}: cannot be read as JSON ({error})") from error
     if not isinstance(config, dict):
         raise AdapterError(f"{file}: not a JSON object")

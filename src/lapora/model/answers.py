@@ -10,7 +10,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from lapora.errors import NumericalError
+from lapora.errors import NonFiniteRowError, NumericalError
 from lapora.model.adapter import ModelKind
 from lapora.model.batches import Batch, PaddingSide
 from lapora.model.bayesian_layers import BayesianLayer
@@ -57,7 +57,7 @@ class AnswerModel:
         """Logits ``f`` of the answers, ``(B, C)``, in float32 at least.
 
         Raises:
-            NumericalError: A logit is NaN or infinite; the message names the first such row.
+            NonFiniteRowError: A logit is NaN or infinite; the message names the first such row.
         """
         arguments: dict[str, Any] = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
         if batch.token_type_ids is not None and self._accepts["token_type_ids"]:
@@ -72,9 +72,7 @@ class AnswerModel:
         finite = torch.isfinite(logits.detach()).all(dim=1)
         if not bool(finite.all()):
             row = batch.rows[int((~finite).nonzero()[0])]
-            raise NumericalError(
-                f"row {row}: the model's logits are not finite; try --dtype float32, and check the adapter"
-            )
+            raise NonFiniteRowError(row, "the model's logits are not finite; try --dtype float32, or check the adapter")
         return logits
 
     def _answer_logits(self, batch: Batch, arguments: dict[str, Any]) -> Tensor:

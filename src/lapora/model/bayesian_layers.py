@@ -86,10 +86,10 @@ def find_bayesian_layers(model: PeftModel, subset: Subset = "lora") -> list[Baye
         raise AdapterError("the adapter has no LoRA layers on this base model")
     if subset == "lora":
         return layers
-    heads = [layer for path in head_paths for layer in _head_layers(model, path, adapter_name)]
-    if subset == "all" and heads:
-        return layers + heads
+    heads = [layer for path in head_paths for layer in _head_layers(model, path, adapter_name, path == output_path)]
     on_output = [layer for layer in layers if output_path and layer.name.startswith(f"{output_path}.lora_")]
+    if subset == "all" and (heads or on_output):
+        return layers + heads
     if subset == "last-layer" and (heads or on_output):
         return heads[-1:] or on_output
     raise UsageError(
@@ -106,7 +106,13 @@ def _output_layer_path(model: PeftModel) -> str | None:
 
 
 def _saved_head_paths(model: PeftModel) -> list[str]:
-    return [path for path, module in model.named_modules() if isinstance(module, ModulesToSaveWrapper)]
+    """Modules saved whole with the adapter, those of the transformer blocks left out: they read every token."""
+    blocks = [f"{path}." for path, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    return [
+        path
+        for path, module in model.named_modules()
+        if isinstance(module, ModulesToSaveWrapper) and not any(path.startswith(block) for block in blocks)
+    ]
 
 
 def _factors(
@@ -128,7 +134,7 @@ def _factors(
     ]
 
 
-def _head_layers(model: PeftModel, path: str, adapter_name: str) -> list[BayesianLayer]:
+def _head_layers(model: PeftModel, path: str, adapter_name: str, writes_vocabulary: bool) -> list[BayesianLayer]:
     wrapper = cast(ModulesToSaveWrapper, model.get_submodule(path))
     saved = wrapper.modules_to_save[adapter_name]
     found = []
@@ -142,6 +148,7 @@ def _head_layers(model: PeftModel, path: str, adapter_name: str) -> list[Bayesia
                     module,
                     module,
                     reads_answer_only=True,
+                    answer_rows_only=writes_vocabulary,
                     bias_as_input=module.bias is not None,
                 )
             )

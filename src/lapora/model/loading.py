@@ -9,11 +9,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, cast
 
 import torch
 import transformers
 from peft import PeftModel, get_peft_model_state_dict
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from transformers import logging as transformers_logging
@@ -135,7 +137,8 @@ def load_model(
         fingerprint=fingerprint,
         number_of_labels=getattr(base.config, "num_labels", None) if adapter.kind == "classifier" else None,
     )
-    if adapter.kind == "classifier" and base.config.get_text_config().pad_token_id is None:
+    if adapter.kind == "classifier":
+        # A decoder with a head finds the answer's position by this id: it must be the one that batches are padded with.
         base.config.get_text_config().pad_token_id = loaded.pad_token_id
     return loaded
 
@@ -167,6 +170,8 @@ def _load_config(base_name: str, revision: str | None, trust_remote_code: bool) 
 def _base_error(base_name: str, error: Exception) -> AdapterError:
     reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
     looked = "no such folder, and " if not Path(base_name).is_dir() else ""
+    if isinstance(error, UnpicklingError):
+        reason = "its weights are a pickle of more than tensors, which could run any code and is not opened"
     return AdapterError(
         f"base model {base_name}: {looked}it cannot be loaded ({reason[:160]}); "
         "give a local folder with --base-model, or check the name and the network"
@@ -210,7 +215,7 @@ def _load_base(
             config.num_labels = labels
     try:
         base, information = loader.from_pretrained(base_name, **arguments)
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, UnpicklingError, SafetensorError) as error:
         raise _base_error(base_name, error) from error
     return base, set(information["missing_keys"])
 

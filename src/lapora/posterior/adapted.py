@@ -86,35 +86,47 @@ class LinearModel:
             raise NumericalError("adapted evidence: the kernel is not positive semi-definite; fit again")
         return objective - 0.5 * float(log_determinant), alpha
 
-    def maximise(self) -> tuple[float, float]:
-        """The δ of greatest adapted evidence, and that evidence.
+    def maximise(self) -> tuple[float, float, str | None]:
+        """The δ of greatest adapted evidence in the range of :mod:`lapora.posterior.evidence`.
 
-        The range of :mod:`lapora.posterior.evidence` is walked in decades first; the best decade is refined.
+        The evidence may have several maxima, so every decade is looked at and the best is refined. Where Newton's
+        method does not arrive, as with very wide priors, the evidence counts as -∞.
+
+        Returns:
+            δ, the evidence in nats, and ``lowest`` or ``highest`` where δ is at that end of the range.
+
+        Raises:
+            NumericalError: Newton's method arrived nowhere.
         """
         from scipy.optimize import minimize_scalar
 
-        known: dict[float, float] = {}
         alpha: Array | None = None
 
-        def negative(log_precision: float) -> float:
+        def evidence(log_precision: float) -> float:
             nonlocal alpha
-            value, alpha = self.log_marginal_likelihood(math.exp(log_precision), alpha)
-            known[log_precision] = value
-            return -value
+            try:
+                value, alpha = self.log_marginal_likelihood(math.exp(log_precision), alpha)
+            except (NumericalError, np.linalg.LinAlgError):
+                alpha = None
+                return -math.inf
+            return value
 
-        lowest, highest = math.log(1e-3), math.log(1e5)
-        decades = np.arange(highest, lowest - 1e-9, -math.log(10.0))
-        for log_precision in decades:  # from the tight prior, whose mode is near, to the wide one
-            negative(float(log_precision))
-            ordered = list(known.values())
-            if len(ordered) > 3 and max(ordered) - max(ordered[-2:]) > 5.0:
-                break
-        best = max(known, key=lambda key: known[key])
+        lowest, highest = math.log(LOWEST_PRECISION), math.log(HIGHEST_PRECISION)
         step = math.log(10.0)
-        bracket = max(best - step, math.log(LOWEST_PRECISION)), min(best + step, math.log(HIGHEST_PRECISION))
+        # From the tight prior, whose mode is near, to the wide one.
+        known = [(evidence(place), place) for place in np.arange(highest, lowest - step / 2, -step)]
+        value, best = max(known)
+        if not math.isfinite(value):
+            raise NumericalError("adapted evidence: Newton's method arrived nowhere; use another --method")
+        bracket = max(best - step, lowest), min(best + step, highest)
         alpha = None
-        found = minimize_scalar(negative, bounds=bracket, method="bounded", options={"xatol": 1e-3})
-        return math.exp(float(found.x)), -float(found.fun)
+        found = minimize_scalar(
+            lambda place: -evidence(place), bounds=bracket, method="bounded", options={"xatol": 1e-3}
+        )
+        if -float(found.fun) > value:
+            value, best = -float(found.fun), float(found.x)
+        bound = "lowest" if best < lowest + 0.01 else "highest" if best > highest - 0.01 else None
+        return math.exp(best), value, bound
 
     def _objective(self, alpha: Array, moved: Array) -> tuple[float, Array]:
         """``log p(y|h) - ½ (h - m)ᵀ α`` and h, at ``h = m + moved``."""

@@ -7,6 +7,8 @@ Reading the manifest and the eigenvalues needs no torch.
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -19,30 +21,20 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lapora._version import __version__
-from lapora.errors import PosteriorError, UsageError
+from lapora.errors import NumericalError, PosteriorError, UsageError
+from lapora.posterior.manifest import FORMAT_VERSION, check_prior, read_manifest, with_checksums
 from lapora.posterior.prior import PriorPrecision
 
 if TYPE_CHECKING:
     from lapora.posterior.gaussian import Posterior
 
-FORMAT_VERSION = 1
+__all__ = ["FORMAT_VERSION", "SavedPosterior", "posterior_folder", "saved_names", "write_posterior"]
+
 JOINT = "joint"
 """Prefix of the tensors of a posterior whose basis spans all layers."""
 JOINT_STRUCTURES = ("full", "lowrank")
 MANIFEST_FILE = "posterior.json"
 FACTORS_FILE = "factors.safetensors"
-_REQUIRED = (
-    "adapter",
-    "base_model",
-    "task",
-    "data",
-    "structure",
-    "parameters",
-    "tensors",
-    "prior",
-    "answers",
-)
 
 
 def posterior_folder(root: Path, name: str) -> Path:
@@ -56,12 +48,26 @@ def posterior_folder(root: Path, name: str) -> Path:
     return root / "laplace" / name
 
 
+def previous_folder(folder: Path) -> Path:
+    """Where the old posterior stands between the two renames that replace it."""
+    return folder.with_name(f".{folder.name}.previous")
+
+
+def posterior_exists(folder: Path) -> bool:
+    """Whether there is a posterior, one whose replacement was cut short included."""
+    return folder.exists() or previous_folder(folder).exists()
+
+
 def write_posterior(folder: Path, manifest: Mapping[str, Any], posterior: Posterior) -> None:
     """Write a posterior, replacing what stands there.
 
+    Everything is written under another name and flushed to the disk before the renames. Hold
+    :func:`lapora.posterior.lock.writing` around it.
+
     Raises:
-        PosteriorError: The folder cannot be written.
+        PosteriorError: The folder cannot be written; what stood there is still there.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     tensors = {key: value.detach().cpu().contiguous() for key, value in posterior.tensors().items()}
@@ -73,21 +79,51 @@ def write_posterior(folder: Path, manifest: Mapping[str, Any], posterior: Poster
         }
         for key, value in tensors.items()
     }
-    fresh = folder.with_name(f".{folder.name}.{os.getpid()}.new")
-    previous = folder.with_name(f".{folder.name}.previous")
+    fresh, previous = folder.with_name(f".{folder.name}.new"), previous_folder(folder)
     try:
+        shutil.rmtree(fresh, ignore_errors=True)  # of a fit that was killed
         fresh.mkdir(parents=True)
         save_file(tensors, fresh / FACTORS_FILE)
-        _write_json(fresh / MANIFEST_FILE, {**manifest, "tensors": described})
+        _to_disk(fresh / FACTORS_FILE)
+        _write_json(fresh / MANIFEST_FILE, with_checksums({**manifest, "tensors": described}))
         if folder.exists():
-            shutil.rmtree(previous, ignore_errors=True)
+            _remove(previous)
             folder.rename(previous)
         fresh.rename(folder)
-        shutil.rmtree(previous, ignore_errors=True)
-    except OSError as error:
-        raise PosteriorError(f"{folder}: cannot be written ({error.strerror or error})") from error
+        _to_disk(folder.parent)
+        _remove(previous)
+    except (OSError, SafetensorError) as error:
+        if not folder.exists() and previous.exists():
+            previous.rename(folder)
+        raise PosteriorError(f"{folder}: cannot be written ({_reason(error)}); the old one, if any, stands") from error
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
+
+
+def _remove(folder: Path) -> None:
+    if folder.is_symlink():
+        folder.unlink()
+    else:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _reason(error: Exception) -> str:
+    return getattr(error, "strerror", None) or str(error).splitlines()[0]
+
+
+def _to_disk(path: Path) -> None:
+    """Wait until a file, or a folder's entries, are on the disk; some file systems cannot, and need not."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EIO, errno.EDQUOT):
+            raise
+    finally:
+        os.close(descriptor)
 
 
 def _digest(value: Any) -> str:
@@ -95,64 +131,59 @@ def _digest(value: Any) -> str:
 
 
 def _write_json(file: Path, content: Mapping[str, Any]) -> None:
-    partial = file.with_name(f".{file.name}.{os.getpid()}")
-    with partial.open("w", encoding="utf-8") as stream:
-        json.dump(content, stream, indent=2, ensure_ascii=False)
-        stream.write("\n")
-        stream.flush()
-        os.fsync(stream.fileno())
-    partial.replace(file)
+    partial = file.with_name(f".{file.name}.new")
+    try:
+        with partial.open("w", encoding="utf-8") as stream:
+            json.dump(content, stream, indent=2, ensure_ascii=False)
+            stream.write("\n")
+            stream.flush()
+            os.fsync(stream.fileno())
+        partial.replace(file)
+    except OSError:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise
 
 
 class SavedPosterior:
-    """A posterior folder that has been found whole; tensors are read and checked when asked for.
+    """A posterior folder whose manifest has been found whole; tensors are read and checked when asked for.
 
     Args:
         folder: ``ADAPTER/laplace/NAME``.
+        prior_matters: Whether a damaged prior is refused; ``tune-prior`` replaces it.
 
     Raises:
         PosteriorError: Missing, of another format, or damaged.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, prior_matters: bool = True) -> None:
         self.folder = folder
-        previous = folder.with_name(f".{folder.name}.previous")
-        if not folder.exists() and previous.exists():
-            previous.rename(folder)  # a fit was ended between its two renames
-        self.manifest = self._read_manifest()
-
-    def _read_manifest(self) -> dict[str, Any]:
-        file = self.folder / MANIFEST_FILE
-        if not file.is_file():
-            raise PosteriorError(f"{self.folder}: no posterior there; make one with `lapora fit`")
-        try:
-            manifest = json.loads(file.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise PosteriorError(f"{file}: damaged ({error}); fit again with --overwrite") from error
-        if not isinstance(manifest, dict) or manifest.get("format_version") != FORMAT_VERSION:
-            raise PosteriorError(
-                f"{file}: not of format {FORMAT_VERSION}, which lapora {__version__} reads; fit again with --overwrite"
-            )
-        missing = [key for key in _REQUIRED if key not in manifest]
-        if missing:
-            raise PosteriorError(f"{file}: the field {', '.join(missing)} is missing; fit again with --overwrite")
-        try:
-            PriorPrecision.from_manifest(manifest["prior"]).per_layer(manifest["parameters"])
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise PosteriorError(f"{file}: the field prior is damaged ({error}); tune the prior again") from error
-        return manifest
+        if not folder.exists() and previous_folder(folder).exists():
+            self.folder = previous_folder(folder)  # a fit was ended between its two renames: the old one stands
+        self.manifest = read_manifest(self.folder / MANIFEST_FILE, prior_matters=prior_matters)
 
     def rewrite_manifest(self, changes: Mapping[str, Any]) -> None:
         """Replace fields of the manifest, atomically; the factors stay as they are.
 
         Raises:
-            PosteriorError: The manifest cannot be written.
+            PosteriorError: The manifest cannot be written; the old one stands.
         """
-        self.manifest = {**self.manifest, **changes}
+        manifest = with_checksums({**self.manifest, **changes})
         try:
-            _write_json(self.folder / MANIFEST_FILE, self.manifest)
+            _write_json(self.folder / MANIFEST_FILE, manifest)
         except OSError as error:
-            raise PosteriorError(f"{self.folder}: cannot be written ({error.strerror or error})") from error
+            raise PosteriorError(
+                f"{self.folder}: cannot be written ({_reason(error)}); the old manifest stands"
+            ) from error
+        self.manifest = manifest
+
+    def prior_is_sound(self) -> bool:
+        """Whether the prior is whole, and as ``fit`` or ``tune-prior`` wrote it."""
+        try:
+            check_prior(self.folder / MANIFEST_FILE, self.manifest)
+        except PosteriorError:
+            return False
+        return True
 
     @property
     def prior(self) -> PriorPrecision:
@@ -181,38 +212,71 @@ class SavedPosterior:
         from safetensors import SafetensorError, safe_open
 
         file = self.folder / FACTORS_FILE
+        described = self.manifest["tensors"]
         found: dict[str, NDArray[Any]] = {}
         try:
             with safe_open(file, framework="numpy") as tensors:
                 for name in names:
                     found[name] = tensors.get_tensor(name)
-        except (SafetensorError, OSError) as error:
-            raise PosteriorError(f"{file}: damaged or missing ({error}); fit again with --overwrite") from error
+        except (SafetensorError, OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            self._refuse_if_replaced()
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise PosteriorError(f"{file}: damaged or missing ({reason}); fit again with --overwrite") from error
         for name, array in found.items():
-            expected = self.manifest["tensors"].get(name, {}).get("blake2b")
-            if hashlib.blake2b(array.tobytes(), digest_size=16).hexdigest() != expected:
+            expected = described.get(name)
+            if expected is None or hashlib.blake2b(array.tobytes(), digest_size=16).hexdigest() != expected["blake2b"]:
+                self._refuse_if_replaced()
                 raise PosteriorError(f"{file}: tensor {name} is damaged; fit again with --overwrite")
+            if list(array.shape) != expected["shape"] or str(array.dtype) != expected["dtype"]:
+                raise PosteriorError(
+                    f"{file}: tensor {name} is {array.dtype}{list(array.shape)}, and the manifest says "
+                    f"{expected['dtype']}{expected['shape']}; fit again with --overwrite"
+                )
+            if not np.isfinite(array).all():
+                raise NumericalError(f"{file}: tensor {name} holds NaN or infinity; fit again with --overwrite")
+            if name.endswith(".eigenvalues") and bool((array < 0).any()):
+                raise NumericalError(
+                    f"{file}: tensor {name} has a negative eigenvalue ({array.min():.3g}): no curvature has one; "
+                    "fit again with --overwrite"
+                )
         return found
+
+    def _refuse_if_replaced(self) -> None:
+        """A fit that ends between the reading of two files makes them look damaged, and they are not."""
+        try:
+            now = read_manifest(self.folder / MANIFEST_FILE, prior_matters=False)
+        except PosteriorError:
+            return
+        if now["tensors"] != self.manifest["tensors"]:
+            raise PosteriorError(f"{self.folder}: another fit replaced it while it was read; run the command again")
 
     def gaussian(self) -> Posterior:
         """The Gaussian, bases and all.
 
         Raises:
-            PosteriorError: As for :meth:`arrays`.
+            PosteriorError: As for :meth:`arrays`; or the tensors do not have the parameters' shapes.
+            NumericalError: They hold NaN or infinity, a negative eigenvalue, or a basis that is none.
         """
         import torch
 
         from lapora.posterior.gaussian import BlockPosterior, JointPosterior
+        from lapora.posterior.soundness import check_blocks, check_joint
 
         wanted = [name for name in self.manifest["tensors"] if not name.startswith("linear_model.")]
         tensors = {name: torch.from_numpy(array) for name, array in self.arrays(wanted).items()}
-        kind: type[BlockPosterior] | type[JointPosterior] = JointPosterior if self.joint else BlockPosterior
         try:
-            return kind.from_tensors(self.manifest["parameters"], tensors)
+            if self.joint:
+                joint = JointPosterior.from_tensors(self.manifest["parameters"], tensors)
+                check_joint(joint, self.folder / FACTORS_FILE)
+                return joint
+            blocks = BlockPosterior.from_tensors(self.manifest["parameters"], tensors)
         except (KeyError, TypeError, ValueError) as error:
             raise PosteriorError(
-                f"{self.folder / MANIFEST_FILE}: parameters do not match the factors ({error}); fit again"
+                f"{self.folder / MANIFEST_FILE}: parameters do not match the factors ({error}); "
+                "fit again with --overwrite"
             ) from error
+        check_blocks(blocks, self.manifest["structure"], self.folder / FACTORS_FILE)
+        return blocks
 
 
 def saved_names(root: Path) -> list[str]:
@@ -220,4 +284,5 @@ def saved_names(root: Path) -> list[str]:
     folder = root / "laplace"
     if not folder.is_dir():
         return []
-    return sorted(item.name for item in folder.iterdir() if (item / MANIFEST_FILE).is_file())
+    names = (item.name for item in folder.iterdir() if (item / MANIFEST_FILE).is_file())
+    return sorted(name for name in names if not name.startswith("."))

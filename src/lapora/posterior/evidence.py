@@ -200,3 +200,29 @@ def _evidence_by_group(
         )
         for group, members in groups.items()
     }
+
+
+_BIAS_WORTH_SAYING = 0.05
+
+
+def bias_of_truncation(
+    best: EvidenceMaximum, eigenvalues: Sequence[NDArray[np.float64]], parameters: Sequence[Mapping[str, Any]]
+) -> list[str]:
+    """Say so where the evidence leaves out curvature that would have moved its maximum.
+
+    A basis that keeps a share of the trace leaves out ``τ = Σλ (1/kept - 1)``, and with it at most ``τ/δ``
+    determined directions of ``Σ λ/(λ+δ)``: too few are set against ``δ‖θ‖²``, and δ comes out too small.
+    """
+    joint = len(eigenvalues) != len(parameters)
+    shares = [float(parameter.get("kept", 1.0)) for parameter in parameters]
+    missed = 0.0
+    for index, values in enumerate(eigenvalues):
+        share = max(shares[index], 1e-12)
+        precision = best.prior.precisions[group_of(parameters[0 if joint else index], best.prior.structure)]
+        missed += float(np.sum(values)) * (1.0 / share - 1.0) / precision
+    if missed <= _BIAS_WORTH_SAYING * best.effective_parameters:
+        return []
+    return [
+        f"the basis leaves out up to {missed:.3g} determined directions beside the {best.effective_parameters:.3g} "
+        "that the evidence counts: the prior precision is biased low; tune it on validation rows, or keep more"
+    ]

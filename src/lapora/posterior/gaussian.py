@@ -223,9 +223,9 @@ def decompose(
         layer_factors = factors[layer.name]
         leader = layer_factors.leader
         if leader not in input_eigen:
-            input_eigen[leader] = _eigen(layer_factors.input_sum, f"{leader} (inputs)", rank)
+            input_eigen[leader] = _eigen(layer_factors.input_sum, f"{leader} (inputs)", layer.shape[0], rank)
         inputs = input_eigen[leader]
-        gradients = _eigen(layer_factors.gradient_sum, f"{layer.name} (gradients)", rank)
+        gradients = _eigen(layer_factors.gradient_sum, f"{layer.name} (gradients)", layer.shape[1], rank)
         blocks.append(
             EigenBlock(
                 name=layer.name,
@@ -249,10 +249,10 @@ class _Eigen:
     kept: float
 
 
-def _eigen(total: Sum, where: str, rank: int | None) -> _Eigen:
+def _eigen(total: Sum, where: str, other: int, rank: int | None) -> _Eigen:
     if isinstance(total, NystromSketch):
         try:
-            values, vectors = total.leading(rank_of_side(len(total.test_matrix), rank))
+            values, vectors = total.leading(rank_of_side(len(total.test_matrix), other, rank))
         except NumericalError as error:
             raise NumericalError(f"{where}: {error}") from error
         return _Eigen(values, vectors, float(values.sum()) / total.trace if total.trace else 1.0)
@@ -267,7 +267,7 @@ def _eigen(total: Sum, where: str, rank: int | None) -> _Eigen:
             f"(least eigenvalue {float(values[0]):.3g}, greatest {largest:.3g})"
         )
     values = values.clamp(min=0.0)
-    kept = rank_of_side(len(values), rank)
+    kept = rank_of_side(len(values), other, rank)
     if kept == len(values):
         return _Eigen(values, vectors, 1.0)
     trace = float(values.sum())

@@ -16,11 +16,13 @@ from lapora.curvature.fisher import difference_columns, exact_columns
 from lapora.curvature.kron import KronObserver
 from lapora.curvature.linearisation import Directions, Observer
 from lapora.curvature.per_example import JacobianObserver, LayerBasis, SecondMomentObserver
+from lapora.curvature.resuming import ObserverState, sums_from_state, sums_state
 from lapora.curvature.sketch import NystromSketch
 from lapora.errors import NumericalError, UsageError
 from lapora.model.answers import AnswerModel
 from lapora.model.batches import Batch
 from lapora.model.bayesian_layers import BayesianLayer
+from lapora.posterior.checkpoint import Checkpoint
 from lapora.posterior.gaussian import (
     BlockPosterior,
     EigenBlock,
@@ -46,6 +48,7 @@ class CurvatureRun:
         rank: Of ``kron`` and ``lowrank``; None is the structure's own default.
         seed: Of whatever is random.
         progress: Told of rows done, from the start again for every pass.
+        checkpoint: Keeps the sums on disk as they grow.
     """
 
     answers: AnswerModel
@@ -58,14 +61,15 @@ class CurvatureRun:
     rank: int | None = None
     seed: int = 0
     progress: Progress | None = None
+    checkpoint: Checkpoint | None = None
 
     @property
     def columns(self) -> int:
         """Fisher columns of one example: C-1 exact ones, or a single one."""
         return self.classes - 1 if self.fisher == "exact" else 1
 
-    def observe(self, observer: Observer, directions: Directions | None = None) -> DataPass:
-        """One pass."""
+    def observe(self, observer: Observer, directions: Directions | None = None, *, another: bool = False) -> DataPass:
+        """One pass; ``another`` says that a further one builds on it."""
         return collect(
             self.answers,
             self.layers,
@@ -75,6 +79,7 @@ class CurvatureRun:
             fisher=directions or self.fisher,
             seed=self.seed,
             progress=self.progress,
+            keeper=None if self.checkpoint is None else self.checkpoint.next_pass(keep=another),
         )
 
 
@@ -97,7 +102,7 @@ def _kron(run: CurvatureRun) -> tuple[Posterior, DataPass]:
 def _ekfac(run: CurvatureRun) -> tuple[Posterior, DataPass]:
     """KFAC's eigenbasis, then exact second moments in it: a second pass."""
     observer = KronObserver(run.weight_sharing)
-    run.observe(observer)
+    run.observe(observer, another=True)
     posterior = BlockPosterior(decompose(run.layers, observer.factors(run.layers)))
     working = torch.float64 if run.layers[0].module.weight.dtype == torch.float64 else torch.float32
     rotated = posterior.to(run.answers.device, working)
@@ -143,23 +148,36 @@ class _SketchObserver(JacobianObserver):
 
     def __init__(self, run: CurvatureRun, rank: int) -> None:
         super().__init__(run.layers, run.classes)
+        self.seed = run.seed
         weight = run.layers[0].module.weight
         like = weight.new_zeros((), dtype=torch.float64 if weight.dtype == torch.float64 else torch.float32)
         self.sketch = NystromSketch(self.parameters, 2 * rank, seed=run.seed, like=like)
 
     def end(self, rows: int, directions: int) -> None:
         """Add the batch's rows."""
-        self.sketch.add(self.jacobian(rows, directions).flatten(0, 1))
+        self.sketch.add(self.jacobian(rows, directions).flatten(0, 1).to(self.sketch.image))
+
+    def state(self) -> ObserverState:
+        """The sketch."""
+        return sums_state({"rows": self.sketch}, "sketch")
+
+    def restore(self, state: ObserverState) -> None:
+        """Go on from what :meth:`state` gave."""
+        sketch = sums_from_state(state, "sketch", self.seed)["rows"]
+        assert isinstance(sketch, NystromSketch)
+        self.sketch = sketch
 
 
 def _lowrank(run: CurvatureRun) -> tuple[Posterior, DataPass]:
     rank = run.rank or DEFAULT_RANK
+    _refuse_a_sketch_that_does_not_fit(run, rank)
     observer = _SketchObserver(run, rank)
     data = run.observe(observer)
     values, vectors = observer.sketch.leading(rank)
     trace = observer.sketch.trace
     kept = min(1.0, float(values.sum()) / trace) if trace else 1.0
-    return JointPosterior(_describe(run.layers), vectors.T.contiguous(), values, kept), data
+    described = [{**parameter, "kept": kept} for parameter in _describe(run.layers)]
+    return JointPosterior(described, vectors.T.contiguous(), values, kept), data
 
 
 class _RowsObserver(JacobianObserver):
@@ -180,6 +198,14 @@ class _RowsObserver(JacobianObserver):
     def end(self, rows: int, directions: int) -> None:
         """Keep the batch's rows."""
         self.rows[list(self._batch_rows)] = self.jacobian(rows, directions).transpose(0, 1).to(self.rows)
+
+    def state(self) -> ObserverState:
+        """The rows."""
+        return ObserverState({"rows": self.rows})
+
+    def restore(self, state: ObserverState) -> None:
+        """Go on from what :meth:`state` gave."""
+        self.rows = state.tensors["rows"].to(self.rows)
 
 
 def _full(run: CurvatureRun) -> tuple[Posterior, DataPass]:
@@ -273,10 +299,26 @@ def _describe(layers: Sequence[BayesianLayer]) -> list[dict[str, object]]:
     return [describe_parameter(layer.name, layer.role, layer.shape, layer.squared_norm) for layer in layers]
 
 
+def _size(run: CurvatureRun) -> tuple[int, int]:
+    """Parameters that can have a gradient, and bytes of one number."""
+    parameters = sum(r * c for r, c in (layer.gradient_shape(run.classes) for layer in run.layers))
+    return parameters, 8 if run.layers[0].module.weight.dtype == torch.float64 else 4
+
+
+def _refuse_a_sketch_that_does_not_fit(run: CurvatureRun, rank: int) -> None:
+    parameters, width = _size(run)
+    needed, available = 5 * rank * parameters * width, _available_memory()
+    if needed > available:
+        raise UsageError(
+            f"--structure lowrank --rank {rank} needs {needed / 2**30:.1f} GiB for {parameters:,} parameters, and "
+            f"{available / 2**30:.1f} GiB are free; use a smaller --rank, or --structure kron"
+        )
+
+
 def _refuse_what_does_not_fit(run: CurvatureRun) -> None:
     rows = len(run.targets) * run.columns
-    parameters = sum(r * c for r, c in (layer.gradient_shape(run.classes) for layer in run.layers))
-    needed = 2 * rows * parameters * 4 + 4 * rows * rows * 8
+    parameters, width = _size(run)
+    needed = 2 * rows * parameters * width + 4 * rows * rows * 8
     available = _available_memory()
     if needed > available:
         raise UsageError(

@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lapora.report.evaluation import HEADINGS, label_of, number
+from lapora.report.overview import cell
 
 _BEST_IS_HIGH = ("accuracy", "mcc", "auroc")
 # The constant predictor is calibrated and says nothing, and an oracle has seen the labels: they are no candidates.
@@ -31,7 +32,7 @@ def print_comparison(runs: Sequence[Mapping[str, Any]], scores: Sequence[str]) -
     legend = Table(box=None, show_header=False)
     for index, run in enumerate(runs, 1):
         cells = (run["run"], run.get("time", ""), run.get("adapter", ""), f"{run['task']} {run['split']}", run["n"])
-        legend.add_row(Text(f"#{index}"), *(Text(str(cell)) for cell in cells), Text("rows"))
+        legend.add_row(Text(f"#{index}"), *(cell(str(value)) for value in cells), Text("rows"))
     console.print(legend)
     for score in scores:
         console.print(_side_by_side(runs, score))
@@ -59,7 +60,7 @@ def _side_by_side(runs: Sequence[Mapping[str, Any]], score: str) -> Table:
             )
             for column, value in zip(columns, bests, strict=True)
         ]
-        table.add_row(Text(label), *cells)
+        table.add_row(cell(label), *cells)
     return table
 
 

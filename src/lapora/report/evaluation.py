@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lapora.config import method_label
+from lapora.report.overview import cell
 
 if TYPE_CHECKING:  # listing tasks and inspecting a posterior need no torch
     from lapora.metrics import Bin
@@ -70,7 +71,7 @@ def print_evaluation(record: Mapping[str, Any]) -> None:
     wide = console.width >= _WIDE_TERMINAL
     scores = [score for score in HEADINGS if score in results[0] and (wide or score in _NARROW)]
     table = Table(
-        title=Text(f"{record['task']}, {record['split']}: {record['n']} rows"),
+        title=cell(f"{record['task']}, {record['split']}: {record['n']} rows"),
         caption="nll less MAP's: paired, with its 95 % bootstrap interval" if wide else None,
         box=box.SIMPLE_HEAD,
     )
@@ -81,7 +82,7 @@ def print_evaluation(record: Mapping[str, Any]) -> None:
         table.add_column("nll less MAP's", justify="right")
     for result in results:
         cells = [number(result[score]) for score in scores]
-        table.add_row(Text(label_of(result)), *cells, *([difference_of(result)] if wide else []))
+        table.add_row(cell(label_of(result)), *cells, *([difference_of(result)] if wide else []))
     console.print(table)
     if "coverage" in results[0]:
         console.print(_coverage(results))
@@ -98,13 +99,13 @@ def _coverage(results: Sequence[Mapping[str, Any]]) -> Table:
     for result in results:
         found = result["coverage"]
         shares = [f"{found['coverage']:.1%}", number(found["accuracy"]), number(result["accuracy"])]
-        table.add_row(Text(label_of(result)), threshold(found["threshold"]), *shares)
+        table.add_row(cell(label_of(result)), threshold(found["threshold"]), *shares)
     return table
 
 
 def _shift(shifted: Mapping[str, Any]) -> Table:
     table = Table(
-        title=Text(f"other data: {shifted['task']}, {shifted['split']}: {shifted['n']} rows"),
+        title=cell(f"other data: {shifted['task']}, {shifted['split']}: {shifted['n']} rows"),
         caption="AUROC of telling them from the rows above; 0.5 is chance",
         box=box.SIMPLE_HEAD,
     )
@@ -115,7 +116,7 @@ def _shift(shifted: Mapping[str, Any]) -> Table:
     for result in shifted["results"]:
         values = [result[key] for key in ("accuracy", "confidence", "confidence_in", "entropy", "entropy_in")]
         values += [result["auroc"][key] for key in ("max_probability", "entropy", "mutual_information")]
-        table.add_row(Text(label_of(result)), *(number(value) for value in values))
+        table.add_row(cell(label_of(result)), *(number(value) for value in values))
     return table
 
 
@@ -171,7 +172,7 @@ def checkpoint_tables(record: Mapping[str, Any]) -> list[Table]:
         shown = (None, "mc-joint" if "mc-joint" in links else next(iter(links), None))
         labels = [label_of(each) for each in results if each.get("link") in shown and each["method"] != "constant"]
         table = Table(
-            title=Text(f"{record['task']}, {record['split']}: {score} of {record['n']} rows"), box=box.SIMPLE_HEAD
+            title=cell(f"{record['task']}, {record['split']}: {score} of {record['n']} rows"), box=box.SIMPLE_HEAD
         )
         table.add_column("step", justify="right")
         for label in labels:

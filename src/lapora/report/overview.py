@@ -6,8 +6,15 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from lapora.posterior.prior import PriorPrecision
+from lapora.tasks.quoting import printable
+
+
+def cell(text: str) -> Text:
+    """Text as it is: no markup that data brought along, no terminal controls."""
+    return Text(printable(text, 1000))
 
 
 def print_tasks(tasks: list[dict[str, Any]]) -> None:
@@ -26,13 +33,13 @@ def print_tasks(tasks: list[dict[str, Any]]) -> None:
     console = Console()
     if not console.is_terminal:
         for row in rows:
-            print("\t".join(row))
+            print("\t".join(printable(value, 1000) for value in row))
         return
     table = Table()
     for title in header:
         table.add_column(title)
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(cell, row))
     console.print(table)
 
 
@@ -54,7 +61,7 @@ def print_manifest(manifest: dict[str, Any]) -> None:
         lines["structure"] += f", {manifest['kept']:.1%} of the curvature's trace kept"
     table = Table(show_header=False)
     for key, value in lines.items():
-        table.add_row(key, value)
+        table.add_row(key, cell(value))
     console = Console()
     console.print(table)
     if "validation" in prior:
@@ -66,9 +73,8 @@ _BAR = 30
 
 def _validation_curve(record: dict[str, Any]) -> Table:
     """NLL, ECE and accuracy of every prior tried, NLL drawn as a bar: short is good."""
-    table = Table(
-        title=f"{record['n']} rows of {record['split']}, {record['link']} ({record['scheme']})", title_justify="left"
-    )
+    title = f"{record['n']} rows of {record['split']}, {record['link']} ({record['scheme']})"
+    table = Table(title=cell(title), title_justify="left")
     for title in ("prior precision", "nll", "ece", "accuracy"):
         table.add_column(title, justify="right")
     table.add_column("nll, longer is worse", min_width=_BAR)

@@ -13,7 +13,7 @@ from lapora.tasks.examples import (
 )
 from lapora.tasks.files import parse_json_line
 from lapora.tasks.loader import builtin_tasks, builtin_yaml, load_task
-from lapora.tasks.rows import Row, load_rows
+from lapora.tasks.rows import Row, load_rows, split_source
 from lapora.tasks.task import Task, TaskKind
 
 __all__ = [
@@ -37,4 +37,5 @@ __all__ = [
     "render_all",
     "required_fields",
     "resolve_choices",
+    "split_source",
 ]

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
-from lapora.errors import DataError
+from lapora.errors import DataError, MissingSplitError
 from lapora.tasks.quoting import first_line, listed, quoted
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
@@ -30,7 +31,9 @@ def find_split_file(folder: Path, names: list[str]) -> Path:
         DataError: There is no such folder or file; the message lists what was found.
     """
     if not folder.is_dir():
-        raise DataError(f"--data-dir {quoted(str(folder), 200)}: no such folder; give the folder of the split files")
+        raise MissingSplitError(
+            f"--data-dir {quoted(str(folder), 200)}: no such folder; give the folder of the split files"
+        )
     for name in names:
         if "/" in name or "\\" in name or name in ("", ".", ".."):
             raise DataError(f"the split {quoted(name)} is no file name; use a name such as train or validation")
@@ -40,7 +43,7 @@ def find_split_file(folder: Path, names: list[str]) -> Path:
                 return path
     there = sorted(entry.name for entry in folder.iterdir() if entry.suffix in SUFFIXES)
     found = listed(there) if there else "no .jsonl, .json, .csv or .parquet file at all"
-    raise DataError(
+    raise MissingSplitError(
         f"--data-dir {quoted(str(folder), 200)}: no {names[0]}.jsonl (nor .json, .csv, .parquet); "
         f"it has {found}; choose with --split"
     )
@@ -82,7 +85,7 @@ def parse_json_line(line: str | bytes, where: str) -> dict[str, Any]:
     """
     try:
         text = line.decode("utf-8") if isinstance(line, bytes) else line
-        values = json.loads(text.removeprefix("\ufeff"), parse_constant=_no_constant)
+        values = json.loads(text.removeprefix("\ufeff"), parse_constant=_no_constant, parse_float=_finite)
     except UnicodeDecodeError as error:
         raise DataError(f"{where}: not UTF-8 at byte {error.start}; save the file as UTF-8") from None
     except json.JSONDecodeError as error:
@@ -100,6 +103,13 @@ def _no_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not JSON; use null or leave the field out")
 
 
+def _finite(digits: str) -> float:
+    value = float(digits)
+    if not math.isfinite(value):
+        raise ValueError(f"{quoted(digits, 20)} is too large a number")
+    return value
+
+
 def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
     with path.open("rb") as stream:
         for number, line in enumerate(stream, start=1):
@@ -114,7 +124,7 @@ def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
 def _json_rows(path: Path) -> Iterator[dict[str, Any]]:
     where = quoted(str(path), 200)
     try:
-        values = json.loads(path.read_bytes().decode("utf-8-sig"), parse_constant=_no_constant)
+        values = json.loads(path.read_bytes().decode("utf-8-sig"), parse_constant=_no_constant, parse_float=_finite)
     except json.JSONDecodeError as error:
         if error.msg == "Extra data":  # JSON lines under another name
             yield from _json_lines(path)

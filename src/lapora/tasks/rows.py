@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lapora.errors import DataError, UsageError
+from lapora.errors import DataError, MissingSplitError, UsageError
 from lapora.tasks.files import find_split_file, read_file
 from lapora.tasks.quoting import first_line, listed, printable, quoted
 from lapora.tasks.task import Task
@@ -99,10 +99,28 @@ def _open(task: Task, split: str, data_dir: str | Path | None) -> tuple[str, Ite
         if not any("://" in path for path in paths):
             return f"task {quoted(task.task)}, split {printable(split)}", _read_all(task, paths)
     if task.dataset_path is None:
-        raise DataError(f"task {quoted(task.task)} names no data: give --data-dir DIR, or dataset_path in its YAML")
+        raise MissingSplitError(
+            f"task {quoted(task.task)} names no data: give --data-dir DIR, or dataset_path in its YAML"
+        )
     hub_split = task.source_split(split)
     where = printable(f"{task.hub_source or task.dataset_path}, split {hub_split}")
     return where, _hub_rows(task, hub_split)
+
+
+def split_source(task: Task, split: str, data_dir: str | Path | None) -> tuple[str, ...]:
+    """What identifies a split, whatever it is called: its files, or the data set and the split's name there."""
+    if data_dir is not None:
+        try:
+            return (str(find_split_file(Path(data_dir), [split, task.source_split(split)]).resolve()),)
+        except DataError:
+            return (str(Path(data_dir).resolve()), split)
+    if task.reads_files:
+        try:
+            paths = _files_of_split(task, split, task.dataset_kwargs.get("data_files"))
+        except DataError:
+            return (task.task, split)
+        return tuple(path if "://" in path else str(Path(path).resolve()) for path in paths)
+    return (str(task.hub_source or task.dataset_path), task.source_split(split))
 
 
 def _files_of_split(task: Task, split: str, files: Any) -> list[str]:
@@ -112,7 +130,7 @@ def _files_of_split(task: Task, split: str, files: Any) -> list[str]:
         if name in by_split:
             named = by_split[name]
             return [named] if isinstance(named, str) else list(named)
-    raise DataError(
+    raise MissingSplitError(
         f"task {quoted(task.task)}: data_files has no split {quoted(split)}; it has {listed(list(by_split))}"
     )
 
@@ -143,7 +161,7 @@ def _hub_rows(task: Task, split: str) -> Iterable[Mapping[str, Any]]:
             reason = f"{named} needs a Python script, which `datasets` no longer runs; use a converted copy"
         else:
             reason = f"{named}, split {printable(split)}: {first_line(error)}; correct the task"
-        raise DataError(f"{reason}, {remedy}") from None
+        raise MissingSplitError(f"{reason}, {remedy}") from None
 
 
 @contextlib.contextmanager

@@ -231,13 +231,17 @@ def _warnings(session: Session, links: Sequence[Link], rows: LabelledRows, score
     return found
 
 
+_WORTH_SAYING = 1e-4
+"""Nats a row."""
+
+
 def _warn(
     session: Session, link: Link, rows: LabelledRows, log_p: torch.Tensor, log_map: torch.Tensor, accuracy: float
 ) -> list[str]:
     """Where Laplace is worse than MAP beyond chance: how, and the command that mends it."""
     differences = metrics.row_nll(log_p, rows.targets) - metrics.row_nll(log_map, rows.targets)
     worse = float(differences.mean())
-    if worse <= 0:
+    if worse <= _WORTH_SAYING:
         return []
     low, high = metrics.paired_interval(differences)
     name = session.posterior.folder.name

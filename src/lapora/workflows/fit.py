@@ -8,10 +8,14 @@ from pathlib import Path
 
 from lapora.config import DEFAULT_RANK, DataSettings, FitSettings, ModelSettings, Progress
 from lapora.errors import PosteriorError, UsageError
-from lapora.posterior.artifact import posterior_folder, write_posterior
+from lapora.model.adapter import read_adapter
+from lapora.posterior.artifact import posterior_exists, posterior_folder, write_posterior
+from lapora.posterior.checkpoint import Checkpoint
 from lapora.posterior.evidence import EvidenceMaximum, maximise_evidence
 from lapora.posterior.gaussian import BlockPosterior, Posterior, decompose
+from lapora.posterior.lock import writing
 from lapora.posterior.structures import CurvatureRun, fit_structure
+from lapora.workflows.naming import naming_examples
 from lapora.workflows.prepare import prepare_fit
 
 
@@ -54,10 +58,30 @@ def fit(model: ModelSettings, data: DataSettings, settings: FitSettings, progres
     """
     settings = _resolve_engine(settings)
     folder = posterior_folder(model.root, settings.name)
-    if folder.exists() and not settings.overwrite:
+    if posterior_exists(folder) and not settings.overwrite:
         raise PosteriorError(f"{folder}: exists already; give --overwrite, or another --name")
+    read_adapter(model.adapter)  # nothing is written where no adapter is
+    with writing(folder):
+        return _fit(model, data, settings, folder, progress)
+
+
+def _fit(
+    model: ModelSettings, data: DataSettings, settings: FitSettings, folder: Path, progress: Progress | None
+) -> FitResult:
     prepared = prepare_fit(model, data, settings)
-    posterior, log_likelihood = fit_posterior(prepared.run(settings, progress), settings)
+    checkpoint = None
+    run = prepared.run(settings, progress)
+    if settings.engine == "native":
+        checkpoint = Checkpoint(
+            folder,
+            prepared.identity(settings),
+            resume=settings.resume,
+            every=settings.save_every,
+            device=prepared.answers.device,
+        )
+        run = replace(run, checkpoint=checkpoint)
+    with naming_examples([example.where for example in prepared.examples]):
+        posterior, log_likelihood = fit_posterior(run, settings)
     parameters = posterior.parameters()
     prior = maximise_evidence(
         [values.cpu().numpy() for values in posterior.eigenvalues], parameters, log_likelihood or 0.0
@@ -77,6 +101,11 @@ def fit(model: ModelSettings, data: DataSettings, settings: FitSettings, progres
         "prior": prior.describe(log_likelihood is not None),
     }
     write_posterior(folder, manifest, posterior)
+    notes = list(prepared.adapter.notes)
+    if checkpoint is not None:
+        checkpoint.remove()
+        if settings.resume:
+            notes.append(_resumed_note(checkpoint, len(prepared.examples)))
     return FitResult(
         folder=folder,
         rows=len(prepared.examples),
@@ -85,8 +114,14 @@ def fit(model: ModelSettings, data: DataSettings, settings: FitSettings, progres
         parameters=sum(rows * columns for rows, columns in (parameter["shape"] for parameter in parameters)),
         prior=prior,
         kept=_kept(posterior),
-        notes=prepared.adapter.notes,
+        notes=tuple(notes),
     )
+
+
+def _resumed_note(checkpoint: Checkpoint, rows: int) -> str:
+    if not checkpoint.resumed_rows:
+        return "--resume: nothing was saved to go on from; all rows were read"
+    return f"--resume: went on after {checkpoint.resumed_rows} of {rows} rows of the last pass begun"
 
 
 def _resolve_engine(settings: FitSettings) -> FitSettings:
@@ -96,6 +131,8 @@ def _resolve_engine(settings: FitSettings) -> FitSettings:
         UsageError: A combination that does not exist.
     """
     structure, engine = settings.structure, settings.engine
+    if settings.resume and (engine != "native" or settings.weight_sharing == "asdl"):
+        raise UsageError("--resume goes with --engine native: laplace-torch's engines keep no sums to go on from")
     if settings.rank is not None and structure not in ("kron", "lowrank"):
         raise UsageError(f"--rank goes with --structure kron or lowrank, not {structure}")
     if "asdl" in (engine, settings.weight_sharing):

@@ -2,28 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from typing import Any, cast
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
 
-from lapora.config import ModelSettings, PredictSettings
-from lapora.errors import DataError
+from lapora.config import LONGEST_LINE, ModelSettings, PredictSettings
+from lapora.errors import DataError, LaporaError, NonFiniteRowError, NumericalError
+from lapora.model.batches import Batch
 from lapora.predictive.links import log_probabilities, needs_every_class
-from lapora.predictive.moments import LogitMoments
 from lapora.predictive.predictor import LinearisedPredictor
 from lapora.tasks import EncodedExample, parse_json_line, render
+from lapora.workflows.naming import refuse_infinite
 from lapora.workflows.session import Session, open_session
 
 _WINDOW_BATCHES = 4
 _DEFAULT_WINDOW = 64
 
 
-def predict(model: ModelSettings, settings: PredictSettings, lines: Iterable[bytes]) -> Iterator[dict[str, Any]]:
+@dataclass(frozen=True)
+class _Item:
+    """One input line: its number, its ``id``, and its token ids or what is wrong with it."""
+
+    number: int
+    identifier: Any
+    content: EncodedExample | LaporaError
+
+
+def predict(model: ModelSettings, settings: PredictSettings, lines: Iterable[bytes | None]) -> Iterator[dict[str, Any]]:
     """Predict one record per input line.
 
     Args:
         model: The adapter and how to run it.
         settings: Link, samples, what is written.
-        lines: JSON lines, as bytes.
+        lines: JSON lines, as bytes; None says that no more will come for a while, and what came is answered.
 
     Yields:
         The records of the interface, in input order; a window of rows at a time is in memory.
@@ -31,88 +42,127 @@ def predict(model: ModelSettings, settings: PredictSettings, lines: Iterable[byt
     Raises:
         DataError: A bad line with ``on_error="stop"`` (the line is named, and what came before has been
             yielded), or at the end of the run with ``"report"``.
+        NumericalError: The same for a line of which the model makes NaN or infinity.
     """
     session = open_session(model, settings.name)
-    failed = 0
+    index = failed = 0
     with session.predictor(
         every_class=needs_every_class(settings.link) or settings.logits,
         map_only=settings.link == "map" and not settings.logits,
     ) as predictor:
         for window in _windows(lines, (model.batch_size or _DEFAULT_WINDOW // _WINDOW_BATCHES) * _WINDOW_BATCHES):
-            read = [_read(session, index, line) for index, line in window]
-            bad = next((i for i, item in enumerate(read) if isinstance(item[1], DataError)), None)
-            stop = settings.on_error == "stop" and bad is not None
-            kept = read[:bad] if stop else read
-            yield from _predict_window(session, predictor, settings, window[0][0], kept)
-            if stop and bad is not None:
-                raise cast(DataError, read[bad][1])
-            failed += sum(isinstance(item[1], DataError) for item in kept)
+            items: list[_Item] = []
+            for number, line in window:
+                item = _read(session, number, line)
+                items.append(item)
+                if settings.on_error == "stop" and isinstance(item.content, LaporaError):
+                    break  # what follows is not answered any more
+            for item, found in zip(items, _predict_window(session, predictor, settings, items), strict=True):
+                head: dict[str, Any] = {"index": index}
+                if item.identifier is not None:
+                    head["id"] = item.identifier
+                if isinstance(found, LaporaError):
+                    if settings.on_error == "stop":
+                        raise found
+                    failed += 1
+                    yield head | {"error": str(found)}
+                else:
+                    yield head | found
+                index += 1
     if failed:
         raise DataError(f"{failed} bad lines; each is reported where its prediction would stand")
 
 
-def _windows(lines: Iterable[bytes], size: int) -> Iterator[list[tuple[int, bytes]]]:
+def _windows(lines: Iterable[bytes | None], size: int) -> Iterator[list[tuple[int, bytes]]]:
+    """Lines with their numbers, from 1, some at a time; blank lines are counted, and are nobody's row."""
     window: list[tuple[int, bytes]] = []
-    index = 0
+    number = 0
     for line in lines:
-        if not line.strip():
-            continue  # blank lines are nobody's row
-        window.append((index, line))
-        index += 1
-        if len(window) == size:
+        if line is not None:
+            number += 1
+            if line.strip(b" \t\r\n\xef\xbb\xbf"):
+                window.append((number, line))
+        if window and (line is None or len(window) == size):
             yield window
             window = []
     if window:
         yield window
 
 
-def _read(session: Session, index: int, line: bytes) -> tuple[Any, EncodedExample | DataError]:
-    """A line's ``id`` and its token ids, or what is wrong with it."""
-    where = f"line {index + 1}"
+def _read(session: Session, number: int, line: bytes) -> _Item:
+    where = f"line {number}"
     identifier = None
     try:
+        if len(line) > LONGEST_LINE:
+            raise DataError(f"{where}: longer than {LONGEST_LINE} bytes, which is no row")
         row = parse_json_line(line, where)
-        identifier = row.get("id")
+        identifier = _identifier(row.get("id"), where)
         example = render(
             session.task,
             row,
             kind=session.loaded.kind,
-            index=index,
+            index=number - 1,
             labels="ignore",
             choices=session.choices,
             where=where,
         )
-        return identifier, session.encode([example])[0]
+        return _Item(number, identifier, session.encode([example])[0])
     except DataError as error:
-        return identifier, error
+        return _Item(number, identifier, error)
+
+
+def _identifier(value: Any, where: str) -> Any:
+    if isinstance(value, list | dict):
+        kind = "a list" if isinstance(value, list) else "an object"
+        raise DataError(f"{where}: its id is {kind}; use a text or a number")
+    return value
 
 
 def _predict_window(
-    session: Session,
-    predictor: LinearisedPredictor,
-    settings: PredictSettings,
-    first: int,
-    items: list[tuple[Any, Any]],
-) -> Iterator[dict[str, Any]]:
-    good = [position for position, (_, coded) in enumerate(items) if not isinstance(coded, DataError)]
-    records: dict[int, dict[str, Any]] = {}
-    for batch in session.batches([items[position][1] for position in good]):
-        moments = predictor.moments(batch)
-        for row, record in zip(batch.rows, _records(session, settings, moments), strict=True):
-            records[good[row]] = record
-    for position, (identifier, coded) in enumerate(items):
-        head: dict[str, Any] = {"index": first + position}
-        if identifier is not None:
-            head["id"] = identifier
-        if isinstance(coded, DataError):
-            yield head | {"error": str(coded)}
+    session: Session, predictor: LinearisedPredictor, settings: PredictSettings, items: Sequence[_Item]
+) -> list[dict[str, Any] | LaporaError]:
+    """What is answered to each line of a window, in order."""
+    answers: list[dict[str, Any] | LaporaError] = []
+    good: list[tuple[int, EncodedExample]] = []
+    for position, item in enumerate(items):
+        if isinstance(item.content, LaporaError):
+            answers.append(item.content)
         else:
-            yield head | records[position] | ({"truncated": True} if coded.truncated else {})
+            answers.append({})
+            good.append((position, item.content))
+    for batch in session.batches([coded for _, coded in good]):
+        records: Sequence[dict[str, Any] | NonFiniteRowError]
+        try:
+            records = _records(session, settings, predictor, batch)
+        except NonFiniteRowError:  # the others are answered all the same
+            records = [_alone(session, settings, predictor, good[row][1]) for row in batch.rows]
+        for row, record in zip(batch.rows, records, strict=True):
+            position, coded = good[row]
+            if isinstance(record, NonFiniteRowError):
+                answers[position] = NumericalError(f"line {items[position].number}: {record.reason}")
+            else:
+                answers[position] = record | ({"truncated": True} if coded.truncated else {})
+    return answers
 
 
-def _records(session: Session, settings: PredictSettings, moments: LogitMoments) -> Iterator[dict[str, Any]]:
+def _alone(
+    session: Session, settings: PredictSettings, predictor: LinearisedPredictor, coded: EncodedExample
+) -> dict[str, Any] | NonFiniteRowError:
+    (batch,) = session.batches([coded])
+    try:
+        return _records(session, settings, predictor, batch)[0]
+    except NonFiniteRowError as error:
+        return error
+
+
+def _records(
+    session: Session, settings: PredictSettings, predictor: LinearisedPredictor, batch: Batch
+) -> list[dict[str, Any]]:
+    moments = predictor.moments(batch)
+    refuse_infinite(moments.covariance, batch)
     log_p = log_probabilities(settings.link, moments, samples=settings.samples, seed=settings.seed)
     log_map = log_probabilities("map", moments)
+    records = []
     for row in range(len(log_p)):
         p = log_p[row].exp()
         best = int(p.argmax())
@@ -130,4 +180,5 @@ def _records(session: Session, settings: PredictSettings, moments: LogitMoments)
             }
         if settings.abstain_below is not None:
             record["abstained"] = record["confidence"] < settings.abstain_below
-        yield record
+        records.append(record)
+    return records

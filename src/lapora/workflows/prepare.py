@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +28,7 @@ from lapora.tasks import (
     render_all,
     resolve_choices,
 )
+from lapora.workflows.identity import adapter_settings, tokenizer_digest
 from lapora.workflows.session import make_batches, read_rows
 
 
@@ -78,6 +81,22 @@ class PreparedFit:
             progress=progress,
         )
 
+    def identity(self, settings: FitSettings) -> dict[str, Any]:
+        """Everything that decides the sums of a pass, for ``--resume``: its settings, its rows, its batches."""
+        described = self.describe()
+        del described["data"]["data_dir"], described["data"]["limit"]
+        tokens = hashlib.sha256()
+        for row in self.encoded:
+            tokens.update(json.dumps([row.input_ids, row.token_type_ids]).encode("ascii"))
+        chosen = ("structure", "weight_sharing", "fisher", "subset", "rank", "seed")
+        return {
+            **described,
+            **{key: getattr(settings, key) for key in chosen},
+            "batch_size": self.batch_size,
+            "tokens": tokens.hexdigest(),
+            "device": self.answers.device.type,
+        }
+
     def describe(self) -> dict[str, Any]:
         """The manifest's fields about adapter, base model, task and data."""
         loaded = self.loaded
@@ -86,6 +105,8 @@ class PreparedFit:
             "lapora_version": __version__,
             "libraries": library_versions(),
             "adapter": self.adapter.sha256,
+            "adapter_config": adapter_settings(self.adapter),
+            "tokenizer": tokenizer_digest(loaded.tokenizer, self.chat_template),
             "base_model": {
                 "name": loaded.base_model,
                 "revision": loaded.revision,

@@ -10,13 +10,16 @@ import torch
 from torch import Tensor
 
 from lapora.config import DataSettings, Link, Progress
-from lapora.errors import DataError, PosteriorError
+from lapora.errors import DataError, PosteriorError, UnlabelledError
 from lapora.model.answers import AnswerModel
 from lapora.posterior.prior import PriorPrecision
 from lapora.predictive.links import log_probabilities, needs_every_class
 from lapora.predictive.moments import LogitMoments
 from lapora.tasks import EncodedExample, Example, Task, data_fingerprint, render_all, resolve_choices
+from lapora.workflows.naming import naming_examples, refuse_infinite
 from lapora.workflows.session import Session, make_batches, read_rows
+
+_LABELS_LOOKED_FOR = 100
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,6 +71,7 @@ def read_labelled_rows(
         exclude: Digests of rows to leave out.
 
     Raises:
+        UnlabelledError: No row has a label.
         DataError: A row cannot be read, or has no label; or no row is left.
         PosteriorError: The task's answers are not the posterior's.
     """
@@ -79,7 +83,11 @@ def read_labelled_rows(
             f"posterior {session.posterior.folder.name}: fitted to the answers {', '.join(session.choices)}; task "
             f"{task.task} has {', '.join(choices)}; give the task that it was fitted on"
         )
-    examples = render_all(task, rows, kind=session.loaded.kind, choices=session.choices, labels="required")
+    kind = session.loaded.kind
+    bare = render_all(task, rows[:_LABELS_LOOKED_FOR], kind=kind, choices=session.choices, labels="optional")
+    if all(example.target is None for example in bare):
+        raise UnlabelledError(f"{split}: the rows have no labels (looked at {len(bare)}); give a split that has them")
+    examples = render_all(task, rows, kind=kind, choices=session.choices, labels="required")
     kept = [example for example in examples if not exclude or row_digest(example) not in exclude]
     if not kept:
         raise DataError(f"{split}: all {len(examples)} rows were used to tune the prior; score another --split")
@@ -136,11 +144,14 @@ def score_rows(
     kept: dict[int, tuple[Tensor, Tensor]] = {}
     with session.predictor(every_class=every_class, map_only=map_only, priors=priors) as predictor:
         for batch in session.batches(coded):
-            for index, moments in enumerate(predictor.moments_under_each_prior(batch)):
-                for link, table in log_p.items():
-                    table[index, list(batch.rows)] = log_probabilities(link, moments, samples=samples, seed=seed)
-                if with_moments and index == 0:
-                    kept |= zip(batch.rows, zip(moments.mean.cpu(), moments.covariance.cpu(), strict=True), strict=True)
+            with naming_examples([example.where for example in rows.examples]):
+                for index, moments in enumerate(predictor.moments_under_each_prior(batch)):
+                    refuse_infinite(moments.covariance, batch)
+                    for link, table in log_p.items():
+                        table[index, list(batch.rows)] = log_probabilities(link, moments, samples=samples, seed=seed)
+                    if with_moments and index == 0:
+                        pairs = zip(moments.mean.cpu(), moments.covariance.cpu(), strict=True)
+                        kept |= zip(batch.rows, pairs, strict=True)
             done += len(batch)
             if progress is not None:
                 progress(done, len(coded))

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from lapora.config import TOKEN_BUDGET, DataSettings, ModelSettings
-from lapora.errors import DataError, PosteriorError
+from lapora.errors import AdapterError, DataError, PosteriorError
 from lapora.model.adapter import Adapter, read_adapter
 from lapora.model.answers import AnswerModel
 from lapora.model.batches import Batch, collate, plan_batches
@@ -21,7 +21,8 @@ from lapora.posterior.artifact import SavedPosterior, posterior_folder
 from lapora.posterior.gaussian import Posterior
 from lapora.posterior.prior import PriorPrecision
 from lapora.predictive.predictor import LinearisedPredictor
-from lapora.tasks import EncodedExample, Example, Task, encode_all, load_rows, load_task
+from lapora.tasks import EncodedExample, Example, Task, encode_all, load_rows, load_task, split_source
+from lapora.workflows.identity import adapter_differences, model_differences, warn_of_other_versions
 
 
 @dataclass(frozen=True)
@@ -98,19 +99,13 @@ def make_batches(answers: AnswerModel, encoded: Sequence[EncodedExample], batch_
 
 
 def open_posterior(model: ModelSettings, name: str) -> tuple[Adapter, SavedPosterior]:
-    """Read the adapter and its saved posterior, and see that they belong together.
+    """Read the adapter and its saved posterior; whether they belong together, :func:`open_session` sees.
 
     Raises:
-        PosteriorError: No such posterior, or one of other weights.
+        AdapterError: No adapter.
+        PosteriorError: No such posterior, or a damaged one.
     """
-    adapter = read_adapter(model.adapter)
-    posterior = SavedPosterior(posterior_folder(model.root, name))
-    if posterior.manifest["adapter"] != adapter.sha256:
-        raise PosteriorError(
-            f"{posterior.folder}: fitted to other adapter weights than {adapter.path} holds now; "
-            "fit again with --overwrite"
-        )
-    return adapter, posterior
+    return read_adapter(model.adapter), SavedPosterior(posterior_folder(model.root, name))
 
 
 def open_session(model: ModelSettings, name: str, earlier: Session | None = None) -> Session:
@@ -127,28 +122,29 @@ def open_session(model: ModelSettings, name: str, earlier: Session | None = None
     """
     adapter, posterior = open_posterior(model, name)
     recorded = posterior.manifest["base_model"]
-    if earlier is not None and earlier.posterior.manifest["base_model"] == recorded:
-        loaded = earlier.loaded
-    else:
-        loaded = load_model(
-            adapter,
-            base_model=model.base_model or recorded["name"],
-            quantize=model.quantize or recorded["quantization"],
-            dtype=model.dtype or recorded["dtype"],
-            device=model.device,
-            trust_remote_code=model.trust_remote_code,
-        )
-    differences = [
-        f"{key} {recorded[key]!r} then, {now!r} now"
-        for key, now in (("quantization", loaded.quantize), ("fingerprint", loaded.fingerprint))
-        if recorded[key] != now and not (key == "fingerprint" and recorded["dtype"] != loaded.dtype)
-    ]
+    differences = adapter_differences(posterior.manifest, adapter)
+    try:
+        if earlier is not None and earlier.posterior.manifest["base_model"] == recorded:
+            loaded = earlier.loaded
+        else:
+            loaded = load_model(
+                adapter,
+                base_model=model.base_model or recorded["name"],
+                quantize=model.quantize or recorded["quantization"],
+                dtype=model.dtype or recorded["dtype"],
+                device=model.device,
+                trust_remote_code=model.trust_remote_code,
+            )
+        layers = find_bayesian_layers(loaded.model, posterior.manifest["subset"])
+    except AdapterError as error:
+        if not differences:
+            raise
+        raise _of_something_else(posterior, [*differences, str(error)]) from error
+    differences += model_differences(posterior.manifest, loaded, layers)
     if differences:
-        raise PosteriorError(f"{posterior.folder}: fitted on another base model: {'; '.join(differences)}")
-    layers = find_bayesian_layers(loaded.model, posterior.manifest["subset"])
+        raise _of_something_else(posterior, differences)
+    warn_of_other_versions(posterior.manifest)
     gaussian = posterior.gaussian()
-    if [layer.name for layer in layers] != [parameter["name"] for parameter in posterior.manifest["parameters"]]:
-        raise PosteriorError(f"{posterior.folder}: its parameters are not those of the adapter; fit again")
     answers = AnswerModel(loaded.model, loaded.kind, loaded.pad_token_id, posterior.manifest["answers"]["token_ids"])
     working = torch.float64 if loaded.dtype == "float64" else torch.float32
     return Session(
@@ -162,6 +158,13 @@ def open_session(model: ModelSettings, name: str, earlier: Session | None = None
         max_length=int(posterior.manifest["data"]["max_length"]),
         batch_size=model.batch_size,
         chat_template=bool(posterior.manifest["data"].get("chat_template", False)),
+    )
+
+
+def _of_something_else(posterior: SavedPosterior, differences: Sequence[str]) -> PosteriorError:
+    return PosteriorError(
+        f"{posterior.folder}: fitted to something else: {'; '.join(differences)}; give what it was fitted to, or fit "
+        "again with --overwrite"
     )
 
 
@@ -181,3 +184,16 @@ def read_rows(data: DataSettings, recorded: dict[str, Any] | None, default_split
     folder = data.data_dir or recorded_data.get("data_dir")
     split = data.split or default_split
     return task, load_rows(task, split, data_dir=Path(folder) if folder else None, limit=data.limit), split
+
+
+def source_of(manifest: dict[str, Any], data: DataSettings) -> tuple[str, ...]:
+    """What identifies a split, whatever it is called: the folder or the task's own source, and the split there.
+
+    Args:
+        manifest: The posterior's, for what ``data`` does not say.
+        data: The split.
+    """
+    recorded = manifest["task"]
+    task = load_task(data.task) if data.task else Task.from_dict(recorded, source="the posterior's task")
+    folder = data.data_dir or manifest["data"].get("data_dir")
+    return split_source(task, data.split or "", folder)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from lapora.config import DataSettings, ModelSettings, PriorMethod, PriorSettings, Progress
-from lapora.errors import DataError, UsageError
+from lapora.errors import MissingSplitError, UnlabelledError, UsageError
 from lapora.posterior.artifact import SavedPosterior, posterior_folder
-from lapora.posterior.evidence import EvidenceMaximum, evidence_at, maximise_evidence
+from lapora.posterior.evidence import EvidenceMaximum, bias_of_truncation, evidence_at, maximise_evidence
+from lapora.posterior.lock import writing
 from lapora.posterior.prior import ALL, PriorPrecision
 
 
@@ -52,12 +54,26 @@ def tune_prior(
         NumericalError: Eigenvalues that no curvature has.
     """
     data, settings = data or DataSettings(), settings or PriorSettings()
-    posterior = SavedPosterior(posterior_folder(model.root, settings.name))
+    if settings.link == "map":
+        raise UsageError("--link map has no prior to tune: give the link that you predict with")
+    folder = posterior_folder(model.root, settings.name)
+    SavedPosterior(folder, prior_matters=False)  # nothing is written where no posterior is
+    with writing(folder):
+        return _tune(folder, model, data, settings, progress)
+
+
+def _tune(
+    folder: Path, model: ModelSettings, data: DataSettings, settings: PriorSettings, progress: Progress | None
+) -> TunedPrior:
+    posterior = SavedPosterior(folder, prior_matters=False)
     by_evidence = _maximise(posterior, settings)
+    if not posterior.prior_is_sound():
+        posterior.rewrite_manifest({"prior": by_evidence.describe(posterior.manifest["log_likelihood"] is not None)})
     if settings.method == "adapted":
         tuned = _adapted(posterior, settings)
     elif settings.method == "marglik":
         tuned = _by_evidence(posterior, by_evidence, "")
+        tuned.notes.extend(_unfinished_climb(posterior, settings, by_evidence))
     else:
         tuned = _by_validation(posterior, model, data, settings, by_evidence, progress)
     posterior.rewrite_manifest({"prior": tuned.prior})
@@ -76,24 +92,33 @@ def _maximise(posterior: SavedPosterior, settings: PriorSettings) -> EvidenceMax
     )
 
 
+def _unfinished_climb(posterior: SavedPosterior, settings: PriorSettings, climbed: EvidenceMaximum) -> list[str]:
+    """Adam's fixed number of steps does not reach every optimum: compare with the exact solve."""
+    if settings.optimizer == "exact":
+        return []
+    exact = _maximise(posterior, replace(settings, optimizer="exact"))
+    gap = exact.log_marginal_likelihood - climbed.log_marginal_likelihood
+    if gap < 1e-3:
+        return []
+    return [
+        f"adam stopped {gap:.3g} nats below the maximum, which is at prior precision {exact.prior.describe()}: "
+        "give more --steps, or --optimizer exact"
+    ]
+
+
 def _by_evidence(posterior: SavedPosterior, best: EvidenceMaximum, because: str) -> TunedPrior:
     prior = best.describe(posterior.manifest["log_likelihood"] is not None)
-    notes = _few_answers_note(posterior)
-    for group, bound in best.at_bound.items():
-        place = "" if group == ALL else f" of {group}"
-        notes = [*notes, f"the prior precision{place} ran to the {bound} value allowed: the data do not decide it"]
-    bias = _evidence_bias(posterior)
+    notes = [*_few_answers_note(posterior), *_at_bound_notes(best.at_bound)]
+    bias = bias_of_truncation(best, posterior.eigenvalues(), posterior.manifest["parameters"])
     reason = f"prior precision {best.prior.describe()} by marginal likelihood{because}"
     return TunedPrior(prior, best.prior, "marglik", reason, [*notes, *bias])
 
 
-def _evidence_bias(posterior: SavedPosterior) -> list[str]:
-    kept = float(posterior.manifest.get("kept", 1.0))
-    if kept > 0.999:
-        return []
+def _at_bound_notes(at_bound: dict[str, str]) -> list[str]:
     return [
-        f"the curvature kept is {kept:.1%} of its trace: the evidence leaves out the rest and is biased towards "
-        "a small precision; check it with --method validation"
+        f"the prior precision{'' if group == ALL else f' of {group}'} ran to the {bound} value allowed: the data do "
+        "not decide it"
+        for group, bound in at_bound.items()
     ]
 
 
@@ -118,7 +143,7 @@ def _by_validation(
 
     try:
         choice = choose_by_validation(model, data, settings, by_evidence.prior, progress)
-    except DataError as error:
+    except (MissingSplitError, UnlabelledError) as error:
         asked = data.split is not None or data.task is not None or data.data_dir is not None
         if settings.method == "validation" or asked:
             raise
@@ -154,7 +179,7 @@ def _adapted(posterior: SavedPosterior, settings: PriorSettings) -> TunedPrior:
         raise UsageError("--method adapted needs labelled rows and --fisher exact in `lapora fit`")
     kernel, prior_mean, labels = (posterior.arrays(names)[name] for name in names)
     model = LinearModel(np.asarray(kernel), np.asarray(prior_mean), np.asarray(labels))
-    precision, evidence = model.maximise()
+    precision, evidence, bound = model.maximise()
     chosen = PriorPrecision("scalar", {ALL: precision})
     parameters = posterior.manifest["parameters"]
     _, effective = evidence_at(chosen, posterior.eigenvalues(), parameters, 0.0)
@@ -163,6 +188,7 @@ def _adapted(posterior: SavedPosterior, settings: PriorSettings) -> TunedPrior:
         "method": "adapted",
         "log_marginal_likelihood": evidence,
         "effective_parameters": effective,
-        "at_bound": None,
+        "at_bound": {ALL: bound} if bound else None,
     }
-    return TunedPrior(prior, chosen, "adapted", f"prior precision {precision:.4g} by adapted evidence", [])
+    reason = f"prior precision {precision:.4g} by adapted evidence"
+    return TunedPrior(prior, chosen, "adapted", reason, _at_bound_notes({ALL: bound} if bound else {}))

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from lapora import metrics
 from lapora.config import DataSettings, ModelSettings, PriorSettings, Progress
-from lapora.errors import DataError, UsageError
+from lapora.errors import MissingSplitError, UnlabelledError, UsageError
 from lapora.posterior.prior import PriorPrecision
 from lapora.workflows.scoring import LabelledRows, read_labelled_rows, row_digest, score_rows
-from lapora.workflows.session import Session, open_session
+from lapora.workflows.session import Session, open_session, source_of
 
-GRID = np.logspace(-3.0, 6.0, 19)
+GRID = np.logspace(-3.0, 8.0, 23)
 """Prior precisions tried: half decades, from hardly any prior to MAP."""
+
+_NO_DIFFERENCE = 1e-6
+_WORTH_SAYING = 1e-4
+"""Nats a row: differences in NLL below these do not decide, and are not spoken of."""
 
 TUNING_SAMPLES = 512
 """Points of the sampling links while the grid is searched: their error averages out over rows."""
@@ -62,14 +66,16 @@ def choose_by_validation(
         progress: Told of rows done.
 
     Raises:
-        DataError: No labelled split but the one that ``fit`` read.
+        MissingSplitError: No labelled split but the one that ``fit`` read.
+        DataError: A row that cannot be read.
         UsageError: The split that ``fit`` read was asked for.
     """
     session = open_session(model, settings.name)
     rows = _tuning_rows(session, data, settings.seed)
     scalar = settings.structure == "scalar"
-    middle = math.exp(float(np.mean(np.log(list(by_evidence.precisions.values())))))
-    factors = GRID / middle
+    # With several precisions the grid is that of the smallest, so that its top is MAP for all of them.
+    smallest = min(by_evidence.precisions.values())
+    factors = GRID / smallest
     priors = [
         *(PriorPrecision("scalar", {"all": float(value)}) for value in GRID if scalar),
         *(by_evidence.scaled(float(factor)) for factor in factors if not scalar),
@@ -90,8 +96,8 @@ def choose_by_validation(
     nll = [score["nll"] for score in scores[:-1]]
     where, at_bound = least_point(np.log(GRID).tolist(), nll)
     best = math.exp(where)
-    prior = PriorPrecision("scalar", {"all": best}) if scalar else by_evidence.scaled(best / middle)
-    nearest = int(np.argmin(nll))
+    prior = PriorPrecision("scalar", {"all": best}) if scalar else by_evidence.scaled(best / smallest)
+    nearest = _least(nll)
     reason = (
         f"prior precision {prior.describe()} by validation: NLL {nll[nearest]:.4f} on {len(rows.examples)} rows of "
         f"{rows.split} (MAP {at_map['nll']:.4f}; marginal likelihood would have given {by_evidence.describe()}, "
@@ -101,10 +107,12 @@ def choose_by_validation(
     difference = metrics.paired_interval(
         metrics.row_nll(tables[nearest], rows.targets) - metrics.row_nll(scored.log_p["map"][0], rows.targets)
     )
-    if difference[0] > 0:
+    if difference[0] > _WORTH_SAYING:
+        confidence = float(tables[nearest].exp().max(dim=1).values.mean())
+        direction = "underconfident" if confidence < scores[nearest]["accuracy"] else "overconfident"
         notes.append(
             f"warning: even at its best, Laplace is worse than MAP in NLL on these rows (by {difference[0]:.4f} to "
-            f"{difference[1]:.4f}): predict with --link map"
+            f"{difference[1]:.4f}) and {direction}: predict with --link map"
         )
     record = {
         "split": rows.split,
@@ -129,7 +137,7 @@ def least_point(positions: Sequence[float], values: Sequence[float]) -> tuple[fl
     Returns:
         Its position, and ``lowest`` or ``highest`` where the least value is at that end.
     """
-    best = int(np.argmin(values))
+    best = _least(values)
     if best == 0:
         return float(positions[0]), "lowest"
     if best == len(positions) - 1:
@@ -143,6 +151,11 @@ def least_point(positions: Sequence[float], values: Sequence[float]) -> tuple[fl
     return float(positions[best] + np.clip(offset, -limit, limit)), None
 
 
+def _least(values: Sequence[float]) -> int:
+    """The last of the least values: where priors make no difference, the tighter one is nearer to MAP."""
+    return int(np.flatnonzero(np.asarray(values) <= min(values) + _NO_DIFFERENCE)[-1])
+
+
 def _tuning_rows(session: Session, data: DataSettings, seed: int) -> LabelledRows:
     """A seeded half of the split (or as many rows as the limit says)."""
     rows = _labelled_split(session, data)
@@ -150,24 +163,25 @@ def _tuning_rows(session: Session, data: DataSettings, seed: int) -> LabelledRow
 
 
 def _labelled_split(session: Session, data: DataSettings) -> LabelledRows:
+    """The split asked for, or the first that has labels; never the one that ``fit`` read, whatever it is called."""
     fitted = session.posterior.manifest["data"]
-    whole = DataSettings(data.task, data.data_dir, data.split)
-    same_source = data.data_dir is None and data.task is None
+    read = source_of(session.posterior.manifest, DataSettings(split=fitted["split"]))
     if data.split is not None:
-        if same_source and data.split == fitted["split"]:
+        if source_of(session.posterior.manifest, data) == read:
             raise UsageError(
                 f"--split {data.split}: the adapter was trained on these rows; give another split, or --method marglik"
             )
-        return read_labelled_rows(session, whole)
+        return read_labelled_rows(session, replace(data, limit=None))
     reasons = []
     for split in ("validation", "test"):
-        if same_source and split == fitted["split"]:
+        candidate = replace(data, split=split, limit=None)
+        if source_of(session.posterior.manifest, candidate) == read:
             continue
         try:
-            return read_labelled_rows(session, DataSettings(data.task, data.data_dir, split))
-        except DataError as error:
+            return read_labelled_rows(session, candidate)
+        except (MissingSplitError, UnlabelledError) as error:
             reasons.append(str(error))
-    raise DataError(f"no labelled rows but those that fit read ({reasons[0] if reasons else 'no other split'})")
+    raise MissingSplitError(f"no labelled rows but those that fit read ({reasons[0] if reasons else 'no other split'})")
 
 
 def _notes(at_bound: str | None) -> list[str]:

@@ -1,0 +1,112 @@
+"""What of a pass can be put aside and taken up again: sums, the logits found, the generator's state.
+
+The batches are cut the same way every time, so a pass goes on by leaving out as many of them as are done.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from lapora.curvature.sketch import NystromSketch
+
+_OBSERVER = "observer."
+
+
+@dataclass(frozen=True, eq=False)
+class ObserverState:
+    """What an observer has summed up: tensors, and whatever JSON can hold exactly (floats included)."""
+
+    tensors: dict[str, Tensor]
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+@runtime_checkable
+class Resumable(Protocol):
+    """An observer whose sums can be put aside."""
+
+    def state(self) -> ObserverState:
+        """All sums so far; the tensors are the observer's own, not copies."""
+
+    def restore(self, state: ObserverState) -> None:
+        """Go on from sums; the tensors are on the model's device."""
+
+
+@dataclass(frozen=True, eq=False)
+class PassState:
+    """A pass over the data, cut between two batches.
+
+    Attributes:
+        batches: How many batches are done.
+        order: The rows seen, in that order.
+        logits: Theirs, ``(rows, C)`` in float64.
+        generator: State of the Monte-Carlo Fisher's generator.
+        observer: The curvature so far.
+    """
+
+    batches: int
+    order: list[int]
+    logits: Tensor
+    generator: Tensor
+    observer: ObserverState
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything that is not JSON, by name."""
+        return {
+            "order": torch.tensor(self.order, dtype=torch.long),
+            "logits": self.logits,
+            "generator": self.generator,
+            **{_OBSERVER + name: tensor for name, tensor in self.observer.tensors.items()},
+        }
+
+    @classmethod
+    def from_tensors(cls, batches: int, tensors: Mapping[str, Tensor], facts: dict[str, Any]) -> PassState:
+        """Read back what :meth:`tensors` gave."""
+        observed = {
+            name.removeprefix(_OBSERVER): tensor for name, tensor in tensors.items() if name.startswith(_OBSERVER)
+        }
+        order = tensors["order"].tolist()
+        return cls(batches, order, tensors["logits"], tensors["generator"], ObserverState(observed, facts))
+
+
+class PassKeeper(Protocol):
+    """Keeps the states of one pass; see :class:`lapora.posterior.checkpoint.Checkpoint`."""
+
+    def saved(self) -> PassState | None:
+        """The state to go on from, if there is one."""
+
+    def offer(self, take: Callable[[], PassState]) -> None:
+        """A batch is done: keep the state, if it is time."""
+
+    def finish(self, take: Callable[[], PassState]) -> None:
+        """The pass is done."""
+
+
+def sums_state(sums: Mapping[str, Tensor | NystromSketch], prefix: str) -> ObserverState:
+    """Sums, whole or sketched, as a state. A sketch's test matrix is drawn again from its seed."""
+    tensors = {
+        f"{prefix}.{name}": total.image if isinstance(total, NystromSketch) else total for name, total in sums.items()
+    }
+    traces = {name: total.trace for name, total in sums.items() if isinstance(total, NystromSketch)}
+    return ObserverState(tensors, {f"{prefix}.traces": traces})
+
+
+def sums_from_state(state: ObserverState, prefix: str, seed: int) -> dict[str, Tensor | NystromSketch]:
+    """Read back what :func:`sums_state` gave."""
+    traces = state.facts[f"{prefix}.traces"]
+    found: dict[str, Tensor | NystromSketch] = {}
+    for key, tensor in state.tensors.items():
+        if not key.startswith(f"{prefix}."):
+            continue
+        name = key.removeprefix(f"{prefix}.")
+        if name in traces:
+            sketch = NystromSketch(len(tensor), tensor.shape[1], seed=seed, like=tensor)
+            sketch.image, sketch.trace = tensor, float(traces[name])
+            found[name] = sketch
+        else:
+            found[name] = tensor
+    return found

@@ -1,0 +1,154 @@
+"""A posterior is used with the adapter, base model, tokenizer and answers it was fitted to, or not at all."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from lapora.config import DataSettings, PredictSettings
+from lapora.errors import LaporaWarning, PosteriorError
+from lapora.posterior.artifact import SavedPosterior
+from lapora.workflows.evaluate import evaluate
+from lapora.workflows.predict import predict
+from lapora.workflows.session import open_session
+from tiny_adapter import command, data_of, fit_tiny, json_lines, make_adapter, model_of
+
+
+@pytest.fixture
+def tiny(tmp_path) -> Path:
+    fit_tiny(make_adapter(tmp_path))
+    return tmp_path
+
+
+def change_tensor(file: Path, part: str) -> None:
+    tensors = load_file(file)
+    name = next(name for name in tensors if part in name)
+    tensors[name] = tensors[name] + 1e-3
+    save_file(tensors, file, {"format": "pt"})
+
+
+def change_json(file: Path, **values) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+
+def refusal(tiny: Path, **model) -> str:
+    with pytest.raises(PosteriorError) as caught:
+        list(predict(model_of(tiny, **model), PredictSettings(), json_lines(2)))
+    assert caught.value.exit_status == 4 and "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_the_adapters_weights(tiny):
+    change_tensor(tiny / "adapter" / "adapter_model.safetensors", "lora_A")
+    assert "adapter weights" in refusal(tiny)
+
+
+SCALING = [("lora_alpha", 7), ("use_rslora", True), ("alpha_pattern", {"q_proj": 1})]
+
+
+@pytest.mark.parametrize(("setting", "value"), SCALING)
+def test_the_adapters_scaling_with_the_same_weights(tiny, setting, value):
+    change_json(tiny / "adapter" / "adapter_config.json", **{setting: value})
+    message = refusal(tiny)
+    assert f"adapter setting {setting}" in message and "adapter weights" not in message
+
+
+def test_settings_written_in_another_order_are_the_same(tiny):
+    file = tiny / "adapter" / "adapter_config.json"
+    config = json.loads(file.read_text())
+    config["target_modules"] = config["target_modules"][::-1]
+    file.write_text(json.dumps(dict(reversed(config.items()))))
+    assert len(list(predict(model_of(tiny), PredictSettings(), json_lines(2)))) == 2
+
+
+@pytest.mark.parametrize("part", ["embed_tokens", "layers.1.mlp", "q_proj"])
+def test_the_base_model(tiny, part):
+    change_tensor(tiny / "base" / "model.safetensors", part)
+    assert "base model's weights" in refusal(tiny)
+
+
+def test_a_base_model_that_moved_is_the_same(tiny):
+    shutil.move(tiny / "base", tiny / "elsewhere")
+    assert len(list(predict(model_of(tiny, base_model=str(tiny / "elsewhere")), PredictSettings(), json_lines(2)))) == 2
+
+
+def test_the_quantisation(tiny):
+    assert "quantization none then, 8bit now" in refusal(tiny, quantize="8bit")
+
+
+def test_the_tokenizer(tiny):
+    file = tiny / "base" / "tokenizer.json"
+    content = json.loads(file.read_text())
+    vocabulary = content["model"]["vocab"]
+    vocabulary["no"], vocabulary["yes"] = vocabulary["yes"], vocabulary["no"]
+    file.write_text(json.dumps(content))
+    assert "tokenizer" in refusal(tiny)
+
+
+def test_the_answers_of_another_task(tiny):
+    (tiny / "task.yaml").write_text((tiny / "task.yaml").read_text().replace("- 'yes'", "- quiet"))
+    with pytest.raises(PosteriorError, match="no, yes; task tiny has no, quiet"):
+        evaluate(model_of(tiny), data_of(tiny))
+
+
+def test_all_differences_at_once(tiny):
+    change_tensor(tiny / "adapter" / "adapter_model.safetensors", "lora_B")
+    change_json(tiny / "adapter" / "adapter_config.json", lora_alpha=12)
+    change_tensor(tiny / "base" / "model.safetensors", "embed_tokens")
+    message = refusal(tiny)
+    for word in ("adapter weights", "lora_alpha 6 then, 12 now", "base model's weights"):
+        assert word in message
+
+
+def test_an_adapter_of_another_shape_on_another_base(tiny, tmp_path_factory):
+    other = make_adapter(tmp_path_factory.mktemp("other"), hidden=32)
+    shutil.copytree(tiny / "adapter" / "laplace", other / "adapter" / "laplace")
+    message = refusal(other, base_model=str(other / "base"))
+    assert "adapter weights" in message and "base model's weights" in message and "parameter " in message
+    assert "does not fit base model" in refusal(other)  # on the recorded base it cannot even be loaded
+
+
+def rewrite(tiny: Path, **changes) -> None:
+    SavedPosterior(tiny / "adapter" / "laplace" / "default").rewrite_manifest(changes)
+
+
+def test_parameters_that_are_not_the_adapters(tiny):
+    manifest = SavedPosterior(tiny / "adapter" / "laplace" / "default").manifest
+    parameters = [dict(parameter) for parameter in manifest["parameters"]]
+    parameters[0]["shape"] = parameters[0]["shape"][::-1]
+    old = parameters[-1]["name"]
+    parameters[-1]["name"] = parameters[-1]["input_of"] = old.replace("layers.1", "layers.7")
+    rewrite(tiny, parameters=parameters)
+    message = refusal(tiny)
+    assert "1 parameters gone" in message and "1 parameters new" in message and "then, " in message
+
+
+def test_a_newer_library_is_a_warning_once(tiny, monkeypatch, capfdbinary):
+    rewrite(tiny, libraries={"torch": "2.0.0", "transformers": "5.0.0", "peft": "0.19.0"})
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        open_session(model_of(tiny), "default")
+    (warning,) = [each for each in caught if issubclass(each.category, LaporaWarning)]
+    assert "torch 2.0.0 then" in str(warning.message) and "peft 0.19.0 then" in str(warning.message)
+    fit_tiny(tiny, name="other")
+    names = ("--name", "default", "--name", "other")
+    status, _, errors = command(monkeypatch, capfdbinary, "eval", tiny / "adapter", *names, "--device", "cpu")
+    assert status == 0 and errors.count("other library versions") == 1
+
+
+def test_another_element_type_is_said(tiny):
+    with pytest.warns(LaporaWarning, match="fitted in float32, run in float64"):
+        open_session(model_of(tiny, dtype="float64"), "default")
+
+
+def test_the_same_adapter_is_used_silently(tiny):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", LaporaWarning)
+        record = evaluate(model_of(tiny), DataSettings())
+    assert record["n"] == 12 and torch.isfinite(torch.tensor(record["results"][2]["nll"]))
