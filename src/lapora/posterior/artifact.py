@@ -275,7 +275,8 @@ class SavedPosterior:
                 f"{self.folder / MANIFEST_FILE}: parameters do not match the factors ({error}); "
                 "fit again with --overwrite"
             ) from error
-        check_blocks(blocks, self.manifest["structure"], self.folder / FACTORS_FILE)
+        answers = len(self.manifest["answers"]["choices"])
+        check_blocks(blocks, self.manifest["structure"], answers, self.folder / FACTORS_FILE)
         return blocks
 
 

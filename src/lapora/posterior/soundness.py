@@ -18,12 +18,13 @@ from lapora.posterior.gaussian import BlockPosterior, JointPosterior
 _ORTHONORMAL_TOLERANCE = 1e-3
 
 
-def check_blocks(posterior: BlockPosterior, structure: str, file: Path) -> None:
+def check_blocks(posterior: BlockPosterior, structure: str, answers: int, file: Path) -> None:
     """Check every layer's tensors against each other and against the shape of its weight.
 
     Args:
         posterior: The layers.
         structure: ``diag`` has no bases; the others have two for every layer.
+        answers: How many answers there are.
         file: Where they come from.
 
     Raises:
@@ -37,7 +38,7 @@ def check_blocks(posterior: BlockPosterior, structure: str, file: Path) -> None:
         rows, columns = block.eigenvalues.shape
         # A language-model head, saved whole or as LoRA's B, has curvature in its answers' rows alone.
         sides = (
-            (f"{block.name}.gradient_basis", block.gradient_basis, block.shape[0], rows, block.role in ("head", "B")),
+            (f"{block.name}.gradient_basis", block.gradient_basis, block.shape[0], rows, block.role != "A"),
             (f"{block.leader}.input_basis", block.input_basis, block.shape[1], columns, False),
         )
         for name, basis, size, found, part in sides:
@@ -45,7 +46,7 @@ def check_blocks(posterior: BlockPosterior, structure: str, file: Path) -> None:
                 what = "is missing" if basis is None else "has no place in structure diag"
                 raise PosteriorError(f"{file}: tensor {name} {what}; fit again with --overwrite")
             length = found if basis is None else len(basis)
-            fits = length == size or (part and 0 < length < size)
+            fits = length == size or (part and length == answers < size)
             if basis is not None:
                 fits = fits and basis.dim() == 2 and basis.shape[1] == found <= length
             if not fits:
