@@ -182,6 +182,7 @@ def main() -> None:
     parser.add_argument("--peers", action="store_true")
     parser.add_argument("--memory", action="store_true")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--cases", type=int, nargs="*", help="numbers of the cases, from 0; all by default")
     parser.add_argument("--one", help="JSON of a case and a contestant, for a process of its own")
     options = parser.parse_args()
     if options.one:
@@ -189,6 +190,7 @@ def main() -> None:
         print(peak(request["case"], request["name"], options.peers))
         return
     cases = PEER_CASES if options.peers else CASES
+    cases = [cases[index] for index in options.cases] if options.cases else cases
     print(f"{torch.get_num_threads()} threads, torch {torch.__version__}\n")
     if options.memory:
         _print_memory(cases, options.peers)

@@ -17,6 +17,7 @@ from lapora import metrics
 from lapora.cli.app import app
 from lapora.errors import DataError
 from lapora.plots import evaluation_pictures, save_pictures, to_svg
+from lapora.posterior.artifact import SavedPosterior
 from lapora.report.page import Page, PageTable, write_page
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -105,11 +106,7 @@ def test_the_page_in_chromium(demo, tmp_path, capsys):
     """The page of a real run: laid out, pictures drawn, nothing wider than the window, no script of the data's run."""
     adapter = tmp_path / "adapter"
     shutil.copytree(demo / "adapter", adapter)
-    manifest = adapter / "laplace" / "default" / "posterior.json"
-    content = json.loads(manifest.read_text())
-    content["task"]["task"] = "farm"
-    content["note"] = NASTY
-    manifest.write_text(json.dumps(content))
+    SavedPosterior(adapter / "laplace" / "default").rewrite_manifest({"note": NASTY})
     page = tmp_path / "page.html"
     arguments = ["--limit", "80", "--methods", "all", "--coverage", "0.8", "--report", str(page), "--json"]
     app(["eval", str(adapter), *arguments], standalone_mode=False)

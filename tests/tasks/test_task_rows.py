@@ -193,7 +193,7 @@ GOOD = b'{"question": "q", "answer": 0}\n'
         (GOOD + b'{"a":' * 20_000 + b"\n", "line 2: not a row: it is nested too deeply"),
         (GOOD + b'{"a": ' + b"9" * 5000 + b"}\n", "line 2: not JSON"),
         (b"PAR1....", "line 1: not JSON: Expecting value at column 1; it looks like Parquet"),
-        (gzip.compress(GOOD), "it looks like gzip: unpack it"),
+        (gzip.compress(GOOD, mtime=0), "it looks like gzip: unpack it"),
         (pickle.dumps([1]), "it looks like a pickle, which lapora never reads"),
         (b"<!doctype html>\n", "it looks like a web page"),
         (b"version https://git-lfs.github.com/spec/v1\n", "it is a Git LFS pointer"),

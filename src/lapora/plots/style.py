@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from lapora.errors import DataError
 
 # Okabe and Ito's colours, ordered so that neighbours differ in lightness as well.
-_COLOURS = ("#000000", "#D55E00", "#0072B2", "#999999", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+_COLOURS = ("#000000", "#E69F00", "#0072B2", "#8C8C8C", "#D55E00", "#56B4E9", "#005F46", "#CC79A7")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 _LINES: tuple[Any, ...] = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)), (0, (7, 2, 1, 2)))
 

@@ -35,9 +35,9 @@ def check_blocks(posterior: BlockPosterior, structure: str, file: Path) -> None:
         if block.eigenvalues.dim() != 2:
             raise PosteriorError(f"{file}: tensor {block.name}.eigenvalues is no matrix; fit again with --overwrite")
         rows, columns = block.eigenvalues.shape
-        # A language-model head has curvature in its answers' rows alone, and no others.
+        # A language-model head, saved whole or as LoRA's B, has curvature in its answers' rows alone.
         sides = (
-            (f"{block.name}.gradient_basis", block.gradient_basis, block.shape[0], rows, block.role == "head"),
+            (f"{block.name}.gradient_basis", block.gradient_basis, block.shape[0], rows, block.role in ("head", "B")),
             (f"{block.leader}.input_basis", block.input_basis, block.shape[1], columns, False),
         )
         for name, basis, size, found, part in sides:
