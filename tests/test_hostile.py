@@ -19,6 +19,7 @@ from lapora.config import DataSettings, PredictSettings
 from lapora.errors import AdapterError, DataError, LaporaError, PosteriorError, UsageError
 from lapora.model.adapter import read_adapter
 from lapora.posterior.artifact import SavedPosterior, posterior_folder
+from lapora.report import evaluation, overview
 from lapora.tasks import load_task, render
 from lapora.workflows.evaluate import evaluate
 from lapora.workflows.predict import predict
@@ -192,14 +193,15 @@ NASTY = "[red]x[/] [/nothing] :bomb: \x1b[2J \x9b31m \u202e"
 
 def test_tables_print_markup_and_escapes_as_text(monkeypatch):
     shown = io.StringIO()
-    monkeypatch.setattr(report, "Console", lambda **_: Console(file=shown, width=300, force_terminal=True))
+    for module in (overview, evaluation):
+        monkeypatch.setattr(module, "Console", lambda **_: Console(file=shown, width=300, force_terminal=True))
     scores = {"accuracy": 0.5, "ece": 0.1, "nll": 0.7, "brier": 0.5}
     results = [{"method": "map", **scores}, {"method": "laplace", "name": NASTY, "link": "map", **scores}]
     report.print_evaluation({"task": NASTY, "split": NASTY, "n": 1, "results": results})
     task = {"task": NASTY, "kinds": [NASTY], "choices": [NASTY], "metric": NASTY, "hub": NASTY}
     report.print_tasks([task])
     plain = io.StringIO()
-    monkeypatch.setattr(report, "Console", lambda **_: Console(file=plain, width=300))
+    monkeypatch.setattr(overview, "Console", lambda **_: Console(file=plain, width=300))
     with redirect_stdout(plain):
         report.print_tasks([task])
     manifest = {

@@ -105,7 +105,9 @@ def sums_from_state(state: ObserverState, prefix: str, seed: int) -> dict[str, T
         name = key.removeprefix(f"{prefix}.")
         if name in traces:
             sketch = NystromSketch(len(tensor), tensor.shape[1], seed=seed, like=tensor)
-            sketch.image, sketch.trace = tensor, float(traces[name])
+            # Into the sketch's own memory: in another layout products are rounded otherwise.
+            sketch.image.copy_(tensor)
+            sketch.trace = float(traces[name])
             found[name] = sketch
         else:
             found[name] = tensor

@@ -156,8 +156,10 @@ def _read(file: Path, identity: Mapping[str, Any], device: torch.device) -> Pass
             f"{file.parent}: begun with other settings or data: {'; '.join(differences)}; give those, or fit again "
             "without --resume"
         )
+    # Copies, so that they stand in memory as new sums do, aligned: a product's rounding may depend on it.
     on_device = {
-        name: tensor.to(device) if name.startswith("observer.") else tensor for name, tensor in tensors.items()
+        name: tensor.to(device, copy=True) if name.startswith("observer.") else tensor
+        for name, tensor in tensors.items()
     }
     return PassState.from_tensors(int(described["batches"]), on_device, described["facts"])
 
