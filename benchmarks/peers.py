@@ -1,7 +1,8 @@
 """The libraries that do what lapora does, on the same batches of the same model.
 
 laplace-torch with its two backends, and bayesian-lora (PyPI) where it is installed. bayesian-lora sums the curvature
-of each row's last position alone, keeps wide sides at rank 10 and never masks padding: its time is compared, not its result.
+of each row's last position alone, keeps wide sides at rank 10 and never masks padding:
+its time is compared, not its result.
 """
 
 from __future__ import annotations
