@@ -23,7 +23,12 @@ from transformers import logging as transformers_logging
 from lapora.config import Dtype, Quantisation
 from lapora.errors import AdapterError, UsageError
 from lapora.model.adapter import Adapter, ModelKind
-from lapora.model.quantisation import quantisation_config
+from lapora.model.quantisation import (
+    keep_inputs_whole,
+    quantisation_config,
+    saved_quantisation,
+    settle_quantisation,
+)
 
 
 @dataclass(frozen=True)
@@ -82,7 +87,7 @@ def load_model(
     adapter: Adapter,
     *,
     base_model: str | None = None,
-    quantize: Quantisation = "none",
+    quantize: Quantisation | None = None,
     dtype: Dtype = "auto",
     device: str = "auto",
     trust_remote_code: bool = False,
@@ -92,7 +97,7 @@ def load_model(
     Args:
         adapter: The adapter, as read from its directory.
         base_model: Name or path of the base; by default the one the adapter records.
-        quantize: ``none``, ``8bit`` or ``4bit``.
+        quantize: ``none``, ``8bit`` or ``4bit``; None is as the base's own files are.
         dtype: Type of the base's weights; ``auto`` is float32 on a CPU and the base's own on a GPU. LoRA
             weights stay in float32 at least.
         device: ``auto``, ``cpu``, ``cuda`` ...
@@ -109,6 +114,8 @@ def load_model(
     where = resolve_device(device)
     with quiet_libraries():
         config = _load_config(base_name, revision, trust_remote_code)
+        saved = saved_quantisation(base_name, config)
+        quantize = settle_quantisation(base_name, quantize, saved)
         element_type = _element_type(dtype, config, where)
         if quantize != "none" and element_type == torch.float64:
             raise UsageError(f"--dtype float64 cannot be combined with --quantize {quantize}")
@@ -124,6 +131,8 @@ def load_model(
     if quantize == "none":
         model = model.to(where)
     model.eval()
+    if quantize == "8bit":
+        keep_inputs_whole(model)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     loaded = LoadedModel(
@@ -204,9 +213,10 @@ def _load_base(
         "trust_remote_code": trust_remote_code,
         "output_loading_info": True,
     }
-    quantised = quantisation_config(quantize, element_type)
-    if quantised is not None:
-        arguments |= {"quantization_config": quantised, "device_map": {"": device}}
+    if quantize != "none":
+        arguments["device_map"] = {"": device}
+        if getattr(config, "quantization_config", None) is None:
+            arguments["quantization_config"] = quantisation_config(quantize, element_type)
     loader: Any = AutoModelForCausalLM
     if adapter.kind == "classifier":
         loader = AutoModelForSequenceClassification
