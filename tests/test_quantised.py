@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from lapora.config import FitSettings, PredictSettings
 from lapora.curvature.kron import KronObserver
 from lapora.errors import AdapterError, UsageError
-from lapora.model.loading import quiet_libraries
+from lapora.model.quiet import quiet_libraries
 from lapora.workflows.predict import predict
 from lapora.workflows.prepare import prepare_fit
 from tiny_adapter import command, data_of, fit_tiny, json_lines, make_adapter, model_of
