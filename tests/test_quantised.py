@@ -20,7 +20,6 @@ from lapora.workflows.prepare import prepare_fit
 from tiny_adapter import command, data_of, fit_tiny, json_lines, make_adapter, model_of
 
 
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return make_adapter(tmp_path_factory.mktemp("quantised"), hidden=64, initializer_range=0.1)
@@ -58,7 +57,9 @@ def _dequantise(network):
 
 def _worst(found, expected):
     return max(
-        float((getattr(found[name], part) - getattr(expected[name], part)).norm() / getattr(expected[name], part).norm())
+        float(
+            (getattr(found[name], part) - getattr(expected[name], part)).norm() / getattr(expected[name], part).norm()
+        )
         for name in expected
         for part in ("input_sum", "gradient_sum")
     )

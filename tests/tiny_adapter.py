@@ -40,7 +40,14 @@ WORDS = [
 
 
 def make_adapter(
-    folder: Path, *, rows: int = 24, hidden: int = 16, seed: int = 0, zero_b: bool = False, scale: float = 0.3, initializer_range: float = 0.5
+    folder: Path,
+    *,
+    rows: int = 24,
+    hidden: int = 16,
+    seed: int = 0,
+    zero_b: bool = False,
+    scale: float = 0.3,
+    initializer_range: float = 0.5,
 ) -> Path:
     """Write ``base/``, ``adapter/``, ``data/`` and ``task.yaml``; returns ``folder``."""
     torch.manual_seed(seed)

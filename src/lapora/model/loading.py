@@ -196,7 +196,8 @@ def _load_base(
     if quantize != "none":
         arguments["device_map"] = {"": device}
         if getattr(config, "quantization_config", None) is None:
-            arguments["quantization_config"] = quantisation_config(quantize, element_type)
+            whole = adapter.config.get("modules_to_save") or ()
+            arguments["quantization_config"] = quantisation_config(quantize, element_type, whole)
     loader: Any = AutoModelForCausalLM
     if adapter.kind == "classifier":
         loader = AutoModelForSequenceClassification

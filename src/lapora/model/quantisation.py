@@ -7,6 +7,7 @@ saves nothing, its inputs are left as they are.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -15,13 +16,16 @@ from torch import nn
 from lapora.config import Quantisation
 from lapora.errors import AdapterError, UsageError
 
+_HEADS = ("classifier", "lm_head", "score")
 
-def quantisation_config(quantize: Quantisation, compute_dtype: torch.dtype) -> Any | None:
+
+def quantisation_config(quantize: Quantisation, compute_dtype: torch.dtype, whole: Sequence[str] = ()) -> Any | None:
     """Build what transformers needs to load a base model in 8 or 4 bits.
 
     Args:
         quantize: ``none``, ``8bit`` (LLM.int8) or ``4bit`` (NF4 with double quantisation, as QLoRA uses).
         compute_dtype: Type of the dequantised products in 4 bits.
+        whole: Modules that the adapter saves whole: they are left as they are, like every head.
 
     Raises:
         UsageError: bitsandbytes cannot be imported on this machine.
@@ -31,13 +35,15 @@ def quantisation_config(quantize: Quantisation, compute_dtype: torch.dtype) -> A
     _need_bitsandbytes(f"--quantize {quantize}")
     from transformers import BitsAndBytesConfig
 
+    skipped = sorted({*_HEADS, *whole})
     if quantize == "8bit":
-        return BitsAndBytesConfig(load_in_8bit=True)
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skipped)
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=compute_dtype,
+        llm_int8_skip_modules=skipped,
     )
 
 
