@@ -155,7 +155,7 @@ def prepare_fit(model: ModelSettings, data: DataSettings, settings: FitSettings)
     loaded = load_model(
         adapter,
         base_model=model.base_model,
-        quantize=model.quantize or "none",
+        quantize=model.quantize,
         dtype=model.dtype or "auto",
         device=model.device,
         trust_remote_code=model.trust_remote_code,
