@@ -61,7 +61,7 @@ def fit(model: ModelSettings, data: DataSettings, settings: FitSettings, progres
     folder = posterior_folder(model.root, settings.name)
     if posterior_exists(folder) and not settings.overwrite:
         raise PosteriorError(f"{folder}: exists already; give --overwrite, or another --name")
-    read_adapter(model.adapter)  # nothing is written where no adapter is
+    read_adapter(model.folder)  # nothing is written where no adapter is
     with writing(folder):
         return _fit(model, data, settings, folder, progress)
 

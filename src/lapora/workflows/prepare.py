@@ -142,7 +142,7 @@ def prepare_fit(model: ModelSettings, data: DataSettings, settings: FitSettings)
         AdapterError: The model cannot be loaded.
         DataError: The rows cannot be read, or their answers are not the head's.
     """
-    adapter = read_adapter(model.adapter)
+    adapter = read_adapter(model.folder)
     task, rows, split = read_rows(data, None, "train")
     choices = resolve_choices(task, rows)
     examples = render_all(

@@ -92,7 +92,7 @@ def open_posterior(model: ModelSettings, name: str) -> tuple[Adapter, SavedPoste
         AdapterError: No adapter.
         PosteriorError: No such posterior, or a damaged one.
     """
-    return read_adapter(model.adapter), SavedPosterior(posterior_folder(model.root, name))
+    return read_adapter(model.folder), SavedPosterior(posterior_folder(model.root, name))
 
 
 def open_session(model: ModelSettings, name: str, earlier: Session | None = None) -> Session:
