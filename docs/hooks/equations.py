@@ -32,11 +32,11 @@ def displayed(source: str, *_: Any, **__: Any) -> str:
 class InlineEquations(Extension):
     """`$...$`."""
 
-    def extendMarkdown(self, md: Markdown) -> None:  # noqa: N802
+    def extendMarkdown(self, md: Markdown) -> None:
         """Look for equations after code and escapes, before emphasis, which would read their underscores."""
         md.inlinePatterns.register(_Equation(_INLINE, md), "equation", 179)
 
 
 class _Equation(InlineProcessor):
-    def handleMatch(self, m: Any, data: str) -> tuple[etree.Element, int, int]:  # type: ignore[override] # noqa: N802
+    def handleMatch(self, m: Any, data: str) -> tuple[etree.Element, int, int]:  # type: ignore[override]
         return convert_to_element(m.group(1)), m.start(0), m.end(0)
