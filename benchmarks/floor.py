@@ -29,8 +29,9 @@ import torch
 from benchmarks.models import Subject, subject
 from lapora.curvature.fisher import exact_columns
 from lapora.curvature.laplace_torch import asdl_factors, curvlinops_factors
+from lapora.posterior.curvature_run import CurvatureRun
 from lapora.posterior.gaussian import Posterior
-from lapora.posterior.structures import CurvatureRun, fit_structure
+from lapora.posterior.structures import fit_structure
 from lapora.predictive.links import log_probabilities
 from lapora.predictive.predictor import LinearisedPredictor
 

@@ -13,7 +13,7 @@ from transformers import AutoModelForSequenceClassification, LlamaConfig, LlamaF
 from lapora.model.answers import AnswerModel
 from lapora.model.batches import Batch, collate
 from lapora.model.bayesian_layers import BayesianLayer, find_bayesian_layers
-from lapora.model.loading import quiet_libraries
+from lapora.model.quiet import quiet_libraries
 
 
 @dataclass

@@ -10,8 +10,9 @@ from torch.utils._pytree import tree_leaves
 from lapora.curvature import collection
 from lapora.curvature.linearisation import Linearisation
 from lapora.model.bayesian_layers import find_bayesian_layers
+from lapora.posterior.curvature_run import CurvatureRun
 from lapora.posterior.gaussian import BlockPosterior
-from lapora.posterior.structures import CurvatureRun, fit_structure
+from lapora.posterior.structures import fit_structure
 from lapora.predictive import predictor
 from lapora.predictive.predictor import LinearisedPredictor
 from tiny_models import Row, batches, posterior, rows, tiny_causal, tiny_classifier

@@ -16,9 +16,10 @@ from lapora.errors import DataError, UsageError
 from lapora.model.bayesian_layers import find_bayesian_layers
 from lapora.posterior.adapted import LinearModel
 from lapora.posterior.artifact import SavedPosterior
+from lapora.posterior.curvature_run import CurvatureRun
 from lapora.posterior.evidence import evidence_at, maximise_evidence
 from lapora.posterior.prior import PriorPrecision
-from lapora.posterior.structures import CurvatureRun, fit_structure
+from lapora.posterior.structures import fit_structure
 from lapora.workflows import evaluate as evaluation
 from lapora.workflows.evaluate import evaluate
 from lapora.workflows.fit import fit

@@ -15,10 +15,11 @@ from lapora.curvature.sketch import NystromSketch
 from lapora.errors import UsageError
 from lapora.model.answers import AnswerModel
 from lapora.model.bayesian_layers import find_bayesian_layers
-from lapora.posterior import structures
+from lapora.posterior import full
+from lapora.posterior.curvature_run import CurvatureRun
 from lapora.posterior.evidence import maximise_evidence
 from lapora.posterior.gaussian import BlockPosterior
-from lapora.posterior.structures import CurvatureRun, fit_structure
+from lapora.posterior.structures import fit_structure
 from tiny_models import batches, close, dense_jacobian, moments, rows, tiny_causal, tiny_classifier
 
 DELTA = 0.7
@@ -332,7 +333,7 @@ def test_full_equals_laplace_torchs_full():
 def test_full_refuses_what_does_not_fit_and_says_what_does(monkeypatch):
     answers = tiny_classifier(3)
     layers = find_bayesian_layers(answers.model)
-    monkeypatch.setattr(structures, "_available_memory", lambda: 1000.0)
+    monkeypatch.setattr(full, "available_memory", lambda: 1000.0)
     with pytest.raises(UsageError, match=r"GiB.*lowrank"):
         fit_structure("full", run_of(answers, layers, rows()))
 

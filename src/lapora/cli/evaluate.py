@@ -1,18 +1,13 @@
-"""``lapora eval`` and ``lapora compare``."""
+"""``lapora eval``."""
 
 from __future__ import annotations
 
-import datetime
 import json
-import shlex
-import sys
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-from lapora._version import __version__
 from lapora.cli.options import (
     AdapterArgument,
     BaseModelOption,
@@ -33,15 +28,15 @@ from lapora.cli.options import (
     model_settings,
 )
 from lapora.cli.output import RowProgress, say
+from lapora.cli.results import keep_checkpoints, keep_results, print_results
 from lapora.config import DataSettings, EvalSettings, Link, Method, ModelSettings, PriorMethod
 from lapora.errors import UsageError
 
 if TYPE_CHECKING:
-    from lapora.workflows.evaluate import Evaluation
+    pass
 
 _DEFAULT_METHODS = ["constant", "map", "laplace"]
 _CHECKPOINT_LINKS: tuple[Link, ...] = ("mc-joint", "mc-indep", "probit", "bridge")
-_SIDE_BY_SIDE = ["accuracy", "ece", "nll"]
 
 
 def eval_command(
@@ -123,7 +118,7 @@ def eval_command(
             raise UsageError("--prior-method adapted needs --structure full, which --checkpoints does not fit")
         fitting = CheckpointSettings(fit_split, fit_limit, max_length, chat_template, prior_method)
         record = _run_checkpoints(model, data, settings, fitting, as_json)
-        _keep_checkpoints(model, record, plots, report, output)
+        keep_checkpoints(model, record, plots, report, output)
         return
     if (fit_split, fit_limit, max_length, chat_template, prior_method) != ("train", None, None, False, "auto"):
         raise UsageError(
@@ -135,83 +130,14 @@ def eval_command(
     gates = [parse_gate(condition) for condition in fail_if]
     with RowProgress("eval") as progress:
         done = run_evaluation(model, data, settings, progress)
-    _print(done, as_json)
+    print_results(done, as_json)
     if plots or report:
-        _draw(done, model, plots, report)
+        keep_results(done, model, plots, report)
     if output:
         from lapora.workflows.results import append_result
 
         append_result(output, done.record, adapter)
     check_gates(gates, done.record["results"])
-
-
-def _print(done: Evaluation, as_json: bool) -> None:
-    record = done.record
-    if record["excluded"]:
-        say(f"{record['excluded']} rows that tuned the prior or the temperature are left out")
-    if record["truncated"]:
-        say(f"{record['truncated']} of {record['n']} rows were cut to the greatest length")
-    if as_json:
-        typer.echo(json.dumps(record))
-    else:
-        from lapora.metrics import reliability_bins
-        from lapora.report import print_evaluation, print_reliability
-
-        print_evaluation(record)
-        shown = [_map_of(done), *[each for each in done.predictions if each.method == "laplace"][:1]]
-        print_reliability({each.label: reliability_bins(each.log_p, done.targets) for each in shown})
-    for warning in done.warnings:
-        say(warning)
-
-
-def _map_of(done: Evaluation) -> Any:
-    return next(each for each in done.predictions if each.method == "map")
-
-
-def _draw(done: Evaluation, model: ModelSettings, plots: Path | None, report: Path | None) -> None:
-    """Pictures to a folder, and into the page."""
-    from lapora.plots import evaluation_pictures, save_pictures, to_svg
-    from lapora.report.page import Page, evaluation_tables, write_page
-
-    tables = {each.label: each.log_p for each in done.predictions}
-    # One picture of each posterior, by its first link; where there is none, of another method.
-    firsts: dict[str | None, str] = {}
-    for each in done.predictions:
-        if each.method == "laplace":
-            firsts.setdefault(each.name, each.label)
-    others = [each.label for each in done.predictions if each.method not in ("constant", "map")]
-    pictures = evaluation_pictures(tables, done.targets, list(firsts.values()) or others[:1] or ["map"])
-    if plots:
-        files = save_pictures(pictures, plots)
-        say(f"{len(files)} pictures: {plots}")
-    if report:
-        record = done.record
-        first = next(iter(done.manifests.values()))
-        facts = {
-            **_facts(model, record),
-            "base model": f"{first['base_model']['name']} ({first['base_model']['dtype']})",
-            "rows left out": f"{record['excluded']}, which tuned the prior or the temperature",
-            "rows cut": str(record["truncated"]),
-        }
-        page = Page(
-            title=f"{record['task']}: is {Path(model.adapter).name} calibrated?",
-            facts=facts,
-            tables=evaluation_tables(record),
-            pictures=[(picture.caption, to_svg(picture.figure)) for picture in pictures],
-            warnings=done.warnings,
-            manifests={"results": record, **{f"posterior {name}": found for name, found in done.manifests.items()}},
-        )
-        write_page(report, page)
-        say(f"report: {report}")
-
-
-def _facts(model: ModelSettings, record: Mapping[str, Any]) -> dict[str, str]:
-    return {
-        "command": shlex.join(["lapora", *sys.argv[1:]]),
-        "adapter": model.adapter,
-        "task": f"{record['task']}, {record['n']} rows of {record['split']}",
-        "made": f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M} UTC by lapora {__version__}",
-    }
 
 
 def _run_checkpoints(
@@ -232,54 +158,3 @@ def _run_checkpoints(
 
         print_checkpoints(record)
     return record
-
-
-def _keep_checkpoints(
-    model: ModelSettings, record: dict[str, Any], plots: Path | None, report: Path | None, output: Path | None
-) -> None:
-    from lapora.plots import checkpoint_pictures, save_pictures, to_svg
-
-    pictures = checkpoint_pictures(record)
-    folder = plots or model.root / "laplace" / "figures"
-    save_pictures(pictures, folder)
-    say(f"{2 * len(pictures)} pictures: {folder}")
-    if report:
-        from lapora.report.page import Page, checkpoint_page_tables, write_page
-
-        page = Page(
-            title=f"{record['task']}: {len(record['checkpoints'])} checkpoints of {Path(model.adapter).name}",
-            facts=_facts(model, record),
-            tables=checkpoint_page_tables(record),
-            pictures=[(picture.caption, to_svg(picture.figure)) for picture in pictures],
-            warnings=[f"{name} left out: {reason}" for name, reason in record["skipped"].items()],
-            manifests={"results": record},
-        )
-        write_page(report, page)
-        say(f"report: {report}")
-    if output:
-        from lapora.workflows.results import append_result
-
-        for checkpoint in record["checkpoints"]:
-            append_result(output, checkpoint, f"{model.adapter}/checkpoint-{checkpoint['step']}")
-
-
-def compare_command(
-    files: Annotated[list[Path], typer.Argument(metavar="RESULTS.jsonl...", help="Files of `lapora eval --output`.")],
-    metric: Annotated[list[str], typer.Option(help="Score to show on a terminal; may be repeated.")] = _SIDE_BY_SIDE,
-    as_json: JsonOption = False,
-) -> None:
-    """Show runs side by side: a table on a terminal, tab-separated lines in a pipe."""
-    from lapora.report.comparison import print_comparison
-    from lapora.report.evaluation import HEADINGS
-    from lapora.workflows.results import read_results, same_rows
-
-    for score in metric:
-        if score not in HEADINGS:
-            raise UsageError(f"--metric {score}: one of {', '.join(HEADINGS)}")
-    runs = read_results(files)
-    if as_json:
-        typer.echo(json.dumps(runs))
-    else:
-        print_comparison(runs, list(dict.fromkeys(metric)))
-    if not same_rows(runs):
-        say("note: these runs did not score the same rows: their numbers differ by chance too")

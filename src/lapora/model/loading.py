@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, cast
 
 import torch
-import transformers
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
-from transformers import logging as transformers_logging
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from lapora.config import Dtype, Quantisation
 from lapora.errors import AdapterError, UsageError
 from lapora.model.adapter import Adapter, ModelKind
+from lapora.model.fingerprint import base_fingerprint
 from lapora.model.quantisation import quantisation_config
+from lapora.model.quiet import quiet_libraries
+from lapora.model.tokenizer import tokenizer_at
 
 
 @dataclass(frozen=True)
@@ -115,8 +112,8 @@ def load_model(
         base, missing = _load_base(
             adapter, base_name, revision, config, element_type, quantize, where, trust_remote_code
         )
-        fingerprint = _fingerprint(base, missing)
-        tokenizer = _load_tokenizer(adapter, base_name, revision, trust_remote_code)
+        fingerprint = base_fingerprint(base, missing)
+        tokenizer = tokenizer_at(adapter, base_name, revision, trust_remote_code)
         model = _load_adapter(adapter, base, base_name)
     _refuse_untrained(adapter, model, missing)
     if element_type == torch.float64:
@@ -141,23 +138,6 @@ def load_model(
         # A decoder with a head finds the answer's position by this id: it must be the one that batches are padded with.
         base.config.get_text_config().pad_token_id = loaded.pad_token_id
     return loaded
-
-
-@contextmanager
-def quiet_libraries() -> Iterator[None]:
-    """Keep the libraries' progress bars and load reports off the terminal; what matters becomes an error."""
-    verbosity = transformers_logging.get_verbosity()
-    bars = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-        if bars:
-            transformers_logging.enable_progress_bar()
 
 
 def _load_config(base_name: str, revision: str | None, trust_remote_code: bool) -> Any:
@@ -220,31 +200,6 @@ def _load_base(
     return base, set(information["missing_keys"])
 
 
-def load_tokenizer(adapter: Adapter, base_model: str | None = None) -> Any:
-    """The adapter's tokenizer alone, without the model.
-
-    Raises:
-        AdapterError: It cannot be loaded, or the adapter names no base model.
-    """
-    base_name = base_model or adapter.base_model
-    if not base_name:
-        raise AdapterError(f"{adapter.path}: the adapter names no base model; give one with --base-model")
-    with quiet_libraries():
-        return _load_tokenizer(adapter, base_name, None if base_model else adapter.revision, False)
-
-
-def _load_tokenizer(adapter: Adapter, base_name: str, revision: str | None, trust_remote_code: bool) -> Any:
-    own = any((adapter.path / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))
-    source, at = (adapter.path, None) if own else (base_name, revision)
-    try:
-        return AutoTokenizer.from_pretrained(source, revision=at, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise AdapterError(
-            f"{source}: its tokenizer cannot be loaded ({reason[:160]}); save the tokenizer beside the adapter"
-        ) from error
-
-
 def _load_adapter(adapter: Adapter, base: nn.Module, base_name: str) -> PeftModel:
     try:
         model = PeftModel.from_pretrained(base, os.fspath(adapter.path), is_trainable=False)
@@ -288,24 +243,3 @@ def _refuse_untrained(adapter: Adapter, model: PeftModel, missing: set[str]) -> 
 def _wrapped(key: str) -> str:
     module, _, parameter = key.rpartition(".")
     return f"{module}.original_module.{parameter}"
-
-
-def _fingerprint(base: nn.Module, missing: set[str]) -> str:
-    """Digest the first, middle and last elements of every tensor that came from the base's own files."""
-    digest = hashlib.sha256()
-    for name, parameter in sorted(base.named_parameters()):
-        if name in missing:
-            continue
-        flat = parameter.detach().reshape(-1)
-        middle = flat.numel() // 2
-        sample = torch.cat([flat[:8], flat[middle : middle + 8], flat[-8:]]).float().cpu()
-        digest.update(f"{name}{tuple(parameter.shape)}".encode())
-        digest.update(sample.numpy().tobytes())
-    return digest.hexdigest()
-
-
-def library_versions() -> dict[str, str]:
-    """Versions of the libraries that decide what the network computes."""
-    import peft
-
-    return {"torch": torch.__version__, "transformers": transformers.__version__, "peft": peft.__version__}

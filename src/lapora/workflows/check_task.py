@@ -6,7 +6,7 @@ from typing import Any
 
 from lapora.config import DataSettings
 from lapora.model.adapter import read_adapter
-from lapora.model.loading import load_tokenizer
+from lapora.model.tokenizer import load_tokenizer
 from lapora.tasks import check_task
 from lapora.workflows.session import read_rows
 

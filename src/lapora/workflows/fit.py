@@ -11,10 +11,11 @@ from lapora.errors import PosteriorError, UsageError
 from lapora.model.adapter import read_adapter
 from lapora.posterior.artifact import posterior_exists, posterior_folder, write_posterior
 from lapora.posterior.checkpoint import Checkpoint
+from lapora.posterior.curvature_run import CurvatureRun
 from lapora.posterior.evidence import EvidenceMaximum, maximise_evidence
 from lapora.posterior.gaussian import BlockPosterior, Posterior, decompose
 from lapora.posterior.lock import writing
-from lapora.posterior.structures import CurvatureRun, fit_structure
+from lapora.posterior.structures import fit_structure
 from lapora.workflows.naming import naming_examples
 from lapora.workflows.prepare import prepare_fit
 

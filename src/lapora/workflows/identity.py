@@ -11,7 +11,8 @@ from typing import Any
 from lapora.errors import LaporaWarning
 from lapora.model.adapter import Adapter
 from lapora.model.bayesian_layers import BayesianLayer
-from lapora.model.loading import LoadedModel, library_versions
+from lapora.model.fingerprint import library_versions
+from lapora.model.loading import LoadedModel
 
 _DECIDING_SETTINGS = (
     "alpha_pattern",

@@ -15,9 +15,10 @@ from lapora.errors import DataError, UsageError
 from lapora.model.adapter import Adapter, read_adapter
 from lapora.model.answers import AnswerModel
 from lapora.model.bayesian_layers import find_bayesian_layers
-from lapora.model.loading import LoadedModel, library_versions, load_model
+from lapora.model.fingerprint import library_versions
+from lapora.model.loading import LoadedModel, load_model
 from lapora.posterior.artifact import FORMAT_VERSION
-from lapora.posterior.structures import CurvatureRun
+from lapora.posterior.curvature_run import CurvatureRun
 from lapora.tasks import (
     EncodedExample,
     Example,

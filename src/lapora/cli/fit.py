@@ -1,0 +1,99 @@
+"""``lapora fit``."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from lapora.cli.options import (
+    AdapterArgument,
+    BaseModelOption,
+    BatchOption,
+    DataDirOption,
+    DeviceOption,
+    DtypeOption,
+    LimitOption,
+    NameOption,
+    OutputDirOption,
+    QuantizeOption,
+    SeedOption,
+    TaskOption,
+    TrustOption,
+    model_settings,
+)
+from lapora.cli.output import RowProgress, say
+from lapora.config import DataSettings, Engine, FisherType, FitSettings, Structure, Subset, WeightSharing
+from lapora.errors import UsageError
+
+
+def fit_command(
+    adapter: AdapterArgument,
+    task: TaskOption = None,
+    data_dir: DataDirOption = None,
+    split: Annotated[str, typer.Option(help="Split the adapter was trained on.")] = "train",
+    limit: LimitOption = None,
+    structure: Annotated[Structure, typer.Option(help="Shape of the curvature.")] = FitSettings.structure,
+    weight_sharing: Annotated[
+        WeightSharing, typer.Option(help="KFAC for shared weights; asdl is the paper's stack.")
+    ] = FitSettings.weight_sharing,
+    engine: Annotated[Engine, typer.Option(help="Who computes it; two are laplace-torch's.")] = FitSettings.engine,
+    subset: Annotated[Subset, typer.Option(help="Which weights are Bayesian.")] = FitSettings.subset,
+    fisher: Annotated[FisherType, typer.Option(help="Which Fisher.")] = FitSettings.fisher,
+    rank: Annotated[int | None, typer.Option(min=1, help="Rank kept, of kron's wide sides or of lowrank.")] = None,
+    name: NameOption = "default",
+    base_model: BaseModelOption = None,
+    quantize: QuantizeOption = None,
+    dtype: DtypeOption = None,
+    device: DeviceOption = "auto",
+    batch_size: BatchOption = "auto",
+    trust_remote_code: TrustOption = False,
+    max_length: Annotated[int | None, typer.Option(min=1, help="Tokens per row.")] = None,
+    chat_template: Annotated[bool, typer.Option("--chat-template", help="Wrap prompts as a chat.")] = False,
+    seed: SeedOption = 0,
+    output_dir: OutputDirOption = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a posterior of that name.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from what a fit that was ended has saved.")] = False,
+    save_every: Annotated[float, typer.Option(min=0, help="Seconds between saves for --resume; 0: every batch.")] = (
+        FitSettings.save_every
+    ),
+) -> None:
+    """Fit the Laplace posterior of ADAPTER on the rows it was trained on."""
+    model = model_settings(adapter, base_model, quantize, dtype, device, batch_size, output_dir, trust_remote_code)
+    if task is None:
+        raise UsageError("--data is missing: a built-in task (see `lapora tasks`) or the path of a task YAML")
+    from lapora.workflows.fit import fit
+
+    with RowProgress("fit") as progress:
+        result = fit(
+            model,
+            DataSettings(task, data_dir, split, limit),
+            FitSettings(
+                structure=structure,
+                weight_sharing=weight_sharing,
+                engine=engine,
+                subset=subset,
+                fisher=fisher,
+                rank=rank,
+                name=name,
+                max_length=max_length,
+                chat_template=chat_template,
+                seed=seed,
+                overwrite=overwrite,
+                resume=resume,
+                save_every=save_every,
+            ),
+            progress,
+        )
+    for note in result.notes:
+        say(f"note: {note}")
+    if result.truncated:
+        say(f"{result.truncated} of {result.rows} rows were cut to the greatest length")
+    if result.log_likelihood is None:
+        say("rows without labels: the evidence is known only up to a constant, which does not move the prior")
+    say(
+        f"posterior over {result.parameters:,} parameters from {result.rows:,} rows, prior precision "
+        f"{result.prior.prior.describe()} by marginal likelihood: {result.folder}"
+    )
+    if result.kept < 1:
+        say(f"the basis keeps {result.kept:.1%} of the curvature's trace; the rest keeps the prior")

@@ -1,0 +1,53 @@
+"""``lapora predict``."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from lapora.cli.lines import binary_lines
+from lapora.cli.options import (
+    AdapterArgument,
+    BaseModelOption,
+    BatchOption,
+    DeviceOption,
+    DtypeOption,
+    NameOption,
+    OutputDirOption,
+    QuantizeOption,
+    SamplesOption,
+    SeedOption,
+    TrustOption,
+    model_settings,
+)
+from lapora.cli.output import write_json_lines
+from lapora.config import Link, OnError, PredictSettings
+
+
+def predict_command(
+    adapter: AdapterArgument,
+    source: Annotated[str, typer.Argument(metavar="[INPUT|-]", help="JSON lines; - is standard input.")] = "-",
+    output: Annotated[str, typer.Option("--output", "-o", help="File to write; - is standard output.")] = "-",
+    name: NameOption = "default",
+    link: Annotated[Link, typer.Option(help="How logit moments become probabilities.")] = PredictSettings.link,
+    samples: SamplesOption = PredictSettings.samples,
+    logits: Annotated[bool, typer.Option("--logits", help="Add the logits' mean and covariance.")] = False,
+    on_error: Annotated[OnError, typer.Option(help="What a bad line does.")] = PredictSettings.on_error,
+    abstain_below: Annotated[float | None, typer.Option(min=0, max=1, help="Mark less confident rows.")] = None,
+    base_model: BaseModelOption = None,
+    quantize: QuantizeOption = None,
+    dtype: DtypeOption = None,
+    device: DeviceOption = "auto",
+    batch_size: BatchOption = "auto",
+    trust_remote_code: TrustOption = False,
+    seed: SeedOption = 0,
+    output_dir: OutputDirOption = None,
+) -> None:
+    """Predict, one JSON line out per JSON line in."""
+    model = model_settings(adapter, base_model, quantize, dtype, device, batch_size, output_dir, trust_remote_code)
+    from lapora.workflows.predict import predict
+
+    settings = PredictSettings(name, link, samples, seed, logits, on_error, abstain_below)
+    with binary_lines(source) as lines:
+        write_json_lines(predict(model, settings, lines), output)

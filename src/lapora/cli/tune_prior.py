@@ -1,0 +1,68 @@
+"""``lapora tune-prior``."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+
+from lapora.cli.options import (
+    AdapterArgument,
+    BaseModelOption,
+    BatchOption,
+    DataDirOption,
+    DeviceOption,
+    DtypeOption,
+    JsonOption,
+    NameOption,
+    OutputDirOption,
+    QuantizeOption,
+    SeedOption,
+    TaskOption,
+    TrustOption,
+    model_settings,
+)
+from lapora.cli.output import RowProgress, say
+from lapora.config import DataSettings, Link, Optimizer, PriorMethod, PriorSettings, PriorStructure
+
+
+def tune_prior_command(
+    adapter: AdapterArgument,
+    name: NameOption = "default",
+    method: Annotated[PriorMethod, typer.Option(help="How it is chosen.")] = PriorSettings.method,
+    prior: Annotated[PriorStructure, typer.Option(help="One precision, or one per kind or layer.")] = (
+        PriorSettings.structure
+    ),
+    optimizer: Annotated[
+        Optimizer, typer.Option(help="Of the marginal likelihood; adam is the paper's.")
+    ] = PriorSettings.optimizer,
+    lr: Annotated[float, typer.Option(min=0, help="Learning rate of adam.")] = PriorSettings.learning_rate,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of adam.")] = PriorSettings.steps,
+    link: Annotated[Link, typer.Option(help="Link to tune for, by validation.")] = PriorSettings.link,
+    task: TaskOption = None,
+    data_dir: DataDirOption = None,
+    split: Annotated[str | None, typer.Option(help="Split with validation rows.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Validation rows to use; half of the split.")] = None,
+    base_model: BaseModelOption = None,
+    quantize: QuantizeOption = None,
+    dtype: DtypeOption = None,
+    device: DeviceOption = "auto",
+    batch_size: BatchOption = "auto",
+    trust_remote_code: TrustOption = False,
+    seed: SeedOption = 0,
+    output_dir: OutputDirOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Choose the prior precision: by validation rows where there are some, else by the marginal likelihood."""
+    model = model_settings(adapter, base_model, quantize, dtype, device, batch_size, output_dir, trust_remote_code)
+    from lapora.workflows.tune_prior import tune_prior
+
+    settings = PriorSettings(name, method, prior, optimizer, lr, steps, link, seed)
+    with RowProgress("tune-prior") as progress:
+        tuned = tune_prior(model, DataSettings(task, data_dir, split, limit), settings, progress)
+    if as_json:
+        typer.echo(json.dumps(tuned.prior))
+    say(tuned.reason)
+    for note in tuned.notes:
+        say(note)
