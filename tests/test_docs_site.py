@@ -83,7 +83,7 @@ def _fields(table: str) -> dict[str, bool]:
 def test_the_contributing_page_names_what_is_there():
     text = _page("contributing.md")
     source = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "src").rglob("*.py"))
-    for name in re.findall(r"`(_?[A-Za-z]+(?:_[A-Za-z]+)+|[A-Z][a-z]+[A-Z]\w+)`", text):
+    for name in re.findall(r"`(_?[A-Za-z]+(?:_[A-Za-z]+)+|_[a-z]+|[A-Z][a-z]+[A-Z]\w+)`", text):
         assert re.search(rf"\b{name}\b", source), name
     makefile = (ROOT / "Makefile").read_text()
     for target in re.findall(r"`make ([\w-]+)`", text + (ROOT / "CONTRIBUTING.md").read_text()):
