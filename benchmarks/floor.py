@@ -5,7 +5,7 @@ of C-1 logit combinations with respect to the LoRA weights. Links that need ever
 backward passes.
 
     python -m benchmarks.floor                   # the table of ratios
-    python -m benchmarks.floor --peers           # laplace-torch with ASDL and curvlinops beside it
+    python -m benchmarks.floor --peers           # laplace-torch with ASDL and curvlinops and bayesian-lora beside it
     python -m benchmarks.floor --memory          # peak memory, each contestant in a process of its own
 
 Time is measured in one process, floor and contestant by turns, medians of several rounds. Model loading is out,
@@ -28,7 +28,6 @@ import torch
 
 from benchmarks.models import Subject, subject
 from lapora.curvature.fisher import exact_columns
-from lapora.curvature.laplace_torch import asdl_factors, curvlinops_factors
 from lapora.posterior.curvature_run import CurvatureRun
 from lapora.posterior.gaussian import Posterior
 from lapora.posterior.structures import fit_structure
@@ -89,40 +88,10 @@ def contestants(it: Subject, *, peers: bool = False) -> dict[str, tuple[int, Cal
         "lapora predict bridge": (it.classes, lambda: predict(it, posterior, "bridge")),
     }
     if peers:
-        from laplace.curvature import AsdlGGN, CurvlinopsGGN
+        from benchmarks.peers import peers as of_peers
 
-        for name, backend in (("asdl", AsdlGGN), ("curvlinops", CurvlinopsGGN)):
-            factors = asdl_factors if name == "asdl" else curvlinops_factors
-            found[f"laplace-torch {name} fit"] = (
-                less,
-                lambda factors=factors: factors(it.answers, it.layers, it.batches, [0] * it.rows),
-            )
-            found[f"laplace-torch {name} predict"] = (less, lambda backend=backend: peer_predict(it, backend))
+        found |= of_peers(it)
     return found
-
-
-def peer_predict(it: Subject, backend: Any) -> None:
-    """laplace-torch's functional variance of every batch, and 100 samples of the softmax."""
-    from lapora.curvature.laplace_torch.network import as_inputs, quietly, trainable
-    from lapora.interop import kron_laplace
-    from lapora.posterior.gaussian import BlockPosterior
-
-    posterior = fit(it)
-    assert isinstance(posterior, BlockPosterior)
-    laplace = kron_laplace(
-        it.answers, it.layers, posterior.blocks, 1.0, classes=it.classes, rows=it.rows, log_likelihood=0.0
-    )
-    with quietly(), trainable(it.layers):
-        engine = backend(laplace.model, "classification")
-        for batch in it.batches:
-            jacobian, mean = engine.jacobians(as_inputs(batch))
-            variance = laplace.functional_variance(jacobian.detach())
-            draws = torch.distributions.MultivariateNormal(mean.detach(), _positive(variance)).sample((100,))
-            torch.softmax(draws, dim=-1).mean(dim=0)
-
-
-def _positive(variance: torch.Tensor) -> torch.Tensor:
-    return variance + 1e-4 * torch.eye(variance.shape[-1])
 
 
 def measure(case: dict[str, Any], rounds: int, peers: bool) -> list[dict[str, Any]]:

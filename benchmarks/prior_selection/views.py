@@ -27,7 +27,8 @@ from lapora.curvature.linearisation import Linearisation
 from lapora.curvature.per_example import JacobianObserver
 from lapora.model.adapter import read_adapter
 from lapora.model.answers import AnswerModel
-from lapora.model.batches import Batch, collate, plan_batches
+from lapora.model.batch_feed import BatchFeed, BatchSize
+from lapora.model.batches import Batch
 from lapora.model.bayesian_layers import find_bayesian_layers
 from lapora.model.loading import load_model
 from lapora.posterior.gaussian import EigenBlock, decompose
@@ -65,9 +66,7 @@ class Network:
 
     def batches(self, encoded: Sequence[_Encoded]) -> list[Batch]:
         """Padded batches of like-long rows."""
-        plan = plan_batches([len(row.input_ids) for row in encoded], batch_size=32, token_budget=0)
-        pad = self.answers.pad_token_id
-        return [collate([encoded[i] for i in rows], rows, pad_token_id=pad, padding_side="right") for rows in plan]
+        return list(BatchFeed(self.answers, encoded, BatchSize(rows=32)))
 
     def logits(self, encoded: Sequence[_Encoded]) -> Array:
         """Logits alone, ``(N, C)``."""

@@ -146,7 +146,10 @@ WIDE_RANK = 256
 """Rank kept of wider sides: on real adapters of width 384, rank 128 came within 0.001 in NLL of the whole."""
 
 TOKEN_BUDGET = 2048
-"""Tokens per batch, padding included, when no batch size is given."""
+"""Tokens per batch, padding included, that ``--batch-size auto`` begins with."""
+
+MOST_TOKENS = 2**17
+"""Tokens per batch beyond which ``--batch-size auto`` does not grow: larger ones are no faster on any device."""
 
 LONGEST_LINE = 16 * 2**20
 """Bytes of an input line of ``predict``; a longer one is no row, and not held in memory."""

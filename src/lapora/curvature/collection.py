@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +14,7 @@ from lapora.curvature.linearisation import Directions, Linearisation, Observer
 from lapora.curvature.resuming import PassKeeper, PassState, Resumable
 from lapora.errors import UsageError
 from lapora.model.answers import AnswerModel
+from lapora.model.batch_feed import BatchFeed, run_batches
 from lapora.model.batches import Batch
 from lapora.model.bayesian_layers import BayesianLayer
 
@@ -65,12 +66,11 @@ def collect(
         raise UsageError("--fisher empirical needs a label in every row; use --fisher exact")
     found: list[Tensor] = []
     order: list[int] = []
-    done = 0
 
     def state() -> PassState:
         assert isinstance(observer, Resumable)
         logits = torch.cat([each.cpu() for each in found])
-        return PassState(done, order, logits, generator.get_state(), observer.state())
+        return PassState(order, logits, generator.get_state(), observer.state())
 
     saved = None if keeper is None else keeper.saved()
     if saved is not None:
@@ -78,13 +78,15 @@ def collect(
         observer.restore(saved.observer)
         generator.set_state(saved.generator)
         found, order = [saved.logits], list(saved.order)
+        batches = _after(batches, len(order))
     with Linearisation(answers, layers, observer) as linearisation:
-        for batch in batches:
-            done += 1
-            if saved is not None and done <= saved.batches:
-                continue
+
+        def run(batch: Batch) -> Tensor:
             labels = torch.tensor([targets[row] for row in batch.rows]) if labelled else None
-            found.append(linearisation.run(batch, _columns(fisher, labels, generator)).double())
+            return linearisation.run(batch, _columns(fisher, labels, generator))
+
+        for batch, logits in run_batches(batches, run):
+            found.append(logits.double())
             order += batch.rows
             if progress is not None:
                 progress(len(order), len(targets))
@@ -99,6 +101,21 @@ def collect(
         return DataPass(logits, None)
     log_p = torch.log_softmax(logits, dim=1)
     return DataPass(logits, float(log_p.gather(1, torch.tensor(targets).unsqueeze(1)).sum()))
+
+
+def _after(batches: Iterable[Batch], rows: int) -> Iterable[Batch]:
+    """The batches that are left when so many rows are done."""
+    if isinstance(batches, BatchFeed):
+        batches.skip(rows)
+        return batches
+    return _without(batches, rows)
+
+
+def _without(batches: Iterable[Batch], rows: int) -> Iterator[Batch]:
+    for batch in batches:
+        if rows <= 0:
+            yield batch
+        rows -= len(batch)
 
 
 def _columns(fisher: FisherType | Directions, labels: Tensor | None, generator: torch.Generator) -> Directions:

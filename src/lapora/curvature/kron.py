@@ -15,7 +15,7 @@ streaming sketches of low rank.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -65,6 +65,15 @@ class KronFactors:
         return 1.0 / self.count if self.count else 0.0
 
 
+@dataclass(frozen=True, eq=False)
+class _BatchSums:
+    """The sums of one batch: a batch that runs out of memory half way must leave nothing behind."""
+
+    inputs: dict[str, Sum] = field(default_factory=dict)
+    gradients: dict[str, Sum] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)
+
+
 class KronObserver:
     """Accumulates the two sums of every layer; see :class:`lapora.curvature.linearisation.Observer`.
 
@@ -84,9 +93,11 @@ class KronObserver:
         self._gradient_sums: dict[str, Sum] = {}
         self._counts: dict[str, int] = {}
         self._leaders: dict[str, str] = {}
+        self._batch = _BatchSums()
 
     def begin(self, batch: Batch) -> None:
-        """Nothing is kept from one batch to the next but the sums."""
+        """Forget what a batch that was not ended has left."""
+        self._batch = _BatchSums()
 
     def see_input(self, layer: BayesianLayer, leader: str, inputs: Tensor, mask: Tensor | None) -> None:
         """Add ``Σ a aᵀ``, once per shared input; nothing needs to be kept for the backward pass."""
@@ -94,44 +105,50 @@ class KronObserver:
             raise AssertionError(f"{layer.name} shares its input in one batch and not in another")
         rows, tokens, _ = inputs.shape
         if self.weight_sharing == "expand":
-            self._counts[layer.name] = self._counts.get(layer.name, 0) + (
-                rows * tokens if mask is None else int(mask.sum())
-            )
+            self._batch.counts[layer.name] = rows * tokens if mask is None else int(mask.sum())
         else:
-            self._counts[layer.name] = self._counts.get(layer.name, 0) + rows
+            self._batch.counts[layer.name] = rows
         if leader != layer.name:
             return
         if self.weight_sharing == "expand":
             features = inputs.flatten(0, 1) if mask is None else inputs[mask]
         else:
             features = inputs.mean(dim=1) if mask is None else _masked_mean(inputs, mask)
-        self._add(self._input_sums, layer.name, features, layer.shape[0])
+        self._add(self._input_sums, self._batch.inputs, layer.name, features, layer.shape[0])
 
     def see_gradient(self, layer: BayesianLayer, kept: object, gradient: Tensor) -> None:
         """Add ``Σ g gᵀ`` of one Fisher column."""
         rows = gradient.flatten(0, 1) if self.weight_sharing == "expand" else gradient.sum(dim=1)
-        self._add(self._gradient_sums, layer.name, rows, layer.shape[1])
+        self._add(self._gradient_sums, self._batch.gradients, layer.name, rows, layer.shape[1])
 
     def finish(self, layer: BayesianLayer) -> None:
         """Sums need no closing."""
 
     def end(self, rows: int, directions: int) -> None:
-        """Sums need no closing."""
+        """Add the batch's sums to the pass's."""
+        _merge(self._input_sums, self._batch.inputs)
+        _merge(self._gradient_sums, self._batch.gradients)
+        for name, count in self._batch.counts.items():
+            self._counts[name] = self._counts.get(name, 0) + count
+        self._batch = _BatchSums()
 
-    def _add(self, sums: dict[str, Sum], name: str, rows: Tensor, other: int) -> None:
-        dimension = rows.shape[1]
+    def _add(self, totals: dict[str, Sum], sums: dict[str, Sum], name: str, rows: Tensor, other: int) -> None:
         if name not in sums:
-            width = 2 * rank_of_side(dimension, other, self.rank)
-            sums[name] = (
-                NystromSketch(dimension, width, seed=self.seed, like=rows)
-                if dimension > width
-                else rows.new_zeros(dimension, dimension)
-            )
-        total = sums[name]
-        if isinstance(total, NystromSketch):
-            total.add(rows)
+            sums[name] = self._empty(totals.get(name), rows, other)
+        found = sums[name]
+        if isinstance(found, NystromSketch):
+            found.add(rows)
         else:
-            total.addmm_(rows.T, rows)
+            found.addmm_(rows.T, rows)
+
+    def _empty(self, total: Sum | None, rows: Tensor, other: int) -> Sum:
+        if isinstance(total, NystromSketch):
+            return total.another()
+        dimension = rows.shape[1]
+        width = 2 * rank_of_side(dimension, other, self.rank)
+        if dimension > width:
+            return NystromSketch(dimension, width, seed=self.seed, like=rows)
+        return rows.new_zeros(dimension, dimension)
 
     def state(self) -> ObserverState:
         """All sums, counts and who shares whose input."""
@@ -167,6 +184,19 @@ class KronObserver:
             count=self._counts.get(layer.name, 0),
             leader=leader,
         )
+
+
+def _merge(totals: dict[str, Sum], sums: dict[str, Sum]) -> None:
+    for name, found in sums.items():
+        total = totals.get(name)
+        if total is None:
+            totals[name] = found
+        elif isinstance(total, NystromSketch):
+            assert isinstance(found, NystromSketch)
+            total.merge(found)
+        else:
+            assert isinstance(found, Tensor)
+            total += found
 
 
 def _masked_mean(inputs: Tensor, mask: Tensor) -> Tensor:

@@ -164,12 +164,26 @@ class SecondMomentObserver(PerExampleObserver):
     def __init__(self, bases: Mapping[str, LayerBasis], *, directions: int = 1) -> None:
         super().__init__(bases, directions=directions)
         self._sums: dict[str, Tensor] = {}
+        self._batch: dict[str, Tensor] = {}
+
+    def begin(self, batch: Batch) -> None:
+        """Forget the last batch, and what it has left if it was not ended."""
+        super().begin(batch)
+        self._batch = {}
 
     def join(self, layer: BayesianLayer, gradients: Sequence[LayerGradient]) -> None:
-        """Add the squares, summed over examples in float64."""
+        """The batch's squares, summed over examples in float64."""
         total = sum(gradient.inside.square().sum(dim=0, dtype=torch.float64) for gradient in gradients)
         assert isinstance(total, Tensor)
-        self._sums[layer.name] = self._sums[layer.name] + total if layer.name in self._sums else total
+        self._batch[layer.name] = total
+
+    def end(self, rows: int, directions: int) -> None:
+        """Add the batch's sums to the pass's."""
+        for name, found in self._batch.items():
+            total = self._sums.setdefault(name, found)
+            if total is not found:
+                total += found
+        self._batch = {}
 
     def state(self) -> ObserverState:
         """The sums."""

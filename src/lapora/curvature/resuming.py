@@ -1,6 +1,6 @@
 """What of a pass can be put aside and taken up again: sums, the logits found, the generator's state.
 
-The batches are cut the same way every time, so a pass goes on by leaving out as many of them as are done.
+The rows come in the same order every time, so a pass goes on by leaving out as many of them as are done.
 """
 
 from __future__ import annotations
@@ -41,14 +41,12 @@ class PassState:
     """A pass over the data, cut between two batches.
 
     Attributes:
-        batches: How many batches are done.
         order: The rows seen, in that order.
         logits: Theirs, ``(rows, C)`` in float64.
         generator: State of the Monte-Carlo Fisher's generator.
         observer: The curvature so far.
     """
 
-    batches: int
     order: list[int]
     logits: Tensor
     generator: Tensor
@@ -64,13 +62,13 @@ class PassState:
         }
 
     @classmethod
-    def from_tensors(cls, batches: int, tensors: Mapping[str, Tensor], facts: dict[str, Any]) -> PassState:
+    def from_tensors(cls, tensors: Mapping[str, Tensor], facts: dict[str, Any]) -> PassState:
         """Read back what :meth:`tensors` gave."""
         observed = {
             name.removeprefix(_OBSERVER): tensor for name, tensor in tensors.items() if name.startswith(_OBSERVER)
         }
         order = tensors["order"].tolist()
-        return cls(batches, order, tensors["logits"], tensors["generator"], ObserverState(observed, facts))
+        return cls(order, tensors["logits"], tensors["generator"], ObserverState(observed, facts))
 
 
 class PassKeeper(Protocol):

@@ -47,6 +47,17 @@ class NystromSketch:
         self.image.addmm_(rows.T, rows @ self.test_matrix)
         self.trace += float(rows.square().sum(dtype=torch.float64))
 
+    def another(self) -> NystromSketch:
+        """An empty sketch with the same Ω, whose sums may be merged into this one's."""
+        sketch = NystromSketch.__new__(NystromSketch)
+        sketch.test_matrix, sketch.image, sketch.trace = self.test_matrix, torch.zeros_like(self.image), 0.0
+        return sketch
+
+    def merge(self, other: NystromSketch) -> None:
+        """Add what another sketch with the same Ω has seen."""
+        self.image += other.image
+        self.trace += other.trace
+
     def leading(self, rank: int) -> tuple[Tensor, Tensor]:
         """The leading eigenpairs of the approximation. Ends the sketch: its memory is worked in.
 

@@ -1,8 +1,8 @@
-"""Batches of token ids, padded and masked, cut by a token budget from rows sorted by length."""
+"""Batches of token ids, padded and masked."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -89,24 +89,3 @@ def collate(
         rows=tuple(rows),
         has_padding=bool((mask == 0).any()),
     )
-
-
-def plan_batches(lengths: Sequence[int], *, batch_size: int | None, token_budget: int) -> Iterator[list[int]]:
-    """Group rows of like length, so that little is computed on padding.
-
-    Args:
-        lengths: Number of tokens of each row.
-        batch_size: Rows per batch, or None to fill batches up to ``token_budget`` tokens, padding included.
-        token_budget: Greatest B x T of a batch when ``batch_size`` is None (one row may exceed it).
-
-    Yields:
-        Row positions of each batch; every row stands in exactly one batch. Longest first, so that a batch
-        that does not fit in memory is met at once.
-    """
-    order = sorted(range(len(lengths)), key=lambda row: (-lengths[row], row))
-    start = 0
-    while start < len(order):
-        longest = max(1, lengths[order[start]])
-        size = batch_size or max(1, token_budget // longest)
-        yield order[start : start + size]
-        start += size

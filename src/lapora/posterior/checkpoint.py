@@ -111,9 +111,7 @@ class _Pass:
         from safetensors.torch import save_file
 
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.tensors().items()}
-        described = json.dumps(
-            {"identity": self._checkpoint.identity, "facts": state.observer.facts, "batches": state.batches}
-        )
+        described = json.dumps({"identity": self._checkpoint.identity, "facts": state.observer.facts})
         fresh = self._file.with_name(f"{self._file.name}.new")
         try:
             self._file.parent.mkdir(exist_ok=True)
@@ -161,7 +159,7 @@ def _read(file: Path, identity: Mapping[str, Any], device: torch.device) -> Pass
         name: tensor.to(device, copy=True) if name.startswith("observer.") else tensor
         for name, tensor in tensors.items()
     }
-    return PassState.from_tensors(int(described["batches"]), on_device, described["facts"])
+    return PassState.from_tensors(on_device, described["facts"])
 
 
 def _differences(then: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:

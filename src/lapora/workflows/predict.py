@@ -8,6 +8,7 @@ from typing import Any
 
 from lapora.config import LONGEST_LINE, ModelSettings, PredictSettings
 from lapora.errors import DataError, LaporaError, NonFiniteRowError, NumericalError
+from lapora.model.batch_feed import run_batches
 from lapora.model.batches import Batch
 from lapora.predictive.links import log_probabilities, needs_every_class
 from lapora.predictive.predictor import LinearisedPredictor
@@ -130,12 +131,14 @@ def _predict_window(
         else:
             answers.append({})
             good.append((position, item.content))
-    for batch in session.batches([coded for _, coded in good]):
-        records: Sequence[dict[str, Any] | NonFiniteRowError]
+
+    def answer(batch: Batch) -> Sequence[dict[str, Any] | NonFiniteRowError]:
         try:
-            records = _records(session, settings, predictor, batch)
+            return _records(session, settings, predictor, batch)
         except NonFiniteRowError:  # the others are answered all the same
-            records = [_alone(session, settings, predictor, good[row][1]) for row in batch.rows]
+            return [_alone(session, settings, predictor, good[row][1]) for row in batch.rows]
+
+    for batch, records in run_batches(session.batches([coded for _, coded in good]), answer):
         for row, record in zip(batch.rows, records, strict=True):
             position, coded = good[row]
             if isinstance(record, NonFiniteRowError):

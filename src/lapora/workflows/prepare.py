@@ -14,6 +14,7 @@ from lapora.config import DataSettings, FitSettings, ModelSettings, Progress
 from lapora.errors import DataError, UsageError
 from lapora.model.adapter import Adapter, read_adapter
 from lapora.model.answers import AnswerModel
+from lapora.model.batch_feed import BatchFeed, BatchSize
 from lapora.model.bayesian_layers import find_bayesian_layers
 from lapora.model.fingerprint import library_versions
 from lapora.model.loading import LoadedModel, load_model
@@ -30,7 +31,7 @@ from lapora.tasks import (
     resolve_choices,
 )
 from lapora.workflows.identity import adapter_settings, tokenizer_digest
-from lapora.workflows.session import make_batches, read_rows
+from lapora.workflows.session import read_rows
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class PreparedFit:
         split: The split they came from.
         max_length: Tokens a row may have.
         data: What was asked for.
-        batch_size: Rows per batch, or None for a token budget.
+        batch_size: How large batches are; it learns what fits.
         chat_template: Whether prompts are wrapped in the tokenizer's chat template.
     """
 
@@ -64,7 +65,7 @@ class PreparedFit:
     split: str
     max_length: int
     data: DataSettings
-    batch_size: int | None
+    batch_size: BatchSize
     chat_template: bool
 
     def run(self, settings: FitSettings, progress: Progress | None = None) -> CurvatureRun:
@@ -72,7 +73,7 @@ class PreparedFit:
         return CurvatureRun(
             answers=self.answers,
             layers=find_bayesian_layers(self.loaded.model, settings.subset),
-            batches=lambda: make_batches(self.answers, self.encoded, self.batch_size),
+            batches=lambda: BatchFeed(self.answers, self.encoded, self.batch_size),
             targets=[example.target for example in self.examples],
             classes=len(self.choices),
             fisher=settings.fisher,
@@ -93,7 +94,7 @@ class PreparedFit:
         return {
             **described,
             **{key: getattr(settings, key) for key in chosen},
-            "batch_size": self.batch_size,
+            "batch_size": self.batch_size.rows,
             "tokens": tokens.hexdigest(),
             "device": self.answers.device.type,
         }
@@ -181,7 +182,7 @@ def prepare_fit(model: ModelSettings, data: DataSettings, settings: FitSettings)
         split=split,
         max_length=max_length,
         data=data,
-        batch_size=model.batch_size,
+        batch_size=BatchSize(model.batch_size),
         chat_template=settings.chat_template,
     )
 

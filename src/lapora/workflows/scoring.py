@@ -12,12 +12,13 @@ from torch import Tensor
 from lapora.config import DataSettings, Link, Progress
 from lapora.errors import DataError, PosteriorError, UnlabelledError
 from lapora.model.answers import AnswerModel
+from lapora.model.batch_feed import BatchFeed, BatchSize, run_batches
 from lapora.posterior.prior import PriorPrecision
 from lapora.predictive.links import log_probabilities, needs_every_class
 from lapora.predictive.moments import LogitMoments
 from lapora.tasks import EncodedExample, Example, Task, data_fingerprint, render_all, resolve_choices
 from lapora.workflows.naming import naming_examples, refuse_infinite
-from lapora.workflows.session import Session, make_batches, read_rows
+from lapora.workflows.session import Session, read_rows
 
 _LABELS_LOOKED_FOR = 100
 
@@ -142,16 +143,18 @@ def score_rows(
     every_class = any(needs_every_class(link) for link in links)
     map_only = set(links) <= {"map"} and not with_moments
     kept: dict[int, tuple[Tensor, Tensor]] = {}
-    with session.predictor(every_class=every_class, map_only=map_only, priors=priors) as predictor:
-        for batch in session.batches(coded):
-            with naming_examples([example.where for example in rows.examples]):
-                for index, moments in enumerate(predictor.moments_under_each_prior(batch)):
-                    refuse_infinite(moments.covariance, batch)
-                    for link, table in log_p.items():
-                        table[index, list(batch.rows)] = log_probabilities(link, moments, samples=samples, seed=seed)
-                    if with_moments and index == 0:
-                        pairs = zip(moments.mean.cpu(), moments.covariance.cpu(), strict=True)
-                        kept |= zip(batch.rows, pairs, strict=True)
+    with (
+        naming_examples([example.where for example in rows.examples]),
+        session.predictor(every_class=every_class, map_only=map_only, priors=priors) as predictor,
+    ):
+        for batch, found in run_batches(session.batches(coded), predictor.moments_under_each_prior):
+            for index, moments in enumerate(found):
+                refuse_infinite(moments.covariance, batch)
+                for link, table in log_p.items():
+                    table[index, list(batch.rows)] = log_probabilities(link, moments, samples=samples, seed=seed)
+                if with_moments and index == 0:
+                    pairs = zip(moments.mean.cpu(), moments.covariance.cpu(), strict=True)
+                    kept |= zip(batch.rows, pairs, strict=True)
             done += len(batch)
             if progress is not None:
                 progress(done, len(coded))
@@ -162,11 +165,10 @@ def score_rows(
     return ScoredRows(log_p, truncated, LogitMoments(mean, covariance))
 
 
-def forward_log_p(answers: AnswerModel, coded: Sequence[EncodedExample], batch_size: int | None) -> Tensor:
+def forward_log_p(answers: AnswerModel, coded: Sequence[EncodedExample], batch_size: BatchSize) -> Tensor:
     """Log-probabilities by one forward pass of the network as it stands: ``(N, C)``, float64, on the CPU."""
     found: dict[int, Tensor] = {}
     with torch.no_grad():
-        for batch in make_batches(answers, coded, batch_size):
-            log_p = torch.log_softmax(answers.logits(batch).double(), dim=1).cpu()
-            found |= zip(batch.rows, log_p, strict=True)
+        for batch, logits in run_batches(BatchFeed(answers, coded, batch_size), answers.logits):
+            found |= zip(batch.rows, torch.log_softmax(logits.double(), dim=1).cpu(), strict=True)
     return torch.stack([found[row] for row in range(len(coded))])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from lapora.config import TOKEN_BUDGET, DataSettings, ModelSettings
+from lapora.config import DataSettings, ModelSettings
 from lapora.errors import AdapterError, DataError, PosteriorError
 from lapora.model.adapter import Adapter, read_adapter
 from lapora.model.answers import AnswerModel
-from lapora.model.batches import Batch, collate, plan_batches
+from lapora.model.batch_feed import BatchFeed, BatchSize
 from lapora.model.bayesian_layers import BayesianLayer, find_bayesian_layers
 from lapora.model.loading import LoadedModel, load_model
 from lapora.posterior.artifact import SavedPosterior, posterior_folder
@@ -38,7 +38,7 @@ class Session:
         task: The recorded task.
         choices: The answers.
         max_length: Tokens a row may have.
-        batch_size: Rows per batch, or None for a token budget.
+        batch_size: How large batches are; it learns what fits.
         chat_template: Whether prompts are wrapped in the tokenizer's chat template.
     """
 
@@ -50,7 +50,7 @@ class Session:
     task: Task
     choices: tuple[str, ...]
     max_length: int
-    batch_size: int | None
+    batch_size: BatchSize
     chat_template: bool
 
     def encode(self, examples: Sequence[Example]) -> list[EncodedExample]:
@@ -80,22 +80,9 @@ class Session:
             map_only=map_only,
         )
 
-    def batches(self, encoded: Sequence[EncodedExample]) -> Iterator[Batch]:
+    def batches(self, encoded: Sequence[EncodedExample]) -> BatchFeed:
         """Padded batches of like-long rows, on the model's device."""
-        return make_batches(self.answers, encoded, self.batch_size)
-
-
-def make_batches(answers: AnswerModel, encoded: Sequence[EncodedExample], batch_size: int | None) -> Iterator[Batch]:
-    """Cut encoded rows into batches; see :func:`lapora.model.batches.plan_batches`."""
-    lengths = [len(row.input_ids) for row in encoded]
-    for rows in plan_batches(lengths, batch_size=batch_size, token_budget=TOKEN_BUDGET):
-        yield collate(
-            [encoded[row] for row in rows],
-            rows,
-            pad_token_id=answers.pad_token_id,
-            padding_side=answers.padding_side,
-            device=answers.device,
-        )
+        return BatchFeed(self.answers, encoded, self.batch_size)
 
 
 def open_posterior(model: ModelSettings, name: str) -> tuple[Adapter, SavedPosterior]:
@@ -156,7 +143,7 @@ def open_session(model: ModelSettings, name: str, earlier: Session | None = None
         task=Task.from_dict(posterior.manifest["task"], source=str(posterior.folder)),
         choices=tuple(posterior.manifest["answers"]["choices"]),
         max_length=int(posterior.manifest["data"]["max_length"]),
-        batch_size=model.batch_size,
+        batch_size=BatchSize(model.batch_size),
         chat_template=bool(posterior.manifest["data"].get("chat_template", False)),
     )
 

@@ -33,6 +33,7 @@ from lapora.curvature.laplace_torch.network import (
 )
 from lapora.errors import NumericalError
 from lapora.model.answers import AnswerModel
+from lapora.model.batch_feed import run_batches
 from lapora.model.batches import Batch
 from lapora.model.bayesian_layers import BayesianLayer
 
@@ -110,10 +111,11 @@ def _summed(
     log_likelihood, done = 0.0, 0
     with trainable(layers), quietly():
         backend = _backend(backend_name, AdapterNetwork(answers, layers))
-        for batch in batches:
+
+        def run(batch: Batch) -> tuple[Tensor, Any]:
             labels = torch.tensor([cast(int, targets[row]) if labelled else 0 for row in batch.rows])
             try:
-                loss, kron = backend.kron(as_inputs(batch), labels.to(answers.device), N=len(targets), **options)
+                return backend.kron(as_inputs(batch), labels.to(answers.device), N=len(targets), **options)
             except RuntimeError as error:
                 if "not have been used in the graph" not in str(error):
                     raise
@@ -121,6 +123,8 @@ def _summed(
                     f"--engine {engine}: a LoRA layer has no part in the logits, and this engine needs all to have; "
                     "use --engine native"
                 ) from error
+
+        for batch, (loss, kron) in run_batches(batches, run):
             log_likelihood -= float(loss)
             factors = [[factor.detach() for factor in pair] for pair in kron.kfacs]
             if sums:

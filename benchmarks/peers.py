@@ -1,0 +1,114 @@
+"""The libraries that do what lapora does, on the same batches of the same model.
+
+laplace-torch with its two backends, and bayesian-lora (PyPI) where it is installed. bayesian-lora sums the curvature
+of each row's last position alone, keeps wide sides at rank 10 and never masks padding:
+its time is compared, not its result.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from benchmarks.models import Subject
+from lapora.curvature.laplace_torch import asdl_factors, curvlinops_factors
+from lapora.curvature.laplace_torch.network import as_inputs, quietly, trainable
+from lapora.interop import kron_laplace
+from lapora.posterior.curvature_run import CurvatureRun
+from lapora.posterior.gaussian import BlockPosterior
+from lapora.posterior.structures import fit_structure
+
+_RANK, _WIDE = 10, 128
+
+
+def peers(it: Subject) -> dict[str, tuple[int, Callable[[], object]]]:
+    """What is measured, and the number of backward passes of its floor."""
+    from laplace.curvature import AsdlGGN, CurvlinopsGGN
+
+    less = it.classes - 1
+    found: dict[str, tuple[int, Callable[[], object]]] = {}
+    for name, backend, factors in (
+        ("asdl", AsdlGGN, asdl_factors),
+        ("curvlinops", CurvlinopsGGN, curvlinops_factors),
+    ):
+        found[f"laplace-torch {name} fit"] = (
+            less,
+            lambda factors=factors: factors(it.answers, it.layers, it.batches, [0] * it.rows),
+        )
+        found[f"laplace-torch {name} predict"] = (less, lambda backend=backend: _laplace_torch_predict(it, backend))
+    if importlib.util.find_spec("bayesian_lora"):
+        factors = _bayesian_lora_fit(it)
+        found["bayesian-lora fit"] = (less, lambda: _bayesian_lora_fit(it))
+        found["bayesian-lora predict"] = (less, lambda: _bayesian_lora_predict(it, factors))
+    return found
+
+
+def _laplace_torch_predict(it: Subject, backend: Any) -> None:
+    """laplace-torch's functional variance of every batch, and 100 samples of the softmax."""
+    run = CurvatureRun(it.answers, it.layers, lambda: it.batches, [0] * it.rows, it.classes)
+    posterior = fit_structure("kron", run)[0]
+    assert isinstance(posterior, BlockPosterior)
+    laplace = kron_laplace(
+        it.answers, it.layers, posterior.blocks, 1.0, classes=it.classes, rows=it.rows, log_likelihood=0.0
+    )
+    with quietly(), trainable(it.layers):
+        engine = backend(laplace.model, "classification")
+        for batch in it.batches:
+            jacobian, mean = engine.jacobians(as_inputs(batch))
+            _sample(mean.detach(), laplace.functional_variance(jacobian.detach()))
+
+
+def _sample(mean: torch.Tensor, variance: torch.Tensor) -> None:
+    positive = variance + 1e-4 * torch.eye(variance.shape[-1])
+    draws = torch.distributions.MultivariateNormal(mean, positive).sample((100,))
+    torch.softmax(draws, dim=-1).mean(dim=0)
+
+
+@contextmanager
+def _as_bayesian_lora_wants(it: Subject) -> Iterator[None]:
+    """It takes the trainable weights for the LoRA weights, and leaves the model in training mode."""
+    try:
+        with trainable(it.layers):
+            yield
+    finally:
+        it.answers.model.eval()
+
+
+def _answer(it: Subject, outputs: Any) -> torch.Tensor:
+    logits = outputs.logits
+    return logits if it.answers.answer_token_ids is None else logits[:, -1][:, it.answers.answer_token_ids]
+
+
+def _bayesian_lora_fit(it: Subject) -> Any:
+    from bayesian_lora import calculate_kronecker_factors, cholesky_decompose_small_factors
+
+    with _as_bayesian_lora_wants(it):
+        factors = calculate_kronecker_factors(
+            it.answers.model,
+            lambda model, batch: _answer(it, model(**as_inputs(batch))),
+            it.batches,
+            n_kfac=_RANK,
+            lr_threshold=_WIDE,
+            target_module_keywords=["lora"],
+        )
+        return cholesky_decompose_small_factors(factors, _WIDE, "cpu", torch.float32)
+
+
+def _bayesian_lora_predict(it: Subject, factors: Any) -> None:
+    from bayesian_lora import jacobian_mean, variance
+    from transformers import BatchEncoding
+
+    rank = min(it.layers[0].shape)
+    with _as_bayesian_lora_wants(it):
+        for batch in it.batches:
+            inputs = BatchEncoding(dict(as_inputs(batch)))
+            jacobian, mean = jacobian_mean(
+                it.answers.model, inputs, output_callback=lambda outputs: _answer(it, outputs)
+            )
+            jacobian = {name: each.detach() for name, each in jacobian.items()}
+            found = variance(inputs, jacobian, factors, torch.tensor(1.0), it.classes, rank, _RANK, "cpu")
+            _sample(mean.detach(), found)
