@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 # Processes that run the tests, one thread each.
 WORKERS ?= 2
 
-.PHONY: demo test test-slow lint benchmark clean
+.PHONY: demo test test-slow lint docs docs-reference clean
 
 demo: $(VENV)/.installed
 	$(BIN)/lapora demo
@@ -22,6 +22,14 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+# The site, in site/; a warning is an error. NO_MKDOCS_2_WARNING: an advertisement of the theme.
+docs: $(VENV)/.installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+# The page of the command line is written from the code; a test fails where they differ.
+docs-reference: $(VENV)/.installed
+	$(BIN)/typer lapora.cli.app utils docs --name lapora --title "Command line" --output docs/reference/cli.md
+
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
@@ -37,5 +45,9 @@ $(VENV)/.installed-dev: pyproject.toml | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[test,dev]'
 	@touch $@ $(VENV)/.installed $(VENV)/.installed-test
 
+$(VENV)/.installed-docs: pyproject.toml | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[docs]'
+	@touch $@ $(VENV)/.installed
+
 clean:
-	rm -rf build dist .pytest_cache .ruff_cache .mypy_cache lapora-demo
+	rm -rf build dist site .pytest_cache .ruff_cache .mypy_cache lapora-demo

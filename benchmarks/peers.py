@@ -99,7 +99,7 @@ def _bayesian_lora_fit(it: Subject) -> Any:
 
 
 def _bayesian_lora_predict(it: Subject, factors: Any) -> None:
-    from bayesian_lora import jacobian_mean, variance
+    from bayesian_lora.main import jacobian_mean, variance
     from transformers import BatchEncoding
 
     rank = min(it.layers[0].shape)

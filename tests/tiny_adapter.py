@@ -40,7 +40,14 @@ WORDS = [
 
 
 def make_adapter(
-    folder: Path, *, rows: int = 24, hidden: int = 16, seed: int = 0, zero_b: bool = False, scale: float = 0.3
+    folder: Path,
+    *,
+    rows: int = 24,
+    hidden: int = 16,
+    seed: int = 0,
+    zero_b: bool = False,
+    scale: float = 0.3,
+    initializer_range: float = 0.5,
 ) -> Path:
     """Write ``base/``, ``adapter/``, ``data/`` and ``task.yaml``; returns ``folder``."""
     torch.manual_seed(seed)
@@ -58,7 +65,7 @@ def make_adapter(
         pad_token_id=0,
         bos_token_id=None,
         eos_token_id=None,
-        initializer_range=0.5,
+        initializer_range=initializer_range,
     )
     with quiet_libraries():
         base = LlamaForCausalLM(config)

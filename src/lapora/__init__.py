@@ -1,5 +1,21 @@
-"""Calibrated probabilities for LoRA fine-tuned language models, by the Laplace approximation."""
+"""Calibrated probabilities for LoRA fine-tuned language models, by the Laplace approximation.
+
+The functions here are those of :mod:`lapora.api`; they are imported when first used, since torch comes with them.
+"""
+
+from typing import TYPE_CHECKING, Any
 
 from lapora._version import __version__
 
-__all__ = ["__version__"]
+if TYPE_CHECKING:
+    from lapora.api import Predictor, RowPrediction, evaluate, fit, fit_model, load, tune_prior
+
+__all__ = ["Predictor", "RowPrediction", "__version__", "evaluate", "fit", "fit_model", "load", "tune_prior"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module 'lapora' has no attribute {name!r}")
+    from lapora import api
+
+    return getattr(api, name)

@@ -40,11 +40,18 @@ class ModelSettings:
     batch_size: int | None = None
     output_dir: Path | None = None
     trust_remote_code: bool = False
+    revision: str | None = None
+    fetched: Path | None = None
+
+    @property
+    def folder(self) -> Path:
+        """The folder that holds the adapter's files; of a Hub id, where they were fetched to."""
+        return self.fetched or Path(self.adapter)
 
     @property
     def root(self) -> Path:
         """The folder that holds ``laplace/``."""
-        return self.output_dir or Path(self.adapter)
+        return self.output_dir or self.folder
 
 
 @dataclass(frozen=True)

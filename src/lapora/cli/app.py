@@ -16,6 +16,7 @@ from lapora.cli.fit import fit_command
 from lapora.cli.inspect import inspect_command
 from lapora.cli.output import complain, say
 from lapora.cli.predict import predict_command
+from lapora.cli.push import push_command
 from lapora.cli.tasks import tasks_command
 from lapora.cli.tune_prior import tune_prior_command
 from lapora.errors import LaporaError, LaporaWarning, UsageError
@@ -43,6 +44,7 @@ app.command("eval")(eval_command)
 app.command("compare")(compare_command)
 app.command("tasks")(tasks_command)
 app.command("inspect")(inspect_command)
+app.command("push")(push_command)
 app.command("demo")(demo_command)
 
 INTERRUPTED = 130

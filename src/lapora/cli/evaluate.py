@@ -21,6 +21,7 @@ from lapora.cli.options import (
     MethodsOption,
     OutputDirOption,
     QuantizeOption,
+    RevisionOption,
     SamplesOption,
     SeedOption,
     TaskOption,
@@ -86,12 +87,23 @@ def eval_command(
     device: DeviceOption = "auto",
     batch_size: BatchOption = "auto",
     trust_remote_code: TrustOption = False,
+    revision: RevisionOption = None,
     seed: SeedOption = 0,
     output_dir: OutputDirOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Score MAP, Laplace and other methods side by side."""
-    model = model_settings(adapter, base_model, quantize, dtype, device, batch_size, output_dir, trust_remote_code)
+    model = model_settings(
+        adapter,
+        base_model,
+        quantize,
+        dtype,
+        device,
+        batch_size,
+        output_dir,
+        trust_remote_code,
+        revision,
+    )
     if coverage == 0:
         raise UsageError("--coverage 0: a share of the rows above 0 and at most 1")
     data = DataSettings(task, data_dir, split, limit)
@@ -112,6 +124,8 @@ def eval_command(
     if checkpoints:
         from lapora.workflows.checkpoints import CheckpointSettings
 
+        if model.fetched:
+            raise UsageError("--checkpoints needs the folder of a training run, not a Hub id")
         if name or fail_if:
             raise UsageError(f"{'--name' if name else '--fail-if'} does not go with --checkpoints")
         if prior_method == "adapted":

@@ -17,6 +17,7 @@ from lapora.cli.options import (
     NameOption,
     OutputDirOption,
     QuantizeOption,
+    RevisionOption,
     SeedOption,
     TaskOption,
     TrustOption,
@@ -48,6 +49,7 @@ def fit_command(
     device: DeviceOption = "auto",
     batch_size: BatchOption = "auto",
     trust_remote_code: TrustOption = False,
+    revision: RevisionOption = None,
     max_length: Annotated[int | None, typer.Option(min=1, help="Tokens per row.")] = None,
     chat_template: Annotated[bool, typer.Option("--chat-template", help="Wrap prompts as a chat.")] = False,
     seed: SeedOption = 0,
@@ -59,7 +61,9 @@ def fit_command(
     ),
 ) -> None:
     """Fit the Laplace posterior of ADAPTER on the rows it was trained on."""
-    model = model_settings(adapter, base_model, quantize, dtype, device, batch_size, output_dir, trust_remote_code)
+    model = model_settings(
+        adapter, base_model, quantize, dtype, device, batch_size, output_dir, trust_remote_code, revision, writes=True
+    )
     if task is None:
         raise UsageError("--data is missing: a built-in task (see `lapora tasks`) or the path of a task YAML")
     from lapora.workflows.fit import fit

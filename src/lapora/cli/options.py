@@ -9,6 +9,7 @@ import typer
 
 from lapora.config import Dtype, Link, Method, ModelSettings, Quantisation
 from lapora.errors import UsageError
+from lapora.model.hub import local_model
 
 
 def _known_links(links: list[str]) -> list[str]:
@@ -48,7 +49,10 @@ MethodsOption = Annotated[
         show_default="constant, map, laplace",
     ),
 ]
-AdapterArgument = Annotated[str, typer.Argument(metavar="ADAPTER", help="Folder of a PEFT LoRA adapter.")]
+AdapterArgument = Annotated[
+    str, typer.Argument(metavar="ADAPTER", help="Folder of a PEFT LoRA adapter, or its Hub id.")
+]
+RevisionOption = Annotated[str | None, typer.Option(help="Branch, tag or commit of an adapter on the Hub.")]
 BaseModelOption = Annotated[str | None, typer.Option(help="Base model, if not the one the adapter records.")]
 QuantizeOption = Annotated[Quantisation | None, typer.Option(help="Load the base model in 8 or 4 bits.")]
 DtypeOption = Annotated[Dtype | None, typer.Option(help="Type of the base model's weights.")]
@@ -76,15 +80,20 @@ def model_settings(
     batch_size: str,
     output_dir: Path | None,
     trust_remote_code: bool = False,
+    revision: str | None = None,
+    *,
+    writes: bool = False,
 ) -> ModelSettings:
-    """The options that every command that loads a model has.
+    """The options that every command that loads a model has; an adapter on the Hub is fetched.
 
     Raises:
-        UsageError: A batch size that is neither ``auto`` nor a positive number.
+        UsageError: A batch size that is neither ``auto`` nor a positive number; an adapter on the Hub and nowhere to
+            write.
+        AdapterError: The Hub has no such adapter, or cannot be reached.
     """
     if batch_size != "auto" and not (batch_size.isdigit() and int(batch_size) > 0):
         raise UsageError(f"--batch-size {batch_size}: auto, or a positive number")
-    return ModelSettings(
+    model = ModelSettings(
         adapter=adapter,
         base_model=base_model,
         quantize=quantize,
@@ -93,4 +102,6 @@ def model_settings(
         batch_size=None if batch_size == "auto" else int(batch_size),
         output_dir=output_dir,
         trust_remote_code=trust_remote_code,
+        revision=revision,
     )
+    return local_model(model, writes=writes)

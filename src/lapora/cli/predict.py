@@ -16,6 +16,7 @@ from lapora.cli.options import (
     NameOption,
     OutputDirOption,
     QuantizeOption,
+    RevisionOption,
     SamplesOption,
     SeedOption,
     TrustOption,
@@ -41,11 +42,14 @@ def predict_command(
     device: DeviceOption = "auto",
     batch_size: BatchOption = "auto",
     trust_remote_code: TrustOption = False,
+    revision: RevisionOption = None,
     seed: SeedOption = 0,
     output_dir: OutputDirOption = None,
 ) -> None:
     """Predict, one JSON line out per JSON line in."""
-    model = model_settings(adapter, base_model, quantize, dtype, device, batch_size, output_dir, trust_remote_code)
+    model = model_settings(
+        adapter, base_model, quantize, dtype, device, batch_size, output_dir, trust_remote_code, revision
+    )
     from lapora.workflows.predict import predict
 
     settings = PredictSettings(name, link, samples, seed, logits, on_error, abstain_below)

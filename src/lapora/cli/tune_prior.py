@@ -18,6 +18,7 @@ from lapora.cli.options import (
     NameOption,
     OutputDirOption,
     QuantizeOption,
+    RevisionOption,
     SeedOption,
     TaskOption,
     TrustOption,
@@ -50,12 +51,15 @@ def tune_prior_command(
     device: DeviceOption = "auto",
     batch_size: BatchOption = "auto",
     trust_remote_code: TrustOption = False,
+    revision: RevisionOption = None,
     seed: SeedOption = 0,
     output_dir: OutputDirOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Choose the prior precision: by validation rows where there are some, else by the marginal likelihood."""
-    model = model_settings(adapter, base_model, quantize, dtype, device, batch_size, output_dir, trust_remote_code)
+    model = model_settings(
+        adapter, base_model, quantize, dtype, device, batch_size, output_dir, trust_remote_code, revision, writes=True
+    )
     from lapora.workflows.tune_prior import tune_prior
 
     settings = PriorSettings(name, method, prior, optimizer, lr, steps, link, seed)

@@ -18,7 +18,12 @@ from lapora.config import Dtype, Quantisation
 from lapora.errors import AdapterError, UsageError
 from lapora.model.adapter import Adapter, ModelKind
 from lapora.model.fingerprint import base_fingerprint
-from lapora.model.quantisation import quantisation_config
+from lapora.model.quantisation import (
+    keep_inputs_whole,
+    quantisation_config,
+    saved_quantisation,
+    settle_quantisation,
+)
 from lapora.model.quiet import quiet_libraries
 from lapora.model.tokenizer import tokenizer_at
 
@@ -79,7 +84,7 @@ def load_model(
     adapter: Adapter,
     *,
     base_model: str | None = None,
-    quantize: Quantisation = "none",
+    quantize: Quantisation | None = None,
     dtype: Dtype = "auto",
     device: str = "auto",
     trust_remote_code: bool = False,
@@ -89,7 +94,7 @@ def load_model(
     Args:
         adapter: The adapter, as read from its directory.
         base_model: Name or path of the base; by default the one the adapter records.
-        quantize: ``none``, ``8bit`` or ``4bit``.
+        quantize: ``none``, ``8bit`` or ``4bit``; None is as the base's own files are.
         dtype: Type of the base's weights; ``auto`` is float32 on a CPU and the base's own on a GPU. LoRA
             weights stay in float32 at least.
         device: ``auto``, ``cpu``, ``cuda`` ...
@@ -106,6 +111,8 @@ def load_model(
     where = resolve_device(device)
     with quiet_libraries():
         config = _load_config(base_name, revision, trust_remote_code)
+        saved = saved_quantisation(base_name, config)
+        quantize = settle_quantisation(base_name, quantize, saved)
         element_type = _element_type(dtype, config, where)
         if quantize != "none" and element_type == torch.float64:
             raise UsageError(f"--dtype float64 cannot be combined with --quantize {quantize}")
@@ -121,6 +128,8 @@ def load_model(
     if quantize == "none":
         model = model.to(where)
     model.eval()
+    if quantize == "8bit":
+        keep_inputs_whole(model)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     loaded = LoadedModel(
@@ -184,9 +193,11 @@ def _load_base(
         "trust_remote_code": trust_remote_code,
         "output_loading_info": True,
     }
-    quantised = quantisation_config(quantize, element_type)
-    if quantised is not None:
-        arguments |= {"quantization_config": quantised, "device_map": {"": device}}
+    if quantize != "none":
+        arguments["device_map"] = {"": device}
+        if getattr(config, "quantization_config", None) is None:
+            whole = adapter.config.get("modules_to_save") or ()
+            arguments["quantization_config"] = quantisation_config(quantize, element_type, whole)
     loader: Any = AutoModelForCausalLM
     if adapter.kind == "classifier":
         loader = AutoModelForSequenceClassification

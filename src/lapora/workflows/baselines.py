@@ -17,6 +17,7 @@ from lapora.errors import AdapterError, DataError, LaporaError, UsageError
 from lapora.model.adapter import CONFIG_FILE, Adapter, read_adapter
 from lapora.model.answers import AnswerModel
 from lapora.model.dropout import lora_dropout_on, lora_dropouts
+from lapora.model.hub import fetch_adapter, is_hub_id
 from lapora.model.loading import load_model
 from lapora.workflows.checkpoint_folders import checkpoint_folders
 from lapora.workflows.plan import Plan, Prediction
@@ -143,7 +144,8 @@ def ensemble(
 
 def _members(session: Session, paths: Sequence[Path]) -> list[Adapter]:
     members: dict[str, Adapter] = {}
-    for path in paths:
+    for given in paths:
+        path = fetch_adapter(str(given)) if is_hub_id(str(given)) else given
         folders = [path] if (path / CONFIG_FILE).is_file() else [folder for _, folder in checkpoint_folders(path)]
         for folder in folders or [path]:
             adapter = read_adapter(folder)

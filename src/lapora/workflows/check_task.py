@@ -6,6 +6,7 @@ from typing import Any
 
 from lapora.config import DataSettings
 from lapora.model.adapter import read_adapter
+from lapora.model.hub import fetch_adapter, is_hub_id
 from lapora.model.tokenizer import load_tokenizer
 from lapora.tasks import check_task
 from lapora.workflows.session import read_rows
@@ -15,14 +16,14 @@ def check(adapter_path: str, data: DataSettings, *, base_model: str | None = Non
     """Render the first rows, find the answer tokens, count the labels.
 
     Args:
-        adapter_path: The adapter's folder.
+        adapter_path: The adapter's folder or Hub id.
         data: Task and rows.
         base_model: Where the tokenizer is, if not where the adapter says.
 
     Returns:
         See :func:`lapora.tasks.check_task`.
     """
-    adapter = read_adapter(adapter_path)
+    adapter = read_adapter(fetch_adapter(adapter_path) if is_hub_id(adapter_path) else adapter_path)
     task, rows, _ = read_rows(data, None, "train")
     tokenizer = load_tokenizer(adapter, base_model)
     return check_task(task, rows, kind=adapter.kind, tokenizer=tokenizer)

@@ -17,7 +17,7 @@ from lapora.posterior.gaussian import BlockPosterior, Posterior, decompose
 from lapora.posterior.lock import writing
 from lapora.posterior.structures import fit_structure
 from lapora.workflows.naming import naming_examples
-from lapora.workflows.prepare import prepare_fit
+from lapora.workflows.prepare import PreparedFit, prepare_fit
 
 
 @dataclass(frozen=True)
@@ -59,17 +59,39 @@ def fit(model: ModelSettings, data: DataSettings, settings: FitSettings, progres
     """
     settings = _resolve_engine(settings)
     folder = posterior_folder(model.root, settings.name)
+    _refuse_to_replace(folder, settings)
+    read_adapter(model.folder)  # nothing is written where no adapter is
+    with writing(folder):
+        return _fit(prepare_fit(model, data, settings), settings, folder, progress)
+
+
+def fit_prepared(
+    prepared: PreparedFit, settings: FitSettings, root: Path, progress: Progress | None = None
+) -> FitResult:
+    """Fit a model that stands in memory with its rows.
+
+    Args:
+        prepared: Model and rows.
+        settings: The curvature's choices.
+        root: The folder that holds, or is to hold, ``laplace/``.
+        progress: Told of rows done.
+
+    Raises:
+        LaporaError: As :func:`fit`.
+    """
+    settings = _resolve_engine(settings)
+    folder = posterior_folder(root, settings.name)
+    _refuse_to_replace(folder, settings)
+    with writing(folder):
+        return _fit(prepared, settings, folder, progress)
+
+
+def _refuse_to_replace(folder: Path, settings: FitSettings) -> None:
     if posterior_exists(folder) and not settings.overwrite:
         raise PosteriorError(f"{folder}: exists already; give --overwrite, or another --name")
-    read_adapter(model.adapter)  # nothing is written where no adapter is
-    with writing(folder):
-        return _fit(model, data, settings, folder, progress)
 
 
-def _fit(
-    model: ModelSettings, data: DataSettings, settings: FitSettings, folder: Path, progress: Progress | None
-) -> FitResult:
-    prepared = prepare_fit(model, data, settings)
+def _fit(prepared: PreparedFit, settings: FitSettings, folder: Path, progress: Progress | None) -> FitResult:
     checkpoint = None
     run = prepared.run(settings, progress)
     if settings.engine == "native":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,13 +45,32 @@ def predict(model: ModelSettings, settings: PredictSettings, lines: Iterable[byt
             yielded), or at the end of the run with ``"report"``.
         NumericalError: The same for a line of which the model makes NaN or infinity.
     """
-    session = open_session(model, settings.name)
+    yield from predict_rows(open_session(model, settings.name), settings, lines)
+
+
+def predict_rows(
+    session: Session, settings: PredictSettings, rows: Iterable[bytes | Mapping[str, Any] | None]
+) -> Iterator[dict[str, Any]]:
+    """Predict with an open session; see :func:`predict`.
+
+    Args:
+        session: The fitted adapter.
+        settings: Link, samples, what is written.
+        rows: JSON lines, or the objects themselves.
+
+    Yields:
+        The records of the interface, in input order.
+
+    Raises:
+        DataError: A bad row; see :func:`predict`.
+        NumericalError: The same for a row of which the model makes NaN or infinity.
+    """
     index = failed = 0
     with session.predictor(
         every_class=needs_every_class(settings.link) or settings.logits,
         map_only=settings.link == "map" and not settings.logits,
     ) as predictor:
-        for window in _windows(lines, (model.batch_size or _DEFAULT_WINDOW // _WINDOW_BATCHES) * _WINDOW_BATCHES):
+        for window in _windows(rows, (session.batch_size.rows or _DEFAULT_WINDOW // _WINDOW_BATCHES) * _WINDOW_BATCHES):
             items: list[_Item] = []
             for number, line in window:
                 item = _read(session, number, line)
@@ -74,14 +93,17 @@ def predict(model: ModelSettings, settings: PredictSettings, lines: Iterable[byt
         raise DataError(f"{failed} bad lines; each is reported where its prediction would stand")
 
 
-def _windows(lines: Iterable[bytes | None], size: int) -> Iterator[list[tuple[int, bytes]]]:
+_Line = bytes | Mapping[str, Any]
+
+
+def _windows(lines: Iterable[_Line | None], size: int) -> Iterator[list[tuple[int, _Line]]]:
     """Lines with their numbers, from 1, some at a time; blank lines are counted, and are nobody's row."""
-    window: list[tuple[int, bytes]] = []
+    window: list[tuple[int, _Line]] = []
     number = 0
     for line in lines:
         if line is not None:
             number += 1
-            if line.strip(b" \t\r\n\xef\xbb\xbf"):
+            if not isinstance(line, bytes) or line.strip(b" \t\r\n\xef\xbb\xbf"):
                 window.append((number, line))
         if window and (line is None or len(window) == size):
             yield window
@@ -90,13 +112,13 @@ def _windows(lines: Iterable[bytes | None], size: int) -> Iterator[list[tuple[in
         yield window
 
 
-def _read(session: Session, number: int, line: bytes) -> _Item:
-    where = f"line {number}"
+def _read(session: Session, number: int, line: _Line) -> _Item:
+    where = f"line {number}" if isinstance(line, bytes) else f"row {number - 1}"
     identifier = None
     try:
-        if len(line) > LONGEST_LINE:
+        if isinstance(line, bytes) and len(line) > LONGEST_LINE:
             raise DataError(f"{where}: longer than {LONGEST_LINE} bytes, which is no row")
-        row = parse_json_line(line, where)
+        row = parse_json_line(line, where) if isinstance(line, bytes) else line
         identifier = _identifier(row.get("id"), where)
         example = render(
             session.task,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from lapora.posterior.curvature_run import CurvatureRun
 from lapora.tasks import (
     EncodedExample,
     Example,
+    Row,
     Task,
     answer_token_ids,
     data_fingerprint,
@@ -142,8 +143,46 @@ def prepare_fit(model: ModelSettings, data: DataSettings, settings: FitSettings)
         AdapterError: The model cannot be loaded.
         DataError: The rows cannot be read, or their answers are not the head's.
     """
-    adapter = read_adapter(model.adapter)
+    adapter = read_adapter(model.folder)
     task, rows, split = read_rows(data, None, "train")
+
+    def load() -> LoadedModel:
+        return load_model(
+            adapter,
+            base_model=model.base_model,
+            quantize=model.quantize,
+            dtype=model.dtype or "auto",
+            device=model.device,
+            trust_remote_code=model.trust_remote_code,
+        )
+
+    return prepare_rows(adapter, load, task, rows, replace(data, split=split), settings, model.batch_size)
+
+
+def prepare_rows(
+    adapter: Adapter,
+    load: Callable[[], LoadedModel],
+    task: Task,
+    rows: Sequence[Row | Mapping[str, Any]],
+    data: DataSettings,
+    settings: FitSettings,
+    batch_size: int | None,
+) -> PreparedFit:
+    """Render rows, then load the model, then encode: what is wrong with the rows is said before anything slow.
+
+    Args:
+        adapter: The adapter's files.
+        load: Gives the model.
+        task: The task.
+        rows: The training rows.
+        data: Where they come from, with the split's name.
+        settings: Greatest length, chat template, and whether labels are needed.
+        batch_size: Rows per batch, or None for a token budget.
+
+    Raises:
+        AdapterError: The model cannot be loaded.
+        DataError: The rows cannot be read, or their answers are not the head's.
+    """
     choices = resolve_choices(task, rows)
     examples = render_all(
         task,
@@ -152,14 +191,7 @@ def prepare_fit(model: ModelSettings, data: DataSettings, settings: FitSettings)
         choices=choices,
         labels="required" if settings.fisher == "empirical" else "optional",
     )
-    loaded = load_model(
-        adapter,
-        base_model=model.base_model,
-        quantize=model.quantize or "none",
-        dtype=model.dtype or "auto",
-        device=model.device,
-        trust_remote_code=model.trust_remote_code,
-    )
+    loaded = load()
     token_ids = _answers(loaded, task, examples, choices, settings.chat_template)
     max_length = settings.max_length or task.max_length_for(adapter.kind)
     encoded = encode_all(
@@ -179,10 +211,10 @@ def prepare_fit(model: ModelSettings, data: DataSettings, settings: FitSettings)
         token_ids=token_ids,
         examples=examples,
         encoded=encoded,
-        split=split,
+        split=data.split or "train",
         max_length=max_length,
         data=data,
-        batch_size=BatchSize(model.batch_size),
+        batch_size=BatchSize(batch_size),
         chat_template=settings.chat_template,
     )
 

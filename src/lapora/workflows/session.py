@@ -92,7 +92,7 @@ def open_posterior(model: ModelSettings, name: str) -> tuple[Adapter, SavedPoste
         AdapterError: No adapter.
         PosteriorError: No such posterior, or a damaged one.
     """
-    return read_adapter(model.adapter), SavedPosterior(posterior_folder(model.root, name))
+    return read_adapter(model.folder), SavedPosterior(posterior_folder(model.root, name))
 
 
 def open_session(model: ModelSettings, name: str, earlier: Session | None = None) -> Session:
@@ -131,6 +131,13 @@ def open_session(model: ModelSettings, name: str, earlier: Session | None = None
     if differences:
         raise _of_something_else(posterior, differences)
     warn_of_other_versions(posterior.manifest)
+    return join_session(posterior, loaded, layers, model.batch_size)
+
+
+def join_session(
+    posterior: SavedPosterior, loaded: LoadedModel, layers: list[BayesianLayer], batch_size: int | None
+) -> Session:
+    """Put a posterior and the model that it belongs to together."""
     gaussian = posterior.gaussian()
     answers = AnswerModel(loaded.model, loaded.kind, loaded.pad_token_id, posterior.manifest["answers"]["token_ids"])
     working = torch.float64 if loaded.dtype == "float64" else torch.float32
@@ -143,7 +150,7 @@ def open_session(model: ModelSettings, name: str, earlier: Session | None = None
         task=Task.from_dict(posterior.manifest["task"], source=str(posterior.folder)),
         choices=tuple(posterior.manifest["answers"]["choices"]),
         max_length=int(posterior.manifest["data"]["max_length"]),
-        batch_size=BatchSize(model.batch_size),
+        batch_size=BatchSize(batch_size),
         chat_template=bool(posterior.manifest["data"].get("chat_template", False)),
     )
 

@@ -1,0 +1,69 @@
+"""The section about a posterior in the model card of its adapter's repository."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from lapora.config import method_label
+from lapora.posterior.prior import PriorPrecision
+from lapora.tasks.quoting import printable
+
+_SCORES = ("accuracy", "ece", "nll", "brier")
+
+
+def with_section(card: str, name: str, section: str) -> str:
+    """The card with the section of a posterior: in place of the one that stands there, else at its end.
+
+    Args:
+        card: The card as it is.
+        name: The posterior's; each has a section of its own.
+        section: What it is to say.
+    """
+    begin, end = f"<!-- lapora {name}: begin -->", f"<!-- lapora {name}: end -->"
+    block = f"{begin}\n{section.strip()}\n{end}"
+    standing = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}", re.DOTALL)
+    if standing.search(card):
+        return standing.sub(lambda _: block, card, count=1)
+    return f"{card.rstrip()}\n\n{block}\n" if card.strip() else f"{block}\n"
+
+
+def posterior_section(
+    manifest: Mapping[str, Any], name: str, repository: str, scores: Mapping[str, Any] | None = None
+) -> str:
+    """What a posterior is, how it did and how it is used, in Markdown.
+
+    Args:
+        manifest: The posterior's.
+        name: Its name.
+        repository: Where the adapter is.
+        scores: A record of ``lapora eval``, whose table is added.
+    """
+    prior, base = manifest["prior"], manifest["base_model"]
+    asked = "" if name == "default" else f" --name {name}"
+    facts = {
+        "method": "Laplace-LoRA ([Yang et al. 2024](https://arxiv.org/abs/2308.13111)), fitted after training",
+        "structure": f"{manifest['structure']}, {manifest['weight_sharing']}, {manifest['fisher']} Fisher",
+        "weights": f"{manifest['subset']}, {len(manifest['parameters'])} matrices",
+        "prior precision": f"{PriorPrecision.from_manifest(prior).describe()}, by {prior['method']}",
+        "task": f"{manifest['task']['task']}: {', '.join(manifest['answers']['choices'])}",
+        "rows": f"{manifest['data']['n']} of {manifest['data']['split']}",
+        "base model": f"{base['name']} ({base['dtype']}, quantisation {base['quantization']})",
+    }
+    lines = [f"## Calibrated probabilities: posterior `{name}`", "", "| | |", "| --- | --- |"]
+    lines += [f"| {key} | {_cell(value)} |" for key, value in facts.items()]
+    lines += ["", "```sh", f"lapora predict {repository} rows.jsonl{asked} > predictions.jsonl", "```"]
+    if scores is not None:
+        lines += ["", f"{_cell(scores['task'])}, {scores['n']} rows of {_cell(scores['split'])}:", ""]
+        lines += [f"| | {' | '.join(_SCORES)} |", f"| --- |{' --- |' * len(_SCORES)}"]
+        for result in scores["results"]:
+            label = method_label(result["method"], result.get("name"), result.get("link"))
+            cells = [f"{result[key]:.3f}" if key in result else "" for key in _SCORES]
+            lines.append(f"| {_cell(label)} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _cell(text: Any) -> str:
+    """One cell of a table: no bars, no markup, no line breaks that came with the data."""
+    return printable(str(text), 300).replace("|", "\\|").replace("<", "&lt;")

@@ -1,0 +1,141 @@
+"""``lapora push``: a posterior to the repository of its adapter on the Hub, in one commit."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lapora.config import ModelSettings
+from lapora.errors import PosteriorError, UsageError
+from lapora.model.adapter import CONFIG_FILE, WEIGHTS_FILE, Adapter
+from lapora.model.hub import hub_errors
+from lapora.posterior.artifact import FACTORS_FILE, MANIFEST_FILE
+from lapora.posterior.manifest import with_checksums
+from lapora.report.card import posterior_section, with_section
+from lapora.workflows.identity import adapter_differences
+from lapora.workflows.results import read_results
+from lapora.workflows.session import open_posterior
+
+_CARD = "README.md"
+
+
+@dataclass(frozen=True)
+class PushSettings:
+    """What goes where.
+
+    Attributes:
+        repository: ``owner/name``; made where there is none.
+        name: The posterior.
+        private: Whether a repository that is made is private.
+        revision: Branch to commit to; None is the default branch.
+        scores: File of ``lapora eval --output`` or ``--json``, whose last run goes into the model card.
+    """
+
+    repository: str
+    name: str = "default"
+    private: bool = False
+    revision: str | None = None
+    scores: Path | None = None
+
+
+@dataclass(frozen=True)
+class Pushed:
+    """What was done.
+
+    Attributes:
+        address: Where the commit can be read.
+        files: What was uploaded.
+        notes: What the user should know.
+    """
+
+    address: str
+    files: tuple[str, ...]
+    notes: tuple[str, ...]
+
+
+def push(model: ModelSettings, settings: PushSettings) -> Pushed:
+    """Upload a posterior beside its adapter, and say what it is in the model card.
+
+    The adapter itself goes along where the repository has none. The folder that ``fit`` read its rows from is
+    left out of the manifest: it is a path of this machine.
+
+    Args:
+        model: The adapter, and where its posterior is.
+        settings: What goes where.
+
+    Raises:
+        AdapterError: No adapter here, or the Hub does not allow the upload or cannot be reached.
+        PosteriorError: No such posterior, of other weights, or the repository holds another adapter.
+        DataError: The scores cannot be read.
+    """
+    from huggingface_hub import CommitOperationAdd, HfApi
+    from huggingface_hub.utils import validate_repo_id
+
+    adapter, posterior = open_posterior(model, settings.name)
+    posterior.gaussian()  # what is damaged is not handed on
+    if differences := adapter_differences(posterior.manifest, adapter):
+        raise PosteriorError(f"{posterior.folder}: fitted to something else: {'; '.join(differences)}; fit it again")
+    scores = read_results([settings.scores])[-1] if settings.scores else None
+    manifest = _portable(posterior.manifest)
+    repository, revision = settings.repository, settings.revision
+    if "/" not in repository:
+        raise UsageError(f"{repository}: REPO is owner/name")
+    api = HfApi()
+    with hub_errors(repository, revision):
+        validate_repo_id(repository)
+        api.create_repo(repository, private=settings.private, exist_ok=True)
+        there = {
+            entry.path: entry for entry in api.get_paths_info(repository, [WEIGHTS_FILE, _CARD], revision=revision)
+        }
+        files: dict[str, bytes | Path] = {}
+        if WEIGHTS_FILE not in there:
+            names = [CONFIG_FILE, WEIGHTS_FILE, *(file.name for file in sorted(adapter.path.glob("tokenizer*")))]
+            files |= {file: adapter.path / file for file in [*names, "special_tokens_map.json"]}
+        elif not _same(adapter, there[WEIGHTS_FILE]):
+            raise PosteriorError(
+                f"{repository}: holds another adapter than {adapter.path}; push to the one it came from"
+            )
+        files[f"laplace/{settings.name}/{MANIFEST_FILE}"] = json.dumps(manifest, indent=2, ensure_ascii=False).encode()
+        files[f"laplace/{settings.name}/{FACTORS_FILE}"] = posterior.folder / FACTORS_FILE
+        own = adapter.path / _CARD
+        if _CARD in there:
+            card = Path(api.hf_hub_download(repository, _CARD, revision=revision)).read_text(encoding="utf-8")
+        else:
+            card = own.read_text(encoding="utf-8") if own.is_file() else "---\nlibrary_name: peft\n---\n"
+        section = posterior_section(manifest, settings.name, repository, scores)
+        files[_CARD] = with_section(card, settings.name, section).encode()
+        operations = [
+            CommitOperationAdd(path, content)
+            for path, content in files.items()
+            if isinstance(content, bytes) or content.is_file()
+        ]
+        commit = api.create_commit(
+            repository,
+            operations,
+            commit_message=f"Laplace posterior {settings.name}",
+            revision=revision,
+        )
+    return Pushed(commit.commit_url, tuple(operation.path_in_repo for operation in operations), _notes(manifest))
+
+
+def _portable(manifest: dict[str, Any]) -> dict[str, Any]:
+    return with_checksums({**manifest, "data": {**manifest["data"], "data_dir": None}})
+
+
+def _same(adapter: Adapter, entry: Any) -> bool:
+    """Whether the repository's weights are the adapter's: by sha256, or by git's own digest of a small file."""
+    if entry.lfs is not None:
+        return bool(entry.lfs.sha256 == adapter.sha256)
+    content = (adapter.path / WEIGHTS_FILE).read_bytes()
+    blob = hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False)
+    return bool(entry.blob_id == blob.hexdigest())
+
+
+def _notes(manifest: dict[str, Any]) -> tuple[str, ...]:
+    base = manifest["base_model"]["name"]
+    if not Path(base).exists():
+        return ()
+    return (f"the base model is recorded as a folder of this machine ({base}): elsewhere --base-model is needed",)

@@ -1,0 +1,181 @@
+"""The site: it builds without a warning, its reference is the code's, and what it names exists."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from lapora.posterior import manifest
+from pages import DOCS, environment
+
+ROOT = DOCS.parent
+
+
+def _page(name: str) -> str:
+    return (DOCS / name).read_text(encoding="utf-8")
+
+
+def test_the_command_line_page_is_the_codes(tmp_path):
+    command = ["lapora.cli.app", "utils", "docs", "--name", "lapora", "--title", "Command line"]
+    fresh = tmp_path / "cli.md"
+    subprocess.run(
+        [sys.executable, "-m", "typer", *command, "--output", str(fresh)], check=True, capture_output=True, timeout=60
+    )
+    assert _page("reference/cli.md") == fresh.read_text(encoding="utf-8"), "run `make docs-reference`"
+
+
+def test_every_module_that_a_page_names_exists():
+    named = set()
+    for page in [*DOCS.rglob("*.md"), ROOT / "CONTRIBUTING.md"]:
+        text = page.read_text(encoding="utf-8")
+        named |= set(re.findall(r"\[`?(lapora\.[\w.]+)`?\]\[", text)) | set(
+            re.findall(r"^::: (lapora\.[\w.]+)", text, re.M)
+        )
+    assert len(named) > 30
+    for name in named:
+        module, _, attribute = name.rpartition(".")
+        if not _exists(name):
+            assert _exists(module), name
+            assert hasattr(importlib.import_module(module), attribute), name
+
+
+def _exists(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:
+        return False
+
+
+def test_every_module_of_the_method_is_a_section_of_the_reference():
+    sections = set(re.findall(r"^::: (lapora\.[\w.]+)", _page("reference/modules.md"), flags=re.M))
+    assert set(re.findall(r"\[`(lapora\.[\w.]+)`\]\[", _page("method.md"))) <= sections
+
+
+def test_the_format_page_names_every_field_and_no_other(demo):
+    """The fields that the reader knows, and those of a posterior that was really written."""
+    top, parameter, prior = (_fields(part) for part in _page("format.md").split("| field | what it is |")[1:4])
+    saved = manifest.read_manifest(demo / "adapter" / "laplace" / "default" / "posterior.json")
+    optional = {name for name, mark in top.items() if mark}
+    known = {*manifest._FIELDS, *manifest._OPTIONAL}
+    assert set(top) == known | set(saved)
+    assert optional == {key for key in top if key in manifest._OPTIONAL}
+    assert set(parameter) == {key for each in saved["parameters"] for key in each}
+    assert set(prior) - {"validation"} <= set(saved["prior"])
+    extra = set(saved["prior"]) - set(prior)
+    assert all(f"`{key}`" in _page("format.md") for key in extra)
+    for key in ("base_model", "data", "answers"):
+        row = next(line for line in _page("format.md").splitlines() if line.startswith(f"| `{key}`"))
+        assert {*saved[key]} == set(re.findall(r"`(\w+)`", row)[1:]), key
+
+
+def _fields(table: str) -> dict[str, bool]:
+    rows = table.split("\n\n")[0]
+    return {name: bool(mark) for name, mark in re.findall(r"^\| `(\w+)`( °)? \|", rows, flags=re.M)}
+
+
+def test_the_contributing_page_names_what_is_there():
+    text = _page("contributing.md")
+    source = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "src").rglob("*.py"))
+    for name in re.findall(r"`(_?[A-Za-z]+(?:_[A-Za-z]+)+|_[a-z]+|[A-Z][a-z]+[A-Z]\w+)`", text):
+        assert re.search(rf"\b{name}\b", source), name
+    makefile = (ROOT / "Makefile").read_text()
+    for target in re.findall(r"`make ([\w-]+)`", text + (ROOT / "CONTRIBUTING.md").read_text()):
+        assert f"\n{target}:" in makefile, target
+    assert list((ROOT / "src/lapora/tasks/builtin").glob("*.yaml"))
+
+
+def test_every_page_is_in_the_navigation():
+    """MkDocs only mentions a page that is not; and its build is not run where it is not installed."""
+
+    class Loader(yaml.SafeLoader):
+        pass
+
+    listed: set[str] = set()
+
+    def walk(entry):
+        if isinstance(entry, str):
+            listed.add(entry)
+        else:
+            for value in entry.values() if isinstance(entry, dict) else entry:
+                walk(value)
+
+    walk(yaml.load((ROOT / "mkdocs.yml").read_text(), Loader)["nav"])
+    assert listed == {str(page.relative_to(DOCS)) for page in DOCS.rglob("*.md")}
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory) -> Path:
+    pytest.importorskip("mkdocs")
+    pytest.importorskip("latex2mathml")
+    folder = tmp_path_factory.mktemp("site")
+    done = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)],
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def test_the_site_builds_and_loads_nothing_from_elsewhere(site):
+    for page in site.rglob("*.html"):
+        text = page.read_text(encoding="utf-8")
+        loaded = re.findall(r"<(?:script|img|iframe)[^>]+src=\"?([^\">\s]+)", text)
+        loaded += re.findall(r"<link[^>]+rel=\"?(?:stylesheet|preconnect|icon)[^>]+href=\"?([^\">\s]+)", text)
+        assert loaded and not [target for target in loaded if target.startswith(("http", "//"))], page
+
+
+def test_equations_are_mathml(site):
+    text = (site / "method.html").read_text(encoding="utf-8")
+    prose = re.sub(r"<(pre|code)\b.*?</\1>", "", text, flags=re.S)
+    source = _page("method.md")
+    displayed, inline = source.count("```math"), len(re.findall(r"\$[^$\n]+\$", source))
+    assert text.count("<math") == displayed + inline > 40
+    assert "$" not in re.sub(r"<script.*?</script>", "", prose, flags=re.S)
+    assert "\\" not in "".join(re.findall(r"<math.*?</math>", text, flags=re.S))
+
+
+def test_equations_are_drawn_by_a_browser(site, tmp_path):
+    browser = shutil.which("chromium")
+    if browser is None:
+        pytest.skip("no chromium")
+    done = subprocess.run(
+        [
+            browser,
+            "--headless",
+            "--no-sandbox",
+            "--disable-gpu",
+            f"--user-data-dir={tmp_path}",
+            "--dump-dom",
+            "--virtual-time-budget=3000",
+            (_measuring(site)).as_uri(),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    count, tall = map(int, re.search(r'id="measured">(\d+) (\d+)<', done.stdout).groups())
+    assert count > 40 and tall == 0, done.stdout[-500:]
+
+
+def _measuring(site: Path) -> Path:
+    """The method's page, with a script that counts equations and those that take no room."""
+    page = site / "measured.html"
+    script = (
+        "<script>addEventListener('load',()=>{const all=[...document.querySelectorAll('math')];"
+        "const p=document.createElement('p');p.id='measured';"
+        "p.textContent=all.length+' '+all.filter(m=>m.getBoundingClientRect().height<5).length;"
+        "document.body.append(p)})</script></body>"
+    )
+    page.write_text((site / "method.html").read_text(encoding="utf-8").replace("</body>", script), encoding="utf-8")
+    return page

@@ -1,0 +1,153 @@
+"""Adapters on the Hub, through huggingface_hub's own client and a stand-in server; no network."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import huggingface_hub.constants as constants
+import pytest
+
+from hub_server import commit_of, running_hub
+from lapora.config import ModelSettings
+from lapora.errors import AdapterError, UsageError
+from lapora.model.hub import is_hub_id, local_model
+from lapora.report.card import with_section
+from tiny_adapter import command, fit_tiny, json_lines, make_adapter
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    folder = make_adapter(tmp_path_factory.mktemp("hub"))
+    fit_tiny(folder)
+    return folder
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    with running_hub() as server:
+        monkeypatch.setattr(constants, "ENDPOINT", server.address)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        template = server.address + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        yield server
+
+
+def put(server, folder, repository="anna/farm", **more: bytes) -> None:
+    files = {file.name: file.read_bytes() for file in (folder / "adapter").iterdir() if file.is_file()}
+    server.repositories[repository] = [{**files, **{name.replace("__", "."): text for name, text in more.items()}}]
+
+
+def test_the_adapter_alone_is_fetched_and_gives_what_the_folder_gives(hub, made, tmp_path, monkeypatch, capfdbinary):
+    put(hub, made, pytorch_model__bin=b"large")
+    data = ["--data", made / "task.yaml", "--data-dir", made / "data", "--device", "cpu"]
+    status, _, errors = command(monkeypatch, capfdbinary, "fit", "anna/farm", *data)
+    assert status == 2 and "--output-dir" in errors
+    there = ["--output-dir", tmp_path / "out", "--device", "cpu"]
+    status, _, errors = command(monkeypatch, capfdbinary, "fit", "anna/farm", *data, "--output-dir", tmp_path / "out")
+    assert status == 0, errors
+    assert not any("pytorch_model.bin" in asked for asked in hub.asked)
+    rows = b"".join(json_lines(5))
+    status, found, errors = command(monkeypatch, capfdbinary, "predict", "anna/farm", *there, stdin=rows)
+    assert status == 0, errors
+    _, expected, _ = command(monkeypatch, capfdbinary, "predict", made / "adapter", "--device", "cpu", stdin=rows)
+    assert found == expected and found.count(b"\n") == 5
+
+
+def test_what_is_pushed_is_found_again(hub, made, tmp_path, monkeypatch, capfdbinary):
+    scores = tmp_path / "scores.jsonl"
+    results = [{"method": "map", "accuracy": 0.5, "ece": 0.25, "nll": 1.5, "brier": 0.75}]
+    scores.write_text(json.dumps({"task": "tiny", "split": "validation", "n": 12, "results": results}) + "\n")
+    status, out, errors = command(
+        monkeypatch, capfdbinary, "push", made / "adapter", "anna/fresh", "--private", "--scores", scores
+    )
+    assert status == 0 and not out, errors
+    assert "anna/fresh" in hub.private
+    files = hub.files("anna/fresh")
+    assert {"adapter_config.json", "adapter_model.safetensors", "laplace/default/factors.safetensors"} <= set(files)
+    assert json.loads(files["laplace/default/posterior.json"])["data"]["data_dir"] is None
+    card = files["README.md"].decode()
+    assert "| map | 0.500 | 0.250 | 1.500 | 0.750 |" in card and card.count("lapora default: begin") == 1
+
+    rows = b"".join(json_lines(5))
+    status, found, errors = command(monkeypatch, capfdbinary, "predict", "anna/fresh", "--device", "cpu", stdin=rows)
+    assert status == 0, errors
+    _, expected, _ = command(monkeypatch, capfdbinary, "predict", made / "adapter", "--device", "cpu", stdin=rows)
+    assert found == expected
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    before = len(hub.asked)
+    status, out, _ = command(monkeypatch, capfdbinary, "inspect", "anna/fresh", "--json")
+    assert status == 0 and json.loads(out)["structure"] == "kron" and len(hub.asked) == before
+
+
+def test_a_second_push_replaces_its_section_and_keeps_the_card(hub, made, monkeypatch, capfdbinary):
+    put(hub, made, README__md=b"---\nlicense: mit\n---\n# Farm\n\nWritten by hand.\n")
+    for _ in range(2):
+        assert command(monkeypatch, capfdbinary, "push", made / "adapter", "anna/farm")[0] == 0
+    card = hub.files("anna/farm")["README.md"].decode()
+    assert card.startswith("---\nlicense: mit\n---\n# Farm\n\nWritten by hand.\n")
+    assert card.count("## Calibrated probabilities") == 1
+    first, second = hub.repositories["anna/farm"][1:]
+    assert first == second
+    hub.repositories["anna/farm"][-1]["adapter_model.safetensors"] = b"other weights"
+    status, _, errors = command(monkeypatch, capfdbinary, "push", made / "adapter", "anna/farm")
+    assert status == 4 and "another adapter" in errors
+    assert len(hub.repositories["anna/farm"]) == 3
+
+
+def test_a_revision_is_a_commit(hub, made):
+    put(hub, made)
+    hub.repositories["anna/farm"].append({})
+    model = ModelSettings("anna/farm", revision=commit_of("anna/farm", 0))
+    assert (local_model(model).folder / "adapter_model.safetensors").is_file()
+    with pytest.raises(AdapterError, match="no revision nowhere"):
+        local_model(ModelSettings("anna/farm", revision="nowhere"))
+    with pytest.raises(UsageError, match="--revision"):
+        local_model(ModelSettings(str(made / "adapter"), revision="main"))
+
+
+def test_what_the_hub_refuses_is_one_clear_line(hub, made, monkeypatch):
+    put(hub, made)
+    with pytest.raises(AdapterError, match="not found on the Hub"):
+        local_model(ModelSettings("anna/nothing"))
+    hub.gated.add("anna/farm")
+    with pytest.raises(AdapterError, match="gated"):
+        local_model(ModelSettings("anna/farm"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(AdapterError, match="HF_HUB_OFFLINE"):
+        local_model(ModelSettings("anna/farm"))
+
+
+def test_the_environment_says_where_the_hub_is(made, tmp_path):
+    with running_hub() as server:
+        put(server, made)
+        posterior = made / "adapter" / "laplace" / "default"
+        server.files("anna/farm").update(
+            {f"laplace/default/{file.name}": file.read_bytes() for file in posterior.iterdir()}
+        )
+        environment = {**os.environ, "HF_ENDPOINT": server.address, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path)}
+        ran = subprocess.run(
+            [sys.executable, "-m", "lapora", "inspect", "anna/farm", "--json"],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+    assert ran.returncode == 0, ran.stderr
+    assert json.loads(ran.stdout)["task"]["task"] == "tiny" and not ran.stderr
+
+
+def test_what_is_a_hub_id(made, monkeypatch):
+    monkeypatch.chdir(made.parent)
+    assert is_hub_id("anna/farm")
+    assert not any(is_hub_id(name) for name in ("farm", "./anna/farm", "/anna/farm", "a/b/c", f"{made.name}/adapter"))
+
+
+def test_each_posterior_has_its_own_section():
+    card = with_section(with_section("# Title\n", "one", "first"), "two", "second")
+    again = with_section(card, "one", "other \\1 words")
+    assert "first" not in again and "other \\1 words" in again and "second" in again and again.startswith("# Title")
