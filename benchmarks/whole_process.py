@@ -19,7 +19,6 @@ _ROUNDS = 3
 _WATCHED = """
 import os, sys, time
 started = float(os.environ["LAPORA_STARTED"])
-import builtins
 def watch():
     from lapora.curvature.linearisation import Linearisation
     run = Linearisation.run
@@ -55,7 +54,7 @@ def main() -> None:
 def measure(demo: Path) -> None:
     adapter = str(demo / "adapter")
     manifest = json.loads((demo / "adapter" / "laplace" / "default" / "posterior.json").read_text())
-    data = ["--data", str(demo / "task.yaml"), "--data-dir", manifest["data"]["data_dir"]]
+    data = ["--data", str(demo / "farm.yaml"), "--data-dir", manifest["data"]["data_dir"]]
     rows = next((demo / "data").glob("validation.jsonl"))
     commands = {
         "lapora --help": ["--help"],
