@@ -66,6 +66,7 @@ def test_fine_tune_then_calibrate(folder, capsys):
     assert scores["laplace"]["nll"] < scores["map"]["nll"]
 
 
+@pytest.mark.slow
 def test_shell_pipelines(folder):
     if shutil.which("jq") is None:
         pytest.skip("no jq")

@@ -13,6 +13,7 @@ from lapora import metrics
 from lapora.cli.app import app
 from lapora.config import DataSettings, EvalSettings, FitSettings, ModelSettings
 from lapora.errors import AdapterError, DataError, GateError, UsageError
+from lapora.model.batch_feed import BatchSize
 from lapora.workflows.evaluate import run_evaluation
 from lapora.workflows.fit import fit
 from lapora.workflows.gates import check_gates, parse_gate
@@ -130,7 +131,7 @@ def test_temperature_reuses_the_rows_that_tuned_the_prior_and_none_is_scored(ada
 
 
 def run_log_map(session, rows):
-    log_p = forward_log_p(session.answers, session.encode(rows.examples), 16)
+    log_p = forward_log_p(session.answers, session.encode(rows.examples), BatchSize(16))
     torch.testing.assert_close(log_p, score_rows(session, rows, ["map"], samples=8).log_p["map"][0], atol=1e-5, rtol=0)
     return log_p
 
