@@ -15,8 +15,9 @@ from lapora.interop import from_laplace_torch, kron_laplace, to_kron_laplace, to
 from lapora.model.bayesian_layers import find_bayesian_layers
 from lapora.posterior.artifact import FORMAT_VERSION, SavedPosterior, write_posterior
 from lapora.posterior.curvature_run import CurvatureRun
+from lapora.posterior.decomposition import decompose
 from lapora.posterior.evidence import Evidence
-from lapora.posterior.gaussian import BlockPosterior, decompose
+from lapora.posterior.gaussian import BlockPosterior
 from lapora.posterior.structures import fit_structure
 from lapora.predictive.links import log_probabilities
 from lapora.predictive.moments import LogitMoments

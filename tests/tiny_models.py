@@ -12,7 +12,8 @@ from lapora.curvature.collection import collect
 from lapora.curvature.kron import KronObserver
 from lapora.model.answers import AnswerModel
 from lapora.model.batches import collate
-from lapora.posterior.gaussian import BlockPosterior, decompose
+from lapora.posterior.decomposition import decompose
+from lapora.posterior.gaussian import BlockPosterior
 from lapora.predictive.predictor import LinearisedPredictor
 
 

@@ -31,7 +31,8 @@ from lapora.model.batch_feed import BatchFeed, BatchSize
 from lapora.model.batches import Batch
 from lapora.model.bayesian_layers import find_bayesian_layers
 from lapora.model.loading import load_model
-from lapora.posterior.gaussian import EigenBlock, decompose
+from lapora.posterior.decomposition import decompose
+from lapora.posterior.gaussian import EigenBlock
 
 Array = NDArray[np.float64]
 GRID: Array = np.logspace(-2, 5, 57)

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from lapora.processes import ALONE, Processes
+
 Dtype = Literal["auto", "float32", "bfloat16", "float16", "float64"]
 Quantisation = Literal["none", "8bit", "4bit"]
 Structure = Literal["kron", "ekfac", "diag", "lowrank", "full"]
@@ -42,6 +44,7 @@ class ModelSettings:
     trust_remote_code: bool = False
     revision: str | None = None
     fetched: Path | None = None
+    processes: Processes = ALONE
 
     @property
     def folder(self) -> Path:

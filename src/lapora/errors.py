@@ -8,9 +8,15 @@ from __future__ import annotations
 
 
 class LaporaError(Exception):
-    """Base of all expected errors. ``exit_status`` is the process's exit status."""
+    """Base of all expected errors.
+
+    Attributes:
+        exit_status: The process's exit status.
+        said_by: In a run of several processes, the rank of the one that prints the message.
+    """
 
     exit_status: int = 1
+    said_by: int = 0
 
 
 class UsageError(LaporaError):
@@ -69,6 +75,23 @@ class GateError(LaporaError):
     """An ``eval --fail-if`` gate failed."""
 
     exit_status = 7
+
+
+class ProcessError(LaporaError):
+    """A run of several processes ends because of another one of them.
+
+    Args:
+        message: What the other one met, or that it is no more.
+        exit_status: The other one's.
+        said_by: Rank of the process that prints the message.
+    """
+
+    exit_status = 8
+
+    def __init__(self, message: str, exit_status: int = 8, said_by: int = 0) -> None:
+        super().__init__(message)
+        self.exit_status = exit_status
+        self.said_by = said_by
 
 
 class LaporaWarning(UserWarning):

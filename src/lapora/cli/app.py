@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import warnings
 from typing import Annotated, TextIO
@@ -67,12 +68,13 @@ def _show_warning(
 def run() -> None:
     """Run the command line and end the process with the promised status."""
     warnings.simplefilter("once", LaporaWarning)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of kernels that nobody asked for
     warnings.showwarning = _show_warning
     try:
         # Without its standalone mode Typer returns an exit status instead of ending the process.
         status = app(standalone_mode=False)
     except LaporaError as error:
-        complain(str(error))
+        complain(str(error), error.said_by)
         sys.exit(error.exit_status)
     except typer.TyperException as error:
         # `lapora` alone has printed its help already, and has no message.

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import Annotated, Any, cast
 
 import typer
 
@@ -29,12 +28,9 @@ from lapora.cli.options import (
     model_settings,
 )
 from lapora.cli.output import RowProgress, say
-from lapora.cli.results import keep_checkpoints, keep_results, print_results
+from lapora.cli.results import keep_checkpoints, keep_results, print_checkpoint_results, print_results
 from lapora.config import DataSettings, EvalSettings, Link, Method, ModelSettings, PriorMethod
 from lapora.errors import UsageError
-
-if TYPE_CHECKING:
-    pass
 
 _DEFAULT_METHODS = ["constant", "map", "laplace"]
 _CHECKPOINT_LINKS: tuple[Link, ...] = ("mc-joint", "mc-indep", "probit", "bridge")
@@ -131,8 +127,10 @@ def eval_command(
         if prior_method == "adapted":
             raise UsageError("--prior-method adapted needs --structure full, which --checkpoints does not fit")
         fitting = CheckpointSettings(fit_split, fit_limit, max_length, chat_template, prior_method)
-        record = _run_checkpoints(model, data, settings, fitting, as_json)
-        keep_checkpoints(model, record, plots, report, output)
+        record = _run_checkpoints(model, data, settings, fitting)
+        if model.processes.first:
+            print_checkpoint_results(record, as_json)
+            keep_checkpoints(model, record, plots, report, output)
         return
     if (fit_split, fit_limit, max_length, chat_template, prior_method) != ("train", None, None, False, "auto"):
         raise UsageError(
@@ -144,19 +142,18 @@ def eval_command(
     gates = [parse_gate(condition) for condition in fail_if]
     with RowProgress("eval") as progress:
         done = run_evaluation(model, data, settings, progress)
-    print_results(done, as_json)
-    if plots or report:
-        keep_results(done, model, plots, report)
-    if output:
-        from lapora.workflows.results import append_result
+    if model.processes.first:
+        print_results(done, as_json)
+        if plots or report:
+            keep_results(done, model, plots, report)
+        if output:
+            from lapora.workflows.results import append_result
 
-        append_result(output, done.record, adapter)
+            append_result(output, done.record, adapter)
     check_gates(gates, done.record["results"])
 
 
-def _run_checkpoints(
-    model: ModelSettings, data: DataSettings, settings: EvalSettings, fitting: Any, as_json: bool
-) -> dict[str, Any]:
+def _run_checkpoints(model: ModelSettings, data: DataSettings, settings: EvalSettings, fitting: Any) -> dict[str, Any]:
     from dataclasses import replace
 
     from lapora.workflows.checkpoints import evaluate_checkpoints
@@ -164,11 +161,4 @@ def _run_checkpoints(
     if not settings.links:
         settings = replace(settings, links=_CHECKPOINT_LINKS)
     with RowProgress("eval") as progress:
-        record = evaluate_checkpoints(model, data, settings, fitting, say, progress)
-    if as_json:
-        typer.echo(json.dumps(record))
-    else:
-        from lapora.report import print_checkpoints
-
-        print_checkpoints(record)
-    return record
+        return evaluate_checkpoints(model, data, settings, fitting, say, progress)

@@ -7,9 +7,11 @@ from typing import Annotated, get_args
 
 import typer
 
+from lapora.cli.output import speak_as
 from lapora.config import Dtype, Link, Method, ModelSettings, Quantisation
 from lapora.errors import UsageError
 from lapora.model.hub import local_model
+from lapora.processes import join_processes
 
 
 def _known_links(links: list[str]) -> list[str]:
@@ -86,6 +88,8 @@ def model_settings(
 ) -> ModelSettings:
     """The options that every command that loads a model has; an adapter on the Hub is fetched.
 
+    Where a launcher has started several processes, they meet here.
+
     Raises:
         UsageError: A batch size that is neither ``auto`` nor a positive number; an adapter on the Hub and nowhere to
             write.
@@ -93,6 +97,8 @@ def model_settings(
     """
     if batch_size != "auto" and not (batch_size.isdigit() and int(batch_size) > 0):
         raise UsageError(f"--batch-size {batch_size}: auto, or a positive number")
+    processes, device = join_processes(device)
+    speak_as(processes.rank)
     model = ModelSettings(
         adapter=adapter,
         base_model=base_model,
@@ -103,5 +109,6 @@ def model_settings(
         output_dir=output_dir,
         trust_remote_code=trust_remote_code,
         revision=revision,
+        processes=processes,
     )
     return local_model(model, writes=writes)

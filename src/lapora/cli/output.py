@@ -17,16 +17,25 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from lapora.errors import DataError
 
 _stderr = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
+_rank = 0
+
+
+def speak_as(rank: int) -> None:
+    """Say what this process of a run has to say: all but the first are silent, but for their own errors."""
+    global _rank
+    _rank = rank
 
 
 def say(message: str) -> None:
     """Print a message for people."""
-    _stderr.print(_plain(message), markup=False)
+    if _rank == 0:
+        _stderr.print(_plain(message), markup=False)
 
 
-def complain(message: str) -> None:
-    """Print an error: one line."""
-    _stderr.print(f"error: {_plain(message)}", markup=False)
+def complain(message: str, said_by: int = 0) -> None:
+    """Print an error, one line, if it is this process that says it."""
+    if said_by == _rank:
+        _stderr.print(f"error: {_plain(message)}", markup=False)
 
 
 def _plain(message: str) -> str:
@@ -46,7 +55,7 @@ class RowProgress:
             TimeRemainingColumn(),
             console=_stderr,
             transient=True,
-            disable=not _stderr.is_terminal,
+            disable=_rank != 0 or not _stderr.is_terminal,
         )
         self._task = self._bar.add_task(label, total=None)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from typing import Annotated
 
 import typer
@@ -53,5 +54,8 @@ def predict_command(
     from lapora.workflows.predict import predict
 
     settings = PredictSettings(name, link, samples, seed, logits, on_error, abstain_below)
+    if not model.processes.first:
+        deque(predict(model, settings, ()), maxlen=0)  # the first process reads and writes for all
+        return
     with binary_lines(source) as lines:
         write_json_lines(predict(model, settings, lines), output)

@@ -40,6 +40,16 @@ def print_results(done: Evaluation, as_json: bool) -> None:
         say(warning)
 
 
+def print_checkpoint_results(record: Mapping[str, Any], as_json: bool) -> None:
+    """The table or the JSON on stdout."""
+    if as_json:
+        typer.echo(json.dumps(record))
+    else:
+        from lapora.report import print_checkpoints
+
+        print_checkpoints(record)
+
+
 def _map_of(done: Evaluation) -> Any:
     return next(each for each in done.predictions if each.method == "map")
 

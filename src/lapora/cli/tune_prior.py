@@ -65,7 +65,7 @@ def tune_prior_command(
     settings = PriorSettings(name, method, prior, optimizer, lr, steps, link, seed)
     with RowProgress("tune-prior") as progress:
         tuned = tune_prior(model, DataSettings(task, data_dir, split, limit), settings, progress)
-    if as_json:
+    if as_json and model.processes.first:
         typer.echo(json.dumps(tuned.prior))
     say(tuned.reason)
     for note in tuned.notes:

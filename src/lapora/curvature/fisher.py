@@ -36,19 +36,19 @@ def exact_columns(logits: Tensor) -> Tensor:
     return columns
 
 
-def monte_carlo_columns(logits: Tensor, generator: torch.Generator) -> Tensor:
+def monte_carlo_columns(logits: Tensor, uniform: Tensor) -> Tensor:
     """One column per example: the score ``e_y - p`` of a label drawn from the model.
 
     Args:
         logits: ``(B, C)``.
-        generator: Source of the labels.
+        uniform: ``(B,)`` numbers of [0, 1), one for each row: the label is where the cumulated p passes it.
 
     Returns:
         ``(1, B, C)``, in float64; its outer product equals ``diag(p) - p pᵀ`` in expectation.
     """
     p = torch.softmax(logits.double(), dim=1)
-    labels = torch.multinomial(p.cpu(), 1, generator=generator).squeeze(1)
-    return empirical_columns(logits, labels.to(logits.device))
+    passed = p.cumsum(dim=1) <= uniform.to(p).unsqueeze(1)
+    return empirical_columns(logits, passed.sum(dim=1).clamp(max=p.shape[1] - 1))
 
 
 def empirical_columns(logits: Tensor, labels: Tensor) -> Tensor:

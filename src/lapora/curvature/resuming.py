@@ -1,4 +1,4 @@
-"""What of a pass can be put aside and taken up again: sums, the logits found, the generator's state.
+"""What of a pass can be put aside and taken up again: sums, and the logits found.
 
 The rows come in the same order every time, so a pass goes on by leaving out as many of them as are done.
 """
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lapora.curvature.sketch import NystromSketch
+from lapora.processes import Processes
 
 _OBSERVER = "observer."
 
@@ -27,7 +28,7 @@ class ObserverState:
 
 @runtime_checkable
 class Resumable(Protocol):
-    """An observer whose sums can be put aside."""
+    """An observer whose sums can be put aside, and added to those of other processes."""
 
     def state(self) -> ObserverState:
         """All sums so far; the tensors are the observer's own, not copies."""
@@ -43,13 +44,11 @@ class PassState:
     Attributes:
         order: The rows seen, in that order.
         logits: Theirs, ``(rows, C)`` in float64.
-        generator: State of the Monte-Carlo Fisher's generator.
         observer: The curvature so far.
     """
 
     order: list[int]
     logits: Tensor
-    generator: Tensor
     observer: ObserverState
 
     def tensors(self) -> dict[str, Tensor]:
@@ -57,7 +56,6 @@ class PassState:
         return {
             "order": torch.tensor(self.order, dtype=torch.long),
             "logits": self.logits,
-            "generator": self.generator,
             **{_OBSERVER + name: tensor for name, tensor in self.observer.tensors.items()},
         }
 
@@ -68,7 +66,32 @@ class PassState:
             name.removeprefix(_OBSERVER): tensor for name, tensor in tensors.items() if name.startswith(_OBSERVER)
         }
         order = tensors["order"].tolist()
-        return cls(order, tensors["logits"], tensors["generator"], ObserverState(observed, facts))
+        return cls(order, tensors["logits"], ObserverState(observed, facts))
+
+
+def add_up(processes: Processes, observer: Resumable) -> None:
+    """Give the observer the sums of all processes: the same to the last bit in each.
+
+    Tensors and numbers are added, by name; whatever else a state holds must be the same where it is there.
+    """
+    own = observer.state()
+    facts: dict[str, Any] = {}
+    for each in processes.gather(own.facts):
+        facts = _added(facts, each)
+    observer.restore(ObserverState(processes.sum(own.tensors), facts))
+
+
+def _added(left: Any, right: Any) -> Any:
+    if isinstance(left, dict):
+        found = dict(left)
+        for key, value in right.items():
+            found[key] = _added(found[key], value) if key in found else value
+        return found
+    if isinstance(left, int | float):
+        return left + right
+    if left != right:
+        raise AssertionError(f"the processes disagree: {left} and {right}")
+    return left
 
 
 class PassKeeper(Protocol):

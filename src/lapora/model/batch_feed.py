@@ -12,6 +12,7 @@ from lapora.config import MOST_TOKENS, TOKEN_BUDGET
 from lapora.errors import UsageError
 from lapora.model.answers import AnswerModel
 from lapora.model.batches import Batch, Encoded, collate
+from lapora.processes import ALONE, Processes
 
 Result = TypeVar("Result")
 
@@ -79,13 +80,17 @@ class BatchFeed:
         answers: The network that will read them.
         encoded: The rows' token ids.
         size: How large a batch may be.
+        processes: Those that share the rows: this one's are fed, of like lengths as the others'.
     """
 
-    def __init__(self, answers: AnswerModel, encoded: Sequence[Encoded], size: BatchSize) -> None:
+    def __init__(
+        self, answers: AnswerModel, encoded: Sequence[Encoded], size: BatchSize, processes: Processes = ALONE
+    ) -> None:
         self.size = size
         self._answers = answers
         self._encoded = encoded
-        self._order = sorted(range(len(encoded)), key=lambda row: (-len(encoded[row].input_ids), row))
+        order = sorted(range(len(encoded)), key=lambda row: (-len(encoded[row].input_ids), row))
+        self._order = processes.share(order)
         self._done = 0
 
     def __iter__(self) -> Iterator[Batch]:

@@ -12,21 +12,22 @@ from lapora.curvature.kron import KronObserver
 from lapora.curvature.per_example import LayerBasis, SecondMomentObserver
 from lapora.errors import NumericalError
 from lapora.posterior.curvature_run import CurvatureRun
-from lapora.posterior.gaussian import BlockPosterior, EigenBlock, Posterior, decompose
+from lapora.posterior.decomposition import decompose
+from lapora.posterior.gaussian import BlockPosterior, EigenBlock, Posterior
 
 
 def fit_kron(run: CurvatureRun) -> tuple[Posterior, DataPass]:
     """KFAC: ``A ⊗ G`` of each layer, in its eigenbasis; one pass."""
     observer = KronObserver(run.weight_sharing, run.rank, run.seed)
     data = run.observe(observer)
-    return BlockPosterior(decompose(run.layers, observer.factors(run.layers), run.rank)), data
+    return BlockPosterior(decompose(run.layers, observer.factors(run.layers), run.rank, run.processes)), data
 
 
 def fit_ekfac(run: CurvatureRun) -> tuple[Posterior, DataPass]:
     """KFAC's eigenbasis, then exact second moments in it: a second pass."""
     observer = KronObserver(run.weight_sharing)
     run.observe(observer, another=True)
-    posterior = BlockPosterior(decompose(run.layers, observer.factors(run.layers)))
+    posterior = BlockPosterior(decompose(run.layers, observer.factors(run.layers), processes=run.processes))
     rotated = posterior.to(run.answers.device, run.working_dtype)
     bases = {block.name: block.basis for block in rotated.blocks}
     return _second_moments(run, posterior.blocks, SecondMomentObserver(bases, directions=run.columns))

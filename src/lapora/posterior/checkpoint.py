@@ -34,13 +34,21 @@ class Checkpoint:
         resume: Go on from what is saved; otherwise that is thrown away.
         every: Seconds between two saves, more where saving takes long; 0 saves after every batch.
         device: Where sums are taken up again.
+        rank: Of this process; each keeps its own share.
 
     Raises:
         PosteriorError: What is saved is damaged, or of another fit; every difference is named.
     """
 
     def __init__(
-        self, folder: Path, identity: Mapping[str, Any], *, resume: bool, every: float, device: torch.device
+        self,
+        folder: Path,
+        identity: Mapping[str, Any],
+        *,
+        resume: bool,
+        every: float,
+        device: torch.device,
+        rank: int = 0,
     ) -> None:
         self.folder = partial_folder(folder)
         self.identity: dict[str, Any] = json.loads(json.dumps(identity))
@@ -48,7 +56,8 @@ class Checkpoint:
         self.device = device
         self.resumed_rows = 0
         self._passes = 0
-        if not resume:
+        self._rank = rank
+        if not resume and rank == 0:
             shutil.rmtree(self.folder, ignore_errors=True)
 
     def next_pass(self, *, keep: bool) -> _Pass:
@@ -65,7 +74,7 @@ class Checkpoint:
         return _Pass(self, file, keep)
 
     def _file(self, number: int) -> Path:
-        return self.folder / f"pass-{number}.safetensors"
+        return self.folder / f"pass-{number}{f'-process-{self._rank}' if self._rank else ''}.safetensors"
 
     def remove(self) -> None:
         """The fit is done."""

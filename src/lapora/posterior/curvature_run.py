@@ -15,6 +15,7 @@ from lapora.model.batches import Batch
 from lapora.model.bayesian_layers import BayesianLayer
 from lapora.posterior.checkpoint import Checkpoint
 from lapora.posterior.gaussian import describe_parameter
+from lapora.processes import ALONE, Processes
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class CurvatureRun:
         seed: Of whatever is random.
         progress: Told of rows done, from the start again for every pass.
         checkpoint: Keeps the sums on disk as they grow.
+        processes: Those that share the rows.
     """
 
     answers: AnswerModel
@@ -46,6 +48,7 @@ class CurvatureRun:
     seed: int = 0
     progress: Progress | None = None
     checkpoint: Checkpoint | None = None
+    processes: Processes = ALONE
 
     @property
     def columns(self) -> int:
@@ -64,6 +67,7 @@ class CurvatureRun:
             seed=self.seed,
             progress=self.progress,
             keeper=None if self.checkpoint is None else self.checkpoint.next_pass(keep=another),
+            processes=self.processes,
         )
 
     @property

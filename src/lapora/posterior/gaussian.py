@@ -10,22 +10,15 @@ basis across all layers (full, lowrank).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lapora.curvature.kron import KronFactors, Sum, rank_of_side
 from lapora.curvature.per_example import LayerBasis
-from lapora.curvature.sketch import NystromSketch
-from lapora.errors import NumericalError
-from lapora.model.bayesian_layers import BayesianLayer, Role
+from lapora.model.bayesian_layers import Role
 from lapora.posterior.artifact import JOINT
-
-# Eigenvalues of a sum of squares are >= 0; round-off may push them below by a few units of float32.
-_NEGATIVE_TOLERANCE = 1e-5
 
 
 @dataclass(frozen=True, eq=False)
@@ -201,100 +194,3 @@ Posterior = BlockPosterior | JointPosterior
 def describe_parameter(name: str, role: Role, shape: tuple[int, int], squared_norm: float) -> dict[str, Any]:
     """One entry of the manifest's ``parameters``."""
     return {"name": name, "shape": list(shape), "role": role, "squared_norm": squared_norm}
-
-
-def decompose(
-    layers: Sequence[BayesianLayer], factors: Mapping[str, KronFactors], rank: int | None = None
-) -> list[EigenBlock]:
-    """Turn each layer's Kronecker sums into an eigenbasis and ``λ_ij = scale · λ^g_i λ^a_j``.
-
-    Shared input sums are decomposed once. Decompositions run in float64.
-
-    Args:
-        layers: The layers.
-        factors: Their sums.
-        rank: Leading eigenvectors kept of each side; None keeps sides up to ``WHOLE_WIDTH`` whole.
-
-    Raises:
-        NumericalError: A sum holds NaN or infinity, or is not positive semi-definite; the layer is named.
-    """
-    sides: dict[str, tuple[Sum, int]] = {}
-    for layer in layers:
-        found = factors[layer.name]
-        sides.setdefault(f"{found.leader} (inputs)", (found.input_sum, layer.shape[0]))
-        sides[f"{layer.name} (gradients)"] = (found.gradient_sum, layer.shape[1])
-    eigen = _eigen_of_all(sides, rank)
-    blocks = []
-    for layer in layers:
-        layer_factors = factors[layer.name]
-        leader = layer_factors.leader
-        inputs, gradients = eigen[f"{leader} (inputs)"], eigen[f"{layer.name} (gradients)"]
-        blocks.append(
-            EigenBlock(
-                name=layer.name,
-                role=layer.role,
-                shape=layer.shape,
-                leader=leader,
-                input_basis=inputs.vectors,
-                gradient_basis=gradients.vectors,
-                eigenvalues=layer_factors.scale * torch.outer(gradients.values, inputs.values),
-                squared_norm=layer.squared_norm,
-                kept=inputs.kept * gradients.kept,
-            )
-        )
-    return blocks
-
-
-@dataclass(frozen=True, eq=False)
-class _Eigen:
-    values: Tensor
-    vectors: Tensor
-    kept: float
-
-
-def _eigen_of_all(sides: Mapping[str, tuple[Sum, int]], rank: int | None) -> dict[str, _Eigen]:
-    """Decompose every side: on a CPU several at once, each by one thread, which is faster than one by several."""
-
-    def decomposed(side: tuple[str, tuple[Sum, int]]) -> _Eigen:
-        name, (total, other) = side
-        return _eigen(total, name, other, rank)
-
-    threads = torch.get_num_threads()
-    if threads == 1 or any(_device_of(total).type != "cpu" for total, _ in sides.values()):
-        return {side[0]: decomposed(side) for side in sides.items()}
-    torch.set_num_threads(1)
-    try:
-        with ThreadPoolExecutor(threads) as pool:
-            return dict(zip(sides, pool.map(decomposed, sides.items()), strict=True))
-    finally:
-        torch.set_num_threads(threads)
-
-
-def _device_of(total: Sum) -> torch.device:
-    return total.device if isinstance(total, Tensor) else total.image.device
-
-
-def _eigen(total: Sum, where: str, other: int, rank: int | None) -> _Eigen:
-    if isinstance(total, NystromSketch):
-        try:
-            values, vectors = total.leading(rank_of_side(len(total.test_matrix), other, rank))
-        except NumericalError as error:
-            raise NumericalError(f"{where}: {error}") from error
-        return _Eigen(values, vectors, float(values.sum()) / total.trace if total.trace else 1.0)
-    wide = total.double()
-    if not bool(torch.isfinite(wide).all()):
-        raise NumericalError(f"{where}: the curvature is not finite; try --dtype float32")
-    values, vectors = torch.linalg.eigh(wide)
-    largest = float(values[-1]) if len(values) else 0.0
-    if float(values[0]) < -_NEGATIVE_TOLERANCE * max(largest, 0.0) - 1e-30:
-        raise NumericalError(
-            f"{where}: the curvature is not positive semi-definite "
-            f"(least eigenvalue {float(values[0]):.3g}, greatest {largest:.3g})"
-        )
-    values = values.clamp(min=0.0)
-    kept = rank_of_side(len(values), other, rank)
-    if kept == len(values):
-        return _Eigen(values, vectors, 1.0)
-    trace = float(values.sum())
-    values, vectors = values[-kept:], vectors[:, -kept:]
-    return _Eigen(values, vectors, float(values.sum()) / trace if trace else 1.0)

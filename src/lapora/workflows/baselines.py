@@ -73,7 +73,7 @@ def fit_temperature(session: Session, plan: Plan, data: DataSettings, settings: 
         rows = read_labelled_rows(session, DataSettings(data.task, data.data_dir, split or evaluated))
         if rows.split == evaluated:
             rows = rows.chosen(max(1, len(rows.examples) // 2), settings.seed)
-    log_map = forward_log_p(session.answers, session.encode(rows.examples), session.batch_size)
+    log_map = forward_log_p(session, session.encode(rows.examples))
     digests = frozenset(row_digest(example) for example in rows.examples)
     return Temperature(metrics.fit_temperature(log_map, rows.targets), rows.split, digests, notes)
 
@@ -104,10 +104,10 @@ def mc_dropout(session: Session, sets: Sequence[LabelledRows], passes: int, seed
     if not layers:
         raise UsageError("mc-dropout: the adapter's lora_dropout is 0, so that every pass would be the same")
     found = []
-    with lora_dropout_on(session.loaded.model, seed):
+    with lora_dropout_on(session.loaded.model, seed + session.processes.rank):
         for rows in sets:
             coded = replace(session, task=rows.task).encode(rows.examples)
-            drawn = [forward_log_p(session.answers, coded, session.batch_size) for _ in range(passes)]
+            drawn = [forward_log_p(session, coded) for _ in range(passes)]
             details = {"passes": passes, "dropout": max(layer.p for layer in layers)}
             found.append(_averaged("mc-dropout", torch.stack(drawn), details))
     return found
@@ -178,10 +178,7 @@ def _member_log_p(
         loaded.model, loaded.kind, loaded.pad_token_id, session.posterior.manifest["answers"]["token_ids"]
     )
     there = replace(session, loaded=loaded, answers=answers)
-    return [
-        forward_log_p(answers, replace(there, task=rows.task).encode(rows.examples), session.batch_size)
-        for rows in sets
-    ]
+    return [forward_log_p(there, replace(there, task=rows.task).encode(rows.examples)) for rows in sets]
 
 
 def _averaged(method: str, drawn: Tensor, details: dict[str, Any]) -> Prediction:

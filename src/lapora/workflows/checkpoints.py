@@ -159,9 +159,10 @@ def _one_checkpoint(
     say(f"{heading}: scoring")
     record = run_evaluation(model, data, replace(settings, names=tuple(names)), progress).record
     found = {"key": _key(model, names, asked), "names": names, "skipped": skipped, "record": record}
-    partial = cache.with_name(f".{cache.name}.{os.getpid()}")
-    partial.write_text(json.dumps(found), encoding="utf-8")
-    partial.replace(cache)
+    if model.processes.first:
+        partial = cache.with_name(f".{cache.name}.{os.getpid()}")
+        partial.write_text(json.dumps(found), encoding="utf-8")
+        partial.replace(cache)
     return record
 
 
@@ -204,7 +205,8 @@ def _fit_and_tune(
             progress,
         )
         say(f"{heading}: {tuned.reason}")
-    note.write_text(wanted, encoding="utf-8")
+    if model.processes.first:
+        note.write_text(wanted, encoding="utf-8")
 
 
 def _base(model: ModelSettings) -> str:

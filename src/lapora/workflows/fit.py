@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -12,8 +13,9 @@ from lapora.model.adapter import read_adapter
 from lapora.posterior.artifact import posterior_exists, posterior_folder, write_posterior
 from lapora.posterior.checkpoint import Checkpoint
 from lapora.posterior.curvature_run import CurvatureRun
+from lapora.posterior.decomposition import decompose
 from lapora.posterior.evidence import EvidenceMaximum, maximise_evidence
-from lapora.posterior.gaussian import BlockPosterior, Posterior, decompose
+from lapora.posterior.gaussian import BlockPosterior, Posterior
 from lapora.posterior.lock import writing
 from lapora.posterior.structures import fit_structure
 from lapora.workflows.naming import naming_examples
@@ -57,12 +59,18 @@ def fit(model: ModelSettings, data: DataSettings, settings: FitSettings, progres
     Raises:
         LaporaError: See the table of exit statuses; nothing half-written is left behind.
     """
+    processes = model.processes
     settings = _resolve_engine(settings)
+    if processes.count > 1 and settings.engine != "native":
+        raise UsageError(f"--engine {settings.engine} runs in one process: start it without a launcher")
     folder = posterior_folder(model.root, settings.name)
-    _refuse_to_replace(folder, settings)
-    read_adapter(model.folder)  # nothing is written where no adapter is
-    with writing(folder):
-        return _fit(prepare_fit(model, data, settings), settings, folder, progress)
+    with processes.in_step():
+        _refuse_to_replace(folder, settings)
+        read_adapter(model.folder)  # nothing is written where no adapter is
+    with processes.only_first(writing(folder)):
+        with processes.in_step():
+            prepared = prepare_fit(model, data, settings)
+        return _fit(prepared, settings, folder, progress)
 
 
 def fit_prepared(
@@ -95,13 +103,15 @@ def _fit(prepared: PreparedFit, settings: FitSettings, folder: Path, progress: P
     checkpoint = None
     run = prepared.run(settings, progress)
     if settings.engine == "native":
-        checkpoint = Checkpoint(
-            folder,
-            prepared.identity(settings),
-            resume=settings.resume,
-            every=settings.save_every,
-            device=prepared.answers.device,
-        )
+        with prepared.processes.in_step():
+            checkpoint = Checkpoint(
+                folder,
+                prepared.identity(settings),
+                resume=settings.resume,
+                every=settings.save_every,
+                device=prepared.answers.device,
+                rank=prepared.processes.rank,
+            )
         run = replace(run, checkpoint=checkpoint)
     with naming_examples([example.where for example in prepared.examples]):
         posterior, log_likelihood = fit_posterior(run, settings)
@@ -123,12 +133,15 @@ def _fit(prepared: PreparedFit, settings: FitSettings, folder: Path, progress: P
         "log_likelihood": log_likelihood,
         "prior": prior.describe(log_likelihood is not None),
     }
-    write_posterior(folder, manifest, posterior)
+    with prepared.processes.in_step():  # nobody goes on, or tidies up, before it is written
+        if prepared.processes.first:
+            write_posterior(folder, manifest, posterior)
     notes = list(prepared.adapter.notes)
     if checkpoint is not None:
-        checkpoint.remove()
+        if prepared.processes.first:
+            checkpoint.remove()
         if settings.resume:
-            notes.append(_resumed_note(checkpoint, len(prepared.examples)))
+            notes.append(_resumed_note(prepared.processes.gather(checkpoint.resumed_rows), len(prepared.examples)))
     return FitResult(
         folder=folder,
         rows=len(prepared.examples),
@@ -141,10 +154,10 @@ def _fit(prepared: PreparedFit, settings: FitSettings, folder: Path, progress: P
     )
 
 
-def _resumed_note(checkpoint: Checkpoint, rows: int) -> str:
-    if not checkpoint.resumed_rows:
+def _resumed_note(resumed: Sequence[int], rows: int) -> str:
+    if not any(resumed):
         return "--resume: nothing was saved to go on from; all rows were read"
-    return f"--resume: went on after {checkpoint.resumed_rows} of {rows} rows of the last pass begun"
+    return f"--resume: went on after {sum(resumed)} of {rows} rows of the last pass begun"
 
 
 def _resolve_engine(settings: FitSettings) -> FitSettings:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,11 +67,15 @@ def predict_rows(
         NumericalError: The same for a row of which the model makes NaN or infinity.
     """
     index = failed = 0
-    with session.predictor(
-        every_class=needs_every_class(settings.link) or settings.logits,
-        map_only=settings.link == "map" and not settings.logits,
-    ) as predictor:
-        for window in _windows(rows, (session.batch_size.rows or _DEFAULT_WINDOW // _WINDOW_BATCHES) * _WINDOW_BATCHES):
+    size = (session.batch_size.rows or _DEFAULT_WINDOW // _WINDOW_BATCHES) * _WINDOW_BATCHES * session.processes.count
+    with (
+        session.predictor(
+            every_class=needs_every_class(settings.link) or settings.logits,
+            map_only=settings.link == "map" and not settings.logits,
+        ) as predictor,
+        closing(session.processes.relay(_windows(rows, size))) as windows,
+    ):
+        for window in windows:
             items: list[_Item] = []
             for number, line in window:
                 item = _read(session, number, line)
@@ -96,7 +101,7 @@ def predict_rows(
 _Line = bytes | Mapping[str, Any]
 
 
-def _windows(lines: Iterable[_Line | None], size: int) -> Iterator[list[tuple[int, _Line]]]:
+def _windows(lines: Iterable[_Line | None], size: int) -> Generator[list[tuple[int, _Line]]]:
     """Lines with their numbers, from 1, some at a time; blank lines are counted, and are nobody's row."""
     window: list[tuple[int, _Line]] = []
     number = 0
@@ -146,13 +151,15 @@ def _predict_window(
 ) -> list[dict[str, Any] | LaporaError]:
     """What is answered to each line of a window, in order."""
     answers: list[dict[str, Any] | LaporaError] = []
-    good: list[tuple[int, EncodedExample]] = []
+    readable: list[tuple[int, EncodedExample]] = []
     for position, item in enumerate(items):
         if isinstance(item.content, LaporaError):
             answers.append(item.content)
         else:
             answers.append({})
-            good.append((position, item.content))
+            readable.append((position, item.content))
+    good = session.processes.share(readable)
+    found: dict[int, dict[str, Any] | LaporaError] = {}
 
     def answer(batch: Batch) -> Sequence[dict[str, Any] | NonFiniteRowError]:
         try:
@@ -160,13 +167,17 @@ def _predict_window(
         except NonFiniteRowError:  # the others are answered all the same
             return [_alone(session, settings, predictor, good[row][1]) for row in batch.rows]
 
-    for batch, records in run_batches(session.batches([coded for _, coded in good]), answer):
-        for row, record in zip(batch.rows, records, strict=True):
-            position, coded = good[row]
-            if isinstance(record, NonFiniteRowError):
-                answers[position] = NumericalError(f"line {items[position].number}: {record.reason}")
-            else:
-                answers[position] = record | ({"truncated": True} if coded.truncated else {})
+    with session.processes.apart():
+        for batch, records in run_batches(session.batches([coded for _, coded in good]), answer):
+            for row, record in zip(batch.rows, records, strict=True):
+                position, coded = good[row]
+                if isinstance(record, NonFiniteRowError):
+                    found[position] = NumericalError(f"line {items[position].number}: {record.reason}")
+                else:
+                    found[position] = record | ({"truncated": True} if coded.truncated else {})
+    for each in session.processes.gather(found):
+        for position, answered in each.items():
+            answers[position] = answered
     return answers
 
 

@@ -20,6 +20,7 @@ from lapora.model.fingerprint import library_versions
 from lapora.model.loading import LoadedModel, load_model
 from lapora.posterior.artifact import FORMAT_VERSION
 from lapora.posterior.curvature_run import CurvatureRun
+from lapora.processes import ALONE, Processes
 from lapora.tasks import (
     EncodedExample,
     Example,
@@ -53,6 +54,7 @@ class PreparedFit:
         data: What was asked for.
         batch_size: How large batches are; it learns what fits.
         chat_template: Whether prompts are wrapped in the tokenizer's chat template.
+        processes: Those that share the rows.
     """
 
     adapter: Adapter
@@ -68,13 +70,14 @@ class PreparedFit:
     data: DataSettings
     batch_size: BatchSize
     chat_template: bool
+    processes: Processes
 
     def run(self, settings: FitSettings, progress: Progress | None = None) -> CurvatureRun:
         """The passes over the data that a structure is made of."""
         return CurvatureRun(
             answers=self.answers,
             layers=find_bayesian_layers(self.loaded.model, settings.subset),
-            batches=lambda: BatchFeed(self.answers, self.encoded, self.batch_size),
+            batches=lambda: BatchFeed(self.answers, self.encoded, self.batch_size, self.processes),
             targets=[example.target for example in self.examples],
             classes=len(self.choices),
             fisher=settings.fisher,
@@ -82,6 +85,7 @@ class PreparedFit:
             rank=settings.rank,
             seed=settings.seed,
             progress=progress,
+            processes=self.processes,
         )
 
     def identity(self, settings: FitSettings) -> dict[str, Any]:
@@ -98,6 +102,7 @@ class PreparedFit:
             "batch_size": self.batch_size.rows,
             "tokens": tokens.hexdigest(),
             "device": self.answers.device.type,
+            "processes": self.processes.count,
         }
 
     def describe(self) -> dict[str, Any]:
@@ -156,7 +161,8 @@ def prepare_fit(model: ModelSettings, data: DataSettings, settings: FitSettings)
             trust_remote_code=model.trust_remote_code,
         )
 
-    return prepare_rows(adapter, load, task, rows, replace(data, split=split), settings, model.batch_size)
+    data = replace(data, split=split)
+    return prepare_rows(adapter, load, task, rows, data, settings, model.batch_size, model.processes)
 
 
 def prepare_rows(
@@ -167,6 +173,7 @@ def prepare_rows(
     data: DataSettings,
     settings: FitSettings,
     batch_size: int | None,
+    processes: Processes = ALONE,
 ) -> PreparedFit:
     """Render rows, then load the model, then encode: what is wrong with the rows is said before anything slow.
 
@@ -178,6 +185,7 @@ def prepare_rows(
         data: Where they come from, with the split's name.
         settings: Greatest length, chat template, and whether labels are needed.
         batch_size: Rows per batch, or None for a token budget.
+        processes: Those that share the rows.
 
     Raises:
         AdapterError: The model cannot be loaded.
@@ -216,6 +224,7 @@ def prepare_rows(
         data=data,
         batch_size=BatchSize(batch_size),
         chat_template=settings.chat_template,
+        processes=processes,
     )
 
 

@@ -11,8 +11,7 @@ from torch import Tensor
 
 from lapora.config import DataSettings, Link, Progress
 from lapora.errors import DataError, PosteriorError, UnlabelledError
-from lapora.model.answers import AnswerModel
-from lapora.model.batch_feed import BatchFeed, BatchSize, run_batches
+from lapora.model.batch_feed import BatchFeed, run_batches
 from lapora.posterior.prior import PriorPrecision
 from lapora.predictive.links import log_probabilities, needs_every_class
 from lapora.predictive.moments import LogitMoments
@@ -135,19 +134,22 @@ def score_rows(
         with_moments: Keep the moments of the logits.
         progress: Told of rows done.
     """
+    processes = session.processes
     coded = session.encode(rows.examples)
+    mine = processes.share(coded)
     depth = max(1, len(priors))
-    shape = (depth, len(coded), len(session.choices))
+    shape = (depth, len(mine), len(session.choices))
     log_p: dict[Link, Tensor] = {link: torch.zeros(shape, dtype=torch.float64) for link in ("map", *links)}
     done = 0
     every_class = any(needs_every_class(link) for link in links)
     map_only = set(links) <= {"map"} and not with_moments
     kept: dict[int, tuple[Tensor, Tensor]] = {}
     with (
-        naming_examples([example.where for example in rows.examples]),
+        processes.apart(),
+        naming_examples([example.where for example in processes.share(rows.examples)]),
         session.predictor(every_class=every_class, map_only=map_only, priors=priors) as predictor,
     ):
-        for batch, found in run_batches(session.batches(coded), predictor.moments_under_each_prior):
+        for batch, found in run_batches(session.batches(mine), predictor.moments_under_each_prior):
             for index, moments in enumerate(found):
                 refuse_infinite(moments.covariance, batch)
                 for link, table in log_p.items():
@@ -157,18 +159,23 @@ def score_rows(
                     kept |= zip(batch.rows, pairs, strict=True)
             done += len(batch)
             if progress is not None:
-                progress(done, len(coded))
+                progress(min(done * processes.count, len(coded)), len(coded))
+    log_p = {link: processes.join(table, len(coded), dim=1) for link, table in log_p.items()}
     truncated = sum(row.truncated for row in coded)
     if not with_moments:
         return ScoredRows(log_p, truncated)
-    mean, covariance = (torch.stack([kept[row][part] for row in range(len(coded))]) for part in (0, 1))
+    found_everywhere = processes.gather([kept[row] for row in range(len(mine))])
+    pairs_in_order = [found_everywhere[row % processes.count][row // processes.count] for row in range(len(coded))]
+    mean, covariance = (torch.stack([pair[part] for pair in pairs_in_order]) for part in (0, 1))
     return ScoredRows(log_p, truncated, LogitMoments(mean, covariance))
 
 
-def forward_log_p(answers: AnswerModel, coded: Sequence[EncodedExample], batch_size: BatchSize) -> Tensor:
+def forward_log_p(session: Session, coded: Sequence[EncodedExample]) -> Tensor:
     """Log-probabilities by one forward pass of the network as it stands: ``(N, C)``, float64, on the CPU."""
     found: dict[int, Tensor] = {}
-    with torch.no_grad():
-        for batch, logits in run_batches(BatchFeed(answers, coded, batch_size), answers.logits):
+    feed = BatchFeed(session.answers, coded, session.batch_size, session.processes)
+    with session.processes.apart(), torch.no_grad():
+        for batch, logits in run_batches(feed, session.answers.logits):
             found |= zip(batch.rows, torch.log_softmax(logits.double(), dim=1).cpu(), strict=True)
-    return torch.stack([found[row] for row in range(len(coded))])
+    everywhere = {row: log_p for each in session.processes.gather(found) for row, log_p in each.items()}
+    return torch.stack([everywhere[row] for row in range(len(coded))])

@@ -21,6 +21,7 @@ from lapora.posterior.artifact import SavedPosterior, posterior_folder
 from lapora.posterior.gaussian import Posterior
 from lapora.posterior.prior import PriorPrecision
 from lapora.predictive.predictor import LinearisedPredictor
+from lapora.processes import ALONE, Processes
 from lapora.tasks import EncodedExample, Example, Task, encode_all, load_rows, load_task, split_source
 from lapora.workflows.identity import adapter_differences, model_differences, warn_of_other_versions
 
@@ -40,6 +41,7 @@ class Session:
         max_length: Tokens a row may have.
         batch_size: How large batches are; it learns what fits.
         chat_template: Whether prompts are wrapped in the tokenizer's chat template.
+        processes: Those that share the rows.
     """
 
     posterior: SavedPosterior
@@ -52,6 +54,7 @@ class Session:
     max_length: int
     batch_size: BatchSize
     chat_template: bool
+    processes: Processes = ALONE
 
     def encode(self, examples: Sequence[Example]) -> list[EncodedExample]:
         """Token ids of examples, cut as ``fit`` cut them."""
@@ -107,6 +110,11 @@ def open_session(model: ModelSettings, name: str, earlier: Session | None = None
         PosteriorError: The posterior is missing, damaged, or belongs to another adapter or base model.
         AdapterError: The model cannot be loaded.
     """
+    with model.processes.in_step():
+        return _open_session(model, name, earlier)
+
+
+def _open_session(model: ModelSettings, name: str, earlier: Session | None) -> Session:
     adapter, posterior = open_posterior(model, name)
     recorded = posterior.manifest["base_model"]
     differences = adapter_differences(posterior.manifest, adapter)
@@ -131,11 +139,15 @@ def open_session(model: ModelSettings, name: str, earlier: Session | None = None
     if differences:
         raise _of_something_else(posterior, differences)
     warn_of_other_versions(posterior.manifest)
-    return join_session(posterior, loaded, layers, model.batch_size)
+    return join_session(posterior, loaded, layers, model.batch_size, model.processes)
 
 
 def join_session(
-    posterior: SavedPosterior, loaded: LoadedModel, layers: list[BayesianLayer], batch_size: int | None
+    posterior: SavedPosterior,
+    loaded: LoadedModel,
+    layers: list[BayesianLayer],
+    batch_size: int | None,
+    processes: Processes = ALONE,
 ) -> Session:
     """Put a posterior and the model that it belongs to together."""
     gaussian = posterior.gaussian()
@@ -152,6 +164,7 @@ def join_session(
         max_length=int(posterior.manifest["data"]["max_length"]),
         batch_size=BatchSize(batch_size),
         chat_template=bool(posterior.manifest["data"].get("chat_template", False)),
+        processes=processes,
     )
 
 

@@ -57,8 +57,9 @@ def tune_prior(
     if settings.link == "map":
         raise UsageError("--link map has no prior to tune: give the link that you predict with")
     folder = posterior_folder(model.root, settings.name)
-    SavedPosterior(folder, prior_matters=False)  # nothing is written where no posterior is
-    with writing(folder):
+    with model.processes.in_step():
+        SavedPosterior(folder, prior_matters=False)  # nothing is written where no posterior is
+    with model.processes.only_first(writing(folder)):
         return _tune(folder, model, data, settings, progress)
 
 
@@ -67,8 +68,8 @@ def _tune(
 ) -> TunedPrior:
     posterior = SavedPosterior(folder, prior_matters=False)
     by_evidence = _maximise(posterior, settings)
-    if not posterior.prior_is_sound():
-        posterior.rewrite_manifest({"prior": by_evidence.describe(posterior.manifest["log_likelihood"] is not None)})
+    if not all(model.processes.gather(posterior.prior_is_sound())):
+        _rewrite(model, posterior, by_evidence.describe(posterior.manifest["log_likelihood"] is not None))
     if settings.method == "adapted":
         tuned = _adapted(posterior, settings)
     elif settings.method == "marglik":
@@ -76,8 +77,14 @@ def _tune(
         tuned.notes.extend(_unfinished_climb(posterior, settings, by_evidence))
     else:
         tuned = _by_validation(posterior, model, data, settings, by_evidence, progress)
-    posterior.rewrite_manifest({"prior": tuned.prior})
+    _rewrite(model, posterior, tuned.prior)
     return tuned
+
+
+def _rewrite(model: ModelSettings, posterior: SavedPosterior, prior: dict[str, Any]) -> None:
+    with model.processes.in_step():
+        if model.processes.first:
+            posterior.rewrite_manifest({"prior": prior})
 
 
 def _maximise(posterior: SavedPosterior, settings: PriorSettings) -> EvidenceMaximum:

@@ -1,0 +1,184 @@
+"""Several processes of one run: the result of one, to round-off; and what happens where one of them fails."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+HERE = Path(__file__).parent
+
+
+def torchrun(count, *arguments, **how):
+    """Start processes; the tests' own folder is where the worker's helpers are."""
+    paths = [str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
+    return subprocess.Popen(
+        [*command, *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+        start_new_session=True,
+        **how,
+    )
+
+
+def done(process, status=0):
+    out, err = process.communicate(timeout=240)
+    assert (process.returncode == 0) == (status == 0), err
+    return out, err
+
+
+def test_sums_of_two_processes_are_those_of_one(tmp_path):
+    file = tmp_path / "found.json"
+    done(torchrun(2, HERE / "processes_worker.py", "sums", file))
+    _all_agree(file)
+
+
+@pytest.mark.slow
+def test_sums_of_three_processes_are_those_of_one(tmp_path):
+    file = tmp_path / "found.json"
+    done(torchrun(3, HERE / "processes_worker.py", "sums", file))
+    _all_agree(file)
+
+
+def _all_agree(file):
+    found = json.loads(file.read_text())
+    assert len(found) == 27
+    for name, case in found.items():
+        assert case["agreed"], name
+        # Llama's norm works in float32 whatever the model runs in.
+        tolerance = 1e-5 if "causal" in name else 1e-10
+        assert case["error"] < (1e-4 if "sketched" in name else tolerance), (name, case)
+        assert case["logits"] < tolerance and case["log_likelihood"] < tolerance, (name, case)
+
+
+@pytest.fixture
+def adapter(demo, tmp_path):
+    shutil.copytree(demo / "adapter", tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+def task_of(demo):
+    return ["--data", demo / "farm.yaml", "--data-dir", demo / "data"]
+
+
+def commands(demo, adapter, name, lines):
+    """fit, tune-prior, eval and predict, with their outputs beside the posterior."""
+    folder = adapter / "laplace" / name
+    scored = ["--limit", 47, "--methods", "constant,map,temperature,laplace", "--json"]
+    return json.dumps(
+        [
+            [str(part) for part in command]
+            for command in (
+                ["fit", adapter, *task_of(demo), "--name", name],
+                ["tune-prior", adapter, "--name", name, "--limit", 51],
+                ["eval", adapter, "--name", name, *scored, "--output", f"{folder}.eval"],
+                [
+                    "predict",
+                    adapter,
+                    lines,
+                    "--name",
+                    name,
+                    "--on-error",
+                    "report",
+                    "--output",
+                    f"{folder}.predictions",
+                ],
+            )
+        ]
+    )
+
+
+def test_the_commands_by_three_processes(demo, adapter, tmp_path):
+    """Beside what one process says. Of the lines one is bad, and they do not divide by three."""
+    stories = [json.loads(line)["story"] for line in (demo / "data" / "validation.jsonl").read_text().splitlines()]
+    lines = [json.dumps({"story": story, "id": index}) for index, story in enumerate(stories[:301])]
+    lines[100] = "no json"
+    file = tmp_path / "rows.jsonl"
+    file.write_text("\n".join(lines) + "\n")
+    worker = HERE / "processes_worker.py"
+    _, said = done(torchrun(3, worker, "commands", commands(demo, adapter, "many", file)))
+    alone = subprocess.run(
+        [sys.executable, worker, "commands", commands(demo, adapter, "alone", file)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert len(said.splitlines()) == len(alone.stderr.splitlines()), "the first process alone speaks"
+
+    found, expected = (load_file(adapter / "laplace" / name / "factors.safetensors") for name in ("many", "alone"))
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        if "eigenvalues" in name:
+            torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=1e-5 * float(tensor.max()))
+    priors = [
+        json.loads((adapter / "laplace" / name / "posterior.json").read_text())["prior"] for name in ("many", "alone")
+    ]
+    assert priors[0]["method"] == "validation"
+    assert priors[0]["precision"] == pytest.approx(priors[1]["precision"], rel=1e-3)
+    assert priors[0]["validation"]["rows"] == priors[1]["validation"]["rows"]
+
+    scores = [json.loads((adapter / "laplace" / f"{name}.eval").read_text()) for name in ("many", "alone")]
+    assert scores[0]["rows"] == scores[1]["rows"] and scores[0]["n"] == 47
+    for result, other in zip(scores[0]["results"], scores[1]["results"], strict=True):
+        assert result["method"] == other["method"]
+        assert result["nll"] == pytest.approx(other["nll"], abs=1e-4)
+
+    answers = [
+        [json.loads(line) for line in (adapter / "laplace" / f"{name}.predictions").read_text().splitlines()]
+        for name in ("many", "alone")
+    ]
+    assert [record["index"] for record in answers[0]] == list(range(301))
+    for record, other in zip(*answers, strict=True):
+        assert record.keys() == other.keys() and record.get("id") == other.get("id")
+        if "error" not in record:
+            assert record["probabilities"] == pytest.approx(other["probabilities"], abs=1e-4)
+    assert sum("error" in record for record in answers[0]) == 1
+
+
+@pytest.mark.slow
+def test_a_process_that_is_killed_ends_all(demo, adapter):
+    before = (adapter / "laplace" / "default" / "posterior.json").read_bytes()
+    running = torchrun(
+        2, "-m", "lapora", "fit", adapter, *task_of(demo), "--overwrite", "--save-every", "0", "--batch-size", "1"
+    )
+    partial = adapter / "laplace" / ".default.partial"
+    deadline = time.monotonic() + 120
+    while not (partial.is_dir() and len(list(partial.glob("pass-0*.safetensors"))) == 2):
+        assert running.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    children = subprocess.run(
+        ["ps", "-o", "pid=", "--ppid", str(running.pid)], capture_output=True, text=True, check=True
+    ).stdout.split()
+    os.kill(int(children[-1]), signal.SIGKILL)
+    _, err = done(running, status=1)
+    assert "Signal 9" in err
+    for child in children:
+        with pytest.raises(ProcessLookupError):
+            os.kill(int(child), 0)
+    assert (adapter / "laplace" / "default" / "posterior.json").read_bytes() == before
+    # What every process had saved is gone on from, by as many processes.
+    _, said = done(
+        torchrun(2, "-m", "lapora", "fit", adapter, *task_of(demo), "--overwrite", "--resume", "--batch-size", "1")
+    )
+    assert "went on after" in said
+    assert not partial.exists()
+
+
+@pytest.mark.slow
+def test_an_error_is_said_once(demo, adapter):
+    _, err = done(torchrun(2, "-m", "lapora", "fit", adapter, *task_of(demo)), status=1)
+    assert err.count("error: ") == 1 and "exists already" in err
+    assert "exitcode  : 4" in err
