@@ -103,8 +103,8 @@ def commands(demo, adapter, name, lines):
 
 def test_the_commands_by_three_processes(demo, adapter, tmp_path):
     """Beside what one process says. Of the lines one is bad, and they do not divide by three."""
-    stories = [json.loads(line)["story"] for line in (demo / "data" / "validation.jsonl").read_text().splitlines()]
-    lines = [json.dumps({"story": story, "id": index}) for index, story in enumerate(stories[:301])]
+    rows = [json.loads(line) for line in (demo / "data" / "validation.jsonl").read_text().splitlines()[:301]]
+    lines = [json.dumps({"story": row["story"], "name": row["name"], "id": index}) for index, row in enumerate(rows)]
     lines[100] = "no json"
     file = tmp_path / "rows.jsonl"
     file.write_text("\n".join(lines) + "\n")
@@ -116,7 +116,7 @@ def test_the_commands_by_three_processes(demo, adapter, tmp_path):
         text=True,
         check=True,
     )
-    assert len(said.splitlines()) == len(alone.stderr.splitlines()), "the first process alone speaks"
+    assert len(_spoken(said)) == len(_spoken(alone.stderr)), "the first process alone speaks"
 
     found, expected = (load_file(adapter / "laplace" / name / "factors.safetensors") for name in ("many", "alone"))
     assert found.keys() == expected.keys()
@@ -146,6 +146,10 @@ def test_the_commands_by_three_processes(demo, adapter, tmp_path):
         if "error" not in record:
             assert record["probabilities"] == pytest.approx(other["probabilities"], abs=1e-4)
     assert sum("error" in record for record in answers[0]) == 1
+
+
+def _spoken(stderr):
+    return [line for line in stderr.splitlines() if "kernels-community" not in line]  # bitsandbytes, as it is imported
 
 
 @pytest.mark.slow
