@@ -135,7 +135,20 @@ class EvalSettings:
 
 @dataclass(frozen=True)
 class PredictSettings:
-    """How logit moments become probabilities, and what is written."""
+    """How logit moments become probabilities, what is written, and which adapters answer.
+
+    Attributes:
+        name: Of the posterior.
+        link: How moments become probabilities.
+        samples: Points of the sampling links.
+        seed: Their scrambling.
+        logits: Write the logits' mean and covariance.
+        on_error: What a bad line does.
+        abstain_below: Mark rows of less confidence.
+        adapters: Further adapters, ``[NAME=]LOCATION`` each, for rows that name them.
+        adapter_field: The field in which rows do so.
+        adapters_kept: How many adapters stay open between windows.
+    """
 
     name: str = "default"
     link: Link = "mc-joint"
@@ -144,6 +157,9 @@ class PredictSettings:
     logits: bool = False
     on_error: OnError = "stop"
     abstain_below: float | None = None
+    adapters: tuple[str, ...] = ()
+    adapter_field: str = "adapter"
+    adapters_kept: int = 16
 
 
 DEFAULT_RANK = 400

@@ -77,6 +77,19 @@ class GateError(LaporaError):
     exit_status = 7
 
 
+class SeveralError(LaporaError):
+    """Some of several things that were asked for could not be done; each has been said.
+
+    Args:
+        message: How many.
+        exit_status: Of the first.
+    """
+
+    def __init__(self, message: str, exit_status: int) -> None:
+        super().__init__(message)
+        self.exit_status = exit_status
+
+
 class ProcessError(LaporaError):
     """A run of several processes ends because of another one of them.
 

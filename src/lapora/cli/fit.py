@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from lapora.cli.options import (
-    AdapterArgument,
     BaseModelOption,
     BatchOption,
     DataDirOption,
@@ -23,13 +23,21 @@ from lapora.cli.options import (
     TrustOption,
     model_settings,
 )
-from lapora.cli.output import RowProgress, say
+from lapora.cli.output import RowProgress, complain, say
 from lapora.config import DataSettings, Engine, FisherType, FitSettings, Structure, Subset, WeightSharing
-from lapora.errors import UsageError
+from lapora.errors import LaporaError, SeveralError, UsageError
+
+if TYPE_CHECKING:
+    from lapora.workflows.fit import FitResult
 
 
 def fit_command(
-    adapter: AdapterArgument,
+    adapters: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="ADAPTER...", help="Folder of a PEFT LoRA adapter, or its Hub id; several share a base."
+        ),
+    ],
     task: TaskOption = None,
     data_dir: DataDirOption = None,
     split: Annotated[str, typer.Option(help="Split the adapter was trained on.")] = "train",
@@ -60,35 +68,60 @@ def fit_command(
         FitSettings.save_every
     ),
 ) -> None:
-    """Fit the Laplace posterior of ADAPTER on the rows it was trained on."""
-    model = model_settings(
-        adapter, base_model, quantize, dtype, device, batch_size, output_dir, trust_remote_code, revision, writes=True
-    )
+    """Fit the Laplace posterior of ADAPTER on the rows it was trained on; of several, one after the other."""
     if task is None:
         raise UsageError("--data is missing: a built-in task (see `lapora tasks`) or the path of a task YAML")
-    from lapora.workflows.fit import fit
-
-    with RowProgress("fit") as progress:
-        result = fit(
-            model,
-            DataSettings(task, data_dir, split, limit),
-            FitSettings(
-                structure=structure,
-                weight_sharing=weight_sharing,
-                engine=engine,
-                subset=subset,
-                fisher=fisher,
-                rank=rank,
-                name=name,
-                max_length=max_length,
-                chat_template=chat_template,
-                seed=seed,
-                overwrite=overwrite,
-                resume=resume,
-                save_every=save_every,
-            ),
-            progress,
+    data = DataSettings(task, data_dir, split, limit)
+    settings = FitSettings(
+        structure=structure,
+        weight_sharing=weight_sharing,
+        engine=engine,
+        subset=subset,
+        fisher=fisher,
+        rank=rank,
+        name=name,
+        max_length=max_length,
+        chat_template=chat_template,
+        seed=seed,
+        overwrite=overwrite,
+        resume=resume,
+        save_every=save_every,
+    )
+    models = [
+        model_settings(
+            adapter,
+            base_model,
+            quantize,
+            dtype,
+            device,
+            batch_size,
+            output_dir / Path(adapter).name if output_dir and len(adapters) > 1 else output_dir,
+            trust_remote_code,
+            revision,
+            writes=True,
         )
+        for adapter in adapters
+    ]
+    from lapora.workflows.fit import fit, fit_several
+
+    if len(models) == 1:
+        with RowProgress("fit") as progress:
+            _say_what_was_made(fit(models[0], data, settings, progress))
+        return
+    failures = []
+    for model, found in fit_several(models, data, settings, lambda model: RowProgress(f"fit {model.adapter}")):
+        if isinstance(found, LaporaError):
+            failures.append(found)
+            complain(f"{model.adapter}: {found}", found.said_by)
+        else:
+            _say_what_was_made(found)
+    if failures:
+        raise SeveralError(
+            f"{len(failures)} of {len(models)} adapters were not fitted; the others are done", failures[0].exit_status
+        )
+
+
+def _say_what_was_made(result: FitResult) -> None:
     for note in result.notes:
         say(f"note: {note}")
     if result.truncated:

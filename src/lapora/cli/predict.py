@@ -37,6 +37,20 @@ def predict_command(
     logits: Annotated[bool, typer.Option("--logits", help="Add the logits' mean and covariance.")] = False,
     on_error: Annotated[OnError, typer.Option(help="What a bad line does.")] = PredictSettings.on_error,
     abstain_below: Annotated[float | None, typer.Option(min=0, max=1, help="Mark less confident rows.")] = None,
+    adapters: Annotated[
+        list[str],
+        typer.Option(
+            "--adapter",
+            metavar="[NAME=]FOLDER",
+            help="Another adapter for rows that name it, or a folder of adapters; may be repeated.",
+        ),
+    ] = [],  # noqa: B006
+    adapter_field: Annotated[
+        str, typer.Option(help="With --adapter: the field that names a row's.")
+    ] = PredictSettings.adapter_field,
+    adapters_kept: Annotated[
+        int, typer.Option(min=1, help="With --adapter: how many stay in memory.")
+    ] = PredictSettings.adapters_kept,
     base_model: BaseModelOption = None,
     quantize: QuantizeOption = None,
     dtype: DtypeOption = None,
@@ -53,7 +67,18 @@ def predict_command(
     )
     from lapora.workflows.predict import predict
 
-    settings = PredictSettings(name, link, samples, seed, logits, on_error, abstain_below)
+    settings = PredictSettings(
+        name=name,
+        link=link,
+        samples=samples,
+        seed=seed,
+        logits=logits,
+        on_error=on_error,
+        abstain_below=abstain_below,
+        adapters=tuple(adapters),
+        adapter_field=adapter_field,
+        adapters_kept=adapters_kept,
+    )
     if not model.processes.first:
         deque(predict(model, settings, ()), maxlen=0)  # the first process reads and writes for all
         return

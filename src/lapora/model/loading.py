@@ -4,25 +4,18 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any, cast
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict
-from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from lapora.config import Dtype, Quantisation
-from lapora.errors import AdapterError, UsageError
+from lapora.errors import AdapterError
 from lapora.model.adapter import Adapter, ModelKind
-from lapora.model.fingerprint import base_fingerprint
+from lapora.model.base_model import LoadedBase, load_base
 from lapora.model.quantisation import (
     keep_inputs_whole,
-    quantisation_config,
-    saved_quantisation,
-    settle_quantisation,
 )
 from lapora.model.quiet import quiet_libraries
 from lapora.model.tokenizer import tokenizer_at
@@ -63,23 +56,6 @@ class LoadedModel:
         return 0
 
 
-def resolve_device(device: str) -> torch.device:
-    """Turn ``auto`` into the GPU where there is one.
-
-    Raises:
-        UsageError: No such device, or not available here.
-    """
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        resolved = torch.device(device)
-        torch.empty(1, device=resolved)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise UsageError(f"--device {device}: not available on this machine ({reason})") from error
-    return resolved
-
-
 def load_model(
     adapter: Adapter,
     *,
@@ -104,31 +80,33 @@ def load_model(
         AdapterError: The base cannot be loaded, or the adapter does not fit it.
         UsageError: An impossible device or an impossible combination.
     """
-    base_name = base_model or adapter.base_model
-    if not base_name:
-        raise AdapterError(f"{adapter.path}: the adapter names no base model; give one with --base-model")
-    revision = None if base_model else adapter.revision
-    where = resolve_device(device)
+    base = load_base(
+        adapter,
+        base_model=base_model,
+        quantize=quantize,
+        dtype=dtype,
+        device=device,
+        trust_remote_code=trust_remote_code,
+    )
+    return put_adapter(adapter, base)
+
+
+def put_adapter(adapter: Adapter, base: LoadedBase) -> LoadedModel:
+    """Put an adapter on a base that has none.
+
+    Raises:
+        AdapterError: It does not fit, or its tokenizer cannot be loaded.
+    """
     with quiet_libraries():
-        config = _load_config(base_name, revision, trust_remote_code)
-        saved = saved_quantisation(base_name, config)
-        quantize = settle_quantisation(base_name, quantize, saved)
-        element_type = _element_type(dtype, config, where)
-        if quantize != "none" and element_type == torch.float64:
-            raise UsageError(f"--dtype float64 cannot be combined with --quantize {quantize}")
-        base, missing = _load_base(
-            adapter, base_name, revision, config, element_type, quantize, where, trust_remote_code
-        )
-        fingerprint = base_fingerprint(base, missing)
-        tokenizer = tokenizer_at(adapter, base_name, revision, trust_remote_code)
-        model = _load_adapter(adapter, base, base_name)
-    _refuse_untrained(adapter, model, missing)
-    if element_type == torch.float64:
+        tokenizer = tokenizer_at(adapter, base.name, base.revision, base.trust_remote_code)
+        model = _load_adapter(adapter, base.model, base.name)
+    _refuse_untrained(adapter, model, base.missing)
+    if base.element_type == torch.float64:
         model = model.double()
-    if quantize == "none":
-        model = model.to(where)
+    if base.quantize == "none":
+        model = model.to(base.device)
     model.eval()
-    if quantize == "8bit":
+    if base.quantize == "8bit":
         keep_inputs_whole(model)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
@@ -136,79 +114,21 @@ def load_model(
         model=model,
         tokenizer=tokenizer,
         kind=adapter.kind,
-        base_model=str(base_name),
-        revision=revision,
-        quantize=quantize,
-        dtype=str(element_type).removeprefix("torch."),
-        fingerprint=fingerprint,
-        number_of_labels=getattr(base.config, "num_labels", None) if adapter.kind == "classifier" else None,
+        base_model=base.name,
+        revision=base.revision,
+        quantize=base.quantize,
+        dtype=str(base.element_type).removeprefix("torch."),
+        fingerprint=base.fingerprint,
+        number_of_labels=getattr(base.model.config, "num_labels", None) if adapter.kind == "classifier" else None,
     )
-    if adapter.kind == "classifier":
-        # A decoder with a head finds the answer's position by this id: it must be the one that batches are padded with.
-        base.config.get_text_config().pad_token_id = loaded.pad_token_id
+    settle_padding(loaded)
     return loaded
 
 
-def _load_config(base_name: str, revision: str | None, trust_remote_code: bool) -> Any:
-    try:
-        return AutoConfig.from_pretrained(base_name, revision=revision, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        raise _base_error(base_name, error) from error
-
-
-def _base_error(base_name: str, error: Exception) -> AdapterError:
-    reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    looked = "no such folder, and " if not Path(base_name).is_dir() else ""
-    if isinstance(error, UnpicklingError):
-        reason = "its weights are a pickle of more than tensors, which could run any code and is not opened"
-    return AdapterError(
-        f"base model {base_name}: {looked}it cannot be loaded ({reason[:160]}); "
-        "give a local folder with --base-model, or check the name and the network"
-    )
-
-
-def _element_type(dtype: Dtype, config: Any, device: torch.device) -> torch.dtype:
-    if dtype != "auto":
-        return cast(torch.dtype, getattr(torch, dtype))
-    own = getattr(config.get_text_config(), "dtype", None)
-    if device.type == "cpu" or own is None:
-        return torch.float32
-    return cast(torch.dtype, getattr(torch, own) if isinstance(own, str) else own)
-
-
-def _load_base(
-    adapter: Adapter,
-    base_name: str,
-    revision: str | None,
-    config: Any,
-    element_type: torch.dtype,
-    quantize: Quantisation,
-    device: torch.device,
-    trust_remote_code: bool,
-) -> tuple[Any, set[str]]:
-    arguments: dict[str, Any] = {
-        "config": config,
-        "revision": revision,
-        "dtype": element_type,
-        "trust_remote_code": trust_remote_code,
-        "output_loading_info": True,
-    }
-    if quantize != "none":
-        arguments["device_map"] = {"": device}
-        if getattr(config, "quantization_config", None) is None:
-            whole = adapter.config.get("modules_to_save") or ()
-            arguments["quantization_config"] = quantisation_config(quantize, element_type, whole)
-    loader: Any = AutoModelForCausalLM
-    if adapter.kind == "classifier":
-        loader = AutoModelForSequenceClassification
-        labels = adapter.number_of_labels()
-        if labels is not None:
-            config.num_labels = labels
-    try:
-        base, information = loader.from_pretrained(base_name, **arguments)
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError, UnpicklingError, SafetensorError) as error:
-        raise _base_error(base_name, error) from error
-    return base, set(information["missing_keys"])
+def settle_padding(loaded: LoadedModel) -> None:
+    """A decoder with a head finds the answer's position by the padding id: it must be the batches' own."""
+    if loaded.kind == "classifier":
+        cast(Any, loaded.model.get_base_model()).config.get_text_config().pad_token_id = loaded.pad_token_id
 
 
 def _load_adapter(adapter: Adapter, base: nn.Module, base_name: str) -> PeftModel:

@@ -16,9 +16,9 @@ from lapora.config import DataSettings, Dtype, EvalSettings, ModelSettings, Quan
 from lapora.errors import AdapterError, DataError, LaporaError, UsageError
 from lapora.model.adapter import CONFIG_FILE, Adapter, read_adapter
 from lapora.model.answers import AnswerModel
+from lapora.model.bases import SharedBases
 from lapora.model.dropout import lora_dropout_on, lora_dropouts
 from lapora.model.hub import fetch_adapter, is_hub_id
-from lapora.model.loading import load_model
 from lapora.workflows.checkpoint_folders import checkpoint_folders
 from lapora.workflows.plan import Plan, Prediction
 from lapora.workflows.scoring import LabelledRows, forward_log_p, read_labelled_rows, row_digest
@@ -134,9 +134,10 @@ def ensemble(
         UsageError: No member but ADAPTER itself.
     """
     members = _members(session, paths)
+    bases = SharedBases()
     tables = [[log_map] for log_map in log_maps]
     for member in members:
-        for table, log_p in zip(tables, _member_log_p(model, session, member, sets), strict=True):
+        for table, log_p in zip(tables, _member_log_p(model, session, member, sets, bases), strict=True):
             table.append(log_p)
     details = {"members": 1 + len(members)}
     return [_averaged("ensemble", torch.stack(table), details) for table in tables]
@@ -159,10 +160,10 @@ def _members(session: Session, paths: Sequence[Path]) -> list[Adapter]:
 
 
 def _member_log_p(
-    model: ModelSettings, session: Session, member: Adapter, sets: Sequence[LabelledRows]
+    model: ModelSettings, session: Session, member: Adapter, sets: Sequence[LabelledRows], bases: SharedBases
 ) -> list[Tensor]:
     own = session.loaded
-    loaded = load_model(
+    loaded = bases.load(
         member,
         base_model=own.base_model,
         quantize=cast(Quantisation, own.quantize),

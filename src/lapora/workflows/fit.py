@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lapora.config import DEFAULT_RANK, DataSettings, FitSettings, ModelSettings, Progress
-from lapora.errors import PosteriorError, UsageError
+from lapora.errors import LaporaError, PosteriorError, UsageError
 from lapora.model.adapter import read_adapter
+from lapora.model.bases import SharedBases
 from lapora.posterior.artifact import posterior_exists, posterior_folder, write_posterior
 from lapora.posterior.checkpoint import Checkpoint
 from lapora.posterior.curvature_run import CurvatureRun
@@ -47,7 +49,13 @@ class FitResult:
     notes: tuple[str, ...]
 
 
-def fit(model: ModelSettings, data: DataSettings, settings: FitSettings, progress: Progress | None = None) -> FitResult:
+def fit(
+    model: ModelSettings,
+    data: DataSettings,
+    settings: FitSettings,
+    progress: Progress | None = None,
+    bases: SharedBases | None = None,
+) -> FitResult:
     """Fit the Laplace posterior of an adapter.
 
     Args:
@@ -55,6 +63,7 @@ def fit(model: ModelSettings, data: DataSettings, settings: FitSettings, progres
         data: The rows it was trained on.
         settings: The curvature's choices.
         progress: Told of rows done.
+        bases: Base models that stay loaded for other adapters.
 
     Raises:
         LaporaError: See the table of exit statuses; nothing half-written is left behind.
@@ -69,8 +78,35 @@ def fit(model: ModelSettings, data: DataSettings, settings: FitSettings, progres
         read_adapter(model.folder)  # nothing is written where no adapter is
     with processes.only_first(writing(folder)):
         with processes.in_step():
-            prepared = prepare_fit(model, data, settings)
+            prepared = prepare_fit(model, data, settings, bases)
         return _fit(prepared, settings, folder, progress)
+
+
+def fit_several(
+    models: Sequence[ModelSettings],
+    data: DataSettings,
+    settings: FitSettings,
+    progress: Callable[[ModelSettings], AbstractContextManager[Progress]],
+) -> Iterator[tuple[ModelSettings, FitResult | LaporaError]]:
+    """Fit several adapters on the same rows; those of one base share it, and what is wrong with one stops no other.
+
+    Args:
+        models: The adapters and how to run them.
+        data: The rows they were trained on.
+        settings: The curvature's choices.
+        progress: Gives, for each, who is told of rows done.
+
+    Yields:
+        Each adapter with what was made, or why nothing was.
+    """
+    bases = SharedBases()
+    for model in models:
+        try:
+            with progress(model) as told:
+                found: FitResult | LaporaError = fit(model, data, settings, told, bases)
+        except LaporaError as error:
+            found = error
+        yield model, found
 
 
 def fit_prepared(

@@ -11,10 +11,11 @@ from lapora.config import LONGEST_LINE, ModelSettings, PredictSettings
 from lapora.errors import DataError, LaporaError, NonFiniteRowError, NumericalError
 from lapora.model.batch_feed import run_batches
 from lapora.model.batches import Batch
-from lapora.predictive.links import log_probabilities, needs_every_class
+from lapora.predictive.links import log_probabilities
 from lapora.predictive.predictor import LinearisedPredictor
 from lapora.tasks import EncodedExample, parse_json_line, render
 from lapora.workflows.naming import refuse_infinite
+from lapora.workflows.routing import AdapterRoutes, OneRoute, OpenPredictor, Route, Routes, open_predictor
 from lapora.workflows.session import Session, open_session
 
 _WINDOW_BATCHES = 4
@@ -23,10 +24,11 @@ _DEFAULT_WINDOW = 64
 
 @dataclass(frozen=True)
 class _Item:
-    """One input line: its number, its ``id``, and its token ids or what is wrong with it."""
+    """One input line: its number, its ``id``, its adapter, and its token ids or what is wrong with it."""
 
     number: int
     identifier: Any
+    route: Route | None
     content: EncodedExample | LaporaError
 
 
@@ -35,7 +37,7 @@ def predict(model: ModelSettings, settings: PredictSettings, lines: Iterable[byt
 
     Args:
         model: The adapter and how to run it.
-        settings: Link, samples, what is written.
+        settings: Link, samples, what is written, other adapters.
         lines: JSON lines, as bytes; None says that no more will come for a while, and what came is answered.
 
     Yields:
@@ -46,7 +48,10 @@ def predict(model: ModelSettings, settings: PredictSettings, lines: Iterable[byt
             yielded), or at the end of the run with ``"report"``.
         NumericalError: The same for a line of which the model makes NaN or infinity.
     """
-    yield from predict_rows(open_session(model, settings.name), settings, lines)
+    if settings.adapters:
+        yield from _predict(AdapterRoutes(model, settings), settings, lines)
+    else:
+        yield from predict_rows(open_session(model, settings.name), settings, lines)
 
 
 def predict_rows(
@@ -66,26 +71,31 @@ def predict_rows(
         DataError: A bad row; see :func:`predict`.
         NumericalError: The same for a row of which the model makes NaN or infinity.
     """
+    yield from _predict(OneRoute(session), settings, rows)
+
+
+def _predict(
+    routes: Routes, settings: PredictSettings, rows: Iterable[bytes | Mapping[str, Any] | None]
+) -> Iterator[dict[str, Any]]:
     index = failed = 0
-    size = (session.batch_size.rows or _DEFAULT_WINDOW // _WINDOW_BATCHES) * _WINDOW_BATCHES * session.processes.count
+    size = (routes.batch_rows or _DEFAULT_WINDOW // _WINDOW_BATCHES) * _WINDOW_BATCHES * routes.processes.count
     with (
-        session.predictor(
-            every_class=needs_every_class(settings.link) or settings.logits,
-            map_only=settings.link == "map" and not settings.logits,
-        ) as predictor,
-        closing(session.processes.relay(_windows(rows, size))) as windows,
+        open_predictor(routes, settings) as opened,
+        closing(routes.processes.relay(_windows(rows, size))) as windows,
     ):
         for window in windows:
             items: list[_Item] = []
             for number, line in window:
-                item = _read(session, number, line)
+                item = _read(routes, number, line)
                 items.append(item)
                 if settings.on_error == "stop" and isinstance(item.content, LaporaError):
                     break  # what follows is not answered any more
-            for item, found in zip(items, _predict_window(session, predictor, settings, items), strict=True):
+            for item, found in zip(items, _predict_window(routes, opened, settings, items), strict=True):
                 head: dict[str, Any] = {"index": index}
                 if item.identifier is not None:
                     head["id"] = item.identifier
+                if item.route is not None and item.route.adapter is not None:
+                    head["adapter"] = item.route.adapter
                 if isinstance(found, LaporaError):
                     if settings.on_error == "stop":
                         raise found
@@ -94,6 +104,7 @@ def predict_rows(
                 else:
                     yield head | found
                 index += 1
+            routes.rest()
     if failed:
         raise DataError(f"{failed} bad lines; each is reported where its prediction would stand")
 
@@ -117,14 +128,16 @@ def _windows(lines: Iterable[_Line | None], size: int) -> Generator[list[tuple[i
         yield window
 
 
-def _read(session: Session, number: int, line: _Line) -> _Item:
+def _read(routes: Routes, number: int, line: _Line) -> _Item:
     where = f"line {number}" if isinstance(line, bytes) else f"row {number - 1}"
-    identifier = None
+    identifier = route = None
     try:
         if isinstance(line, bytes) and len(line) > LONGEST_LINE:
             raise DataError(f"{where}: longer than {LONGEST_LINE} bytes, which is no row")
         row = parse_json_line(line, where) if isinstance(line, bytes) else line
         identifier = _identifier(row.get("id"), where)
+        route = routes.of(row, where)
+        session = route.session
         example = render(
             session.task,
             row,
@@ -134,9 +147,9 @@ def _read(session: Session, number: int, line: _Line) -> _Item:
             choices=session.choices,
             where=where,
         )
-        return _Item(number, identifier, session.encode([example])[0])
-    except DataError as error:
-        return _Item(number, identifier, error)
+        return _Item(number, identifier, route, session.encode([example])[0])
+    except LaporaError as error:
+        return _Item(number, identifier, route, error)
 
 
 def _identifier(value: Any, where: str) -> Any:
@@ -147,19 +160,41 @@ def _identifier(value: Any, where: str) -> Any:
 
 
 def _predict_window(
-    session: Session, predictor: LinearisedPredictor, settings: PredictSettings, items: Sequence[_Item]
+    routes: Routes, opened: OpenPredictor, settings: PredictSettings, items: Sequence[_Item]
 ) -> list[dict[str, Any] | LaporaError]:
-    """What is answered to each line of a window, in order."""
+    """What is answered to each line of a window, in order; each adapter has its turn."""
     answers: list[dict[str, Any] | LaporaError] = []
-    readable: list[tuple[int, EncodedExample]] = []
+    turns: dict[int, tuple[Session, list[tuple[int, EncodedExample]]]] = {}
     for position, item in enumerate(items):
         if isinstance(item.content, LaporaError):
             answers.append(item.content)
         else:
+            assert item.route is not None
             answers.append({})
-            readable.append((position, item.content))
-    good = session.processes.share(readable)
+            session = item.route.session
+            turns.setdefault(id(session), (session, []))[1].append((position, item.content))
     found: dict[int, dict[str, Any] | LaporaError] = {}
+    with routes.processes.apart():
+        for session, readable in turns.values():
+            good = routes.processes.share(readable)
+            for position, record in _predict_turn(session, opened.of(session), settings, good):
+                if isinstance(record, NonFiniteRowError):
+                    found[position] = NumericalError(f"line {items[position].number}: {record.reason}")
+                else:
+                    found[position] = record
+    for each in routes.processes.gather(found):
+        for position, answered in each.items():
+            answers[position] = answered
+    return answers
+
+
+def _predict_turn(
+    session: Session,
+    predictor: LinearisedPredictor,
+    settings: PredictSettings,
+    good: Sequence[tuple[int, EncodedExample]],
+) -> Iterator[tuple[int, dict[str, Any] | NonFiniteRowError]]:
+    """Positions and records of one adapter's rows, as batches are done."""
 
     def answer(batch: Batch) -> Sequence[dict[str, Any] | NonFiniteRowError]:
         try:
@@ -167,18 +202,12 @@ def _predict_window(
         except NonFiniteRowError:  # the others are answered all the same
             return [_alone(session, settings, predictor, good[row][1]) for row in batch.rows]
 
-    with session.processes.apart():
-        for batch, records in run_batches(session.batches([coded for _, coded in good]), answer):
-            for row, record in zip(batch.rows, records, strict=True):
-                position, coded = good[row]
-                if isinstance(record, NonFiniteRowError):
-                    found[position] = NumericalError(f"line {items[position].number}: {record.reason}")
-                else:
-                    found[position] = record | ({"truncated": True} if coded.truncated else {})
-    for each in session.processes.gather(found):
-        for position, answered in each.items():
-            answers[position] = answered
-    return answers
+    for batch, records in run_batches(session.batches([coded for _, coded in good]), answer):
+        for row, record in zip(batch.rows, records, strict=True):
+            position, coded = good[row]
+            if coded.truncated and not isinstance(record, NonFiniteRowError):
+                record = {**record, "truncated": True}
+            yield position, record
 
 
 def _alone(

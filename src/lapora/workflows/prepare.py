@@ -14,6 +14,7 @@ from lapora.config import DataSettings, FitSettings, ModelSettings, Progress
 from lapora.errors import DataError, UsageError
 from lapora.model.adapter import Adapter, read_adapter
 from lapora.model.answers import AnswerModel
+from lapora.model.bases import SharedBases
 from lapora.model.batch_feed import BatchFeed, BatchSize
 from lapora.model.bayesian_layers import find_bayesian_layers
 from lapora.model.fingerprint import library_versions
@@ -136,13 +137,16 @@ class PreparedFit:
         }
 
 
-def prepare_fit(model: ModelSettings, data: DataSettings, settings: FitSettings) -> PreparedFit:
+def prepare_fit(
+    model: ModelSettings, data: DataSettings, settings: FitSettings, bases: SharedBases | None = None
+) -> PreparedFit:
     """Load an adapter and the rows it was trained on.
 
     Args:
         model: The adapter and how to run it.
         data: The rows; the split ``train`` by default.
         settings: Greatest length, chat template, and whether labels are needed.
+        bases: Base models that other adapters are put on too.
 
     Raises:
         AdapterError: The model cannot be loaded.
@@ -152,7 +156,7 @@ def prepare_fit(model: ModelSettings, data: DataSettings, settings: FitSettings)
     task, rows, split = read_rows(data, None, "train")
 
     def load() -> LoadedModel:
-        return load_model(
+        return (load_model if bases is None else bases.load)(
             adapter,
             base_model=model.base_model,
             quantize=model.quantize,

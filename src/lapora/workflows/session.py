@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from lapora.config import DataSettings, ModelSettings
 from lapora.errors import AdapterError, DataError, PosteriorError
 from lapora.model.adapter import Adapter, read_adapter
 from lapora.model.answers import AnswerModel
+from lapora.model.bases import SharedBases
 from lapora.model.batch_feed import BatchFeed, BatchSize
 from lapora.model.bayesian_layers import BayesianLayer, find_bayesian_layers
 from lapora.model.loading import LoadedModel, load_model
@@ -98,23 +99,28 @@ def open_posterior(model: ModelSettings, name: str) -> tuple[Adapter, SavedPoste
     return read_adapter(model.folder), SavedPosterior(posterior_folder(model.root, name))
 
 
-def open_session(model: ModelSettings, name: str, earlier: Session | None = None) -> Session:
+def open_session(
+    model: ModelSettings, name: str, earlier: Session | None = None, bases: SharedBases | None = None
+) -> Session:
     """Load what ``fit`` recorded.
 
     Args:
         model: The adapter and how to run it.
         name: The posterior.
         earlier: A session of the same adapter, whose loaded model serves again where the base is the same.
+        bases: Base models that other adapters are put on too.
 
     Raises:
         PosteriorError: The posterior is missing, damaged, or belongs to another adapter or base model.
         AdapterError: The model cannot be loaded.
     """
     with model.processes.in_step():
-        return _open_session(model, name, earlier)
+        return _open_session(model, name, earlier, load_model if bases is None else bases.load)
 
 
-def _open_session(model: ModelSettings, name: str, earlier: Session | None) -> Session:
+def _open_session(
+    model: ModelSettings, name: str, earlier: Session | None, load: Callable[..., LoadedModel]
+) -> Session:
     adapter, posterior = open_posterior(model, name)
     recorded = posterior.manifest["base_model"]
     differences = adapter_differences(posterior.manifest, adapter)
@@ -122,7 +128,7 @@ def _open_session(model: ModelSettings, name: str, earlier: Session | None) -> S
         if earlier is not None and earlier.posterior.manifest["base_model"] == recorded:
             loaded = earlier.loaded
         else:
-            loaded = load_model(
+            loaded = load(
                 adapter,
                 base_model=model.base_model or recorded["name"],
                 quantize=model.quantize or recorded["quantization"],

@@ -1,0 +1,171 @@
+"""Loading a base model, without an adapter."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any, cast
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from lapora.config import Dtype, Quantisation
+from lapora.errors import AdapterError, UsageError
+from lapora.model.adapter import Adapter, ModelKind
+from lapora.model.fingerprint import base_fingerprint
+from lapora.model.quantisation import quantisation_config, saved_quantisation, settle_quantisation
+from lapora.model.quiet import quiet_libraries
+
+
+@dataclass(frozen=True, eq=False)
+class LoadedBase:
+    """A base model without an adapter.
+
+    Attributes:
+        model: The base model.
+        missing: Tensors that its files do not have: an adapter must bring them.
+        kind: What it was loaded as.
+        name: Name or path that it was loaded from.
+        revision: Its revision, or None.
+        quantize: How it is quantised.
+        element_type: Type of its unquantised weights.
+        device: Where it is.
+        fingerprint: Digest of a sample of every tensor.
+        trust_remote_code: Whether the repository's own code may run.
+    """
+
+    model: Any
+    missing: set[str]
+    kind: ModelKind
+    name: str
+    revision: str | None
+    quantize: Quantisation
+    element_type: torch.dtype
+    device: torch.device
+    fingerprint: str
+    trust_remote_code: bool
+
+
+def load_base(
+    adapter: Adapter,
+    *,
+    base_model: str | None = None,
+    quantize: Quantisation | None = None,
+    dtype: Dtype = "auto",
+    device: str = "auto",
+    trust_remote_code: bool = False,
+) -> LoadedBase:
+    """Load the base model that an adapter asks for; the arguments are those of :func:`lapora.model.loading.load_model`.
+
+    Raises:
+        AdapterError: The base cannot be loaded.
+        UsageError: An impossible device or an impossible combination.
+    """
+    base_name = base_model or adapter.base_model
+    if not base_name:
+        raise AdapterError(f"{adapter.path}: the adapter names no base model; give one with --base-model")
+    revision = None if base_model else adapter.revision
+    where = resolve_device(device)
+    with quiet_libraries():
+        config = _load_config(base_name, revision, trust_remote_code)
+        saved = saved_quantisation(base_name, config)
+        quantize = settle_quantisation(base_name, quantize, saved)
+        element_type = _element_type(dtype, config, where)
+        if quantize != "none" and element_type == torch.float64:
+            raise UsageError(f"--dtype float64 cannot be combined with --quantize {quantize}")
+        base, missing = _load_base(
+            adapter, base_name, revision, config, element_type, quantize, where, trust_remote_code
+        )
+    return LoadedBase(
+        model=base,
+        missing=missing,
+        kind=adapter.kind,
+        name=str(base_name),
+        revision=revision,
+        quantize=quantize,
+        element_type=element_type,
+        device=where,
+        fingerprint=base_fingerprint(base, missing),
+        trust_remote_code=trust_remote_code,
+    )
+
+
+def resolve_device(device: str) -> torch.device:
+    """Turn ``auto`` into the GPU where there is one.
+
+    Raises:
+        UsageError: No such device, or not available here.
+    """
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        resolved = torch.device(device)
+        torch.empty(1, device=resolved)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UsageError(f"--device {device}: not available on this machine ({reason})") from error
+    return resolved
+
+
+def _load_config(base_name: str, revision: str | None, trust_remote_code: bool) -> Any:
+    try:
+        return AutoConfig.from_pretrained(base_name, revision=revision, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise _base_error(base_name, error) from error
+
+
+def _base_error(base_name: str, error: Exception) -> AdapterError:
+    reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    looked = "no such folder, and " if not Path(base_name).is_dir() else ""
+    if isinstance(error, UnpicklingError):
+        reason = "its weights are a pickle of more than tensors, which could run any code and is not opened"
+    return AdapterError(
+        f"base model {base_name}: {looked}it cannot be loaded ({reason[:160]}); "
+        "give a local folder with --base-model, or check the name and the network"
+    )
+
+
+def _element_type(dtype: Dtype, config: Any, device: torch.device) -> torch.dtype:
+    if dtype != "auto":
+        return cast(torch.dtype, getattr(torch, dtype))
+    own = getattr(config.get_text_config(), "dtype", None)
+    if device.type == "cpu" or own is None:
+        return torch.float32
+    return cast(torch.dtype, getattr(torch, own) if isinstance(own, str) else own)
+
+
+def _load_base(
+    adapter: Adapter,
+    base_name: str,
+    revision: str | None,
+    config: Any,
+    element_type: torch.dtype,
+    quantize: Quantisation,
+    device: torch.device,
+    trust_remote_code: bool,
+) -> tuple[Any, set[str]]:
+    arguments: dict[str, Any] = {
+        "config": config,
+        "revision": revision,
+        "dtype": element_type,
+        "trust_remote_code": trust_remote_code,
+        "output_loading_info": True,
+    }
+    if quantize != "none":
+        arguments["device_map"] = {"": device}
+        if getattr(config, "quantization_config", None) is None:
+            whole = adapter.config.get("modules_to_save") or ()
+            arguments["quantization_config"] = quantisation_config(quantize, element_type, whole)
+    loader: Any = AutoModelForCausalLM
+    if adapter.kind == "classifier":
+        loader = AutoModelForSequenceClassification
+        labels = adapter.number_of_labels()
+        if labels is not None:
+            config.num_labels = labels
+    try:
+        base, information = loader.from_pretrained(base_name, **arguments)
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, UnpicklingError, SafetensorError) as error:
+        raise _base_error(base_name, error) from error
+    return base, set(information["missing_keys"])

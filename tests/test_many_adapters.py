@@ -1,0 +1,215 @@
+"""Several adapters on one base: fitted one after the other, predicted side by side, the base loaded once."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from lapora.config import DataSettings, FitSettings, ModelSettings, PredictSettings
+from lapora.errors import DataError, LaporaError, UsageError
+from lapora.model import bases as bases_module
+from lapora.model.adapter import read_adapter
+from lapora.model.bases import SharedBases
+from lapora.model.loading import load_model
+from lapora.workflows.fit import fit_several
+from lapora.workflows.predict import predict
+from tiny_adapter import make_adapter
+
+
+@pytest.fixture
+def several(tmp_path):
+    """Three adapters of one base: the second and third have other weights."""
+    folder = make_adapter(tmp_path / "one")
+    for number, name in enumerate(["second", "third"], 1):
+        shutil.copytree(folder / "adapter", folder / name)
+        file = folder / name / "adapter_model.safetensors"
+        generator = torch.Generator().manual_seed(number)
+        tensors = {
+            key: tensor + 0.3 * torch.randn(tensor.shape, generator=generator)
+            for key, tensor in load_file(file).items()
+        }
+        save_file(tensors, file, {"format": "pt"})
+    return folder
+
+
+def settings_of(folder, name):
+    return ModelSettings(adapter=str(folder / name), device="cpu")
+
+
+def fit_all(folder, names=("adapter", "second", "third")):
+    from contextlib import nullcontext
+
+    data = DataSettings(task=str(folder / "task.yaml"), data_dir=folder / "data")
+    models = [settings_of(folder, name) for name in names]
+    return list(fit_several(models, data, FitSettings(), lambda model: nullcontext(lambda done, total: None)))
+
+
+@pytest.fixture
+def loads(monkeypatch):
+    count = []
+    real = bases_module.load_base
+
+    def counted(*arguments, **how):
+        count.append(1)
+        return real(*arguments, **how)
+
+    monkeypatch.setattr(bases_module, "load_base", counted)
+    return count
+
+
+def test_an_adapter_taken_off_and_put_on_again_is_the_same(several):
+    shared = SharedBases()
+    batch = torch.tensor([[3, 4, 5, 6]])
+
+    def logits(model):
+        with torch.no_grad():
+            return model.get_base_model()(input_ids=batch).logits
+
+    expected = {
+        name: logits(load_model(read_adapter(several / name), device="cpu").model)
+        for name in ("adapter", "second", "third")
+    }
+    loaded = {}
+    for name in expected:
+        loaded[name] = shared.load(read_adapter(several / name), device="cpu")
+        torch.testing.assert_close(logits(loaded[name].model), expected[name], rtol=0, atol=0)
+    for name in ("adapter", "third", "adapter", "second"):
+        shared.put_on(loaded[name])
+        torch.testing.assert_close(logits(loaded[name].model), expected[name], rtol=0, atol=0)
+    assert len({id(each.model.get_base_model()) for each in loaded.values()}) == 1
+    assert shared.loads == 1
+
+
+def test_an_adapter_that_writes_into_the_base_has_one_of_its_own(several):
+    config = several / "second" / "adapter_config.json"
+    file = several / "second" / "adapter_model.safetensors"
+    base = load_file(next((several / "base").glob("*.safetensors")))
+    key = "model.embed_tokens.weight"
+    tensors = load_file(file)
+    tensors[f"base_model.model.{key}"] = base[key] + 1.0
+    save_file(tensors, file, {"format": "pt"})
+    assert config.is_file()
+    shared = SharedBases()
+    first = shared.load(read_adapter(several / "adapter"), device="cpu")
+    second = shared.load(read_adapter(several / "second"), device="cpu")
+    assert shared.loads == 2
+    assert first.model.get_base_model() is not second.model.get_base_model()
+    embedding = first.model.get_base_model().get_input_embeddings().weight
+    torch.testing.assert_close(embedding, base[key].to(embedding), rtol=0, atol=0)
+
+
+def test_fit_of_several_is_fit_of_each(several, loads):
+    found = fit_all(several)
+    assert not any(isinstance(each, LaporaError) for _, each in found)
+    assert len(loads) == 1
+    together = {
+        name: load_file(several / name / "laplace/default/factors.safetensors")
+        for name in ("adapter", "second", "third")
+    }
+    for name, tensors in together.items():
+        shutil.rmtree(several / name / "laplace")
+        fit_all(several, [name])
+        for key, tensor in load_file(several / name / "laplace/default/factors.safetensors").items():
+            torch.testing.assert_close(tensors[key], tensor, rtol=0, atol=0)
+
+
+def test_what_is_wrong_with_one_stops_no_other(several):
+    (several / "second" / "adapter_model.safetensors").write_bytes(b"damaged")
+    found = [each for _, each in fit_all(several)]
+    assert isinstance(found[1], LaporaError) and not isinstance(found[0], LaporaError)
+    assert not isinstance(found[2], LaporaError)
+    assert not (several / "second" / "laplace" / "default").exists()
+
+
+STORIES = ["the cows are in the barn", "the sheep is in the office", "anna is quiet", "boris is loud ?"]
+
+
+def lines_for(adapters):
+    return [
+        json.dumps({"story": STORIES[index % 4]} | ({"adapter": name} if name else {})).encode() + b"\n"
+        for index, name in enumerate(adapters)
+    ]
+
+
+def test_rows_go_to_the_adapter_they_name(several, loads):
+    fit_all(several)
+    loads.clear()
+    wanted = ["adapter", "second", None, "third", "second", "adapter", "third", None] * 12
+    settings = PredictSettings(adapters=(str(several / "second"), f"third={several / 'third'}"))
+    found = list(predict(settings_of(several, "adapter"), settings, lines_for(wanted)))
+    assert len(loads) == 1
+    assert [each["adapter"] for each in found] == [name or "adapter" for name in wanted]
+    alone = {
+        name: list(predict(settings_of(several, name), PredictSettings(), lines_for([None] * len(wanted))))
+        for name in ("adapter", "second", "third")
+    }
+    for index, record in enumerate(found):
+        expected = alone[record.pop("adapter")][index]
+        assert record["index"] == expected["index"]
+        assert record["probabilities"] == pytest.approx(expected["probabilities"], abs=1e-5)
+    assert abs(alone["adapter"][0]["confidence"] - alone["second"][0]["confidence"]) > 1e-3
+
+
+def test_a_folder_of_adapters_and_few_kept_open(several, loads):
+    fit_all(several)
+    folder = several / "all"
+    folder.mkdir()
+    for number in range(5):
+        shutil.copytree(several / ("second" if number % 2 else "third"), folder / f"customer-{number}")
+    wanted = [f"customer-{index % 5}" for index in range(40)]
+    settings = PredictSettings(adapters=(str(folder),), adapters_kept=1)
+    model = ModelSettings(adapter=str(several / "adapter"), device="cpu", batch_size=1)  # a window is four rows
+    found = list(predict(model, settings, lines_for(wanted)))
+    many = list(predict(model, PredictSettings(adapters=(str(folder),)), lines_for(wanted)))
+    assert found == many
+    assert len(loads) == 3  # one for the fits, one for each prediction
+
+
+@pytest.mark.parametrize("on_error", ["stop", "report"])
+def test_an_adapter_that_is_not_there(several, on_error):
+    fit_all(several, ["adapter", "second"])
+    settings = PredictSettings(adapters=(str(several / "second"), str(several / "third")), on_error=on_error)
+    wanted = ["second", "nobody", "third", "adapter"]
+    found = []
+    with pytest.raises(DataError, match="nobody" if on_error == "stop" else "2 bad lines"):
+        found.extend(predict(settings_of(several, "adapter"), settings, lines_for(wanted)))
+    if on_error == "report":
+        records = []
+        with pytest.raises(DataError):
+            for record in predict(settings_of(several, "adapter"), settings, lines_for(wanted)):
+                records.append(record)
+        assert ["error" in record for record in records] == [False, True, True, False]
+        assert "there are adapter, second, third" in records[1]["error"]
+        assert "no posterior" in records[2]["error"] or "third" in records[2]["error"]
+
+
+def test_two_of_one_name_are_refused(several):
+    fit_all(several, ["adapter"])
+    settings = PredictSettings(adapters=(f"adapter={several / 'second'}",))
+    with pytest.raises(UsageError, match="two adapters are called adapter"):
+        list(predict(settings_of(several, "adapter"), settings, []))
+
+
+def test_the_commands(several, tmp_path):
+    lapora = [sys.executable, "-m", "lapora"]
+    (several / "third" / "adapter_model.safetensors").write_bytes(b"damaged")
+    data = ["--data", several / "task.yaml", "--data-dir", several / "data"]
+    fitted = subprocess.run(
+        [*lapora, "fit", *(several / name for name in ("adapter", "third", "second")), *data],
+        capture_output=True,
+        text=True,
+    )
+    assert fitted.returncode == 3
+    assert "1 of 3 adapters were not fitted" in fitted.stderr and fitted.stderr.count("posterior over") == 2
+    file = tmp_path / "rows.jsonl"
+    file.write_bytes(b"".join(lines_for(["second", None])))
+    answered = subprocess.run(
+        [*lapora, "predict", several / "adapter", file, "--adapter", several / "second"], capture_output=True, text=True
+    )
+    assert [json.loads(line)["adapter"] for line in answered.stdout.splitlines()] == ["second", "adapter"]
