@@ -42,6 +42,7 @@ class ModelSettings:
     trust_remote_code: bool = False
     revision: str | None = None
     fetched: Path | None = None
+    gradient_checkpointing: bool = False
 
     @property
     def folder(self) -> Path:
@@ -81,6 +82,7 @@ class FitSettings:
     overwrite: bool = False
     resume: bool = False
     save_every: float = 60.0
+    offload_factors: bool = False
 
 
 @dataclass(frozen=True)

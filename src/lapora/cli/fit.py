@@ -10,6 +10,7 @@ from lapora.cli.options import (
     AdapterArgument,
     BaseModelOption,
     BatchOption,
+    CheckpointingOption,
     DataDirOption,
     DeviceOption,
     DtypeOption,
@@ -50,19 +51,33 @@ def fit_command(
     batch_size: BatchOption = "auto",
     trust_remote_code: TrustOption = False,
     revision: RevisionOption = None,
+    gradient_checkpointing: CheckpointingOption = False,
     max_length: Annotated[int | None, typer.Option(min=1, help="Tokens per row.")] = None,
     chat_template: Annotated[bool, typer.Option("--chat-template", help="Wrap prompts as a chat.")] = False,
     seed: SeedOption = 0,
     output_dir: OutputDirOption = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a posterior of that name.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from what a fit that was ended has saved.")] = False,
+    offload_factors: Annotated[
+        bool, typer.Option("--offload-factors", help="Keep the curvature's sums in the host's memory, not the GPU's.")
+    ] = False,
     save_every: Annotated[float, typer.Option(min=0, help="Seconds between saves for --resume; 0: every batch.")] = (
         FitSettings.save_every
     ),
 ) -> None:
     """Fit the Laplace posterior of ADAPTER on the rows it was trained on."""
     model = model_settings(
-        adapter, base_model, quantize, dtype, device, batch_size, output_dir, trust_remote_code, revision, writes=True
+        adapter,
+        base_model,
+        quantize,
+        dtype,
+        device,
+        batch_size,
+        output_dir,
+        trust_remote_code,
+        revision,
+        writes=True,
+        gradient_checkpointing=gradient_checkpointing,
     )
     if task is None:
         raise UsageError("--data is missing: a built-in task (see `lapora tasks`) or the path of a task YAML")
@@ -86,6 +101,7 @@ def fit_command(
                 overwrite=overwrite,
                 resume=resume,
                 save_every=save_every,
+                offload_factors=offload_factors,
             ),
             progress,
         )

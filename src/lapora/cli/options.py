@@ -68,6 +68,12 @@ SamplesOption = Annotated[int, typer.Option(min=2, help="Points of the sampling 
 TrustOption = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run the code that a base model or tokenizer brings along.")
 ]
+CheckpointingOption = Annotated[
+    bool,
+    typer.Option(
+        "--gradient-checkpointing", help="Run blocks twice instead of keeping what they compute: less memory."
+    ),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -83,6 +89,7 @@ def model_settings(
     revision: str | None = None,
     *,
     writes: bool = False,
+    gradient_checkpointing: bool = False,
 ) -> ModelSettings:
     """The options that every command that loads a model has; an adapter on the Hub is fetched.
 
@@ -103,5 +110,6 @@ def model_settings(
         output_dir=output_dir,
         trust_remote_code=trust_remote_code,
         revision=revision,
+        gradient_checkpointing=gradient_checkpointing,
     )
     return local_model(model, writes=writes)

@@ -33,6 +33,7 @@ class CurvatureRun:
         seed: Of whatever is random.
         progress: Told of rows done, from the start again for every pass.
         checkpoint: Keeps the sums on disk as they grow.
+        offload: Keep Kronecker sums in the host's memory.
     """
 
     answers: AnswerModel
@@ -46,6 +47,7 @@ class CurvatureRun:
     seed: int = 0
     progress: Progress | None = None
     checkpoint: Checkpoint | None = None
+    offload: bool = False
 
     @property
     def columns(self) -> int:

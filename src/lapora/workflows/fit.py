@@ -58,6 +58,8 @@ def fit(model: ModelSettings, data: DataSettings, settings: FitSettings, progres
         LaporaError: See the table of exit statuses; nothing half-written is left behind.
     """
     settings = _resolve_engine(settings)
+    if model.gradient_checkpointing and settings.engine != "native":
+        raise UsageError("--gradient-checkpointing goes with --engine native")
     folder = posterior_folder(model.root, settings.name)
     _refuse_to_replace(folder, settings)
     read_adapter(model.folder)  # nothing is written where no adapter is
@@ -158,6 +160,8 @@ def _resolve_engine(settings: FitSettings) -> FitSettings:
         raise UsageError("--resume goes with --engine native: laplace-torch's engines keep no sums to go on from")
     if settings.rank is not None and structure not in ("kron", "lowrank"):
         raise UsageError(f"--rank goes with --structure kron or lowrank, not {structure}")
+    if settings.offload_factors and (engine != "native" or structure not in ("kron", "ekfac")):
+        raise UsageError("--offload-factors goes with --structure kron or ekfac, and --engine native")
     if "asdl" in (engine, settings.weight_sharing):
         if engine == "curvlinops":
             raise UsageError("--engine curvlinops has no --weight-sharing asdl: use expand, reduce, or --engine asdl")

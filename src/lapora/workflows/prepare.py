@@ -82,6 +82,7 @@ class PreparedFit:
             rank=settings.rank,
             seed=settings.seed,
             progress=progress,
+            offload=settings.offload_factors,
         )
 
     def identity(self, settings: FitSettings) -> dict[str, Any]:
@@ -156,7 +157,9 @@ def prepare_fit(model: ModelSettings, data: DataSettings, settings: FitSettings)
             trust_remote_code=model.trust_remote_code,
         )
 
-    return prepare_rows(adapter, load, task, rows, replace(data, split=split), settings, model.batch_size)
+    prepared = prepare_rows(adapter, load, task, rows, replace(data, split=split), settings, model.batch_size)
+    prepared.answers.rerun_blocks = model.gradient_checkpointing
+    return prepared
 
 
 def prepare_rows(

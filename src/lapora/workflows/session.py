@@ -131,7 +131,9 @@ def open_session(model: ModelSettings, name: str, earlier: Session | None = None
     if differences:
         raise _of_something_else(posterior, differences)
     warn_of_other_versions(posterior.manifest)
-    return join_session(posterior, loaded, layers, model.batch_size)
+    session = join_session(posterior, loaded, layers, model.batch_size)
+    session.answers.rerun_blocks = model.gradient_checkpointing
+    return session
 
 
 def join_session(
