@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from lapora.cli.budget import print_budget
 from lapora.cli.options import (
     AdapterArgument,
     BaseModelOption,
@@ -14,6 +15,7 @@ from lapora.cli.options import (
     DataDirOption,
     DeviceOption,
     DtypeOption,
+    JsonOption,
     LimitOption,
     NameOption,
     OutputDirOption,
@@ -24,9 +26,12 @@ from lapora.cli.options import (
     TrustOption,
     model_settings,
 )
-from lapora.cli.output import RowProgress, say
-from lapora.config import DataSettings, Engine, FisherType, FitSettings, Structure, Subset, WeightSharing
-from lapora.errors import UsageError
+from lapora.cli.output import RowProgress, say, write_json_lines
+from lapora.config import DataSettings, Engine, FisherType, FitSettings, ModelSettings, Structure, Subset, WeightSharing
+from lapora.errors import LaporaError, UsageError
+
+if TYPE_CHECKING:
+    from lapora.workflows.budget import Budget
 
 
 def fit_command(
@@ -58,6 +63,14 @@ def fit_command(
     output_dir: OutputDirOption = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a posterior of that name.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from what a fit that was ended has saved.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the memory that it would take, load no weights, and stop.")
+    ] = False,
+    memory: Annotated[
+        float | None,
+        typer.Option(min=0, metavar="GIB", help="With --dry-run: what the device has free, if it is another's."),
+    ] = None,
+    as_json: JsonOption = False,
     offload_factors: Annotated[
         bool, typer.Option("--offload-factors", help="Keep the curvature's sums in the host's memory, not the GPU's.")
     ] = False,
@@ -81,30 +94,32 @@ def fit_command(
     )
     if task is None:
         raise UsageError("--data is missing: a built-in task (see `lapora tasks`) or the path of a task YAML")
+    data = DataSettings(task, data_dir, split, limit)
+    settings = FitSettings(
+        structure=structure,
+        weight_sharing=weight_sharing,
+        engine=engine,
+        subset=subset,
+        fisher=fisher,
+        rank=rank,
+        name=name,
+        max_length=max_length,
+        chat_template=chat_template,
+        seed=seed,
+        overwrite=overwrite,
+        resume=resume,
+        save_every=save_every,
+        offload_factors=offload_factors,
+    )
+    budget = _budget(model, data, settings, dry_run, memory)
+    if dry_run:
+        if as_json and budget is not None:
+            write_json_lines([{"budget": budget.describe()}], "-")
+        return
     from lapora.workflows.fit import fit
 
     with RowProgress("fit") as progress:
-        result = fit(
-            model,
-            DataSettings(task, data_dir, split, limit),
-            FitSettings(
-                structure=structure,
-                weight_sharing=weight_sharing,
-                engine=engine,
-                subset=subset,
-                fisher=fisher,
-                rank=rank,
-                name=name,
-                max_length=max_length,
-                chat_template=chat_template,
-                seed=seed,
-                overwrite=overwrite,
-                resume=resume,
-                save_every=save_every,
-                offload_factors=offload_factors,
-            ),
-            progress,
-        )
+        result = fit(model, data, settings, progress)
     for note in result.notes:
         say(f"note: {note}")
     if result.truncated:
@@ -117,3 +132,27 @@ def fit_command(
     )
     if result.kept < 1:
         say(f"the basis keeps {result.kept:.1%} of the curvature's trace; the rest keeps the prior")
+    if as_json:
+        write_json_lines([{**result.describe(), "budget": None if budget is None else budget.describe()}], "-")
+
+
+def _budget(
+    model: ModelSettings, data: DataSettings, settings: FitSettings, dry_run: bool, memory: float | None
+) -> Budget | None:
+    """Print what it will take; before a fit, what stands in the way of reckoning is the fit's own to say."""
+    from lapora.workflows.budget import reckon
+    from lapora.workflows.fit import settle
+
+    if memory is not None and not dry_run:
+        raise UsageError("--memory goes with --dry-run")
+    settings = settle(model, settings)
+    try:
+        budget = reckon(model, data, settings, device_memory=None if memory is None else memory * 2**30)
+    except Exception as error:  # of a model's own code, for one: a budget is no reason not to fit
+        if dry_run:
+            raise
+        if not isinstance(error, LaporaError):
+            say(f"memory: not reckoned ({type(error).__name__})")
+        return None
+    print_budget(budget, whole=dry_run)
+    return budget

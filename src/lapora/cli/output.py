@@ -24,6 +24,16 @@ def say(message: str) -> None:
     _stderr.print(_plain(message), markup=False)
 
 
+def on_terminal() -> bool:
+    """Whether messages go to a terminal."""
+    return _stderr.is_terminal
+
+
+def show(renderable: Any) -> None:
+    """Print a table for people."""
+    _stderr.print(renderable)
+
+
 def complain(message: str) -> None:
     """Print an error: one line."""
     _stderr.print(f"error: {_plain(message)}", markup=False)

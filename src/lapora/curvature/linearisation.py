@@ -273,9 +273,11 @@ class Linearisation:
 
 
 def _same_storage(first: Tensor, second: Tensor) -> bool:
-    return first is second or (
-        first.data_ptr() == second.data_ptr() and first.shape == second.shape and first.stride() == second.stride()
-    )
+    if first is second:
+        return True
+    same = first.untyped_storage()._cdata == second.untyped_storage()._cdata
+    layouts = [(each.shape, each.stride(), each.storage_offset()) for each in (first, second)]
+    return same and layouts[0] == layouts[1]
 
 
 def _wide(values: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from lapora.config import DEFAULT_RANK, DataSettings, FitSettings, ModelSettings, Progress
 from lapora.errors import PosteriorError, UsageError
@@ -44,6 +45,19 @@ class FitResult:
     kept: float
     notes: tuple[str, ...]
 
+    def describe(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "folder": str(self.folder),
+            "n": self.rows,
+            "truncated": self.truncated,
+            "parameters": self.parameters,
+            "log_likelihood": self.log_likelihood,
+            "prior": self.prior.describe(self.log_likelihood is not None),
+            "kept": self.kept,
+            "notes": list(self.notes),
+        }
+
 
 def fit(model: ModelSettings, data: DataSettings, settings: FitSettings, progress: Progress | None = None) -> FitResult:
     """Fit the Laplace posterior of an adapter.
@@ -57,9 +71,7 @@ def fit(model: ModelSettings, data: DataSettings, settings: FitSettings, progres
     Raises:
         LaporaError: See the table of exit statuses; nothing half-written is left behind.
     """
-    settings = _resolve_engine(settings)
-    if model.gradient_checkpointing and settings.engine != "native":
-        raise UsageError("--gradient-checkpointing goes with --engine native")
+    settings = settle(model, settings)
     folder = posterior_folder(model.root, settings.name)
     _refuse_to_replace(folder, settings)
     read_adapter(model.folder)  # nothing is written where no adapter is
@@ -86,6 +98,18 @@ def fit_prepared(
     _refuse_to_replace(folder, settings)
     with writing(folder):
         return _fit(prepared, settings, folder, progress)
+
+
+def settle(model: ModelSettings, settings: FitSettings) -> FitSettings:
+    """Settings as they will be used.
+
+    Raises:
+        UsageError: A combination that does not exist.
+    """
+    settings = _resolve_engine(settings)
+    if model.gradient_checkpointing and settings.engine != "native":
+        raise UsageError("--gradient-checkpointing goes with --engine native")
+    return settings
 
 
 def _refuse_to_replace(folder: Path, settings: FitSettings) -> None:
