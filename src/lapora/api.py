@@ -25,7 +25,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +50,7 @@ from lapora.workflows.session import Session, open_session
 from lapora.workflows.tune_prior import TunedPrior
 from lapora.workflows.tune_prior import tune_prior as run_tune_prior
 
-_MODEL_OPTIONS = ("base_model", "quantize", "dtype", "device", "batch_size", "trust_remote_code", "revision")
+_MODEL_OPTIONS = {field.name for field in fields(ModelSettings)} - {"adapter", "output_dir", "fetched"}
 
 
 @dataclass(frozen=True)

@@ -45,6 +45,7 @@ class ModelSettings:
     revision: str | None = None
     fetched: Path | None = None
     processes: Processes = ALONE
+    gradient_checkpointing: bool = False
 
     @property
     def folder(self) -> Path:
@@ -84,6 +85,7 @@ class FitSettings:
     overwrite: bool = False
     resume: bool = False
     save_every: float = 60.0
+    offload_factors: bool = False
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from lapora.cli.options import (
     AdapterArgument,
     BaseModelOption,
     BatchOption,
+    CheckpointingOption,
     DataDirOption,
     DeviceOption,
     DtypeOption,
@@ -84,6 +85,7 @@ def eval_command(
     batch_size: BatchOption = "auto",
     trust_remote_code: TrustOption = False,
     revision: RevisionOption = None,
+    gradient_checkpointing: CheckpointingOption = False,
     seed: SeedOption = 0,
     output_dir: OutputDirOption = None,
     as_json: JsonOption = False,
@@ -99,6 +101,7 @@ def eval_command(
         output_dir,
         trust_remote_code,
         revision,
+        gradient_checkpointing=gradient_checkpointing,
     )
     if coverage == 0:
         raise UsageError("--coverage 0: a share of the rows above 0 and at most 1")

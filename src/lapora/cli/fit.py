@@ -7,12 +7,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from lapora.cli.budget import print_budget
 from lapora.cli.options import (
     BaseModelOption,
     BatchOption,
+    CheckpointingOption,
     DataDirOption,
     DeviceOption,
     DtypeOption,
+    JsonOption,
     LimitOption,
     NameOption,
     OutputDirOption,
@@ -23,11 +26,12 @@ from lapora.cli.options import (
     TrustOption,
     model_settings,
 )
-from lapora.cli.output import RowProgress, complain, say
-from lapora.config import DataSettings, Engine, FisherType, FitSettings, Structure, Subset, WeightSharing
+from lapora.cli.output import RowProgress, complain, say, write_json_lines
+from lapora.config import DataSettings, Engine, FisherType, FitSettings, ModelSettings, Structure, Subset, WeightSharing
 from lapora.errors import LaporaError, SeveralError, UsageError
 
 if TYPE_CHECKING:
+    from lapora.workflows.budget import Budget
     from lapora.workflows.fit import FitResult
 
 
@@ -58,12 +62,24 @@ def fit_command(
     batch_size: BatchOption = "auto",
     trust_remote_code: TrustOption = False,
     revision: RevisionOption = None,
+    gradient_checkpointing: CheckpointingOption = False,
     max_length: Annotated[int | None, typer.Option(min=1, help="Tokens per row.")] = None,
     chat_template: Annotated[bool, typer.Option("--chat-template", help="Wrap prompts as a chat.")] = False,
     seed: SeedOption = 0,
     output_dir: OutputDirOption = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a posterior of that name.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from what a fit that was ended has saved.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the memory that it would take, load no weights, and stop.")
+    ] = False,
+    memory: Annotated[
+        float | None,
+        typer.Option(min=0, metavar="GIB", help="With --dry-run: what the device has free, if it is another's."),
+    ] = None,
+    as_json: JsonOption = False,
+    offload_factors: Annotated[
+        bool, typer.Option("--offload-factors", help="Keep the curvature's sums in the host's memory, not the GPU's.")
+    ] = False,
     save_every: Annotated[float, typer.Option(min=0, help="Seconds between saves for --resume; 0: every batch.")] = (
         FitSettings.save_every
     ),
@@ -86,6 +102,7 @@ def fit_command(
         overwrite=overwrite,
         resume=resume,
         save_every=save_every,
+        offload_factors=offload_factors,
     )
     models = [
         model_settings(
@@ -99,14 +116,21 @@ def fit_command(
             trust_remote_code,
             revision,
             writes=True,
+            gradient_checkpointing=gradient_checkpointing,
         )
         for adapter in adapters
     ]
+    budget = _budget(models[0], data, settings, dry_run, memory)
+    if dry_run:
+        if as_json and budget is not None:
+            write_json_lines([{"budget": budget.describe()}], "-")
+        return
     from lapora.workflows.fit import fit, fit_several
 
     if len(models) == 1:
         with RowProgress("fit") as progress:
-            _say_what_was_made(fit(models[0], data, settings, progress))
+            result = fit(models[0], data, settings, progress)
+        _say_what_was_made(result, budget, as_json and models[0].processes.first)
         return
     failures = []
     for model, found in fit_several(models, data, settings, lambda model: RowProgress(f"fit {model.adapter}")):
@@ -114,14 +138,14 @@ def fit_command(
             failures.append(found)
             complain(f"{model.adapter}: {found}", found.said_by)
         else:
-            _say_what_was_made(found)
+            _say_what_was_made(found, budget, as_json and model.processes.first)
     if failures:
         raise SeveralError(
             f"{len(failures)} of {len(models)} adapters were not fitted; the others are done", failures[0].exit_status
         )
 
 
-def _say_what_was_made(result: FitResult) -> None:
+def _say_what_was_made(result: FitResult, budget: Budget | None, as_json: bool) -> None:
     for note in result.notes:
         say(f"note: {note}")
     if result.truncated:
@@ -134,3 +158,27 @@ def _say_what_was_made(result: FitResult) -> None:
     )
     if result.kept < 1:
         say(f"the basis keeps {result.kept:.1%} of the curvature's trace; the rest keeps the prior")
+    if as_json:
+        write_json_lines([{**result.describe(), "budget": None if budget is None else budget.describe()}], "-")
+
+
+def _budget(
+    model: ModelSettings, data: DataSettings, settings: FitSettings, dry_run: bool, memory: float | None
+) -> Budget | None:
+    """Print what it will take; before a fit, what stands in the way of reckoning is the fit's own to say."""
+    from lapora.workflows.budget import reckon
+    from lapora.workflows.fit import settle
+
+    if memory is not None and not dry_run:
+        raise UsageError("--memory goes with --dry-run")
+    settings = settle(model, settings)
+    try:
+        budget = reckon(model, data, settings, device_memory=None if memory is None else memory * 2**30)
+    except Exception as error:  # of a model's own code, for one: a budget is no reason not to fit
+        if dry_run:
+            raise
+        if not isinstance(error, LaporaError):
+            say(f"memory: not reckoned ({type(error).__name__})")
+        return None
+    print_budget(budget, whole=dry_run)
+    return budget

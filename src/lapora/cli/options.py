@@ -70,6 +70,12 @@ SamplesOption = Annotated[int, typer.Option(min=2, help="Points of the sampling 
 TrustOption = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run the code that a base model or tokenizer brings along.")
 ]
+CheckpointingOption = Annotated[
+    bool,
+    typer.Option(
+        "--gradient-checkpointing", help="Run blocks twice instead of keeping what they compute: less memory."
+    ),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -85,6 +91,7 @@ def model_settings(
     revision: str | None = None,
     *,
     writes: bool = False,
+    gradient_checkpointing: bool = False,
 ) -> ModelSettings:
     """The options that every command that loads a model has; an adapter on the Hub is fetched.
 
@@ -110,5 +117,6 @@ def model_settings(
         trust_remote_code=trust_remote_code,
         revision=revision,
         processes=processes,
+        gradient_checkpointing=gradient_checkpointing,
     )
     return local_model(model, writes=writes)

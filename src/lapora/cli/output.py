@@ -32,6 +32,17 @@ def say(message: str) -> None:
         _stderr.print(_plain(message), markup=False)
 
 
+def on_terminal() -> bool:
+    """Whether messages go to a terminal."""
+    return _stderr.is_terminal
+
+
+def show(renderable: Any) -> None:
+    """Print a table for people."""
+    if _rank == 0:
+        _stderr.print(renderable)
+
+
 def complain(message: str, said_by: int = 0) -> None:
     """Print an error, one line, if it is this process that says it."""
     if said_by == _rank:

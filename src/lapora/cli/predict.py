@@ -12,6 +12,7 @@ from lapora.cli.options import (
     AdapterArgument,
     BaseModelOption,
     BatchOption,
+    CheckpointingOption,
     DeviceOption,
     DtypeOption,
     NameOption,
@@ -58,12 +59,22 @@ def predict_command(
     batch_size: BatchOption = "auto",
     trust_remote_code: TrustOption = False,
     revision: RevisionOption = None,
+    gradient_checkpointing: CheckpointingOption = False,
     seed: SeedOption = 0,
     output_dir: OutputDirOption = None,
 ) -> None:
     """Predict, one JSON line out per JSON line in."""
     model = model_settings(
-        adapter, base_model, quantize, dtype, device, batch_size, output_dir, trust_remote_code, revision
+        adapter,
+        base_model,
+        quantize,
+        dtype,
+        device,
+        batch_size,
+        output_dir,
+        trust_remote_code,
+        revision,
+        gradient_checkpointing=gradient_checkpointing,
     )
     from lapora.workflows.predict import predict
 

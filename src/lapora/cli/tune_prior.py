@@ -11,6 +11,7 @@ from lapora.cli.options import (
     AdapterArgument,
     BaseModelOption,
     BatchOption,
+    CheckpointingOption,
     DataDirOption,
     DeviceOption,
     DtypeOption,
@@ -52,13 +53,24 @@ def tune_prior_command(
     batch_size: BatchOption = "auto",
     trust_remote_code: TrustOption = False,
     revision: RevisionOption = None,
+    gradient_checkpointing: CheckpointingOption = False,
     seed: SeedOption = 0,
     output_dir: OutputDirOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Choose the prior precision: by validation rows where there are some, else by the marginal likelihood."""
     model = model_settings(
-        adapter, base_model, quantize, dtype, device, batch_size, output_dir, trust_remote_code, revision, writes=True
+        adapter,
+        base_model,
+        quantize,
+        dtype,
+        device,
+        batch_size,
+        output_dir,
+        trust_remote_code,
+        revision,
+        writes=True,
+        gradient_checkpointing=gradient_checkpointing,
     )
     from lapora.workflows.tune_prior import tune_prior
 

@@ -81,14 +81,19 @@ class KronObserver:
         weight_sharing: ``expand`` or ``reduce``.
         rank: Sides wider than twice this are sketched; None sketches only sides wider than ``WHOLE_WIDTH``.
         seed: Of the sketches.
+        offload: Keep the sums in the host's memory, where each batch's are added as soon as they are complete.
     """
 
-    def __init__(self, weight_sharing: WeightSharing, rank: int | None = None, seed: int = 0) -> None:
+    def __init__(
+        self, weight_sharing: WeightSharing, rank: int | None = None, seed: int = 0, *, offload: bool = False
+    ) -> None:
         if weight_sharing == "asdl":
             raise ValueError("asdl is another engine's scaling; see lapora.curvature.laplace_torch")
         self.weight_sharing = weight_sharing
         self.rank = rank
         self.seed = seed
+        self.offload = offload
+        self._sketches: dict[tuple[object, ...], NystromSketch] = {}
         self._input_sums: dict[str, Sum] = {}
         self._gradient_sums: dict[str, Sum] = {}
         self._counts: dict[str, int] = {}
@@ -114,15 +119,17 @@ class KronObserver:
             features = inputs.flatten(0, 1) if mask is None else inputs[mask]
         else:
             features = inputs.mean(dim=1) if mask is None else _masked_mean(inputs, mask)
-        self._add(self._input_sums, self._batch.inputs, layer.name, features, layer.shape[0])
+        self._add(self._batch.inputs, layer.name, features, layer.shape[0])
+        self._put_aside(self._batch.inputs, layer.name)
 
     def see_gradient(self, layer: BayesianLayer, kept: object, gradient: Tensor) -> None:
         """Add ``Σ g gᵀ`` of one Fisher column."""
         rows = gradient.flatten(0, 1) if self.weight_sharing == "expand" else gradient.sum(dim=1)
-        self._add(self._gradient_sums, self._batch.gradients, layer.name, rows, layer.shape[1])
+        self._add(self._batch.gradients, layer.name, rows, layer.shape[1])
 
     def finish(self, layer: BayesianLayer) -> None:
-        """Sums need no closing."""
+        """Sums need no closing, but may have to leave the device."""
+        self._put_aside(self._batch.gradients, layer.name)
 
     def end(self, rows: int, directions: int) -> None:
         """Add the batch's sums to the pass's."""
@@ -132,23 +139,30 @@ class KronObserver:
             self._counts[name] = self._counts.get(name, 0) + count
         self._batch = _BatchSums()
 
-    def _add(self, totals: dict[str, Sum], sums: dict[str, Sum], name: str, rows: Tensor, other: int) -> None:
+    def _put_aside(self, sums: dict[str, Sum], name: str) -> None:
+        if self.offload:
+            found = sums[name]
+            sums[name] = found.on_host() if isinstance(found, NystromSketch) else found.cpu()
+
+    def _add(self, sums: dict[str, Sum], name: str, rows: Tensor, other: int) -> None:
         if name not in sums:
-            sums[name] = self._empty(totals.get(name), rows, other)
+            sums[name] = self._empty(rows, other)
         found = sums[name]
         if isinstance(found, NystromSketch):
             found.add(rows)
         else:
             found.addmm_(rows.T, rows)
 
-    def _empty(self, total: Sum | None, rows: Tensor, other: int) -> Sum:
-        if isinstance(total, NystromSketch):
-            return total.another()
+    def _empty(self, rows: Tensor, other: int) -> Sum:
         dimension = rows.shape[1]
         width = 2 * rank_of_side(dimension, other, self.rank)
-        if dimension > width:
-            return NystromSketch(dimension, width, seed=self.seed, like=rows)
-        return rows.new_zeros(dimension, dimension)
+        if dimension <= width:
+            return rows.new_zeros(dimension, dimension)
+        # Sketches of one shape have one test matrix: it is half of their memory.
+        key = (dimension, width, rows.device, rows.dtype)
+        if key not in self._sketches:
+            self._sketches[key] = NystromSketch(dimension, width, seed=self.seed, like=rows)
+        return self._sketches[key].another()
 
     def state(self) -> ObserverState:
         """All sums, counts and who shares whose input."""
@@ -160,6 +174,10 @@ class KronObserver:
         """Go on from what :meth:`state` gave."""
         self._input_sums = sums_from_state(state, "input", self.seed)
         self._gradient_sums = sums_from_state(state, "gradient", self.seed)
+        if self.offload:
+            for sums in (self._input_sums, self._gradient_sums):
+                for name in sums:
+                    self._put_aside(sums, name)
         self._counts = dict(state.facts["counts"])
         self._leaders = dict(state.facts["leaders"])
 
@@ -176,6 +194,7 @@ class KronObserver:
         leader = self._leaders.get(layer.name, layer.name)
         like = layer.module.weight.new_zeros(())
         like = like if like.dtype == torch.float64 else like.float()
+        like = like.cpu() if self.offload else like
         input_sum = self._input_sums.get(leader)
         gradient_sum = self._gradient_sums.get(layer.name)
         return KronFactors(

@@ -8,6 +8,9 @@ The backward pass is cut at the transformer blocks. Each block is crossed by all
 next is begun, so that an observer can join the K gradients of one layer (as a logit covariance must) and
 drop them, without the model being run K times and without gradients of all layers standing in memory.
 No weight gradients are computed, and the pass ends at the lowest Bayesian layer.
+
+With ``rerun_blocks`` set on the answer model, blocks keep their inputs alone and are run again by the backward pass;
+their layers are then shown during that second run.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from lapora.curvature.rerunning import ReplacedForward, SecondRun, blocks_of
 from lapora.errors import AdapterError
 from lapora.model.answers import AnswerModel
 from lapora.model.batches import Batch
@@ -33,7 +37,7 @@ Directions = Callable[[Tensor], Tensor]
 class Observer(Protocol):
     """Sees a layer's inputs and output gradients, one layer at a time.
 
-    For every batch: ``begin``; ``see_input`` once per layer during the forward pass; then, for one layer
+    For every batch: ``begin``; ``see_input`` once per layer, before its gradients; for one layer
     after another, ``see_gradient`` K times and ``finish`` once; ``end``.
     """
 
@@ -65,9 +69,12 @@ class Observer(Protocol):
 
 @dataclass
 class _Boundary:
-    """Where the backward pass is cut: a block's output, and the leaf that the next block reads."""
+    """Where the backward pass is cut: a block's output, and the leaf that the next block reads.
 
-    output: Tensor
+    A block that is to be run again has no output yet.
+    """
+
+    output: Tensor | SecondRun
     leaf: Tensor
     upstream: list[Tensor] = field(default_factory=list)
 
@@ -87,7 +94,7 @@ class Linearisation:
         self.observer = observer
         self.forward_calls = 0
         self.backward_calls = 0
-        self._handles: list[RemovableHandle] = []
+        self._handles: list[RemovableHandle | ReplacedForward] = []
         self._batch: Batch | None = None
         self._boundaries: list[_Boundary] = []
         self._leaves: list[Tensor] = []
@@ -96,14 +103,18 @@ class Linearisation:
         self._touched: dict[str, BayesianLayer] = {}
         self._seen: set[str] = set()
         self._called: set[str] = set()
+        self._blind = False
 
     def __enter__(self) -> Linearisation:
         for layer in self.layers:
             if layer.source is not layer.module:
                 self._handles.append(layer.source.register_forward_pre_hook(self._source_hook(layer)))
             self._handles.append(layer.module.register_forward_hook(self._layer_hook(layer)))
-        for block in _blocks(self.answer_model.network, self.layers):
-            self._handles.append(block.register_forward_hook(self._cut))
+        for block in blocks_of(self.answer_model.network, self.layers):
+            if self.answer_model.rerun_blocks:
+                self._handles.append(ReplacedForward(block, self._run_without_graph))
+            else:
+                self._handles.append(block.register_forward_hook(self._cut))
         return self
 
     def __exit__(
@@ -148,12 +159,21 @@ class Linearisation:
         while self._boundaries:
             boundary = self._boundaries.pop()
             if boundary.upstream:
-                self._cross(boundary.output, boundary.upstream)
+                source = boundary.output
+                if isinstance(source, SecondRun):
+                    self._cross(source.output(), boundary.upstream, source.entries)
+                else:
+                    self._cross(source, boundary.upstream)
 
-    def _cross(self, output: Tensor, gradients: list[Tensor]) -> None:
+    def _cross(self, output: Tensor, gradients: list[Tensor], entries: Sequence[tuple[Tensor, Tensor]] = ()) -> None:
         """Take all directions through one block, then let the observer close its layers."""
         for index, gradient in enumerate(gradients):
-            output.backward(gradient, retain_graph=index < len(gradients) - 1)
+            more = index < len(gradients) - 1
+            output.backward(gradient, retain_graph=more)
+            for entered, leaf in entries:
+                if leaf.grad is not None:
+                    entered.backward(leaf.grad, retain_graph=more)
+                    leaf.grad = None
             for boundary in self._boundaries:
                 if boundary.leaf.grad is None:
                     continue
@@ -171,6 +191,8 @@ class Linearisation:
 
     def _source_hook(self, layer: BayesianLayer) -> Callable[..., None]:
         def hook(module: nn.Module, arguments: tuple[Any, ...]) -> None:
+            if self._blind:
+                return
             source = arguments[0]
             if self._last_source is None or not _same_storage(self._last_source[0], source):
                 self._last_source = (source, layer.name)
@@ -181,7 +203,7 @@ class Linearisation:
     def _layer_hook(self, layer: BayesianLayer) -> Callable[..., Tensor | None]:
         def hook(module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> Tensor | None:
             batch = self._batch
-            if batch is None:
+            if batch is None or self._blind:
                 return None
             if layer.name in self._called:
                 raise AdapterError(
@@ -224,6 +246,22 @@ class Linearisation:
         self._boundaries.append(_Boundary(hidden, leaf))
         return leaf if isinstance(output, Tensor) else (leaf, *output[1:])
 
+    def _run_without_graph(self, forward: Callable[..., Any], arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
+        """Run a block unseen, keeping what it was given, for the backward pass to run it again."""
+        if self._batch is None or not torch.is_grad_enabled():
+            return forward(*arguments, **named)
+        self._blind = True
+        try:
+            with torch.no_grad():
+                output = forward(*arguments, **named)
+        finally:
+            self._blind = False
+        hidden = output if isinstance(output, Tensor) else output[0]
+        leaf = hidden.detach().requires_grad_()
+
+        self._boundaries.append(_Boundary(SecondRun(forward, arguments, named), leaf))
+        return leaf if isinstance(output, Tensor) else (leaf, *output[1:])
+
     def _forget(self) -> None:
         self._batch = None
         self._boundaries = []
@@ -234,25 +272,12 @@ class Linearisation:
         self._called = set()
 
 
-def _blocks(network: nn.Module, layers: Sequence[BayesianLayer]) -> list[nn.Module]:
-    """The outermost repeated blocks that hold Bayesian layers: the items of the model's ModuleLists."""
-    bayesian = {layer.module for layer in layers}
-    blocks: list[nn.Module] = []
-    inside: set[nn.Module] = set()
-    for module in network.modules():
-        if isinstance(module, nn.ModuleList) and module not in inside:
-            for block in module:
-                members = set(block.modules())
-                inside |= members
-                if members & bayesian:
-                    blocks.append(block)
-    return blocks
-
-
 def _same_storage(first: Tensor, second: Tensor) -> bool:
-    return first is second or (
-        first.data_ptr() == second.data_ptr() and first.shape == second.shape and first.stride() == second.stride()
-    )
+    if first is second:
+        return True
+    same = first.untyped_storage()._cdata == second.untyped_storage()._cdata
+    layouts = [(each.shape, each.stride(), each.storage_offset()) for each in (first, second)]
+    return same and layouts[0] == layouts[1]
 
 
 def _wide(values: Tensor) -> Tensor:

@@ -72,6 +72,7 @@ class PerExampleObserver:
         for basis in bases.values():
             self._followers[basis.leader] = self._followers.get(basis.leader, 0) + 1
         self._inputs: dict[str, Any] = {}
+        self._readers: dict[str, set[str]] = {}
         self._gradients: dict[str, list[LayerGradient]] = {}
 
     def join(self, layer: BayesianLayer, gradients: Sequence[LayerGradient]) -> None:
@@ -80,7 +81,7 @@ class PerExampleObserver:
 
     def begin(self, batch: Batch) -> None:
         """Forget the last batch."""
-        self._inputs = {}
+        self._inputs, self._readers = {}, {}
         self._gradients = {}
 
     def see_input(self, layer: BayesianLayer, leader: str, inputs: Tensor, mask: Tensor | None) -> Any:
@@ -90,6 +91,7 @@ class PerExampleObserver:
         key = leader if shared else layer.name
         if key not in self._inputs:
             self._inputs[key] = self._prepare(basis, inputs, leader if shared else None)
+        self._readers.setdefault(key, set()).add(layer.name)
         return self._inputs[key]
 
     def _prepare(self, basis: LayerBasis, inputs: Tensor, leader: str | None) -> _Inputs:
@@ -113,8 +115,13 @@ class PerExampleObserver:
         self._gradients.setdefault(layer.name, []).append(found)
 
     def finish(self, layer: BayesianLayer) -> None:
-        """Hand on the layer's K gradients, and drop them."""
+        """Hand on the layer's K gradients, and drop them; and its input, if no other layer has need of it."""
         self.join(layer, self._gradients.pop(layer.name))
+        for key in (layer.name, self._bases[layer.name].leader):
+            readers = self._readers.get(key, set())
+            readers.discard(layer.name)
+            if not readers:
+                self._inputs.pop(key, None)
 
     def end(self, rows: int, directions: int) -> None:
         """Nothing is left to do where layers are independent."""

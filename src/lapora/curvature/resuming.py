@@ -120,12 +120,16 @@ def sums_from_state(state: ObserverState, prefix: str, seed: int) -> dict[str, T
     """Read back what :func:`sums_state` gave."""
     traces = state.facts[f"{prefix}.traces"]
     found: dict[str, Tensor | NystromSketch] = {}
+    sketches: dict[tuple[int, ...], NystromSketch] = {}  # of one shape they share a test matrix
     for key, tensor in state.tensors.items():
         if not key.startswith(f"{prefix}."):
             continue
         name = key.removeprefix(f"{prefix}.")
         if name in traces:
-            sketch = NystromSketch(len(tensor), tensor.shape[1], seed=seed, like=tensor)
+            shape = tuple(tensor.shape)
+            if shape not in sketches:
+                sketches[shape] = NystromSketch(*shape, seed=seed, like=tensor)
+            sketch = sketches[shape].another()
             # Into the sketch's own memory: in another layout products are rounded otherwise.
             sketch.image.copy_(tensor)
             sketch.trace = float(traces[name])

@@ -50,12 +50,18 @@ class NystromSketch:
     def another(self) -> NystromSketch:
         """An empty sketch with the same Ω, whose sums may be merged into this one's."""
         sketch = NystromSketch.__new__(NystromSketch)
-        sketch.test_matrix, sketch.image, sketch.trace = self.test_matrix, torch.zeros_like(self.image), 0.0
+        sketch.test_matrix, sketch.image, sketch.trace = self.test_matrix, torch.zeros_like(self.test_matrix), 0.0
+        return sketch
+
+    def on_host(self) -> NystromSketch:
+        """The same sums in the host's memory, Ω left where rows are added."""
+        sketch = self.another()
+        sketch.image, sketch.trace = self.image.cpu(), self.trace
         return sketch
 
     def merge(self, other: NystromSketch) -> None:
         """Add what another sketch with the same Ω has seen."""
-        self.image += other.image
+        self.image += other.image.to(self.image.device)
         self.trace += other.trace
 
     def leading(self, rank: int) -> tuple[Tensor, Tensor]:
@@ -103,7 +109,7 @@ class NystromSketch:
         """Image and test matrix a few rows at a time, in float64."""
         for start in range(0, len(self.image), _CHUNK):
             rows = slice(start, start + _CHUNK)
-            yield self.image[rows].double(), self.test_matrix[rows].double()
+            yield self.image[rows].double(), self.test_matrix[rows].to(self.image.device).double()
 
     def _double(self, *shape: int) -> Tensor:
         return torch.zeros(*shape, dtype=torch.float64, device=self.image.device)

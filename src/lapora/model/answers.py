@@ -27,6 +27,7 @@ class AnswerModel:
         kind: ``causal`` or ``classifier``.
         pad_token_id: The id that batches are padded with.
         answer_token_ids: Vocabulary index of each answer, for a causal model.
+        rerun_blocks: Keep a transformer block's inputs alone for the backward pass, and run it again then.
     """
 
     def __init__(
@@ -35,12 +36,15 @@ class AnswerModel:
         kind: ModelKind,
         pad_token_id: int,
         answer_token_ids: Sequence[int] | None = None,
+        *,
+        rerun_blocks: bool = False,
     ) -> None:
         if kind == "causal" and answer_token_ids is None:
             raise ValueError("a causal model needs the token ids of its answers")
         self.model = model
         self.kind = kind
         self.pad_token_id = pad_token_id
+        self.rerun_blocks = rerun_blocks
         self.network = cast(nn.Module, model.get_base_model())
         self.device = next(self.network.parameters()).device
         self.answer_token_ids = None if answer_token_ids is None else torch.tensor(answer_token_ids, device=self.device)

@@ -69,10 +69,10 @@ def load_base(
     revision = None if base_model else adapter.revision
     where = resolve_device(device)
     with quiet_libraries():
-        config = _load_config(base_name, revision, trust_remote_code)
+        config = load_config(base_name, revision, trust_remote_code)
         saved = saved_quantisation(base_name, config)
         quantize = settle_quantisation(base_name, quantize, saved)
-        element_type = _element_type(dtype, config, where)
+        element_type = element_type_of(dtype, config, where)
         if quantize != "none" and element_type == torch.float64:
             raise UsageError(f"--dtype float64 cannot be combined with --quantize {quantize}")
         base, missing = _load_base(
@@ -109,7 +109,12 @@ def resolve_device(device: str) -> torch.device:
     return resolved
 
 
-def _load_config(base_name: str, revision: str | None, trust_remote_code: bool) -> Any:
+def load_config(base_name: str, revision: str | None, trust_remote_code: bool) -> Any:
+    """A base model's configuration.
+
+    Raises:
+        AdapterError: It cannot be read.
+    """
     try:
         return AutoConfig.from_pretrained(base_name, revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
@@ -127,7 +132,8 @@ def _base_error(base_name: str, error: Exception) -> AdapterError:
     )
 
 
-def _element_type(dtype: Dtype, config: Any, device: torch.device) -> torch.dtype:
+def element_type_of(dtype: Dtype, config: Any, device: torch.device) -> torch.dtype:
+    """Type of a base's weights; ``auto`` is float32 on a CPU and the base's own on a GPU."""
     if dtype != "auto":
         return cast(torch.dtype, getattr(torch, dtype))
     own = getattr(config.get_text_config(), "dtype", None)

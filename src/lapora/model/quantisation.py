@@ -35,7 +35,7 @@ def quantisation_config(quantize: Quantisation, compute_dtype: torch.dtype, whol
     _need_bitsandbytes(f"--quantize {quantize}")
     from transformers import BitsAndBytesConfig
 
-    skipped = sorted({*_HEADS, *whole})
+    skipped = sorted(modules_left_whole(whole))
     if quantize == "8bit":
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skipped)
     return BitsAndBytesConfig(
@@ -45,6 +45,11 @@ def quantisation_config(quantize: Quantisation, compute_dtype: torch.dtype, whol
         bnb_4bit_compute_dtype=compute_dtype,
         llm_int8_skip_modules=skipped,
     )
+
+
+def modules_left_whole(whole: Sequence[str] = ()) -> set[str]:
+    """Names of modules that are never quantised: heads, and what the adapter saves whole."""
+    return {*_HEADS, *whole}
 
 
 def saved_quantisation(base_name: str, config: Any) -> Quantisation:

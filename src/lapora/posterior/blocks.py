@@ -18,14 +18,14 @@ from lapora.posterior.gaussian import BlockPosterior, EigenBlock, Posterior
 
 def fit_kron(run: CurvatureRun) -> tuple[Posterior, DataPass]:
     """KFAC: ``A ⊗ G`` of each layer, in its eigenbasis; one pass."""
-    observer = KronObserver(run.weight_sharing, run.rank, run.seed)
+    observer = KronObserver(run.weight_sharing, run.rank, run.seed, offload=run.offload)
     data = run.observe(observer)
     return BlockPosterior(decompose(run.layers, observer.factors(run.layers), run.rank, run.processes)), data
 
 
 def fit_ekfac(run: CurvatureRun) -> tuple[Posterior, DataPass]:
     """KFAC's eigenbasis, then exact second moments in it: a second pass."""
-    observer = KronObserver(run.weight_sharing)
+    observer = KronObserver(run.weight_sharing, offload=run.offload)
     run.observe(observer, another=True)
     posterior = BlockPosterior(decompose(run.layers, observer.factors(run.layers), processes=run.processes))
     rotated = posterior.to(run.answers.device, run.working_dtype)

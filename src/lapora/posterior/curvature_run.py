@@ -35,6 +35,7 @@ class CurvatureRun:
         progress: Told of rows done, from the start again for every pass.
         checkpoint: Keeps the sums on disk as they grow.
         processes: Those that share the rows.
+        offload: Keep Kronecker sums in the host's memory.
     """
 
     answers: AnswerModel
@@ -49,6 +50,7 @@ class CurvatureRun:
     progress: Progress | None = None
     checkpoint: Checkpoint | None = None
     processes: Processes = ALONE
+    offload: bool = False
 
     @property
     def columns(self) -> int:

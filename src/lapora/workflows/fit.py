@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from lapora.config import DEFAULT_RANK, DataSettings, FitSettings, ModelSettings, Progress
 from lapora.errors import LaporaError, PosteriorError, UsageError
@@ -48,6 +49,19 @@ class FitResult:
     kept: float
     notes: tuple[str, ...]
 
+    def describe(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "folder": str(self.folder),
+            "n": self.rows,
+            "truncated": self.truncated,
+            "parameters": self.parameters,
+            "log_likelihood": self.log_likelihood,
+            "prior": self.prior.describe(self.log_likelihood is not None),
+            "kept": self.kept,
+            "notes": list(self.notes),
+        }
+
 
 def fit(
     model: ModelSettings,
@@ -69,9 +83,7 @@ def fit(
         LaporaError: See the table of exit statuses; nothing half-written is left behind.
     """
     processes = model.processes
-    settings = _resolve_engine(settings)
-    if processes.count > 1 and settings.engine != "native":
-        raise UsageError(f"--engine {settings.engine} runs in one process: start it without a launcher")
+    settings = settle(model, settings)
     folder = posterior_folder(model.root, settings.name)
     with processes.in_step():
         _refuse_to_replace(folder, settings)
@@ -128,6 +140,20 @@ def fit_prepared(
     _refuse_to_replace(folder, settings)
     with writing(folder):
         return _fit(prepared, settings, folder, progress)
+
+
+def settle(model: ModelSettings, settings: FitSettings) -> FitSettings:
+    """Settings as they will be used.
+
+    Raises:
+        UsageError: A combination that does not exist.
+    """
+    settings = _resolve_engine(settings)
+    if model.gradient_checkpointing and settings.engine != "native":
+        raise UsageError("--gradient-checkpointing goes with --engine native")
+    if model.processes.count > 1 and settings.engine != "native":
+        raise UsageError(f"--engine {settings.engine} runs in one process: start it without a launcher")
+    return settings
 
 
 def _refuse_to_replace(folder: Path, settings: FitSettings) -> None:
@@ -207,6 +233,8 @@ def _resolve_engine(settings: FitSettings) -> FitSettings:
         raise UsageError("--resume goes with --engine native: laplace-torch's engines keep no sums to go on from")
     if settings.rank is not None and structure not in ("kron", "lowrank"):
         raise UsageError(f"--rank goes with --structure kron or lowrank, not {structure}")
+    if settings.offload_factors and (engine != "native" or structure not in ("kron", "ekfac")):
+        raise UsageError("--offload-factors goes with --structure kron or ekfac, and --engine native")
     if "asdl" in (engine, settings.weight_sharing):
         if engine == "curvlinops":
             raise UsageError("--engine curvlinops has no --weight-sharing asdl: use expand, reduce, or --engine asdl")

@@ -87,6 +87,7 @@ class PreparedFit:
             seed=settings.seed,
             progress=progress,
             processes=self.processes,
+            offload=settings.offload_factors,
         )
 
     def identity(self, settings: FitSettings) -> dict[str, Any]:
@@ -166,7 +167,9 @@ def prepare_fit(
         )
 
     data = replace(data, split=split)
-    return prepare_rows(adapter, load, task, rows, data, settings, model.batch_size, model.processes)
+    prepared = prepare_rows(adapter, load, task, rows, data, settings, model.batch_size, model.processes)
+    prepared.answers.rerun_blocks = model.gradient_checkpointing
+    return prepared
 
 
 def prepare_rows(

@@ -145,7 +145,9 @@ def _open_session(
     if differences:
         raise _of_something_else(posterior, differences)
     warn_of_other_versions(posterior.manifest)
-    return join_session(posterior, loaded, layers, model.batch_size, model.processes)
+    session = join_session(posterior, loaded, layers, model.batch_size, model.processes)
+    session.answers.rerun_blocks = model.gradient_checkpointing
+    return session
 
 
 def join_session(

