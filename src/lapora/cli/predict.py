@@ -22,7 +22,7 @@ from lapora.cli.options import (
     TrustOption,
     model_settings,
 )
-from lapora.cli.output import write_json_lines
+from lapora.cli.records import write_json_lines
 from lapora.config import Link, OnError, PredictSettings
 
 
@@ -54,4 +54,4 @@ def predict_command(
 
     settings = PredictSettings(name, link, samples, seed, logits, on_error, abstain_below)
     with binary_lines(source) as lines:
-        write_json_lines(predict(model, settings, lines), output)
+        write_json_lines(predict(model, settings, lines), output, source)

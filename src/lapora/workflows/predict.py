@@ -22,9 +22,9 @@ _DEFAULT_WINDOW = 64
 
 @dataclass(frozen=True)
 class _Item:
-    """One input line: its number, its ``id``, and its token ids or what is wrong with it."""
+    """One input line: what messages call it, its ``id``, and its token ids or what is wrong with it."""
 
-    number: int
+    where: str
     identifier: Any
     content: EncodedExample | LaporaError
 
@@ -129,9 +129,9 @@ def _read(session: Session, number: int, line: _Line) -> _Item:
             choices=session.choices,
             where=where,
         )
-        return _Item(number, identifier, session.encode([example])[0])
+        return _Item(where, identifier, session.encode([example])[0])
     except DataError as error:
-        return _Item(number, identifier, error)
+        return _Item(where, identifier, error)
 
 
 def _identifier(value: Any, where: str) -> Any:
@@ -164,7 +164,7 @@ def _predict_window(
         for row, record in zip(batch.rows, records, strict=True):
             position, coded = good[row]
             if isinstance(record, NonFiniteRowError):
-                answers[position] = NumericalError(f"line {items[position].number}: {record.reason}")
+                answers[position] = NumericalError(f"{items[position].where}: {record.reason}")
             else:
                 answers[position] = record | ({"truncated": True} if coded.truncated else {})
     return answers
