@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, cast
@@ -17,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 from lapora.config import Dtype, Quantisation
 from lapora.errors import AdapterError, UsageError
 from lapora.model.adapter import Adapter, ModelKind
-from lapora.model.fingerprint import base_fingerprint
+from lapora.model.fingerprint import digest_in, fingerprint_of_tensors, own_weights
 from lapora.model.quantisation import (
     keep_inputs_whole,
     quantisation_config,
@@ -42,6 +43,7 @@ class LoadedModel:
         dtype: Element type of the base's unquantised weights, such as ``float32``.
         fingerprint: Digest of a sample of every base tensor: another base gives another fingerprint.
         number_of_labels: Outputs of a classification head, or None for a causal model.
+        weights: The base's own weights, by name; none where they are quantised.
     """
 
     model: PeftModel
@@ -53,6 +55,11 @@ class LoadedModel:
     dtype: str
     fingerprint: str
     number_of_labels: int | None
+    weights: Mapping[str, torch.Tensor] = field(default_factory=dict, repr=False)
+
+    def digest(self, dtype: str) -> str:
+        """Digest of all of the base's weights, rounded to an element type that is no finer than the model's."""
+        return digest_in(dtype, self.weights)
 
     @property
     def pad_token_id(self) -> int:
@@ -119,7 +126,8 @@ def load_model(
         base, missing = _load_base(
             adapter, base_name, revision, config, element_type, quantize, where, trust_remote_code
         )
-        fingerprint = base_fingerprint(base, missing)
+        weights = own_weights(base, missing)
+        fingerprint = fingerprint_of_tensors(weights)
         tokenizer = tokenizer_at(adapter, base_name, revision, trust_remote_code)
         model = _load_adapter(adapter, base, base_name)
     _refuse_untrained(adapter, model, missing)
@@ -142,6 +150,7 @@ def load_model(
         dtype=str(element_type).removeprefix("torch."),
         fingerprint=fingerprint,
         number_of_labels=getattr(base.config, "num_labels", None) if adapter.kind == "classifier" else None,
+        weights=weights if quantize == "none" else {},
     )
     if adapter.kind == "classifier":
         # A decoder with a head finds the answer's position by this id: it must be the one that batches are padded with.
