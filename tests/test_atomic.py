@@ -183,8 +183,8 @@ def test_every_step_of_the_writing_may_be_the_last(tiny, monkeypatch):
             patched.setattr(Path, "rename", counting(Path.rename))
             patched.setattr(Path, "replace", counting(Path.replace))
             patched.setattr(Path, "mkdir", counting(Path.mkdir))
-            patched.setattr(artifact, "_to_disk", counting(artifact._to_disk))
-            patched.setattr(artifact, "_remove", counting(artifact._remove))
+            patched.setattr(artifact, "to_disk", counting(artifact.to_disk))
+            patched.setattr(artifact, "remove_whatever", counting(artifact.remove_whatever))
             patched.setattr(artifact.shutil, "rmtree", counting(artifact.shutil.rmtree))
             try:
                 fit_tiny(tiny, structure="diag", overwrite=True)
@@ -233,7 +233,7 @@ def test_a_disk_that_fills_at_any_write(tiny, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    for where, name in ((artifact, "_to_disk"), (artifact.os, "fsync"), (Path, "replace"), (Path, "rename")):
+    for where, name in ((artifact, "to_disk"), (os, "fsync"), (Path, "replace"), (Path, "rename")):
         with monkeypatch.context() as patched, pytest.raises(PosteriorError, match="No space left"):
             patched.setattr(where, name, full)
             fit_tiny(tiny, overwrite=True, structure="diag")
@@ -255,6 +255,18 @@ def test_a_folder_where_nothing_can_be_made_is_one_line(tiny):
     (tiny / "adapter" / "laplace").write_text("a file stands in the way")
     with pytest.raises(PosteriorError, match="cannot be written"):
         fit_tiny(tiny)
+
+
+def test_files_in_place_of_the_folders_are_replaced_once_and_for_all(tiny):
+    laplace = tiny / "adapter" / "laplace"
+    laplace.mkdir()
+    for name in ("default", ".default.previous", ".default.new", ".default.partial"):
+        (laplace / name).write_text("a file stands in the way")
+    with pytest.raises(PosteriorError, match="exists already; give --overwrite"):
+        fit_tiny(tiny)
+    for _ in range(2):
+        SavedPosterior(fit_tiny(tiny, overwrite=True, save_every=0.0).folder).gaussian()
+        assert [each.name for each in laplace.iterdir()] == ["default"]
 
 
 def test_the_second_of_two_writers_is_told_who_is_first(tiny):

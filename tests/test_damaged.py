@@ -293,6 +293,23 @@ def test_a_fit_that_replaces_it_meanwhile_is_not_called_damage(originals, tmp_pa
         opened.gaussian()
 
 
+def test_a_reader_between_the_two_renames_of_a_replacement_goes_on(originals, tmp_path):
+    folder, previous = tmp_path / "kron", tmp_path / ".kron.previous"
+    shutil.copytree(originals / "adapter" / "laplace" / "kron", folder)
+    opened = SavedPosterior(folder)
+    folder.rename(previous)
+    opened.gaussian()  # its folder has another name meanwhile
+    opened = SavedPosterior(folder)
+    previous.rename(folder)  # the same again was written, and the old one has gone
+    opened.gaussian()
+    folder.rename(previous)
+    opened = SavedPosterior(folder)
+    shutil.rmtree(previous)
+    shutil.copytree(originals / "adapter" / "laplace" / "diag", folder)
+    with pytest.raises(PosteriorError, match="replaced it while it was read; run the command again"):
+        opened.gaussian()
+
+
 # Fuzzing: whatever is done to the files, a refusal in one line, or exactly what was there before.
 
 

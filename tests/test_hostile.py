@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import pickle
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -15,7 +16,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from lapora import report
-from lapora.config import DataSettings, PredictSettings
+from lapora.config import DataSettings, PredictSettings, PriorSettings
 from lapora.errors import AdapterError, DataError, LaporaError, PosteriorError, UsageError
 from lapora.model.adapter import read_adapter
 from lapora.posterior.artifact import SavedPosterior, posterior_folder
@@ -23,6 +24,7 @@ from lapora.report import evaluation, overview
 from lapora.tasks import load_task, render
 from lapora.workflows.evaluate import evaluate
 from lapora.workflows.predict import predict
+from lapora.workflows.tune_prior import tune_prior
 from tiny_adapter import command, fit_tiny, json_lines, make_adapter, model_of
 
 MARK = "was-here"
@@ -238,3 +240,40 @@ def test_what_is_saved_is_safetensors_and_json_alone(tiny):
     folder = tiny / "adapter" / "laplace" / "default"
     assert sorted(file.name for file in folder.iterdir()) == ["factors.safetensors", "posterior.json"]
     assert load_file(folder / "factors.safetensors") and json.loads((folder / "posterior.json").read_text())
+
+
+def test_links_beside_a_posterior_do_not_lead_the_writing_elsewhere(tiny):
+    """What `fit` and `tune-prior` write on their way has names that anyone can guess."""
+    laplace, elsewhere = tiny / "adapter" / "laplace", tiny / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "precious").write_text("precious")
+    for name in (".default.partial", ".default.new", ".default.previous"):
+        (laplace / name).symlink_to(elsewhere)
+    (laplace / ".default.lock").symlink_to(elsewhere / "precious")
+    with pytest.raises(PosteriorError, match="cannot be written"):
+        fit_tiny(tiny, overwrite=True)
+    (laplace / ".default.lock").unlink()
+    for options in ({"resume": True}, {}):
+        fit_tiny(tiny, overwrite=True, save_every=0.0, **options)
+    (laplace / "default" / ".posterior.json.new").symlink_to(elsewhere / "precious")
+    tune_prior(model_of(tiny), settings=PriorSettings(method="marglik"))
+    (laplace / ".default.partial").mkdir()
+    (laplace / ".default.partial" / "pass-0.safetensors.new").symlink_to(elsewhere / "precious")
+    fit_tiny(tiny, overwrite=True, save_every=0.0, resume=True)
+    assert [(each.name, each.read_text()) for each in elsewhere.iterdir()] == [("precious", "precious")]
+    assert [each.name for each in laplace.iterdir()] == ["default"]
+    assert len(list(predict(model_of(tiny), PredictSettings(), json_lines(2)))) == 2
+
+
+@pytest.mark.parametrize("name", ["factors.safetensors", "posterior.json"])
+def test_named_pipes_in_place_of_files_are_not_waited_for(tiny, name):
+    file = tiny / "adapter" / "laplace" / "default" / name
+    file.unlink()
+    os.mkfifo(file)
+    with pytest.raises(PosteriorError, match=r"missing|no posterior there"):
+        list(predict(model_of(tiny), PredictSettings(), json_lines(2)))
+    partial = file.parent.with_name(".default.partial")
+    partial.mkdir()
+    os.mkfifo(partial / "pass-0.safetensors")
+    with pytest.raises(PosteriorError, match="no regular file"):
+        fit_tiny(tiny, overwrite=True, resume=True)

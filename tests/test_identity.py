@@ -26,10 +26,10 @@ def tiny(tmp_path) -> Path:
     return tmp_path
 
 
-def change_tensor(file: Path, part: str) -> None:
+def change_tensor(file: Path, part: str, by: float = 1e-3) -> None:
     tensors = load_file(file)
     name = next(name for name in tensors if part in name)
-    tensors[name] = tensors[name] + 1e-3
+    tensors[name] = tensors[name] + by
     save_file(tensors, file, {"format": "pt"})
 
 
@@ -93,8 +93,30 @@ def test_the_tokenizer(tiny):
 
 def test_the_answers_of_another_task(tiny):
     (tiny / "task.yaml").write_text((tiny / "task.yaml").read_text().replace("- 'yes'", "- quiet"))
-    with pytest.raises(PosteriorError, match="no, yes; task tiny has no, quiet"):
+    with pytest.raises(PosteriorError, match="answers no, yes then, no, quiet of task tiny now"):
         evaluate(model_of(tiny), data_of(tiny))
+    text = (tiny / "task.yaml").read_text()
+    (tiny / "task.yaml").write_text(text.replace("doc_to_choice:\n- 'no'\n- quiet", "doc_to_choice: '{{ answers }}'"))
+    for split in ("validation", "train"):
+        file = tiny / "data" / f"{split}.jsonl"
+        rows = [{**json.loads(line), "answers": ["no", "loud"]} for line in file.read_text().splitlines()]
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(PosteriorError, match="answers no, yes then, no, loud of task tiny now"):
+        evaluate(model_of(tiny), data_of(tiny))
+
+
+def test_the_answers_are_listed_with_all_else_by_every_command_that_takes_a_task(tiny, monkeypatch, capfdbinary):
+    fit_tiny(tiny, name="other")
+    (tiny / "task.yaml").write_text((tiny / "task.yaml").read_text().replace("- 'yes'", "- 'yes'\n- quiet"))
+    change_tensor(tiny / "adapter" / "adapter_model.safetensors", "lora_B")
+    change_json(tiny / "adapter" / "adapter_config.json", lora_alpha=12)
+    change_tensor(tiny / "base" / "model.safetensors", "embed_tokens")
+    task = ("--data", tiny / "task.yaml", "--device", "cpu")
+    for name, *options in (("eval", "--name", "other"), ("eval",), ("tune-prior", "--method", "validation")):
+        status, out, errors = command(monkeypatch, capfdbinary, name, tiny / "adapter", *task, *options)
+        assert status == 4 and out == b"" and len(errors.splitlines()) == 1
+        for word in ("adapter weights", "lora_alpha 6 then, 12 now", "base model's weights", "no, yes, quiet of task"):
+            assert word in errors
 
 
 def test_all_differences_at_once(tiny):
@@ -142,9 +164,40 @@ def test_a_newer_library_is_a_warning_once(tiny, monkeypatch, capfdbinary):
     assert status == 0 and errors.count("other library versions") == 1
 
 
-def test_another_element_type_is_said(tiny):
+@pytest.mark.parametrize("fitted", ["float32", "bfloat16", "float16", "float64"])
+@pytest.mark.parametrize("run", ["float32", "bfloat16", "float16", "float64"])
+def test_a_base_model_is_known_in_another_element_type(tiny, fitted, run):
+    """Compared in the coarser type; the two short ones have none in common, which is said."""
+    fit_tiny(tiny, overwrite=True, model={"dtype": fitted})
+    short = {fitted, run} == {"bfloat16", "float16"}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        open_session(model_of(tiny, dtype=run), "default")
+        change_tensor(tiny / "base" / "model.safetensors", "layers.1.mlp", 0.25)
+        if short:
+            open_session(model_of(tiny, dtype=run), "default")
+        else:
+            assert "base model's weights" in refusal(tiny, dtype=run)
+    said = [str(each.message) for each in caught if issubclass(each.category, LaporaWarning)]
+    assert all(f"fitted in {fitted}, run in {run}" in each for each in said) and len(said) == (2 if short else 0)
+
+
+def test_one_element_anywhere_in_the_base_model_is_enough(tiny):
+    file = tiny / "base" / "model.safetensors"
+    tensors = load_file(file)
+    tensors["model.embed_tokens.weight"][5, 3] += 1e-6
+    save_file(tensors, file, {"format": "pt"})
+    assert "base model's weights" in refusal(tiny)
+
+
+def test_a_posterior_of_an_earlier_version_knows_its_base_by_a_sample(tiny):
+    manifest = SavedPosterior(tiny / "adapter" / "laplace" / "default").manifest
+    rewrite(tiny, base_model={key: value for key, value in manifest["base_model"].items() if key != "digests"})
+    assert len(list(predict(model_of(tiny), PredictSettings(), json_lines(2)))) == 2
     with pytest.warns(LaporaWarning, match="fitted in float32, run in float64"):
         open_session(model_of(tiny, dtype="float64"), "default")
+    change_tensor(tiny / "base" / "model.safetensors", "layers.1.mlp")
+    assert "base model's weights" in refusal(tiny)
 
 
 def test_the_same_adapter_is_used_silently(tiny):

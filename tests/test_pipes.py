@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import signal
 import subprocess
 import sys
+import termios
 import threading
 import time
 from functools import partial
@@ -130,6 +132,25 @@ def test_an_output_that_fills(run):
     assert status == 5 and "No space left" in errors and len(errors.splitlines()) == 1
 
 
+def test_the_input_is_not_written_over(run, tmp_path):
+    rows, link = tmp_path / "rows.jsonl", tmp_path / "link.jsonl"
+    rows.write_bytes(GOOD + b"\n")
+    link.symlink_to(rows)
+    for target in (rows, link):
+        status, _, errors = run(b"", "--output", target, source=str(rows))
+        assert status == 2 and "is the file that is read" in errors and rows.read_bytes() == GOOD + b"\n"
+
+
+def test_a_run_that_fails_before_its_first_answer_leaves_the_old_output(run, tmp_path):
+    out = tmp_path / "out.jsonl"
+    out.write_bytes(b"precious\n" * 1000)
+    assert run(GOOD, "--output", out, "--name", "nothing")[0] == 4
+    assert out.read_bytes() == b"precious\n" * 1000
+    assert run(GOOD + b"\nbad", "--output", out)[0] == 5
+    assert json.loads(out.read_bytes())["index"] == 0
+    assert run(b"", "--output", out)[0] == 0 and out.read_bytes() == b""
+
+
 def test_nothing_reaches_a_terminal_raw(run, capfdbinary):
     status, _, errors = run(b'{"\x9b": "\xc2\x9b2J", "\\u001b[31m": 1}\n')
     assert status == 5 and errors.isprintable() is False and "\x1b" not in errors and "\x9b" not in errors
@@ -231,6 +252,49 @@ def test_control_c_at_any_moment_leaves_whole_lines(tiny, delay):
     out = first + rest
     assert out.endswith(b"\n")
     assert [json.loads(line)["index"] for line in out.splitlines()] == list(range(out.count(b"\n")))
+
+
+WRITER = """
+import sys
+from lapora.cli.records import write_json_lines
+try:
+    write_json_lines(({"index": index, "id": "x" * 300_000} for index in range(1000)), "-")
+except KeyboardInterrupt:
+    sys.exit(130)
+"""
+
+
+@pytest.mark.parametrize("presses", [1, 2])
+def test_control_c_with_a_slow_reader_and_long_lines(presses):
+    """A line larger than the pipe is half out when the reader pauses: it is ended first, but not at a second Ctrl-C."""
+    restore = partial(signal.signal, signal.SIGINT, signal.default_int_handler)
+    command = [sys.executable, "-c", WRITER]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=restore) as process:
+        out = os.read(process.stdout.fileno(), 100_000)
+        for _ in range(presses):
+            time.sleep(0.3)
+            process.send_signal(signal.SIGINT)
+        if presses == 2:
+            assert process.wait(20) == 130
+        out += process.stdout.read()
+        assert process.wait(20) == 130 and process.stderr.read() == b""
+    assert out.endswith(b"\n") == (presses == 1)
+
+
+def test_control_c_where_nothing_of_a_line_is_out(tmp_path):
+    """A full pipe that nobody reads: the run ends at once, with whole lines in it."""
+    reading, writing = os.pipe()
+    script = WRITER.replace("300_000", "65_500")
+    restore = partial(signal.signal, signal.SIGINT, signal.default_int_handler)
+    process = subprocess.Popen([sys.executable, "-c", script], stdout=writing, preexec_fn=restore)
+    os.close(writing)
+    while int.from_bytes(fcntl.ioctl(reading, termios.FIONREAD, b"    "), sys.byteorder) < 65_500:
+        time.sleep(0.05)
+    time.sleep(0.3)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(20) == 130
+    with os.fdopen(reading, "rb") as stream:
+        assert [json.loads(line)["index"] for line in stream] == [0]
 
 
 def feed(process: subprocess.Popen, lines: list[bytes]) -> None:

@@ -70,6 +70,8 @@ def run() -> None:
     warnings.simplefilter("once", LaporaWarning)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of kernels that nobody asked for
     warnings.showwarning = _show_warning
+    # PEFT imports it whether it is needed or not, and it complains of what it lacks on some processors.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         # Without its standalone mode Typer returns an exit status instead of ending the process.
         status = app(standalone_mode=False)

@@ -26,7 +26,8 @@ from lapora.cli.options import (
     TrustOption,
     model_settings,
 )
-from lapora.cli.output import RowProgress, complain, say, write_json_lines
+from lapora.cli.output import RowProgress, complain, say
+from lapora.cli.records import write_json_lines
 from lapora.config import DataSettings, Engine, FisherType, FitSettings, ModelSettings, Structure, Subset, WeightSharing
 from lapora.errors import LaporaError, SeveralError, UsageError
 

@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import re
-import sys
-from collections.abc import Iterable, Mapping
 from types import TracebackType
-from typing import Any, BinaryIO
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-from lapora.errors import DataError
 
 _stderr = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
 _rank = 0
@@ -82,43 +76,6 @@ class RowProgress:
     def __call__(self, done: int, total: int) -> None:
         """Show how far it is."""
         self._bar.update(self._task, completed=done, total=total)
-
-
-def write_json_lines(records: Iterable[Mapping[str, Any]], target: str) -> None:
-    """Write records as they come, one JSON line each in UTF-8 whatever the locale, each handed on whole.
-
-    Args:
-        records: What to write.
-        target: A file's path, or ``-`` for standard output. A reader that has gone, as with ``| head -1``, ends
-            the run quietly: it has had what it wanted.
-
-    Raises:
-        DataError: The file cannot be written.
-    """
-    if target == "-" and sys.stdout is None:
-        raise DataError("standard output is closed; give --output FILE")
-    try:
-        stream = sys.stdout.buffer if target == "-" else open(target, "wb")  # noqa: SIM115
-    except OSError as error:
-        raise DataError(f"{target}: cannot be written ({error.strerror}); give another --output") from error
-    try:
-        for record in records:
-            stream.write(json_text(record).encode("utf-8") + b"\n")
-            stream.flush()
-    except BrokenPipeError:
-        _drop_what_is_buffered(stream)
-    except OSError as error:
-        _drop_what_is_buffered(stream)
-        raise DataError(f"{target}: cannot be written ({error.strerror})") from error
-    finally:
-        if target != "-":
-            with contextlib.suppress(OSError):
-                stream.close()
-
-
-def _drop_what_is_buffered(stream: BinaryIO) -> None:
-    """It has nowhere to go; without this Python complains of it at exit."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 # Terminal controls (C1, delete), marks that turn the direction of text, line separators, halves of a surrogate pair.

@@ -24,7 +24,7 @@ from lapora.cli.options import (
     TrustOption,
     model_settings,
 )
-from lapora.cli.output import write_json_lines
+from lapora.cli.records import write_json_lines
 from lapora.config import Link, OnError, PredictSettings
 
 
@@ -94,4 +94,4 @@ def predict_command(
         deque(predict(model, settings, ()), maxlen=0)  # the first process reads and writes for all
         return
     with binary_lines(source) as lines:
-        write_json_lines(predict(model, settings, lines), output)
+        write_json_lines(predict(model, settings, lines), output, source)

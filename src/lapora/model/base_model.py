@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
@@ -14,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 from lapora.config import Dtype, Quantisation
 from lapora.errors import AdapterError, UsageError
 from lapora.model.adapter import Adapter, ModelKind
-from lapora.model.fingerprint import base_fingerprint
+from lapora.model.fingerprint import fingerprint_of_tensors, own_weights
 from lapora.model.quantisation import quantisation_config, saved_quantisation, settle_quantisation
 from lapora.model.quiet import quiet_libraries
 
@@ -32,6 +33,7 @@ class LoadedBase:
         quantize: How it is quantised.
         element_type: Type of its unquantised weights.
         device: Where it is.
+        weights: Its own weights, by name; none where they are quantised.
         fingerprint: Digest of a sample of every tensor.
         trust_remote_code: Whether the repository's own code may run.
     """
@@ -44,6 +46,7 @@ class LoadedBase:
     quantize: Quantisation
     element_type: torch.dtype
     device: torch.device
+    weights: Mapping[str, torch.Tensor]
     fingerprint: str
     trust_remote_code: bool
 
@@ -78,6 +81,7 @@ def load_base(
         base, missing = _load_base(
             adapter, base_name, revision, config, element_type, quantize, where, trust_remote_code
         )
+    weights = own_weights(base, missing)
     return LoadedBase(
         model=base,
         missing=missing,
@@ -87,7 +91,8 @@ def load_base(
         quantize=quantize,
         element_type=element_type,
         device=where,
-        fingerprint=base_fingerprint(base, missing),
+        weights=weights if quantize == "none" else {},
+        fingerprint=fingerprint_of_tensors(weights),
         trust_remote_code=trust_remote_code,
     )
 

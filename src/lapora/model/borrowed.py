@@ -89,4 +89,5 @@ def loaded_in_memory(model: PeftModel, tokenizer: Any, adapter: Adapter) -> Load
         dtype=str(base.dtype).removeprefix("torch."),
         fingerprint=fingerprint_of_tensors(weights),
         number_of_labels=getattr(base.config, "num_labels", None) if adapter.kind == "classifier" else None,
+        weights=weights,
     )

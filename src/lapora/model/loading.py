@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
@@ -14,6 +15,7 @@ from lapora.config import Dtype, Quantisation
 from lapora.errors import AdapterError
 from lapora.model.adapter import Adapter, ModelKind
 from lapora.model.base_model import LoadedBase, load_base
+from lapora.model.fingerprint import digest_in
 from lapora.model.quantisation import (
     keep_inputs_whole,
 )
@@ -35,6 +37,7 @@ class LoadedModel:
         dtype: Element type of the base's unquantised weights, such as ``float32``.
         fingerprint: Digest of a sample of every base tensor: another base gives another fingerprint.
         number_of_labels: Outputs of a classification head, or None for a causal model.
+        weights: The base's own weights, by name; none where they are quantised.
     """
 
     model: PeftModel
@@ -46,6 +49,11 @@ class LoadedModel:
     dtype: str
     fingerprint: str
     number_of_labels: int | None
+    weights: Mapping[str, torch.Tensor] = field(default_factory=dict, repr=False)
+
+    def digest(self, dtype: str) -> str:
+        """Digest of all of the base's weights, rounded to an element type that is no finer than the model's."""
+        return digest_in(dtype, self.weights)
 
     @property
     def pad_token_id(self) -> int:
@@ -120,6 +128,7 @@ def put_adapter(adapter: Adapter, base: LoadedBase) -> LoadedModel:
         dtype=str(base.element_type).removeprefix("torch."),
         fingerprint=base.fingerprint,
         number_of_labels=getattr(base.model.config, "num_labels", None) if adapter.kind == "classifier" else None,
+        weights=base.weights,
     )
     settle_padding(loaded)
     return loaded

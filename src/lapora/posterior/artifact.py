@@ -8,12 +8,10 @@ Reading the manifest and the eigenvalues needs no torch.
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
-import json
-import os
 import re
 import shutil
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lapora.errors import NumericalError, PosteriorError, UsageError
+from lapora.posterior.durable import reason_of, remove_whatever, to_disk, write_json
 from lapora.posterior.manifest import FORMAT_VERSION, check_prior, read_manifest, with_checksums
 from lapora.posterior.prior import PriorPrecision
 
@@ -35,6 +34,8 @@ JOINT = "joint"
 JOINT_STRUCTURES = ("full", "lowrank")
 MANIFEST_FILE = "posterior.json"
 FACTORS_FILE = "factors.safetensors"
+_LOOKS = 3
+"""How often a manifest that is not there is looked for."""
 
 
 def posterior_folder(root: Path, name: str) -> Path:
@@ -81,68 +82,30 @@ def write_posterior(folder: Path, manifest: Mapping[str, Any], posterior: Poster
     }
     fresh, previous = folder.with_name(f".{folder.name}.new"), previous_folder(folder)
     try:
-        shutil.rmtree(fresh, ignore_errors=True)  # of a fit that was killed
+        remove_whatever(fresh)  # of a fit that was killed
         fresh.mkdir(parents=True)
         save_file(tensors, fresh / FACTORS_FILE)
-        _to_disk(fresh / FACTORS_FILE)
-        _write_json(fresh / MANIFEST_FILE, with_checksums({**manifest, "tensors": described}))
+        to_disk(fresh / FACTORS_FILE)
+        write_json(fresh / MANIFEST_FILE, with_checksums({**manifest, "tensors": described}))
         if folder.exists():
-            _remove(previous)
+            remove_whatever(previous)
             folder.rename(previous)
         fresh.rename(folder)
-        _to_disk(folder.parent)
-        _remove(previous)
+        to_disk(folder.parent)
+        remove_whatever(previous)
     except (OSError, SafetensorError) as error:
         if not folder.exists() and previous.exists():
-            previous.rename(folder)
-        raise PosteriorError(f"{folder}: cannot be written ({_reason(error)}); the old one, if any, stands") from error
+            with contextlib.suppress(OSError):  # it is read under its other name all the same
+                previous.rename(folder)
+        raise PosteriorError(
+            f"{folder}: cannot be written ({reason_of(error)}); the old one, if any, stands"
+        ) from error
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
 
 
-def _remove(folder: Path) -> None:
-    if folder.is_symlink():
-        folder.unlink()
-    else:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _reason(error: Exception) -> str:
-    return getattr(error, "strerror", None) or str(error).splitlines()[0]
-
-
-def _to_disk(path: Path) -> None:
-    """Wait until a file, or a folder's entries, are on the disk; some file systems cannot, and need not."""
-    try:
-        descriptor = os.open(path, os.O_RDONLY)
-    except OSError:
-        return
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EIO, errno.EDQUOT):
-            raise
-    finally:
-        os.close(descriptor)
-
-
 def _digest(value: Any) -> str:
     return hashlib.blake2b(value.numpy().tobytes(), digest_size=16).hexdigest()
-
-
-def _write_json(file: Path, content: Mapping[str, Any]) -> None:
-    partial = file.with_name(f".{file.name}.new")
-    try:
-        with partial.open("w", encoding="utf-8") as stream:
-            json.dump(content, stream, indent=2, ensure_ascii=False)
-            stream.write("\n")
-            stream.flush()
-            os.fsync(stream.fileno())
-        partial.replace(file)
-    except OSError:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
-        raise
 
 
 class SavedPosterior:
@@ -157,10 +120,18 @@ class SavedPosterior:
     """
 
     def __init__(self, folder: Path, *, prior_matters: bool = True) -> None:
-        self.folder = folder
-        if not folder.exists() and previous_folder(folder).exists():
-            self.folder = previous_folder(folder)  # a fit was ended between its two renames: the old one stands
-        self.manifest = read_manifest(self.folder / MANIFEST_FILE, prior_matters=prior_matters)
+        self._named = folder
+        for attempt in range(_LOOKS):
+            self.folder = folder
+            if not folder.exists() and previous_folder(folder).exists():
+                self.folder = previous_folder(folder)  # a fit was ended between its two renames: the old one stands
+            try:
+                self.manifest = read_manifest(self.folder / MANIFEST_FILE, prior_matters=prior_matters)
+                break
+            except PosteriorError:
+                if attempt == _LOOKS - 1 or (self.folder / MANIFEST_FILE).is_file():
+                    raise
+                time.sleep(0.01)  # a fit may be between its two renames this moment
 
     def rewrite_manifest(self, changes: Mapping[str, Any]) -> None:
         """Replace fields of the manifest, atomically; the factors stay as they are.
@@ -170,10 +141,10 @@ class SavedPosterior:
         """
         manifest = with_checksums({**self.manifest, **changes})
         try:
-            _write_json(self.folder / MANIFEST_FILE, manifest)
+            write_json(self.folder / MANIFEST_FILE, manifest)
         except OSError as error:
             raise PosteriorError(
-                f"{self.folder}: cannot be written ({_reason(error)}); the old manifest stands"
+                f"{self.folder}: cannot be written ({reason_of(error)}); the old manifest stands"
             ) from error
         self.manifest = manifest
 
@@ -209,23 +180,38 @@ class SavedPosterior:
         Raises:
             PosteriorError: The factors file is missing or damaged, or does not belong to the manifest.
         """
+        try:
+            return self._arrays(names)
+        except PosteriorError:  # which a fit that ends between the reading of two files looks like
+            try:
+                now = SavedPosterior(self._named, prior_matters=False)
+            except PosteriorError:
+                now = self
+            if now.manifest["tensors"] != self.manifest["tensors"]:
+                raise PosteriorError(
+                    f"{self._named}: another fit replaced it while it was read; run the command again"
+                ) from None
+            self.folder = now.folder
+        return self._arrays(names)
+
+    def _arrays(self, names: Sequence[str]) -> dict[str, NDArray[Any]]:
         from safetensors import SafetensorError, safe_open
 
         file = self.folder / FACTORS_FILE
         described = self.manifest["tensors"]
         found: dict[str, NDArray[Any]] = {}
         try:
+            if not file.is_file():  # opening a named pipe would wait for ever
+                raise FileNotFoundError("no such file")
             with safe_open(file, framework="numpy") as tensors:
                 for name in names:
                     found[name] = tensors.get_tensor(name)
         except (SafetensorError, OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-            self._refuse_if_replaced()
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise PosteriorError(f"{file}: damaged or missing ({reason}); fit again with --overwrite") from error
         for name, array in found.items():
             expected = described.get(name)
             if expected is None or hashlib.blake2b(array.tobytes(), digest_size=16).hexdigest() != expected["blake2b"]:
-                self._refuse_if_replaced()
                 raise PosteriorError(f"{file}: tensor {name} is damaged; fit again with --overwrite")
             if list(array.shape) != expected["shape"] or str(array.dtype) != expected["dtype"]:
                 raise PosteriorError(
@@ -240,15 +226,6 @@ class SavedPosterior:
                     "fit again with --overwrite"
                 )
         return found
-
-    def _refuse_if_replaced(self) -> None:
-        """A fit that ends between the reading of two files makes them look damaged, and they are not."""
-        try:
-            now = read_manifest(self.folder / MANIFEST_FILE, prior_matters=False)
-        except PosteriorError:
-            return
-        if now["tensors"] != self.manifest["tensors"]:
-            raise PosteriorError(f"{self.folder}: another fit replaced it while it was read; run the command again")
 
     def gaussian(self) -> Posterior:
         """The Gaussian, bases and all.

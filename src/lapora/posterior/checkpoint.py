@@ -6,9 +6,9 @@ checksum over all of it. It is written under another name and renamed.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-import shutil
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from lapora.curvature.resuming import PassState
 from lapora.errors import PosteriorError
+from lapora.posterior.durable import reason_of, remove_whatever
 
 # Saving may take this share of the time at most, however large the sums are.
 _SHARE_OF_TIME = 0.02
@@ -57,8 +58,8 @@ class Checkpoint:
         self.resumed_rows = 0
         self._passes = 0
         self._rank = rank
-        if not resume and rank == 0:
-            shutil.rmtree(self.folder, ignore_errors=True)
+        if rank == 0 and (not resume or self.folder.is_symlink()):  # a link would have the sums written elsewhere
+            self.remove()
 
     def next_pass(self, *, keep: bool) -> _Pass:
         """The keeper of the next pass.
@@ -78,7 +79,8 @@ class Checkpoint:
 
     def remove(self) -> None:
         """The fit is done."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            remove_whatever(self.folder)
 
 
 def partial_folder(folder: Path) -> Path:
@@ -124,14 +126,14 @@ class _Pass:
         fresh = self._file.with_name(f"{self._file.name}.new")
         try:
             self._file.parent.mkdir(exist_ok=True)
+            fresh.unlink(missing_ok=True)
             save_file(tensors, fresh, {"state": described, "blake2b": _digest(described, tensors)})
             fresh.replace(self._file)
         except (OSError, SafetensorError) as error:
             fresh.unlink(missing_ok=True)
-            reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
             raise PosteriorError(
-                f"{self._file.parent}: the sums so far cannot be written ({reason}); what was saved before stands: "
-                "make room, then fit again with --resume"
+                f"{self._file.parent}: the sums so far cannot be written ({reason_of(error)}); what was saved before "
+                "stands: make room, then fit again with --resume"
             ) from error
         self._wrote = True
 
@@ -148,16 +150,19 @@ def _read(file: Path, identity: Mapping[str, Any], device: torch.device) -> Pass
     from safetensors import SafetensorError, safe_open
 
     try:
+        if not file.is_file():  # opening a named pipe would wait for ever
+            raise ValueError("no regular file")
         with safe_open(file, framework="pt") as stored:
             metadata = stored.metadata() or {}
             tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
         described = json.loads(metadata["state"])
         if metadata["blake2b"] != _digest(metadata["state"], tensors):
             raise ValueError("its checksum is not that of its content")
+        then, facts = dict(described["identity"]), described["facts"]
     except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise PosteriorError(f"{file}: damaged ({reason}); fit again without --resume") from error
-    differences = _differences(described["identity"], identity)
+    differences = _differences(then, identity)
     if differences:
         raise PosteriorError(
             f"{file.parent}: begun with other settings or data: {'; '.join(differences)}; give those, or fit again "
@@ -168,7 +173,7 @@ def _read(file: Path, identity: Mapping[str, Any], device: torch.device) -> Pass
         name: tensor.to(device, copy=True) if name.startswith("observer.") else tensor
         for name, tensor in tensors.items()
     }
-    return PassState.from_tensors(on_device, described["facts"])
+    return PassState.from_tensors(on_device, facts)
 
 
 def _differences(then: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -31,9 +31,10 @@ def writing(folder: Path) -> Iterator[None]:
         raise PosteriorError(
             f"{folder}: {_holder(file)} is writing it; wait until that is done, or give another --name"
         ) from error
-    except OSError as error:
+    except (OSError, NotImplementedError) as error:  # the latter where the file system has no locks
+        reason = getattr(error, "strerror", None) or error
         raise PosteriorError(
-            f"{folder.parent}: cannot be written ({error.strerror or error}); give another place with --output-dir"
+            f"{folder.parent}: cannot be written ({reason}); give another place with --output-dir"
         ) from error
     try:
         try:
@@ -42,7 +43,8 @@ def writing(folder: Path) -> Iterator[None]:
             raise PosteriorError(f"{folder.parent}: cannot be written ({error.strerror or error})") from error
         yield
     finally:
-        file.unlink(missing_ok=True)  # while it is held: one who waits sees that its file has gone, and tries again
+        with suppress(OSError):
+            file.unlink(missing_ok=True)  # while it is held: who opened it meanwhile sees that it has gone
         lock.release()
 
 

@@ -297,3 +297,7 @@ def _check_parameters(manifest: Mapping[str, Any]) -> None:
         if key in manifest:
             check(manifest[key], key)
     _or_null(_text)(manifest["data"].get("data_dir"), "data.data_dir")
+    digests = manifest["base_model"].get("digests", {})
+    _mapping()(digests, "base_model.digests")
+    for key, value in digests.items():
+        _digest(value, f"base_model.digests.{key}")

@@ -73,7 +73,7 @@ def run_evaluation(
         PosteriorError: A posterior is missing, damaged, or of other weights.
     """
     plan = make_plan(model, settings)
-    session = open_session(model, plan.names[0])
+    session = open_session(model, plan.names[0], data=data)
     notes: list[str] = []
     temperature = _temperature(session, plan, data, settings, notes)
     left_out = plan.tuning_digests | (temperature.rows if temperature else frozenset())
@@ -85,7 +85,7 @@ def run_evaluation(
     truncated = 0
     for name in plan.names if "laplace" in plan.methods else plan.names[:1]:
         if name != session.posterior.folder.name:
-            session = open_session(model, name, session)
+            session = open_session(model, name, session, data)
         manifests[name] = session.posterior.manifest
         scored = [_score(session, each, plan, settings, progress) for each in sets]
         if len(manifests) == 1:

@@ -70,22 +70,13 @@ def adapter_differences(manifest: Mapping[str, Any], adapter: Adapter) -> list[s
 
 
 def model_differences(manifest: Mapping[str, Any], loaded: LoadedModel, layers: Sequence[BayesianLayer]) -> list[str]:
-    """What differs in the loaded base model, its tokenizer, its answers and its layers."""
+    """What differs in the loaded base model, its tokenizer, the outputs of its head and its layers."""
     then = manifest["base_model"]
     found = []
     if then["quantization"] != loaded.quantize:
         found.append(f"quantization {then['quantization']} then, {loaded.quantize} now")
-    elif then["dtype"] != loaded.dtype:
-        warnings.warn(
-            f"fitted in {then['dtype']}, run in {loaded.dtype}: whether the base model is the same cannot be checked",
-            LaporaWarning,
-            stacklevel=3,
-        )
-    elif then["fingerprint"] != loaded.fingerprint:
-        found.append(
-            f"base model's weights {then['fingerprint'][:12]} ({then['name']}) then, {loaded.fingerprint[:12]} "
-            f"({loaded.base_model}) now"
-        )
+    else:
+        found += _weight_differences(then, loaded)
     if manifest.get("tokenizer") is not None:
         now = tokenizer_digest(loaded.tokenizer, bool(manifest["data"].get("chat_template", False)))
         if now != manifest["tokenizer"]:
@@ -94,6 +85,43 @@ def model_differences(manifest: Mapping[str, Any], loaded: LoadedModel, layers: 
     if loaded.number_of_labels not in (None, answers):
         found.append(f"answers {answers} then, {loaded.number_of_labels} outputs of the head now")
     return found + _layer_differences(manifest["parameters"], layers)
+
+
+_FINENESS = {"float64": 2, "float32": 1, "bfloat16": 0, "float16": 0}
+
+
+def base_digests(loaded: LoadedModel) -> dict[str, str]:
+    """Digests of the base's weights in its element type and in every coarser one; none where it is quantised."""
+    own = _FINENESS.get(loaded.dtype, -1)
+    types = [each for each in _FINENESS if each == loaded.dtype or _FINENESS[each] < own]
+    return {each: loaded.digest(each) for each in types if loaded.weights}
+
+
+def _weight_differences(then: Mapping[str, Any], loaded: LoadedModel) -> list[str]:
+    """Two models in different element types are compared in the coarser one."""
+    before, after = then["fingerprint"], loaded.fingerprint
+    common = min(then["dtype"], loaded.dtype, key=lambda each: _FINENESS.get(each, 0))
+    comparable = then["dtype"] == loaded.dtype or _FINENESS.get(then["dtype"]) != _FINENESS.get(loaded.dtype)
+    if comparable and loaded.weights and common in then.get("digests", {}):
+        before, after = then["digests"][common], loaded.digest(common)
+    elif then["dtype"] != loaded.dtype:
+        warnings.warn(
+            f"fitted in {then['dtype']}, run in {loaded.dtype}: whether the base model is the same cannot be checked",
+            LaporaWarning,
+            stacklevel=4,
+        )
+        return []
+    if before == after:
+        return []
+    return [f"base model's weights {before[:12]} ({then['name']}) then, {after[:12]} ({loaded.base_model}) now"]
+
+
+def answer_differences(manifest: Mapping[str, Any], task: str, choices: Sequence[str]) -> list[str]:
+    """What differs in the answers that rows are to have."""
+    then = manifest["answers"]["choices"]
+    if list(choices) == then:
+        return []
+    return [f"answers {', '.join(then)} then, {', '.join(choices)} of task {task} now"]
 
 
 def _layer_differences(parameters: Sequence[Mapping[str, Any]], layers: Sequence[BayesianLayer]) -> list[str]:

@@ -24,9 +24,9 @@ _DEFAULT_WINDOW = 64
 
 @dataclass(frozen=True)
 class _Item:
-    """One input line: its number, its ``id``, its adapter, and its token ids or what is wrong with it."""
+    """One input line: what messages call it, its ``id``, its adapter, and its token ids or what is wrong with it."""
 
-    number: int
+    where: str
     identifier: Any
     route: Route | None
     content: EncodedExample | LaporaError
@@ -147,9 +147,9 @@ def _read(routes: Routes, number: int, line: _Line) -> _Item:
             choices=session.choices,
             where=where,
         )
-        return _Item(number, identifier, route, session.encode([example])[0])
+        return _Item(where, identifier, route, session.encode([example])[0])
     except LaporaError as error:
-        return _Item(number, identifier, route, error)
+        return _Item(where, identifier, route, error)
 
 
 def _identifier(value: Any, where: str) -> Any:
@@ -179,7 +179,7 @@ def _predict_window(
             good = routes.processes.share(readable)
             for position, record in _predict_turn(session, opened.of(session), settings, good):
                 if isinstance(record, NonFiniteRowError):
-                    found[position] = NumericalError(f"line {items[position].number}: {record.reason}")
+                    found[position] = NumericalError(f"{items[position].where}: {record.reason}")
                 else:
                     found[position] = record
     for each in routes.processes.gather(found):

@@ -33,7 +33,7 @@ from lapora.tasks import (
     render_all,
     resolve_choices,
 )
-from lapora.workflows.identity import adapter_settings, tokenizer_digest
+from lapora.workflows.identity import adapter_settings, base_digests, tokenizer_digest
 from lapora.workflows.session import read_rows
 
 
@@ -123,6 +123,7 @@ class PreparedFit:
                 "quantization": loaded.quantize,
                 "dtype": loaded.dtype,
                 "fingerprint": loaded.fingerprint,
+                "digests": base_digests(loaded),
             },
             "task": self.task.to_dict(),
             "answers": {"choices": list(self.choices), "token_ids": self.token_ids},

@@ -10,14 +10,15 @@ import torch
 from torch import Tensor
 
 from lapora.config import DataSettings, Link, Progress
-from lapora.errors import DataError, PosteriorError, UnlabelledError
+from lapora.errors import DataError, UnlabelledError
 from lapora.model.batch_feed import BatchFeed, run_batches
 from lapora.posterior.prior import PriorPrecision
 from lapora.predictive.links import log_probabilities, needs_every_class
 from lapora.predictive.moments import LogitMoments
 from lapora.tasks import EncodedExample, Example, Task, data_fingerprint, render_all, resolve_choices
+from lapora.workflows.identity import answer_differences
 from lapora.workflows.naming import naming_examples, refuse_infinite
-from lapora.workflows.session import Session, read_rows
+from lapora.workflows.session import Session, of_something_else, read_rows
 
 _LABELS_LOOKED_FOR = 100
 
@@ -78,11 +79,8 @@ def read_labelled_rows(
     wanted = replace(data, limit=None) if exclude else data
     task, rows, split = read_rows(wanted, session.posterior.manifest, default_split)
     choices = resolve_choices(task, rows)
-    if choices != session.choices:
-        raise PosteriorError(
-            f"posterior {session.posterior.folder.name}: fitted to the answers {', '.join(session.choices)}; task "
-            f"{task.task} has {', '.join(choices)}; give the task that it was fitted on"
-        )
+    if differences := answer_differences(session.posterior.manifest, task.task, choices):
+        raise of_something_else(session.posterior, differences)
     kind = session.loaded.kind
     bare = render_all(task, rows[:_LABELS_LOOKED_FOR], kind=kind, choices=session.choices, labels="optional")
     if all(example.target is None for example in bare):

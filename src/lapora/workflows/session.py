@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,22 @@ from lapora.posterior.gaussian import Posterior
 from lapora.posterior.prior import PriorPrecision
 from lapora.predictive.predictor import LinearisedPredictor
 from lapora.processes import ALONE, Processes
-from lapora.tasks import EncodedExample, Example, Task, encode_all, load_rows, load_task, split_source
-from lapora.workflows.identity import adapter_differences, model_differences, warn_of_other_versions
+from lapora.tasks import (
+    EncodedExample,
+    Example,
+    Task,
+    encode_all,
+    load_rows,
+    load_task,
+    resolve_choices,
+    split_source,
+)
+from lapora.workflows.identity import (
+    adapter_differences,
+    answer_differences,
+    model_differences,
+    warn_of_other_versions,
+)
 
 
 @dataclass(frozen=True)
@@ -100,7 +114,11 @@ def open_posterior(model: ModelSettings, name: str) -> tuple[Adapter, SavedPoste
 
 
 def open_session(
-    model: ModelSettings, name: str, earlier: Session | None = None, bases: SharedBases | None = None
+    model: ModelSettings,
+    name: str,
+    earlier: Session | None = None,
+    data: DataSettings | None = None,
+    bases: SharedBases | None = None,
 ) -> Session:
     """Load what ``fit`` recorded.
 
@@ -108,22 +126,28 @@ def open_session(
         model: The adapter and how to run it.
         name: The posterior.
         earlier: A session of the same adapter, whose loaded model serves again where the base is the same.
+        data: Labelled rows that are to be read: their answers are compared, too.
         bases: Base models that other adapters are put on too.
 
     Raises:
-        PosteriorError: The posterior is missing, damaged, or belongs to another adapter or base model.
+        PosteriorError: The posterior is missing, damaged, or belongs to another adapter, base model or task; all
+            that differs is named.
         AdapterError: The model cannot be loaded.
     """
     with model.processes.in_step():
-        return _open_session(model, name, earlier, load_model if bases is None else bases.load)
+        return _open_session(model, name, earlier, data, load_model if bases is None else bases.load)
 
 
 def _open_session(
-    model: ModelSettings, name: str, earlier: Session | None, load: Callable[..., LoadedModel]
+    model: ModelSettings,
+    name: str,
+    earlier: Session | None,
+    data: DataSettings | None,
+    load: Callable[..., LoadedModel],
 ) -> Session:
     adapter, posterior = open_posterior(model, name)
     recorded = posterior.manifest["base_model"]
-    differences = adapter_differences(posterior.manifest, adapter)
+    differences = [*adapter_differences(posterior.manifest, adapter), *_answers_asked_for(posterior, data)]
     try:
         if earlier is not None and earlier.posterior.manifest["base_model"] == recorded:
             loaded = earlier.loaded
@@ -140,10 +164,10 @@ def _open_session(
     except AdapterError as error:
         if not differences:
             raise
-        raise _of_something_else(posterior, [*differences, str(error)]) from error
+        raise of_something_else(posterior, [*differences, str(error)]) from error
     differences += model_differences(posterior.manifest, loaded, layers)
     if differences:
-        raise _of_something_else(posterior, differences)
+        raise of_something_else(posterior, differences)
     warn_of_other_versions(posterior.manifest)
     session = join_session(posterior, loaded, layers, model.batch_size, model.processes)
     session.answers.rerun_blocks = model.gradient_checkpointing
@@ -176,7 +200,22 @@ def join_session(
     )
 
 
-def _of_something_else(posterior: SavedPosterior, differences: Sequence[str]) -> PosteriorError:
+def _answers_asked_for(posterior: SavedPosterior, data: DataSettings | None) -> list[str]:
+    if data is None:
+        return []
+    manifest = posterior.manifest
+    task = load_task(data.task) if data.task else Task.from_dict(manifest["task"], source="the posterior's task")
+    rows: list[Any] = []
+    if not isinstance(task.doc_to_choice, tuple):  # the first row says them
+        try:
+            rows = read_rows(replace(data, limit=1), manifest, "validation")[1]
+        except DataError:  # reading all of them will say the same
+            return []
+    return answer_differences(manifest, task.task, resolve_choices(task, rows))
+
+
+def of_something_else(posterior: SavedPosterior, differences: Sequence[str]) -> PosteriorError:
+    """The refusal of a posterior that belongs to something else."""
     return PosteriorError(
         f"{posterior.folder}: fitted to something else: {'; '.join(differences)}; give what it was fitted to, or fit "
         "again with --overwrite"

@@ -70,7 +70,7 @@ def choose_by_validation(
         DataError: A row that cannot be read.
         UsageError: The split that ``fit`` read was asked for.
     """
-    session = open_session(model, settings.name)
+    session = open_session(model, settings.name, data=data)
     rows = _tuning_rows(session, data, settings.seed)
     scalar = settings.structure == "scalar"
     # With several precisions the grid is that of the smallest, so that its top is MAP for all of them.

@@ -1,0 +1,61 @@
+"""Writing so that a kill, a full disk or a link in the way leaves what stood there before, or the new whole."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+
+def remove_whatever(path: Path) -> None:
+    """Remove a folder, a file or a link, never what a link leads to; what stays will be in the way of its user."""
+    if path.is_symlink() or not path.is_dir():
+        path.unlink(missing_ok=True)
+    else:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def to_disk(path: Path) -> None:
+    """Wait until a file, or a folder's entries, are on the disk; some file systems cannot, and need not."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EIO, errno.EDQUOT):
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def write_json(file: Path, content: Mapping[str, Any]) -> None:
+    """Write a file of JSON under another name, flush it to the disk, and rename it.
+
+    Raises:
+        OSError: It cannot be written; what stood there still does.
+    """
+    partial = file.with_name(f".{file.name}.new")
+    try:
+        partial.unlink(missing_ok=True)  # of a run that was killed; or a link that leads elsewhere
+        with partial.open("x", encoding="utf-8") as stream:
+            json.dump(content, stream, indent=2, ensure_ascii=False)
+            stream.write("\n")
+            stream.flush()
+            os.fsync(stream.fileno())
+        partial.replace(file)
+    except OSError:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise
+
+
+def reason_of(error: Exception) -> str:
+    """What the system says of an error, in one line."""
+    return getattr(error, "strerror", None) or str(error).splitlines()[0]
