@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+import re
 import shutil
 from dataclasses import replace
 
@@ -15,6 +17,7 @@ from lapora.cli.app import app
 from lapora.config import DataSettings, EvalSettings, FitSettings, ModelSettings
 from lapora.errors import AdapterError, DataError, GateError, UsageError
 from lapora.model.batch_feed import BatchSize
+from lapora.model.quiet import quiet_libraries
 from lapora.workflows.evaluate import run_evaluation
 from lapora.workflows.fit import fit
 from lapora.workflows.gates import check_gates, parse_gate
@@ -143,6 +146,8 @@ def test_temperature_without_tuning_rows_takes_half_and_leaves_it_out(demo, adap
     assert done.record["excluded"] >= 300 and done.record["n"] + done.record["excluded"] == 600
     with pytest.raises(UsageError, match="trained on these rows"):
         run(adapter, temperature_split="train")
+    with pytest.raises(UsageError, match="trained on these rows"):
+        run(adapter, DataSettings(data_dir=demo / "data"), temperature_split="train")
     shutil.copytree(demo / "data", tmp_path / "data")
     lines = (demo / "data" / "validation.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "data" / "test.jsonl").write_text("".join(lines[:40]))
@@ -156,6 +161,7 @@ def test_what_cannot_be_had_is_refused_by_name_and_left_out_of_all(demo, adapter
         run(demo / "adapter", methods=("mc-dropout",))
     done = run(demo / "adapter", methods=("all",), links=("mc-joint",))
     assert "mc-dropout" not in by_label(done) and any("mc-dropout" in line for line in done.warnings)
+    assert any(line.startswith("left out: ensemble") for line in done.warnings)
     with pytest.raises(UsageError, match="--ensemble PATH"):
         run(adapter, methods=("ensemble",))
     with pytest.raises(UsageError, match="other weights"):
@@ -319,6 +325,56 @@ def test_tables_for_a_terminal(adapter, demo, elsewhere, capsys, monkeypatch):
     ood = ["--ood", str(demo / "farm.yaml"), "--ood-data-dir", str(elsewhere)]
     app(["eval", str(adapter), "--limit", "60", "--coverage", "0.8", *ood], standalone_mode=False)
     out = capsys.readouterr().out
-    for words in ("adaptive ece", "nll less MAP's", "--abstain-below", "other data: farm", "mutual inf.", "█", "┃"):
+    for words in ("adaptive", "nll less MAP's", "--abstain-below", "other data: farm", "mutual", "█", "┃"):
         assert words in out
     assert "…" not in out
+
+
+def test_a_narrow_terminal_shows_every_score_and_cuts_nothing(adapter, demo, elsewhere, capsys, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "80")
+    ood = ["--ood", str(demo / "farm.yaml"), "--ood-data-dir", str(elsewhere)]
+    names = ["--name", "default", "--name", "diag", "--link", "mc-joint", "--link", "mc-indep"]
+    app(["eval", str(adapter), "--limit", "60", "--coverage", "0.8", *names, *ood], standalone_mode=False)
+    out = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out)
+    for words in (
+        "accuracy",
+        "adaptive",
+        "brier",
+        "auroc",
+        "aurc",
+        "nll less MAP's",
+        "mutual",
+        "a bar should end there",
+    ):
+        assert words in out
+    assert "…" not in out and max(map(len, out.splitlines())) <= 80
+    # A method is named on one line wherever the table leaves room for it.
+    assert out.count("laplace default (mc-indep)") >= 4
+
+
+def test_the_temperature_is_told_with_its_rows(adapter, capsys, tmp_path):
+    page = tmp_path / "page.html"
+    arguments = ["--methods", "temperature", "--temperature-oracle", "--limit", "60", "--report", str(page)]
+    app(["eval", str(adapter), *arguments], standalone_mode=False)
+    (told,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("temperature")]
+    assert re.fullmatch(
+        r"temperature [\d.]+, fitted on 300 rows of validation that are not scored; oracle: [\d.]+, fitted on the "
+        "scored rows themselves",
+        told,
+    )
+    assert told.removeprefix("temperature ") in page.read_text()
+
+
+def test_scores_of_the_training_rows_are_said_to_be_that(adapter, demo):
+    for data in (DataSettings(split="train"), DataSettings(split="train", data_dir=demo / "data")):
+        assert any("trained on" in line for line in run(adapter, data, methods=("map",)).warnings)
+    assert not any("trained on" in line for line in run(adapter, methods=("map",)).warnings)
+
+
+def test_what_bitsandbytes_says_as_it_is_imported_stays_off_the_terminal(caplog):
+    with quiet_libraries():
+        logging.getLogger("bitsandbytes.backends.cpu.ops").warning("no kernels")
+    assert not caplog.records
+    logging.getLogger("bitsandbytes.backends.cpu.ops").warning("no kernels")
+    assert len(caplog.records) == 1

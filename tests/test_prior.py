@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 import shutil
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from lapora import metrics
+from lapora.cli.app import app
 from lapora.config import DataSettings, FitSettings, ModelSettings, PriorSettings
 from lapora.errors import DataError, UsageError
 from lapora.model.bayesian_layers import find_bayesian_layers
@@ -296,22 +298,36 @@ def test_a_prior_that_makes_it_worse_is_a_warning_with_its_remedy(demo, adapter)
     labelled = read_labelled_rows(session, DataSettings(limit=100))
     hit = torch.nn.functional.one_hot(labelled.targets, 2).double()
     sure, unsure = torch.log(0.9 * hit + 0.1 * (1 - hit)), torch.log(0.6 * hit + 0.4 * (1 - hit))
-    (warning,) = evaluation._warn(session, "mc-joint", labelled, unsure, sure, 1.0)
+    (warning,) = evaluation._warn(session, "mc-joint", labelled, unsure, sure, 1.0, "x")
     assert warning.startswith("warning") and "underconfident" in warning and "--method validation" in warning
-    (warning,) = evaluation._warn(session, "mc-joint", labelled, unsure.flip(1), sure, 0.0)
+    (warning,) = evaluation._warn(session, "mc-joint", labelled, unsure.flip(1), sure, 0.0, "x")
     assert "overconfident" in warning
     noise = 0.01 * torch.where(torch.arange(100) % 2 == 0, 1.0, -1.0).double().unsqueeze(1) - 3e-4
-    (note,) = evaluation._warn(session, "mc-joint", labelled, unsure + noise, unsure, 1.0)
+    (note,) = evaluation._warn(session, "mc-joint", labelled, unsure + noise, unsure, 1.0, "x")
     assert note.startswith("note") and "no better than MAP" in note
-    assert evaluation._warn(session, "mc-joint", labelled, sure, unsure, 1.0) == []
+    assert evaluation._warn(session, "mc-joint", labelled, sure, unsure, 1.0, "x") == []
 
 
 def test_the_remedy_fits_how_the_prior_was_chosen(demo, adapter):
     model = ModelSettings(adapter=str(adapter))
     tune_prior(model, settings=PriorSettings(method="validation"))
     session = open_session(model, "default")
-    assert "--link probit" in evaluation._remedy(session, "probit")
-    assert "--link map" in evaluation._remedy(session, "mc-joint")
+    assert "--link probit" in evaluation._remedy(session, "probit", "x")
+    assert "--link map" in evaluation._remedy(session, "mc-joint", "x")
+
+
+def test_the_remedy_finds_posterior_and_rows_again(demo, adapter, tmp_path):
+    elsewhere = tmp_path / "a folder"
+    shutil.move(adapter / "laplace", elsewhere / "laplace")
+    shutil.copytree(demo / "data", elsewhere / "data")
+    model = ModelSettings(adapter=str(adapter), output_dir=elsewhere)
+    tune_prior(model, settings=PriorSettings(method="marglik"))
+    options = evaluation.remedy_options(model, DataSettings(data_dir=elsewhere / "data", split="validation"))
+    line = evaluation._remedy(open_session(model, "default"), "probit", options)
+    _, *arguments = shlex.split(line.partition(": ")[2])
+    app(arguments, standalone_mode=False)
+    prior = SavedPosterior(elsewhere / "laplace" / "default").manifest["prior"]
+    assert prior["method"] == "validation" and prior["validation"]["link"] == "probit"
 
 
 def test_the_bootstrap_interval_covers_the_mean():

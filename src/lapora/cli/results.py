@@ -27,6 +27,8 @@ def print_results(done: Evaluation, as_json: bool) -> None:
         say(f"{record['excluded']} rows that tuned the prior or the temperature are left out")
     if record["truncated"]:
         say(f"{record['truncated']} of {record['n']} rows were cut to the greatest length")
+    if told := _temperature(record):
+        say(f"temperature {told}")
     if as_json:
         typer.echo(json.dumps(record))
     else:
@@ -48,6 +50,17 @@ def print_checkpoint_results(record: Mapping[str, Any], as_json: bool) -> None:
         from lapora.report import print_checkpoints
 
         print_checkpoints(record)
+
+
+def _temperature(record: Mapping[str, Any]) -> str:
+    """What the temperature is and where it comes from, where there is one."""
+    told = []
+    for result in record["results"]:
+        if "temperature" in result:
+            rows = result.get("fitted_on")
+            where = f"{rows['n']} rows of {rows['split']} that are not scored" if rows else "the scored rows themselves"
+            told.append(f"{result['temperature']:.3g}, fitted on {where}")
+    return "; oracle: ".join(told)
 
 
 def _map_of(done: Evaluation) -> Any:
@@ -79,6 +92,8 @@ def keep_results(done: Evaluation, model: ModelSettings, plots: Path | None, rep
             "rows left out": f"{record['excluded']}, which tuned the prior or the temperature",
             "rows cut": str(record["truncated"]),
         }
+        if told := _temperature(record):
+            facts["temperature"] = told
         page = Page(
             title=f"{record['task']}: is {Path(model.adapter).name} calibrated?",
             facts=facts,

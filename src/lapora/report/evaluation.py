@@ -29,7 +29,9 @@ HEADINGS = {
 }
 """Scores in the order of the table, with their headings."""
 
-_NARROW = ("accuracy", "mcc", "ece", "nll", "brier")
+_SECOND_TABLE = ("auroc", "aurc")
+"""Scores that have no room in the first table of a narrow terminal."""
+
 _WIDE_TERMINAL = 112
 _IN_A_PIPE = 140
 
@@ -65,37 +67,56 @@ def console_of_data() -> Console:
 
 
 def print_evaluation(record: Mapping[str, Any]) -> None:
-    """Print the table of ``eval``, with those of other data and of coverage where they were asked for."""
+    """Print the table of ``eval``, with those of other data and of coverage where they were asked for.
+
+    A terminal that is too narrow for all columns gets two tables, so that nothing is cut or left out.
+    """
     console = console_of_data()
     results = record["results"]
     wide = console.width >= _WIDE_TERMINAL
-    scores = [score for score in HEADINGS if score in results[0] and (wide or score in _NARROW)]
-    table = Table(
-        title=cell(f"{record['task']}, {record['split']}: {record['n']} rows"),
-        caption="nll less MAP's: paired, with its 95 % bootstrap interval" if wide else None,
-        box=box.SIMPLE_HEAD,
-    )
-    table.add_column("method")
-    for score in scores:
-        table.add_column(HEADINGS[score], justify="right")
+    title = f"{record['task']}, {record['split']}: {record['n']} rows"
+    scores = [score for score in HEADINGS if score in results[0]]
     if wide:
-        table.add_column("nll less MAP's", justify="right")
-    for result in results:
-        cells = [number(result[score]) for score in scores]
-        table.add_row(cell(label_of(result)), *cells, *([difference_of(result)] if wide else []))
-    console.print(table)
+        console.print(_scores(results, title, scores, with_difference=True))
+    else:
+        first = [score for score in scores if score not in _SECOND_TABLE]
+        console.print(_scores(results, title, first, with_difference=False))
+        console.print(_scores(results, "", [*_SECOND_TABLE], with_difference=True))
     if "coverage" in results[0]:
         console.print(_coverage(results))
     for shifted in record.get("ood", []):
-        console.print(_shift(shifted))
+        for table in _shift(shifted, wide):
+            console.print(table)
+
+
+def _scores(results: Sequence[Mapping[str, Any]], title: str, scores: Sequence[str], *, with_difference: bool) -> Table:
+    table = _table(title, "nll less MAP's: paired, with its 95 % bootstrap interval" if with_difference else "")
+    for score in scores:
+        _number_column(table, HEADINGS[score].replace(" ", "\n"))
+    if with_difference:
+        _number_column(table, "nll less MAP's")
+    for result in results:
+        cells = [number(result[score]) for score in scores]
+        table.add_row(cell(label_of(result)), *cells, *([difference_of(result)] if with_difference else []))
+    return table
+
+
+def _table(title: str, caption: str = "") -> Table:
+    """A table whose first column alone may be wrapped."""
+    table = Table(title=cell(title) if title else None, caption=caption or None, box=box.SIMPLE_HEAD)
+    table.add_column("method")
+    return table
+
+
+def _number_column(table: Table, heading: str) -> None:
+    table.add_column(heading, justify="right", no_wrap=True)
 
 
 def _coverage(results: Sequence[Mapping[str, Any]]) -> Table:
     asked = results[0]["coverage"]["asked"]
-    table = Table(title=f"to answer {asked:.0%} of the rows", box=box.SIMPLE_HEAD)
-    table.add_column("method")
-    for heading in ("--abstain-below", "rows answered", "accuracy of these", "of all"):
-        table.add_column(heading, justify="right")
+    table = _table(f"to answer {asked:.0%} of the rows")
+    for heading in ("--abstain-below", "rows\nanswered", "accuracy\nof these", "of all"):
+        _number_column(table, heading)
     for result in results:
         found = result["coverage"]
         shares = [f"{found['coverage']:.1%}", number(found["accuracy"]), number(result["accuracy"])]
@@ -103,21 +124,35 @@ def _coverage(results: Sequence[Mapping[str, Any]]) -> Table:
     return table
 
 
-def _shift(shifted: Mapping[str, Any]) -> Table:
-    table = Table(
-        title=cell(f"other data: {shifted['task']}, {shifted['split']}: {shifted['n']} rows"),
-        caption="AUROC of telling them from the rows above; 0.5 is chance",
-        box=box.SIMPLE_HEAD,
-    )
-    table.add_column("method")
-    headings = ("accuracy", "confidence", "(own rows)", "entropy", "(own rows)")
-    for heading in (*headings, "AUROC max p", "entropy", "mutual inf."):
-        table.add_column(heading, justify="right")
+_SHIFT = {
+    "accuracy": "accuracy",
+    "confidence": "confidence",
+    "confidence_in": "(own\nrows)",
+    "entropy": "entropy",
+    "entropy_in": "(own\nrows)",
+}
+_SHIFT_AUROC = {"max_probability": "AUROC\nmax p", "entropy": "\nentropy", "mutual_information": "mutual\ninf."}
+
+
+def _shift(shifted: Mapping[str, Any], wide: bool) -> list[Table]:
+    """One table; on a narrow terminal two, AUROC in the second."""
+    caption = "AUROC of telling them from the rows above; 0.5 is chance"
+    first = _table(f"other data: {shifted['task']}, {shifted['split']}: {shifted['n']} rows", caption if wide else "")
+    second = first if wide else _table("", caption)
+    for heading in _SHIFT.values():
+        _number_column(first, heading)
+    for heading in _SHIFT_AUROC.values():
+        _number_column(second, heading)
     for result in shifted["results"]:
-        values = [result[key] for key in ("accuracy", "confidence", "confidence_in", "entropy", "entropy_in")]
-        values += [result["auroc"][key] for key in ("max_probability", "entropy", "mutual_information")]
-        table.add_row(cell(label_of(result)), *(number(value) for value in values))
-    return table
+        label = cell(label_of(result))
+        levels = [number(result[key]) for key in _SHIFT]
+        aurocs = [number(result["auroc"][key]) for key in _SHIFT_AUROC]
+        if wide:
+            first.add_row(label, *levels, *aurocs)
+        else:
+            first.add_row(label, *levels)
+            second.add_row(label, *aurocs)
+    return [first] if wide else [first, second]
 
 
 _BAR = 24
@@ -133,7 +168,8 @@ def print_reliability(diagrams: Mapping[str, Sequence[Bin]]) -> None:
     if not console.is_terminal:
         return
     table = Table(
-        title="how often right, by confidence (█ right, ┃ the confidence: bars should end there)",
+        title="how often right, by confidence",
+        caption="█ share right, ┃ mean confidence: a bar should end there",
         box=box.SIMPLE_HEAD,
     )
     table.add_column("confidence")

@@ -22,7 +22,7 @@ from lapora.model.hub import fetch_adapter, is_hub_id
 from lapora.workflows.checkpoint_folders import checkpoint_folders
 from lapora.workflows.plan import Plan, Prediction
 from lapora.workflows.scoring import LabelledRows, forward_log_p, read_labelled_rows, row_digest
-from lapora.workflows.session import Session
+from lapora.workflows.session import Session, are_training_rows
 
 
 @dataclass(frozen=True)
@@ -58,9 +58,8 @@ def fit_temperature(session: Session, plan: Plan, data: DataSettings, settings: 
         DataError: No such rows.
     """
     evaluated = data.split or "validation"
-    fitted = session.posterior.manifest["data"]["split"]
     split = settings.temperature_split
-    if split == fitted and data.task is None and data.data_dir is None:
+    if split is not None and are_training_rows(session.posterior.manifest, replace(data, split=split)):
         raise UsageError(f"--temperature-split {split}: the adapter was trained on these rows; give another split")
     notes: tuple[str, ...] = ()
     rows = None

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from lapora import metrics
-from lapora.config import DEFAULT_SAMPLES, DataSettings, EvalSettings, Link, ModelSettings, Progress
+from lapora.config import DEFAULT_SAMPLES, DataSettings, EvalSettings, Link, ModelSettings, PriorSettings, Progress
 from lapora.errors import DataError, UsageError
 from lapora.predictive.information import mutual_information
 from lapora.tasks import data_fingerprint
 from lapora.workflows import baselines
 from lapora.workflows.plan import Plan, Prediction, make_plan
 from lapora.workflows.scoring import LabelledRows, ScoredRows, read_labelled_rows, score_rows
-from lapora.workflows.session import Session, open_session
+from lapora.workflows.session import Session, are_training_rows, open_session
 from lapora.workflows.shift import coverage_record, read_shifted_rows, shift_record
 
 
@@ -74,10 +75,12 @@ def run_evaluation(
     """
     plan = make_plan(model, settings)
     session = open_session(model, plan.names[0], data=data)
-    notes: list[str] = []
+    notes = [*plan.left_out]
     temperature = _temperature(session, plan, data, settings, notes)
     left_out = plan.tuning_digests | (temperature.rows if temperature else frozenset())
     rows = read_labelled_rows(session, data, exclude=left_out)
+    if are_training_rows(session.posterior.manifest, replace(data, split=rows.split)):
+        notes.append(f"note: {rows.split} holds the rows that the adapter was trained on: these scores flatter it")
     sets = [rows, *read_shifted_rows(session, settings, data.limit)]
 
     predictions: list[list[Prediction]] = [[] for _ in sets]
@@ -95,7 +98,7 @@ def run_evaluation(
         if "laplace" in plan.methods:
             for found, each in zip(predictions, scored, strict=True):
                 found += _laplace(name, plan.links, each, settings)
-            notes += _warnings(session, plan.links, rows, scored[0])
+            notes += _warnings(session, plan.links, rows, scored[0], remedy_options(model, data))
     record = {
         "task": rows.task.task,
         "split": rows.split,
@@ -126,7 +129,7 @@ def _temperature(
     except DataError as error:
         if not plan.everything or settings.temperature_split:
             raise
-        notes.append(f"temperature left out: {baselines.first_line(error)}")
+        notes.append(f"left out: temperature: {baselines.first_line(error)}")
         return None
     notes += found.notes
     return found
@@ -221,13 +224,15 @@ def _defined(value: float) -> float | None:
     return None if math.isnan(value) else value
 
 
-def _warnings(session: Session, links: Sequence[Link], rows: LabelledRows, scored: ScoredRows) -> list[str]:
+def _warnings(
+    session: Session, links: Sequence[Link], rows: LabelledRows, scored: ScoredRows, options: str
+) -> list[str]:
     found = []
     for link in links:
         if link != "map":
             log_p = scored.log_p[link][0]
             accuracy = float((log_p.argmax(dim=1) == rows.targets).double().mean())
-            found += _warn(session, link, rows, log_p, scored.log_p["map"][0], accuracy)
+            found += _warn(session, link, rows, log_p, scored.log_p["map"][0], accuracy, options)
     return found
 
 
@@ -236,7 +241,13 @@ _WORTH_SAYING = 1e-4
 
 
 def _warn(
-    session: Session, link: Link, rows: LabelledRows, log_p: torch.Tensor, log_map: torch.Tensor, accuracy: float
+    session: Session,
+    link: Link,
+    rows: LabelledRows,
+    log_p: torch.Tensor,
+    log_map: torch.Tensor,
+    accuracy: float,
+    options: str,
 ) -> list[str]:
     """Where Laplace is worse than MAP beyond chance: how, and the command that mends it."""
     differences = metrics.row_nll(log_p, rows.targets) - metrics.row_nll(log_map, rows.targets)
@@ -252,16 +263,30 @@ def _warn(
     direction = "underconfident" if confidence < accuracy else "overconfident"
     return [
         f"warning: {name} ({link}) is worse than MAP in NLL by {interval}, and {direction} (confidence "
-        f"{confidence:.2f}, accuracy {accuracy:.2f}); {_remedy(session, link)}"
+        f"{confidence:.2f}, accuracy {accuracy:.2f}); {_remedy(session, link, options)}"
     ]
 
 
-def _remedy(session: Session, link: Link) -> str:
+def remedy_options(model: ModelSettings, data: DataSettings) -> str:
+    """Adapter and options that ``tune-prior`` needs to find the posterior, the base and the rows of this run."""
+    given = {
+        "--output-dir": model.output_dir,
+        "--base-model": model.base_model,
+        "--data": data.task,
+        "--data-dir": data.data_dir,
+        "--split": data.split,
+    }
+    options = [part for option, value in given.items() if value is not None for part in (option, str(value))]
+    return shlex.join([model.adapter, *options])
+
+
+def _remedy(session: Session, link: Link, options: str) -> str:
     prior = session.posterior.manifest["prior"]
-    folder = session.posterior.folder
-    command = f"lapora tune-prior {folder.parent.parent} --name {folder.name} --method validation"
+    command = f"lapora tune-prior {options} --name {session.posterior.folder.name} --method validation"
+    if link != PriorSettings.link:
+        command += f" --link {link}"
     if prior["method"] != "validation":
         return f"tune the prior on validation rows: {command}"
     if prior["validation"]["link"] != link:
-        return f"the prior was tuned for {prior['validation']['link']}: {command} --link {link}"
+        return f"the prior was tuned for {prior['validation']['link']}: {command}"
     return "the tuning rows said otherwise: tune on more rows (--limit), or predict with --link map"

@@ -24,6 +24,7 @@ class Plan:
         names: Saved posteriors, at least one.
         links: Links of each posterior.
         tuned_on: By posterior whose prior validation rows chose: the manifest's record of it.
+        left_out: Why a method of ``all`` is not scored: lines for people.
     """
 
     methods: tuple[Method, ...]
@@ -31,6 +32,7 @@ class Plan:
     names: tuple[str, ...]
     links: tuple[Link, ...]
     tuned_on: dict[str, dict[str, Any]]
+    left_out: tuple[str, ...] = ()
 
     @property
     def tuning_digests(self) -> frozenset[str]:
@@ -86,7 +88,10 @@ def make_plan(model: ModelSettings, settings: EvalSettings) -> Plan:
         raise UsageError("nothing to evaluate; give --methods")
     if "ensemble" in methods and not settings.ensemble and not everything:
         raise UsageError("--methods ensemble needs --ensemble PATH: another adapter, or a folder of checkpoints")
+    left_out: tuple[str, ...] = ()
     if not settings.ensemble:
+        if everything:
+            left_out = ("left out: ensemble: no --ensemble PATH was given, another adapter or a folder of checkpoints",)
         methods = tuple(method for method in methods if method != "ensemble")
     if settings.ood and len(settings.ood_data_dirs) not in (0, 1, len(settings.ood)):
         raise UsageError(
@@ -106,7 +111,7 @@ def make_plan(model: ModelSettings, settings: EvalSettings) -> Plan:
         if record:
             tuned_on[name] = record
     order = [method for method in get_args(Method) if method in methods]
-    return Plan(tuple(order), everything, names, links, tuned_on)
+    return Plan(tuple(order), everything, names, links, tuned_on, left_out)
 
 
 def _unique(values: Sequence[Any]) -> tuple[Any, ...]:

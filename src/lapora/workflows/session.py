@@ -240,6 +240,11 @@ def read_rows(data: DataSettings, recorded: dict[str, Any] | None, default_split
     return task, load_rows(task, split, data_dir=Path(folder) if folder else None, limit=data.limit), split
 
 
+def are_training_rows(manifest: dict[str, Any], data: DataSettings) -> bool:
+    """Whether these are the rows that ``fit`` read, whatever they are called; ``data`` names a split."""
+    return source_of(manifest, data) == source_of(manifest, DataSettings(split=manifest["data"]["split"]))
+
+
 def source_of(manifest: dict[str, Any], data: DataSettings) -> tuple[str, ...]:
     """What identifies a split, whatever it is called: the folder or the task's own source, and the split there.
 
