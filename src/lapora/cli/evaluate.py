@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import Annotated, Any, cast
 
 import typer
 
@@ -32,9 +32,6 @@ from lapora.cli.output import RowProgress, say
 from lapora.cli.results import keep_checkpoints, keep_results, print_results
 from lapora.config import DataSettings, EvalSettings, Link, Method, ModelSettings, PriorMethod
 from lapora.errors import UsageError
-
-if TYPE_CHECKING:
-    pass
 
 _DEFAULT_METHODS = ["constant", "map", "laplace"]
 _CHECKPOINT_LINKS: tuple[Link, ...] = ("mc-joint", "mc-indep", "probit", "bridge")
