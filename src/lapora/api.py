@@ -2,7 +2,7 @@
 
 Options are the fields of the settings in :mod:`lapora.config`, with the defaults that the command line has too. The
 same workflows run as under the commands, so the results are the same. An option that does not exist is a ``TypeError``,
-a choice that does not exist a :class:`lapora.errors.UsageError`. ::
+a choice that does not exist a :class:`lapora.errors.UsageError`.
 
     >>> import lapora
     >>> lapora.fit("adapter", data="task.yaml", data_dir="data").rows
