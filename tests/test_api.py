@@ -22,6 +22,7 @@ from lapora.config import DataSettings, EvalSettings, FitSettings, ModelSettings
 from lapora.errors import AdapterError, DataError, UsageError
 from lapora.model.adapter import read_adapter
 from lapora.model.loading import load_model
+from lapora.tasks import load_rows, load_task
 from tiny_adapter import command, fit_tiny, json_lines, make_adapter, make_rows, model_of
 
 
@@ -60,7 +61,7 @@ def in_memory(tmp_path):
 def test_importing_lapora_imports_no_torch():
     code = "import sys, lapora; assert 'torch' not in sys.modules; lapora.load; assert 'torch' in sys.modules"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_unknown_names_are_refused():
@@ -241,6 +242,15 @@ def test_the_model_is_given_back_after_an_error(in_memory):
     with pytest.raises(RuntimeError, match="stopped"):
         lapora.fit_model(model, tokenizer, rows, task=task, progress=stop)
     assert_same_state(before, training_state(model))
+
+
+def test_rows_may_be_those_that_a_task_loads(in_memory):
+    folder, model, tokenizer, rows, task = in_memory
+    loaded_rows = load_rows(load_task(str(folder / "task.yaml")), "train", data_dir=folder / "data")
+    one, other = (lapora.fit_model(model, tokenizer, each, task=task) for each in (rows, loaded_rows))
+    assert one.predict(rows[:2]) == other.predict(rows[:2])
+    with pytest.raises(DataError, match="row 0: a str; a row is a mapping"):
+        lapora.fit_model(model, tokenizer, ["the cows are loud"], task=task)
 
 
 def test_training_goes_on_after_a_fit(in_memory):

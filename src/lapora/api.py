@@ -51,7 +51,7 @@ from lapora.options import (
     settings_of,
     takes,
 )
-from lapora.tasks import Task
+from lapora.tasks import Row, Task
 from lapora.workflows.evaluate import run_evaluation
 from lapora.workflows.fit import FitResult
 from lapora.workflows.fit import fit as run_fit
@@ -191,7 +191,7 @@ def fit(
 def fit_model(
     model: Any,
     tokenizer: Any,
-    rows: Iterable[Mapping[str, Any]],
+    rows: Iterable[Mapping[str, Any] | Row],
     *,
     task: Task | Mapping[str, Any] | str | Path,
     output_dir: str | Path | None = None,
@@ -216,7 +216,8 @@ def fit_model(
     Args:
         model: A PEFT model, unwrapped; its base not quantised.
         tokenizer: Its tokenizer.
-        rows: The rows it was trained on, with the task's fields: a list, or a ``datasets.Dataset``.
+        rows: The rows it was trained on, with the task's fields: a list, a ``datasets.Dataset``, or what
+            ``lapora.tasks.load_rows`` gives.
         task: A task: a built-in name, a YAML's path, or its content as a mapping.
         output_dir: Where ``laplace/`` goes; by default into a temporary folder that goes with the predictor.
         batch_size: Rows per batch; by default a token budget.
