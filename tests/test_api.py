@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import doctest
+import inspect
 import json
+import re
 import subprocess
 import sys
+from typing import get_args, get_type_hints
 
 import pytest
 import torch
@@ -13,10 +17,13 @@ import yaml
 from safetensors.torch import load_file
 
 import lapora
-from lapora.errors import AdapterError, DataError
+from lapora import api
+from lapora.config import DataSettings, EvalSettings, FitSettings, ModelSettings, PredictSettings, PriorSettings
+from lapora.errors import AdapterError, DataError, UsageError
 from lapora.model.adapter import read_adapter
 from lapora.model.loading import load_model
-from tiny_adapter import fit_tiny, json_lines, make_adapter, make_rows, model_of
+from lapora.tasks import load_rows, load_task
+from tiny_adapter import command, fit_tiny, json_lines, make_adapter, make_rows, model_of
 
 
 def loaded(folder):
@@ -54,7 +61,7 @@ def in_memory(tmp_path):
 def test_importing_lapora_imports_no_torch():
     code = "import sys, lapora; assert 'torch' not in sys.modules; lapora.load; assert 'torch' in sys.modules"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_unknown_names_are_refused():
@@ -62,18 +69,132 @@ def test_unknown_names_are_refused():
         lapora.no_such  # noqa: B018
 
 
-def test_the_examples_of_the_docstring_run(tmp_path, monkeypatch):
-    make_adapter(tmp_path)
-    monkeypatch.chdir(tmp_path)
-    from lapora import api
+EXAMPLES = [found for found in doctest.DocTestFinder(exclude_empty=True).find(api) if found.examples]
 
-    found = doctest.testmod(api)
-    assert found.attempted >= 8
-    assert found.failed == 0
+
+@pytest.mark.parametrize("examples", EXAMPLES, ids=lambda found: found.name)
+def test_the_examples_of_the_docstrings_run(examples, tmp_path, monkeypatch):
+    """Each on an adapter that is fitted, but for the module's own, which begins with the fit."""
+    folder = make_adapter(tmp_path)
+    if examples.name != "lapora.api":
+        fit_tiny(folder)
+    monkeypatch.chdir(folder)
+    examples.globs["lapora"] = lapora
+    assert doctest.DocTestRunner().run(examples).failed == 0
+
+
+def test_every_public_function_has_an_example():
+    public = {f"lapora.api.{name}" for name in set(lapora.__all__) - {"__version__", "Predictor", "RowPrediction"}}
+    assert {found.name for found in EXAMPLES} == public | {"lapora.api", "lapora.api.Predictor.predict"}
+
+
+SETTINGS = {
+    "load": [ModelSettings],
+    "fit": [FitSettings, DataSettings, ModelSettings],
+    "fit_model": [FitSettings],
+    "tune_prior": [PriorSettings, DataSettings, ModelSettings],
+    "evaluate": [EvalSettings, DataSettings, ModelSettings],
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_options_are_the_fields_of_the_settings(name):
+    """The classes that type checkers read say what the dataclasses say, and ``help`` says both."""
+    function = getattr(lapora, name)
+    (options,) = get_args(get_type_hints(inspect.unwrap(function))["options"])
+    hints = get_type_hints(options)
+    fields = {each.name: each for settings in SETTINGS[name] for each in dataclasses.fields(settings)}
+    assert set(hints) == set(fields) - {"adapter", "fetched", "task"}
+    types = {key: hint for settings in SETTINGS[name] for key, hint in get_type_hints(settings).items()}
+    for key, hint in hints.items():
+        assert str(hint).replace("str | pathlib.Path", "pathlib.Path").replace(
+            "collections.abc.Sequence", "tuple"
+        ) == str(types[key]).replace(", ...", ""), key
+    shown = inspect.signature(function).parameters
+    assert {key: shown[key].default for key in hints} == {key: fields[key].default for key in hints}
+
+
+def test_options_of_predict_are_fields_of_the_settings():
+    defaults = {each.name: each.default for each in dataclasses.fields(PredictSettings)}
+    shown = inspect.signature(lapora.Predictor.predict).parameters
+    assert {key: shown[key].default for key in ("link", "samples", "seed")} == {
+        key: defaults[key] for key in ("link", "samples", "seed")
+    }
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"strcture": "kron"}, TypeError, r"fit\(\) has no option 'strcture'; did you mean 'structure'\?"),
+        ({"zzz": 1}, TypeError, r"fit\(\) has no option 'zzz'; it has adapter, data, progress, structure"),
+        ({"structure": "kronn"}, UsageError, "structure='kronn': one of kron, ekfac, diag, lowrank, full"),
+        ({"dtype": "int8"}, UsageError, "dtype='int8': one of auto, float32"),
+    ],
+)
+def test_wrong_options_are_named(options, error, message):
+    with pytest.raises(error, match=message):
+        lapora.fit("adapter", data="boolq", **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"links": "probit"}, r"links='probit': give a list, \['probit'\]"),
+        ({"links": ["probit", "logit"]}, "links='logit': one of mc-joint, mc-indep, probit, bridge, map"),
+        ({"methods": ["everything"]}, "methods='everything': one of constant, .*, all"),
+    ],
+)
+def test_wrong_choices_in_a_list_are_named(options, message):
+    with pytest.raises(UsageError, match=message):
+        lapora.evaluate("adapter", **options)
+
+
+def test_type_checkers_see_the_options(tmp_path):
+    pytest.importorskip("mypy")
+    lines = [
+        "import lapora",
+        'lapora.fit("a", data="b", structure="ekfac", dtype="bfloat16", split="train").rows',
+        'lapora.fit("a", data="b", strcture="ekfac")',
+        'lapora.fit("a", data="b", structure="kronn")',
+        'lapora.load("a", device=3)',
+        'lapora.load("a").predict(["text"], link="softmax")',
+        'lapora.tune_prior("a", method="guess").precision',
+        'lapora.evaluate("a", links=["mc-joint"], ensemble=["b"])["results"]',
+        'lapora.evaluate("a", links=["logit"])',
+    ]
+    (tmp_path / "user.py").write_text("\n".join(lines) + "\n")
+    skipped = "".join(f"[mypy-{name}.*]\nfollow_imports = skip\n" for name in ("torch", "numpy", "transformers"))
+    (tmp_path / "mypy.ini").write_text(f"[mypy]\nignore_missing_imports = true\n{skipped}")
+    done = subprocess.run([sys.executable, "-m", "mypy", "user.py"], cwd=tmp_path, capture_output=True, text=True)
+    assert {int(found) for found in re.findall(r"^user\.py:(\d+): error", done.stdout, re.M)} == {3, 4, 5, 6, 7, 9}
+
+
+def test_the_commands_do_what_the_functions_do(tmp_path, monkeypatch, capfdbinary):
+    folder = make_adapter(tmp_path)
+    adapter = folder / "adapter"
+    where = {"data_dir": folder / "data", "output_dir": folder / "function"}
+    model = ["--output-dir", folder / "command"]
+    monkeypatch.setattr(sys, "argv", sys.argv)
+
+    lapora.fit(adapter, data=folder / "task.yaml", structure="ekfac", **where)
+    words = ["--data", folder / "task.yaml", "--data-dir", folder / "data", "--structure", "ekfac"]
+    assert command(monkeypatch, capfdbinary, "fit", adapter, *words, *model)[0] == 0
+    factors = [folder / each / "laplace" / "default" / "factors.safetensors" for each in ("function", "command")]
+    assert factors[0].read_bytes() == factors[1].read_bytes()
+
+    tuned = lapora.tune_prior(adapter, method="validation", link="probit", output_dir=folder / "function")
+    words = ["--method", "validation", "--link", "probit", "--json"]
+    _, out, _ = command(monkeypatch, capfdbinary, "tune-prior", adapter, *words, *model)
+    assert json.loads(out) == tuned.prior
+
+    record = lapora.evaluate(adapter, split="validation", links=["probit", "bridge"], output_dir=folder / "function")
+    words = ["--split", "validation", "--link", "probit", "--link", "bridge", "--json"]
+    _, out, _ = command(monkeypatch, capfdbinary, "eval", adapter, *words, *model)
+    del record["warnings"]
+    assert json.loads(out) == json.loads(json.dumps(record))
 
 
 def test_predictions_are_those_of_the_command(tmp_path):
-    from lapora.config import PredictSettings
     from lapora.workflows.predict import predict
 
     folder = make_adapter(tmp_path)
@@ -121,6 +242,15 @@ def test_the_model_is_given_back_after_an_error(in_memory):
     with pytest.raises(RuntimeError, match="stopped"):
         lapora.fit_model(model, tokenizer, rows, task=task, progress=stop)
     assert_same_state(before, training_state(model))
+
+
+def test_rows_may_be_those_that_a_task_loads(in_memory):
+    folder, model, tokenizer, rows, task = in_memory
+    loaded_rows = load_rows(load_task(str(folder / "task.yaml")), "train", data_dir=folder / "data")
+    one, other = (lapora.fit_model(model, tokenizer, each, task=task) for each in (rows, loaded_rows))
+    assert one.predict(rows[:2]) == other.predict(rows[:2])
+    with pytest.raises(DataError, match="row 0: a str; a row is a mapping"):
+        lapora.fit_model(model, tokenizer, ["the cows are loud"], task=task)
 
 
 def test_training_goes_on_after_a_fit(in_memory):

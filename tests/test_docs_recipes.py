@@ -66,6 +66,21 @@ def test_fine_tune_then_calibrate(folder, capsys):
     assert scores["laplace"]["nll"] < scores["map"]["nll"]
 
 
+def test_fine_tune_with_trl_then_calibrate(folder, capsys):
+    pytest.importorskip("trl")
+    Path("sft.py").write_text(titled("recipes/trl.md", "sft.py"))
+    python, *commands = blocks("recipes/trl.md", "sh")[0].splitlines(keepends=True)
+    done = shell(python, folder)
+    assert done.returncode == 0, done.stderr
+    assert "MAP {'no': " in done.stdout and "Laplace {'no': " in done.stdout
+    for arguments in lapora_lines("".join(commands)):
+        app([*arguments, *(["--json"] if arguments[0] == "eval" else [])], standalone_mode=False)
+    record = json.loads(capsys.readouterr().out.splitlines()[-1])
+    scores = {result["method"]: result for result in record["results"]}
+    assert scores["map"]["accuracy"] > 0.6
+    assert scores["laplace"]["nll"] < scores["map"]["nll"]
+
+
 @pytest.mark.slow
 def test_shell_pipelines(folder):
     if shutil.which("jq") is None:

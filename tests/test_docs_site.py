@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+import http.server
 import importlib.util
 import re
 import shutil
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -135,6 +139,15 @@ def test_the_site_builds_and_loads_nothing_from_elsewhere(site):
         assert loaded and not [target for target in loaded if target.startswith(("http", "//"))], page
 
 
+def test_names_in_docstrings_are_links(site):
+    text = (site / "reference" / "python.html").read_text(encoding="utf-8")
+    prose = re.sub(r"<pre.*?</pre>", "", text, flags=re.S)
+    assert not re.findall(r":(?:func|class|meth|mod|data):", prose)
+    assert re.search(
+        r'<a [^>]*href="#lapora\.options\.FitOptions"[^>]*><code>lapora\.options\.FitOptions</code>', prose
+    )
+
+
 def test_equations_are_mathml(site):
     text = (site / "method.html").read_text(encoding="utf-8")
     prose = re.sub(r"<(pre|code)\b.*?</\1>", "", text, flags=re.S)
@@ -145,27 +158,54 @@ def test_equations_are_mathml(site):
     assert "\\" not in "".join(re.findall(r"<math.*?</math>", text, flags=re.S))
 
 
-def test_equations_are_drawn_by_a_browser(site, tmp_path):
+@pytest.fixture
+def browse(tmp_path):
+    """What a browser makes of a page, once it is loaded."""
     browser = shutil.which("chromium")
     if browser is None:
         pytest.skip("no chromium")
-    done = subprocess.run(
-        [
-            browser,
-            "--headless",
-            "--no-sandbox",
-            "--disable-gpu",
-            f"--user-data-dir={tmp_path}",
-            "--dump-dom",
-            "--virtual-time-budget=3000",
-            (_measuring(site)).as_uri(),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    count, tall = map(int, re.search(r'id="measured">(\d+) (\d+)<', done.stdout).groups())
-    assert count > 40 and tall == 0, done.stdout[-500:]
+
+    def dump(address: str, *options: str) -> str:
+        command = [browser, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}", "--dump-dom"]
+        done = subprocess.run([*command, *options, address], capture_output=True, text=True, timeout=120)
+        return done.stdout
+
+    return dump
+
+
+def test_equations_are_drawn_by_a_browser(site, browse):
+    shown = browse(_measuring(site).as_uri(), "--virtual-time-budget=3000")
+    count, tall = map(int, re.search(r'id="measured">(\d+) (\d+)<', shown).groups())
+    assert count > 40 and tall == 0, shown[-500:]
+
+
+class _Site(http.server.SimpleHTTPRequestHandler):
+    """The site, and a picture that takes its time: the page is loaded, and shown, only when the search is done."""
+
+    def do_GET(self):
+        if self.path == "/late.png":
+            time.sleep(5)
+            self.send_error(404)
+        else:
+            super().do_GET()
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.mark.parametrize("opened", ["served", "from the disk"])
+def test_the_search_finds(opened, site, browse):
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(_Site, directory=site)) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_address[1]}"
+        page = site / "late.html"
+        late = f'<img src="{address}/late.png"></body>'
+        page.write_text((site / "index.html").read_text(encoding="utf-8").replace("</body>", late), encoding="utf-8")
+        shown = browse(f"{address if opened == 'served' else site.as_uri()}/late.html?q=ekfac")
+        page.unlink()
+        server.shutdown()
+    assert re.search(r"[1-9]\d* matching documents", shown)
+    assert re.search(r'href="[^"]*posteriors\.html"[^>]*class="md-search-result__link"', shown)
 
 
 def _measuring(site: Path) -> Path:

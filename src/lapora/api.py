@@ -1,7 +1,8 @@
 """The Python API: the commands as functions, and a predictor that stays loaded.
 
-Arguments have the names of the command line's options, and its defaults. The same workflows run as under the
-commands, so the results are the same. ::
+Options are the fields of the settings in :mod:`lapora.config`, with the defaults that the command line has too. The
+same workflows run as under the commands, so the results are the same. An option that does not exist is a ``TypeError``,
+a choice that does not exist a :class:`lapora.errors.UsageError`.
 
     >>> import lapora
     >>> lapora.fit("adapter", data="task.yaml", data_dir="data").rows
@@ -25,9 +26,9 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from lapora.config import (
     DataSettings,
@@ -40,7 +41,17 @@ from lapora.config import (
 )
 from lapora.model.borrowed import borrowed
 from lapora.model.hub import local_model
-from lapora.tasks import Task
+from lapora.options import (
+    CurvatureOptions,
+    EvalOptions,
+    FitOptions,
+    LinkOptions,
+    ModelOptions,
+    PriorOptions,
+    settings_of,
+    takes,
+)
+from lapora.tasks import Row, Task
 from lapora.workflows.evaluate import run_evaluation
 from lapora.workflows.fit import FitResult
 from lapora.workflows.fit import fit as run_fit
@@ -49,8 +60,6 @@ from lapora.workflows.predict import predict_rows
 from lapora.workflows.session import Session, open_session
 from lapora.workflows.tune_prior import TunedPrior
 from lapora.workflows.tune_prior import tune_prior as run_tune_prior
-
-_MODEL_OPTIONS = {field.name for field in fields(ModelSettings)} - {"adapter", "output_dir", "fetched"}
 
 
 @dataclass(frozen=True)
@@ -93,15 +102,21 @@ class Predictor:
         self.fitted = fitted
         self._keeps = keeps
 
+    @takes(LinkOptions, PredictSettings)
     def predict(
-        self, rows: Iterable[Mapping[str, Any] | str], *, logits: bool = True, **options: Any
+        self, rows: Iterable[Mapping[str, Any] | str], *, logits: bool = True, **options: Unpack[LinkOptions]
     ) -> list[RowPrediction]:
         """Predict rows, in order.
+
+            >>> predictor = lapora.load("adapter")
+            >>> answers = predictor.predict(["the cows are in the barn ?"], link="probit", logits=False)
+            >>> answers[0].logit_covariance is None
+            True
 
         Args:
             rows: Rows with the task's fields, or ready prompts.
             logits: Give the logits' mean and covariance too: C backward passes in place of C-1.
-            options: ``link``, ``samples``, ``seed``: as of ``lapora predict``.
+            options: Link, points of the sampling links, seed: :class:`lapora.options.LinkOptions`.
 
         Raises:
             DataError: A row lacks a field; the message names the row, counted from 0.
@@ -128,80 +143,86 @@ def _row_prediction(record: Mapping[str, Any]) -> RowPrediction:
     )
 
 
-def load(
-    adapter: str | Path, *, name: str = "default", output_dir: str | Path | None = None, **options: Any
-) -> Predictor:
+@takes(ModelOptions, ModelSettings)
+def load(adapter: str | Path, *, name: str = "default", **options: Unpack[ModelOptions]) -> Predictor:
     """Load a fitted adapter.
+
+        >>> predictor = lapora.load("adapter", name="default", device="cpu")
+        >>> predictor.session.choices
+        ('no', 'yes')
 
     Args:
         adapter: The adapter's folder, or its id on the Hub.
         name: The posterior.
-        output_dir: Where ``laplace/`` is, if not in the adapter's folder.
-        options: ``base_model``, ``quantize``, ``dtype``, ``device``, ``batch_size``, ``trust_remote_code``,
-            ``revision``.
+        options: Base model, type, device, batch size, where ``laplace/`` is: :class:`lapora.options.ModelOptions`.
 
     Raises:
         AdapterError: No such adapter, or its base model cannot be loaded.
         PosteriorError: No such posterior, or one of another adapter or base.
     """
-    return Predictor(open_session(_model(adapter, output_dir, options), name))
+    return Predictor(open_session(_model(adapter, options), name))
 
 
+@takes(FitOptions, FitSettings, DataSettings, ModelSettings)
 def fit(
-    adapter: str | Path,
-    *,
-    data: str | Path,
-    data_dir: str | Path | None = None,
-    split: str = "train",
-    limit: int | None = None,
-    output_dir: str | Path | None = None,
-    progress: Progress | None = None,
-    **options: Any,
+    adapter: str | Path, *, data: str | Path, progress: Progress | None = None, **options: Unpack[FitOptions]
 ) -> FitResult:
     """Fit the posterior of an adapter on disk; ``lapora fit``.
+
+        >>> done = lapora.fit("adapter", data="task.yaml", data_dir="data", structure="ekfac", name="second")
+        >>> done.rows, done.parameters, done.folder.name
+        (24, 384, 'second')
 
     Args:
         adapter: The adapter's folder, or its id on the Hub.
         data: A built-in task, or the path of a task's YAML.
-        data_dir: Folder with ``SPLIT.jsonl``.
-        split: The rows that the adapter was trained on.
-        limit: Only the first so many.
-        output_dir: Where ``laplace/`` goes, if not into the adapter's folder.
         progress: Told of rows done and rows in all.
-        options: Fields of :class:`lapora.config.FitSettings`, and the options of :func:`load`.
+        options: The curvature, the rows that the adapter was trained on (the split ``train`` by default), the
+            model: :class:`lapora.options.FitOptions`.
 
     Raises:
         LaporaError: As the command; each kind has its class in :mod:`lapora.errors`.
     """
-    model = _model(adapter, output_dir, options, writes=True)
-    return run_fit(model, _data(str(data), data_dir, split, limit), FitSettings(**_rest(options)), progress)
+    settings = FitSettings(**settings_of(FitSettings, options))
+    return run_fit(_model(adapter, options, writes=True), _data(data, options), settings, progress)
 
 
+@takes(CurvatureOptions, FitSettings)
 def fit_model(
     model: Any,
     tokenizer: Any,
-    rows: Iterable[Mapping[str, Any]],
+    rows: Iterable[Mapping[str, Any] | Row],
     *,
     task: Task | Mapping[str, Any] | str | Path,
     output_dir: str | Path | None = None,
     batch_size: int | None = None,
     progress: Progress | None = None,
-    **options: Any,
+    **options: Unpack[CurvatureOptions],
 ) -> Predictor:
     """Fit a PEFT model that stands in memory, on its own device, and predict with it without a reload.
 
     The model is left as it was found: training mode, ``requires_grad``, padding token, and no hook, after errors
     too. The posterior is that of the weights as they are now: after further training, fit again.
 
+        >>> from peft import PeftModel
+        >>> from transformers import AutoModelForCausalLM, AutoTokenizer
+        >>> base = AutoModelForCausalLM.from_pretrained("base")
+        >>> model = PeftModel.from_pretrained(base, "adapter", is_trainable=True)
+        >>> rows = [{"story": "the cows are loud", "label": 1}, {"story": "anna is quiet", "label": 0}]
+        >>> predictor = lapora.fit_model(model, AutoTokenizer.from_pretrained("base"), rows, task="task.yaml")
+        >>> predictor.fitted.rows, len(predictor.predict(rows))
+        (2, 2)
+
     Args:
         model: A PEFT model, unwrapped; its base not quantised.
         tokenizer: Its tokenizer.
-        rows: The rows it was trained on, with the task's fields: a list, or a ``datasets.Dataset``.
+        rows: The rows it was trained on, with the task's fields: a list, a ``datasets.Dataset``, or what
+            ``lapora.tasks.load_rows`` gives.
         task: A task: a built-in name, a YAML's path, or its content as a mapping.
         output_dir: Where ``laplace/`` goes; by default into a temporary folder that goes with the predictor.
         batch_size: Rows per batch; by default a token budget.
         progress: Told of rows done and rows in all.
-        options: Fields of :class:`lapora.config.FitSettings`.
+        options: The curvature: :class:`lapora.options.CurvatureOptions`.
 
     Raises:
         LaporaError: As :func:`fit`.
@@ -221,58 +242,53 @@ def fit_model(
     return Predictor(session, fitted, keeps)
 
 
+@takes(PriorOptions, PriorSettings, DataSettings, ModelSettings)
 def tune_prior(
     adapter: str | Path,
     *,
     data: str | Path | None = None,
-    data_dir: str | Path | None = None,
-    split: str | None = None,
-    limit: int | None = None,
-    output_dir: str | Path | None = None,
     progress: Progress | None = None,
-    **options: Any,
+    **options: Unpack[PriorOptions],
 ) -> TunedPrior:
     """Choose the prior precision; ``lapora tune-prior``.
+
+        >>> tuned = lapora.tune_prior("adapter", method="marglik", structure="kind")
+        >>> sorted(tuned.precision.precisions)
+        ['A', 'B']
 
     Args:
         adapter: The adapter's folder, or its id on the Hub.
         data: Task of the validation rows, if not the recorded one.
-        data_dir: Their folder.
-        split: Their split.
-        limit: How many of them; half of the split by default.
-        output_dir: Where ``laplace/`` is, if not in the adapter's folder.
         progress: Told of rows done and rows in all.
-        options: Fields of :class:`lapora.config.PriorSettings`, and the options of :func:`load`.
+        options: The method, the validation rows (half of their split by default), the model:
+            :class:`lapora.options.PriorOptions`.
 
     Raises:
         LaporaError: As the command.
     """
-    model = _model(adapter, output_dir, options, writes=True)
-    return run_tune_prior(model, _data(data, data_dir, split, limit), PriorSettings(**_rest(options)), progress)
+    settings = PriorSettings(**settings_of(PriorSettings, options))
+    return run_tune_prior(_model(adapter, options, writes=True), _data(data, options), settings, progress)
 
 
+@takes(EvalOptions, EvalSettings, DataSettings, ModelSettings)
 def evaluate(
     adapter: str | Path,
     *,
     data: str | Path | None = None,
-    data_dir: str | Path | None = None,
-    split: str | None = None,
-    limit: int | None = None,
-    output_dir: str | Path | None = None,
     progress: Progress | None = None,
-    **options: Any,
+    **options: Unpack[EvalOptions],
 ) -> dict[str, Any]:
     """Score MAP, Laplace and other methods side by side; ``lapora eval``.
+
+        >>> record = lapora.evaluate("adapter", split="validation", methods=["map", "laplace"], links=["probit"])
+        >>> record["n"], [result["method"] for result in record["results"]]
+        (12, ['map', 'laplace'])
 
     Args:
         adapter: The adapter's folder, or its id on the Hub.
         data: Task, if not the recorded one.
-        data_dir: Folder with ``SPLIT.jsonl``.
-        split: The rows to score.
-        limit: Only the first so many.
-        output_dir: Where ``laplace/`` is, if not in the adapter's folder.
         progress: Told of rows done and rows in all.
-        options: Fields of :class:`lapora.config.EvalSettings`, and the options of :func:`load`.
+        options: What is scored, the rows, the model: :class:`lapora.options.EvalOptions`.
 
     Returns:
         What ``lapora eval --json`` prints, with ``warnings`` added.
@@ -280,23 +296,14 @@ def evaluate(
     Raises:
         LaporaError: As the command.
     """
-    model = _model(adapter, output_dir, options)
-    done = run_evaluation(model, _data(data, data_dir, split, limit), EvalSettings(**_rest(options)), progress)
+    settings = EvalSettings(**settings_of(EvalSettings, options))
+    done = run_evaluation(_model(adapter, options), _data(data, options), settings, progress)
     return {**done.record, "warnings": done.warnings}
 
 
-def _model(
-    adapter: str | Path, output_dir: str | Path | None, options: Mapping[str, Any], *, writes: bool = False
-) -> ModelSettings:
-    chosen = {key: options[key] for key in _MODEL_OPTIONS if key in options}
-    model = ModelSettings(str(adapter), output_dir=None if output_dir is None else Path(output_dir), **chosen)
-    return local_model(model, writes=writes)
+def _model(adapter: str | Path, options: Mapping[str, Any], *, writes: bool = False) -> ModelSettings:
+    return local_model(ModelSettings(str(adapter), **settings_of(ModelSettings, options)), writes=writes)
 
 
-def _rest(options: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in options.items() if key not in _MODEL_OPTIONS}
-
-
-def _data(task: str | Path | None, data_dir: str | Path | None, split: str | None, limit: int | None) -> DataSettings:
-    folder = None if data_dir is None else Path(data_dir)
-    return DataSettings(None if task is None else str(task), folder, split, limit)
+def _data(task: str | Path | None, options: Mapping[str, Any]) -> DataSettings:
+    return DataSettings(None if task is None else str(task), **settings_of(DataSettings, options))

@@ -32,7 +32,22 @@ DEFAULT_SAMPLES = 2048
 
 @dataclass(frozen=True)
 class ModelSettings:
-    """Which adapter, on which base, run how. None means: as ``fit`` recorded it."""
+    """Which adapter, on which base, run how. None means: as ``fit`` recorded it.
+
+    Attributes:
+        adapter: Its folder, or its id on the Hub.
+        base_model: Folder or Hub id, if not the one that the adapter records.
+        quantize: Load the base in 8 or 4 bits.
+        dtype: Of the base's weights.
+        device: ``auto``, ``cpu``, ``cuda`` ...
+        batch_size: Rows per batch; None is a token budget.
+        output_dir: Where ``laplace/`` is, if not in the adapter's folder.
+        trust_remote_code: Run the code that a base model or tokenizer brings along.
+        revision: Branch, tag or commit of an adapter on the Hub.
+        fetched: Where an adapter of the Hub was fetched to; set by :func:`lapora.model.hub.local_model`.
+        processes: Those that share the rows, from :func:`lapora.processes.join_processes`.
+        gradient_checkpointing: Keep of a transformer block its input alone, and run it again in the backward pass.
+    """
 
     adapter: str
     base_model: str | None = None
@@ -60,7 +75,14 @@ class ModelSettings:
 
 @dataclass(frozen=True)
 class DataSettings:
-    """Which rows. None means: as ``fit`` recorded it."""
+    """Which rows. None means: as ``fit`` recorded it.
+
+    Attributes:
+        task: A built-in task, or the path of a YAML file.
+        data_dir: Folder with ``SPLIT.jsonl`` (.json, .csv, .parquet); None reads the Hub.
+        split: Its name.
+        limit: Only the first so many rows; for ``tune-prior``, how many of the split.
+    """
 
     task: str | None = None
     data_dir: Path | None = None
@@ -70,7 +92,25 @@ class DataSettings:
 
 @dataclass(frozen=True)
 class FitSettings:
-    """What the curvature is made of."""
+    """What the posterior is made of.
+
+    Attributes:
+        structure: Shape of the curvature.
+        weight_sharing: KFAC for shared weights; asdl is the paper's stack.
+        engine: Who computes it; two are laplace-torch's.
+        subset: Which weights are Bayesian.
+        fisher: Which Fisher.
+        rank: Rank kept, of kron's wide sides or of lowrank; None keeps kron's sides whole up to
+            :data:`WHOLE_WIDTH`, else :data:`WIDE_RANK`, and is :data:`DEFAULT_RANK` for lowrank.
+        name: Of the posterior.
+        max_length: Tokens per row; None is the task's.
+        chat_template: Wrap prompts in the tokenizer's chat template.
+        seed: Of whatever is random.
+        overwrite: Replace a posterior of that name.
+        resume: Go on from what a fit that was ended has saved.
+        save_every: Seconds between saves for ``resume``; 0 is every batch.
+        offload_factors: Keep Kronecker sums in the host's memory.
+    """
 
     structure: Structure = "kron"
     weight_sharing: WeightSharing = "expand"
@@ -90,7 +130,18 @@ class FitSettings:
 
 @dataclass(frozen=True)
 class PriorSettings:
-    """How the prior precision is chosen."""
+    """How the prior precision is chosen.
+
+    Attributes:
+        name: Of the posterior.
+        method: How; auto is validation where the task has rows for it, else the marginal likelihood.
+        structure: One precision, or one per kind (A, B, head) or layer.
+        optimizer: Of the marginal likelihood; adam is the paper's.
+        learning_rate: Of adam, on log δ.
+        steps: Of adam.
+        link: Link to tune for, by validation.
+        seed: Of the half of the validation rows that is taken.
+    """
 
     name: str = "default"
     method: PriorMethod = "auto"

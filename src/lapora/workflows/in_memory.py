@@ -12,7 +12,7 @@ from lapora.errors import DataError
 from lapora.model.bayesian_layers import find_bayesian_layers
 from lapora.model.borrowed import adapter_in_memory, borrowed, loaded_in_memory
 from lapora.posterior.artifact import SavedPosterior
-from lapora.tasks import Task, load_task
+from lapora.tasks import Row, Task, load_task
 from lapora.workflows.fit import FitResult, fit_prepared
 from lapora.workflows.prepare import prepare_rows
 from lapora.workflows.session import Session, join_session
@@ -21,7 +21,7 @@ from lapora.workflows.session import Session, join_session
 def fit_in_memory(
     model: Any,
     tokenizer: Any,
-    rows: Iterable[Mapping[str, Any]],
+    rows: Iterable[Mapping[str, Any] | Row],
     task: Task | Mapping[str, Any] | str | Path,
     settings: FitSettings,
     *,
@@ -31,7 +31,7 @@ def fit_in_memory(
 ) -> tuple[Session, FitResult]:
     """Fit a model as it stands, and join it with its posterior; see :func:`lapora.api.fit_model`."""
     resolved = _task(task)
-    given = [dict(row) for row in rows]
+    given = [_values(row, number) for number, row in enumerate(rows)]
     if not given:
         raise DataError("no rows: give the rows that the adapter was trained on")
     with tempfile.TemporaryDirectory(prefix="lapora-") as folder:
@@ -44,6 +44,13 @@ def fit_in_memory(
         fitted = fit_prepared(prepared, settings, root, progress)
         layers = find_bayesian_layers(loaded.model, settings.subset)
         return join_session(SavedPosterior(fitted.folder), loaded, layers, batch_size), fitted
+
+
+def _values(row: Mapping[str, Any] | Row, number: int) -> dict[str, Any]:
+    values = row.values if isinstance(row, Row) else row
+    if not isinstance(values, Mapping):
+        raise DataError(f"row {number}: a {type(row).__name__}; a row is a mapping with the task's fields")
+    return dict(values)
 
 
 def _task(task: Task | Mapping[str, Any] | str | Path) -> Task:
