@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from lapora.errors import UsageError
 from lapora.processes import ALONE, Processes
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16", "float64"]
 Quantisation = Literal["none", "8bit", "4bit"]
+DeviceMap = Literal["auto", "balanced", "balanced_low_0", "sequential"]
 Structure = Literal["kron", "ekfac", "diag", "lowrank", "full"]
 WeightSharing = Literal["expand", "reduce", "asdl"]
 Engine = Literal["native", "asdl", "curvlinops"]
@@ -31,6 +33,21 @@ DEFAULT_SAMPLES = 2048
 
 
 @dataclass(frozen=True)
+class Spread:
+    """How a model larger than a device is spread, by Accelerate.
+
+    Attributes:
+        device_map: ``auto``, ``balanced``, ``balanced_low_0`` or ``sequential``.
+        max_memory: Bounds for devices and host: ``0=20GiB,cpu=60GiB``.
+        offload_dir: Folder for what does not fit in memory, where the base's own files cannot serve.
+    """
+
+    device_map: DeviceMap
+    max_memory: str | None = None
+    offload_dir: Path | None = None
+
+
+@dataclass(frozen=True)
 class ModelSettings:
     """Which adapter, on which base, run how. None means: as ``fit`` recorded it.
 
@@ -47,6 +64,9 @@ class ModelSettings:
         fetched: Where an adapter of the Hub was fetched to; set by :func:`lapora.model.hub.local_model`.
         processes: Those that share the rows, from :func:`lapora.processes.join_processes`.
         gradient_checkpointing: Keep of a transformer block its input alone, and run it again in the backward pass.
+        device_map: Spread the layers of a model larger than a device over devices, host and disk.
+        max_memory: With ``device_map``: ``0=20GiB,cpu=60GiB``.
+        offload_dir: With ``device_map``: folder for what does not fit in memory.
     """
 
     adapter: str
@@ -61,11 +81,29 @@ class ModelSettings:
     fetched: Path | None = None
     processes: Processes = ALONE
     gradient_checkpointing: bool = False
+    device_map: DeviceMap | None = None
+    max_memory: str | None = None
+    offload_dir: Path | None = None
 
     @property
     def folder(self) -> Path:
         """The folder that holds the adapter's files; of a Hub id, where they were fetched to."""
         return self.fetched or Path(self.adapter)
+
+    @property
+    def spread(self) -> Spread | None:
+        """How the layers are spread, or None for one device.
+
+        Raises:
+            UsageError: Options of a spread without one, or beside a device.
+        """
+        if self.device_map is None:
+            if self.max_memory is not None or self.offload_dir is not None:
+                raise UsageError("--max-memory and --offload-dir go with --device-map")
+            return None
+        if self.device != "auto":
+            raise UsageError(f"--device-map {self.device_map} chooses devices itself: leave --device {self.device} out")
+        return Spread(self.device_map, self.max_memory, self.offload_dir)
 
     @property
     def root(self) -> Path:

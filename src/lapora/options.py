@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, TypedDict, TypeVar, cast, get_args, get_origin, get_type_hints
 
 from lapora.config import (
+    DeviceMap,
     Dtype,
     Engine,
     FisherType,
@@ -45,6 +46,9 @@ class ModelOptions(TypedDict, total=False):
     revision: str | None
     processes: Processes
     gradient_checkpointing: bool
+    device_map: DeviceMap | None
+    max_memory: str | None
+    offload_dir: str | Path | None
 
 
 class DataOptions(TypedDict, total=False):

@@ -7,26 +7,16 @@ from typing import Annotated, Any, cast
 
 import typer
 
+from lapora.cli.model_options import takes_model
 from lapora.cli.options import (
-    AdapterArgument,
-    BaseModelOption,
-    BatchOption,
-    CheckpointingOption,
     DataDirOption,
-    DeviceOption,
-    DtypeOption,
     JsonOption,
     LimitOption,
     LinksOption,
     MethodsOption,
-    OutputDirOption,
-    QuantizeOption,
-    RevisionOption,
     SamplesOption,
     SeedOption,
     TaskOption,
-    TrustOption,
-    model_settings,
 )
 from lapora.cli.output import RowProgress, say
 from lapora.cli.results import keep_checkpoints, keep_results, print_checkpoint_results, print_results
@@ -37,8 +27,9 @@ _DEFAULT_METHODS = ["constant", "map", "laplace"]
 _CHECKPOINT_LINKS: tuple[Link, ...] = ("mc-joint", "mc-indep", "probit", "bridge")
 
 
+@takes_model()
 def eval_command(
-    adapter: AdapterArgument,
+    model: ModelSettings,
     task: TaskOption = None,
     data_dir: DataDirOption = None,
     split: Annotated[str | None, typer.Option(help="Split to score.")] = None,
@@ -78,31 +69,10 @@ def eval_command(
     plots: Annotated[Path | None, typer.Option(help="Folder for pictures, PNG and SVG.")] = None,
     report: Annotated[Path | None, typer.Option(help="HTML file: one page with everything.")] = None,
     output: Annotated[Path | None, typer.Option(help="JSON-lines file to add this run to.")] = None,
-    base_model: BaseModelOption = None,
-    quantize: QuantizeOption = None,
-    dtype: DtypeOption = None,
-    device: DeviceOption = "auto",
-    batch_size: BatchOption = "auto",
-    trust_remote_code: TrustOption = False,
-    revision: RevisionOption = None,
-    gradient_checkpointing: CheckpointingOption = False,
     seed: SeedOption = 0,
-    output_dir: OutputDirOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Score MAP, Laplace and other methods side by side."""
-    model = model_settings(
-        adapter,
-        base_model,
-        quantize,
-        dtype,
-        device,
-        batch_size,
-        output_dir,
-        trust_remote_code,
-        revision,
-        gradient_checkpointing=gradient_checkpointing,
-    )
     if coverage == 0:
         raise UsageError("--coverage 0: a share of the rows above 0 and at most 1")
     data = DataSettings(task, data_dir, split, limit)
@@ -152,7 +122,7 @@ def eval_command(
         if output:
             from lapora.workflows.results import append_result
 
-            append_result(output, done.record, adapter)
+            append_result(output, done.record, model.adapter)
     check_gates(gates, done.record["results"])
 
 

@@ -2,29 +2,19 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from lapora.cli.budget import print_budget
+from lapora.cli.model_options import takes_model
 from lapora.cli.options import (
-    BaseModelOption,
-    BatchOption,
-    CheckpointingOption,
     DataDirOption,
-    DeviceOption,
-    DtypeOption,
     JsonOption,
     LimitOption,
     NameOption,
-    OutputDirOption,
-    QuantizeOption,
-    RevisionOption,
     SeedOption,
     TaskOption,
-    TrustOption,
-    model_settings,
 )
 from lapora.cli.output import RowProgress, complain, say
 from lapora.cli.records import write_json_lines
@@ -36,13 +26,9 @@ if TYPE_CHECKING:
     from lapora.workflows.fit import FitResult
 
 
+@takes_model(writes=True)
 def fit_command(
-    adapters: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="ADAPTER...", help="Folder of a PEFT LoRA adapter, or its Hub id; several share a base."
-        ),
-    ],
+    models: list[ModelSettings],
     task: TaskOption = None,
     data_dir: DataDirOption = None,
     split: Annotated[str, typer.Option(help="Split the adapter was trained on.")] = "train",
@@ -56,18 +42,9 @@ def fit_command(
     fisher: Annotated[FisherType, typer.Option(help="Which Fisher.")] = FitSettings.fisher,
     rank: Annotated[int | None, typer.Option(min=1, help="Rank kept, of kron's wide sides or of lowrank.")] = None,
     name: NameOption = "default",
-    base_model: BaseModelOption = None,
-    quantize: QuantizeOption = None,
-    dtype: DtypeOption = None,
-    device: DeviceOption = "auto",
-    batch_size: BatchOption = "auto",
-    trust_remote_code: TrustOption = False,
-    revision: RevisionOption = None,
-    gradient_checkpointing: CheckpointingOption = False,
     max_length: Annotated[int | None, typer.Option(min=1, help="Tokens per row.")] = None,
     chat_template: Annotated[bool, typer.Option("--chat-template", help="Wrap prompts as a chat.")] = False,
     seed: SeedOption = 0,
-    output_dir: OutputDirOption = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a posterior of that name.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from what a fit that was ended has saved.")] = False,
     dry_run: Annotated[
@@ -105,22 +82,6 @@ def fit_command(
         save_every=save_every,
         offload_factors=offload_factors,
     )
-    models = [
-        model_settings(
-            adapter,
-            base_model,
-            quantize,
-            dtype,
-            device,
-            batch_size,
-            output_dir / Path(adapter).name if output_dir and len(adapters) > 1 else output_dir,
-            trust_remote_code,
-            revision,
-            writes=True,
-            gradient_checkpointing=gradient_checkpointing,
-        )
-        for adapter in adapters
-    ]
     budget = _budget(models[0], data, settings, dry_run, memory)
     if dry_run:
         if as_json and budget is not None:

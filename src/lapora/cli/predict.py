@@ -8,28 +8,19 @@ from typing import Annotated
 import typer
 
 from lapora.cli.lines import binary_lines
+from lapora.cli.model_options import takes_model
 from lapora.cli.options import (
-    AdapterArgument,
-    BaseModelOption,
-    BatchOption,
-    CheckpointingOption,
-    DeviceOption,
-    DtypeOption,
     NameOption,
-    OutputDirOption,
-    QuantizeOption,
-    RevisionOption,
     SamplesOption,
     SeedOption,
-    TrustOption,
-    model_settings,
 )
 from lapora.cli.records import write_json_lines
-from lapora.config import Link, OnError, PredictSettings
+from lapora.config import Link, ModelSettings, OnError, PredictSettings
 
 
+@takes_model()
 def predict_command(
-    adapter: AdapterArgument,
+    model: ModelSettings,
     source: Annotated[str, typer.Argument(metavar="[INPUT|-]", help="JSON lines; - is standard input.")] = "-",
     output: Annotated[str, typer.Option("--output", "-o", help="File to write; - is standard output.")] = "-",
     name: NameOption = "default",
@@ -52,30 +43,9 @@ def predict_command(
     adapters_kept: Annotated[
         int, typer.Option(min=1, help="With --adapter: how many stay in memory.")
     ] = PredictSettings.adapters_kept,
-    base_model: BaseModelOption = None,
-    quantize: QuantizeOption = None,
-    dtype: DtypeOption = None,
-    device: DeviceOption = "auto",
-    batch_size: BatchOption = "auto",
-    trust_remote_code: TrustOption = False,
-    revision: RevisionOption = None,
-    gradient_checkpointing: CheckpointingOption = False,
     seed: SeedOption = 0,
-    output_dir: OutputDirOption = None,
 ) -> None:
     """Predict, one JSON line out per JSON line in."""
-    model = model_settings(
-        adapter,
-        base_model,
-        quantize,
-        dtype,
-        device,
-        batch_size,
-        output_dir,
-        trust_remote_code,
-        revision,
-        gradient_checkpointing=gradient_checkpointing,
-    )
     from lapora.workflows.predict import predict
 
     settings = PredictSettings(

@@ -7,30 +7,21 @@ from typing import Annotated
 
 import typer
 
+from lapora.cli.model_options import takes_model
 from lapora.cli.options import (
-    AdapterArgument,
-    BaseModelOption,
-    BatchOption,
-    CheckpointingOption,
     DataDirOption,
-    DeviceOption,
-    DtypeOption,
     JsonOption,
     NameOption,
-    OutputDirOption,
-    QuantizeOption,
-    RevisionOption,
     SeedOption,
     TaskOption,
-    TrustOption,
-    model_settings,
 )
 from lapora.cli.output import RowProgress, say
-from lapora.config import DataSettings, Link, Optimizer, PriorMethod, PriorSettings, PriorStructure
+from lapora.config import DataSettings, Link, ModelSettings, Optimizer, PriorMethod, PriorSettings, PriorStructure
 
 
+@takes_model(writes=True)
 def tune_prior_command(
-    adapter: AdapterArgument,
+    model: ModelSettings,
     name: NameOption = "default",
     method: Annotated[PriorMethod, typer.Option(help="How it is chosen.")] = PriorSettings.method,
     prior: Annotated[PriorStructure, typer.Option(help="One precision, or one per kind or layer.")] = (
@@ -46,32 +37,10 @@ def tune_prior_command(
     data_dir: DataDirOption = None,
     split: Annotated[str | None, typer.Option(help="Split with validation rows.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Validation rows to use; half of the split.")] = None,
-    base_model: BaseModelOption = None,
-    quantize: QuantizeOption = None,
-    dtype: DtypeOption = None,
-    device: DeviceOption = "auto",
-    batch_size: BatchOption = "auto",
-    trust_remote_code: TrustOption = False,
-    revision: RevisionOption = None,
-    gradient_checkpointing: CheckpointingOption = False,
     seed: SeedOption = 0,
-    output_dir: OutputDirOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Choose the prior precision: by validation rows where there are some, else by the marginal likelihood."""
-    model = model_settings(
-        adapter,
-        base_model,
-        quantize,
-        dtype,
-        device,
-        batch_size,
-        output_dir,
-        trust_remote_code,
-        revision,
-        writes=True,
-        gradient_checkpointing=gradient_checkpointing,
-    )
     from lapora.workflows.tune_prior import tune_prior
 
     settings = PriorSettings(name, method, prior, optimizer, lr, steps, link, seed)

@@ -215,7 +215,7 @@ def _merge(totals: dict[str, Sum], sums: dict[str, Sum]) -> None:
             total.merge(found)
         else:
             assert isinstance(found, Tensor)
-            total += found
+            total += found.to(total.device)
 
 
 def _masked_mean(inputs: Tensor, mask: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -234,7 +234,7 @@ class Linearisation:
     def _gradient_view(self, layer: BayesianLayer, gradient: Tensor, batch: Batch) -> Tensor:
         view, mask = self.answer_model.token_view(layer, gradient, batch)
         if layer.answer_rows_only:
-            view = view[..., self.answer_model.answer_token_ids]
+            view = view[..., cast(Tensor, self.answer_model.answer_token_ids).to(view.device)]
         view = _wide(view)
         return view if mask is None else view.masked_fill(~mask.unsqueeze(-1), 0.0)
 

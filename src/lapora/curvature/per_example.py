@@ -189,7 +189,7 @@ class SecondMomentObserver(PerExampleObserver):
         for name, found in self._batch.items():
             total = self._sums.setdefault(name, found)
             if total is not found:
-                total += found
+                total += found.to(total.device)
         self._batch = {}
 
     def state(self) -> ObserverState:

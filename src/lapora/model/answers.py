@@ -14,6 +14,7 @@ from lapora.errors import NonFiniteRowError, NumericalError
 from lapora.model.adapter import ModelKind
 from lapora.model.batches import Batch, PaddingSide
 from lapora.model.bayesian_layers import BayesianLayer
+from lapora.model.placement import entry_device, offloads
 
 
 class AnswerModel:
@@ -44,9 +45,10 @@ class AnswerModel:
         self.model = model
         self.kind = kind
         self.pad_token_id = pad_token_id
-        self.rerun_blocks = rerun_blocks
         self.network = cast(nn.Module, model.get_base_model())
-        self.device = next(self.network.parameters()).device
+        # Where weights come and go, a graph would hold on to those that went.
+        self.rerun_blocks = rerun_blocks or offloads(self.network)
+        self.device = entry_device(self.network)
         self.answer_token_ids = None if answer_token_ids is None else torch.tensor(answer_token_ids, device=self.device)
         accepted = inspect.signature(self.network.forward).parameters
         self._accepts = {name: name in accepted for name in ("position_ids", "token_type_ids", "use_cache")}
@@ -88,7 +90,7 @@ class AnswerModel:
             arguments["logits_to_keep"] = kept
         logits = self.network(**arguments).logits
         rows = torch.arange(len(batch), device=logits.device)
-        return logits[rows, columns][:, self.answer_token_ids]
+        return logits[rows, columns.to(logits.device)][:, cast(Tensor, self.answer_token_ids).to(logits.device)]
 
     def _answer_columns(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Positions at which the head runs, and the column of each row's answer among them."""
@@ -121,7 +123,7 @@ class AnswerModel:
                 "lapora cannot tell which token belongs to which row here"
             )
         if layer.reads_answer_only:
-            columns = self._head_columns(batch)
+            columns = self._head_columns(batch).to(values.device)
             rows = torch.arange(len(batch), device=values.device)
             return values[rows, columns].unsqueeze(1), None
         if values.shape[1] != batch.attention_mask.shape[1]:
@@ -129,7 +131,7 @@ class AnswerModel:
                 f"{layer.name}: {values.shape[1]} positions for {batch.attention_mask.shape[1]} tokens; "
                 "lapora cannot tell which of them are padding"
             )
-        return values, batch.attention_mask.bool() if batch.has_padding else None
+        return values, batch.attention_mask.to(values.device).bool() if batch.has_padding else None
 
     def _head_columns(self, batch: Batch) -> Tensor:
         if self.kind == "causal":

@@ -12,10 +12,11 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from lapora.config import Dtype, Quantisation
+from lapora.config import Dtype, Quantisation, Spread
 from lapora.errors import AdapterError, UsageError
 from lapora.model.adapter import Adapter, ModelKind
-from lapora.model.fingerprint import fingerprint_of_tensors, own_weights
+from lapora.model.fingerprint import fingerprint_of_tensors
+from lapora.model.placement import OwnWeights, loading_arguments
 from lapora.model.quantisation import quantisation_config, saved_quantisation, settle_quantisation
 from lapora.model.quiet import quiet_libraries
 
@@ -32,7 +33,8 @@ class LoadedBase:
         revision: Its revision, or None.
         quantize: How it is quantised.
         element_type: Type of its unquantised weights.
-        device: Where it is.
+        device: Where it is, unless spread.
+        spread: How its layers are spread over devices, or None.
         weights: Its own weights, by name; none where they are quantised.
         fingerprint: Digest of a sample of every tensor.
         trust_remote_code: Whether the repository's own code may run.
@@ -46,6 +48,7 @@ class LoadedBase:
     quantize: Quantisation
     element_type: torch.dtype
     device: torch.device
+    spread: Spread | None
     weights: Mapping[str, torch.Tensor]
     fingerprint: str
     trust_remote_code: bool
@@ -58,6 +61,7 @@ def load_base(
     quantize: Quantisation | None = None,
     dtype: Dtype = "auto",
     device: str = "auto",
+    spread: Spread | None = None,
     trust_remote_code: bool = False,
 ) -> LoadedBase:
     """Load the base model that an adapter asks for; the arguments are those of :func:`lapora.model.loading.load_model`.
@@ -79,9 +83,9 @@ def load_base(
         if quantize != "none" and element_type == torch.float64:
             raise UsageError(f"--dtype float64 cannot be combined with --quantize {quantize}")
         base, missing = _load_base(
-            adapter, base_name, revision, config, element_type, quantize, where, trust_remote_code
+            adapter, base_name, revision, config, element_type, quantize, where, spread, trust_remote_code
         )
-    weights = own_weights(base, missing)
+    weights = OwnWeights(base, missing)
     return LoadedBase(
         model=base,
         missing=missing,
@@ -91,6 +95,7 @@ def load_base(
         quantize=quantize,
         element_type=element_type,
         device=where,
+        spread=spread,
         weights=weights if quantize == "none" else {},
         fingerprint=fingerprint_of_tensors(weights),
         trust_remote_code=trust_remote_code,
@@ -155,6 +160,7 @@ def _load_base(
     element_type: torch.dtype,
     quantize: Quantisation,
     device: torch.device,
+    spread: Spread | None,
     trust_remote_code: bool,
 ) -> tuple[Any, set[str]]:
     arguments: dict[str, Any] = {
@@ -164,8 +170,10 @@ def _load_base(
         "trust_remote_code": trust_remote_code,
         "output_loading_info": True,
     }
+    if spread is not None:
+        arguments |= loading_arguments(spread)
     if quantize != "none":
-        arguments["device_map"] = {"": device}
+        arguments.setdefault("device_map", {"": device})
         if getattr(config, "quantization_config", None) is None:
             whole = adapter.config.get("modules_to_save") or ()
             arguments["quantization_config"] = quantisation_config(quantize, element_type, whole)

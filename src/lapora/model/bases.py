@@ -12,7 +12,7 @@ from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
-from lapora.config import Dtype, Quantisation
+from lapora.config import Dtype, Quantisation, Spread
 from lapora.model.adapter import Adapter
 from lapora.model.base_model import LoadedBase, load_base
 from lapora.model.loading import LoadedModel, put_adapter, settle_padding
@@ -43,6 +43,7 @@ class SharedBases:
         quantize: Quantisation | None = None,
         dtype: Dtype = "auto",
         device: str = "auto",
+        spread: Spread | None = None,
         trust_remote_code: bool = False,
     ) -> LoadedModel:
         """As :func:`lapora.model.loading.load_model`; the adapter is on its base, and whichever was on it is off."""
@@ -51,14 +52,19 @@ class SharedBases:
             "quantize": quantize,
             "dtype": dtype,
             "device": device,
+            "spread": spread,
             "trust_remote_code": trust_remote_code,
         }
         if _changes_base(adapter):
             self.loads += 1
             return put_adapter(adapter, load_base(adapter, **how))
-        name = base_model or adapter.base_model
-        revision = None if base_model else adapter.revision
-        key = (name, revision, adapter.kind, adapter.number_of_labels(), quantize, dtype, device, trust_remote_code)
+        key = (
+            base_model or adapter.base_model,
+            None if base_model else adapter.revision,
+            adapter.kind,
+            adapter.number_of_labels(),
+            *(value for name, value in how.items() if name != "base_model"),
+        )
         base = self._bases.get(key)
         if base is None:
             while len(self._bases) >= self._most:

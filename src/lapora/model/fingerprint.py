@@ -7,18 +7,13 @@ from collections.abc import Mapping
 
 import torch
 import transformers
-from torch import nn
-
-
-def own_weights(base: nn.Module, missing: set[str]) -> dict[str, torch.Tensor]:
-    """The parameters that came from the base's own files, by name."""
-    return {name: value for name, value in base.named_parameters() if name not in missing}
 
 
 def fingerprint_of_tensors(tensors: Mapping[str, torch.Tensor]) -> str:
     """Digest the first, middle and last elements of every tensor, whatever their order."""
     digest = hashlib.sha256()
-    for name, parameter in sorted(tensors.items()):
+    for name in sorted(tensors):
+        parameter = tensors[name]
         flat = parameter.detach().reshape(-1)
         middle = flat.numel() // 2
         sample = torch.cat([flat[:8], flat[middle : middle + 8], flat[-8:]]).float().cpu()
@@ -37,7 +32,8 @@ def digest_in(dtype: str, tensors: Mapping[str, torch.Tensor]) -> str:
     each piece of a tensor the bits are added up as whole numbers, which is exact in any order, and as fast as memory.
     """
     digest = hashlib.sha256()
-    for name, parameter in sorted(tensors.items()):
+    for name in sorted(tensors):
+        parameter = tensors[name]
         digest.update(f"{name}{tuple(parameter.shape)}".encode())
         for piece in parameter.detach().reshape(-1).split(_PIECE):
             rounded = piece.to(getattr(torch, dtype))

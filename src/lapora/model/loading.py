@@ -8,14 +8,15 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
-from peft import PeftModel, get_peft_model_state_dict
+from peft import PeftModel, get_peft_model_state_dict, load_peft_weights
 from torch import nn
 
-from lapora.config import Dtype, Quantisation
+from lapora.config import Dtype, Quantisation, Spread
 from lapora.errors import AdapterError
 from lapora.model.adapter import Adapter, ModelKind
 from lapora.model.base_model import LoadedBase, load_base
 from lapora.model.fingerprint import digest_in
+from lapora.model.placement import settle_adapter, unspread
 from lapora.model.quantisation import (
     keep_inputs_whole,
 )
@@ -71,6 +72,7 @@ def load_model(
     quantize: Quantisation | None = None,
     dtype: Dtype = "auto",
     device: str = "auto",
+    spread: Spread | None = None,
     trust_remote_code: bool = False,
 ) -> LoadedModel:
     """Load the base model and the adapter on it.
@@ -82,6 +84,7 @@ def load_model(
         dtype: Type of the base's weights; ``auto`` is float32 on a CPU and the base's own on a GPU. LoRA
             weights stay in float32 at least.
         device: ``auto``, ``cpu``, ``cuda`` ...
+        spread: Spread the layers over devices, host and disk; None is one device.
         trust_remote_code: Let a model's repository run its own code.
 
     Raises:
@@ -94,6 +97,7 @@ def load_model(
         quantize=quantize,
         dtype=dtype,
         device=device,
+        spread=spread,
         trust_remote_code=trust_remote_code,
     )
     return put_adapter(adapter, base)
@@ -107,11 +111,14 @@ def put_adapter(adapter: Adapter, base: LoadedBase) -> LoadedModel:
     """
     with quiet_libraries():
         tokenizer = tokenizer_at(adapter, base.name, base.revision, base.trust_remote_code)
-        model = _load_adapter(adapter, base.model, base.name)
+        with unspread(base.model):
+            model = _load_adapter(adapter, base.model, base.name)
     _refuse_untrained(adapter, model, base.missing)
+    if base.spread is not None:
+        settle_adapter(model, load_peft_weights(os.fspath(adapter.path), device="cpu"))
     if base.element_type == torch.float64:
         model = model.double()
-    if base.quantize == "none":
+    if base.quantize == "none" and base.spread is None:
         model = model.to(base.device)
     model.eval()
     if base.quantize == "8bit":

@@ -28,7 +28,7 @@ def fit_ekfac(run: CurvatureRun) -> tuple[Posterior, DataPass]:
     observer = KronObserver(run.weight_sharing, offload=run.offload)
     run.observe(observer, another=True)
     posterior = BlockPosterior(decompose(run.layers, observer.factors(run.layers), processes=run.processes))
-    rotated = posterior.to(run.answers.device, run.working_dtype)
+    rotated = posterior.beside(run.layers, run.answers.device, run.working_dtype)
     bases = {block.name: block.basis for block in rotated.blocks}
     return _second_moments(run, posterior.blocks, SecondMomentObserver(bases, directions=run.columns))
 

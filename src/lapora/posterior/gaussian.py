@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lapora.curvature.per_example import LayerBasis
-from lapora.model.bayesian_layers import Role
+from lapora.model.bayesian_layers import BayesianLayer, Role
 from lapora.posterior.artifact import JOINT
 
 
@@ -74,15 +74,16 @@ class BlockPosterior:
 
     blocks: list[EigenBlock]
 
-    def to(self, device: torch.device, dtype: torch.dtype) -> BlockPosterior:
-        """As :meth:`EigenBlock.to`, bases that blocks share still shared."""
+    def beside(self, layers: Sequence[BayesianLayer], device: torch.device, dtype: torch.dtype) -> BlockPosterior:
+        """As :meth:`EigenBlock.to`, each block on its layer's device, bases that blocks share still shared."""
         moved: dict[int, Tensor] = {}
         blocks = []
-        for block in self.blocks:
+        for layer, block in zip(layers, self.blocks, strict=True):
+            there = layer.module.weight.device
             basis = block.input_basis
             if basis is not None:
-                basis = moved.setdefault(id(basis), basis.to(device, dtype))
-            blocks.append(replace(block.to(device, dtype), input_basis=basis))
+                basis = moved.setdefault(id(basis), basis.to(there, dtype))
+            blocks.append(replace(block.to(there, dtype), input_basis=basis))
         return BlockPosterior(blocks)
 
     @property
@@ -153,8 +154,8 @@ class JointPosterior:
     kept: float = 1.0
     linear_model: dict[str, Tensor] = field(default_factory=dict)
 
-    def to(self, device: torch.device, dtype: torch.dtype) -> JointPosterior:
-        """The posterior with its basis on a device and in a type; eigenvalues stay in float64."""
+    def beside(self, layers: Sequence[BayesianLayer], device: torch.device, dtype: torch.dtype) -> JointPosterior:
+        """The posterior with its basis on the model's device and in a type; eigenvalues stay in float64."""
         return replace(self, basis=self.basis.to(device, dtype), joint_eigenvalues=self.joint_eigenvalues.to(device))
 
     @property

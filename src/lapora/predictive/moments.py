@@ -106,6 +106,7 @@ class BlockCovarianceObserver(PerExampleObserver):
                 term = ((inside[first] * inside[second]) @ variance).T.double()
                 for one, other in zip(gradients[first].outside, gradients[second].outside, strict=True):
                     term = term + prior_variance * (one * other).sum(dim=(1, 2), dtype=torch.float64)
+                term = term.to(self._covariance.device)
                 self._covariance[:, :, first, second] += term
                 if second != first:
                     self._covariance[:, :, second, first] += term

@@ -168,6 +168,7 @@ def _member_log_p(
         quantize=cast(Quantisation, own.quantize),
         dtype=cast(Dtype, own.dtype),
         device=model.device,
+        spread=model.spread,
         trust_remote_code=model.trust_remote_code,
     )
     if loaded.number_of_labels != own.number_of_labels:

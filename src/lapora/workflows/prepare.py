@@ -164,12 +164,13 @@ def prepare_fit(
             quantize=model.quantize,
             dtype=model.dtype or "auto",
             device=model.device,
+            spread=model.spread,
             trust_remote_code=model.trust_remote_code,
         )
 
     data = replace(data, split=split)
     prepared = prepare_rows(adapter, load, task, rows, data, settings, model.batch_size, model.processes)
-    prepared.answers.rerun_blocks = model.gradient_checkpointing
+    prepared.answers.rerun_blocks |= model.gradient_checkpointing
     return prepared
 
 

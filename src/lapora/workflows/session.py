@@ -158,6 +158,7 @@ def _open_session(
                 quantize=model.quantize or recorded["quantization"],
                 dtype=model.dtype or recorded["dtype"],
                 device=model.device,
+                spread=model.spread,
                 trust_remote_code=model.trust_remote_code,
             )
         layers = find_bayesian_layers(loaded.model, posterior.manifest["subset"])
@@ -170,7 +171,7 @@ def _open_session(
         raise of_something_else(posterior, differences)
     warn_of_other_versions(posterior.manifest)
     session = join_session(posterior, loaded, layers, model.batch_size, model.processes)
-    session.answers.rerun_blocks = model.gradient_checkpointing
+    session.answers.rerun_blocks |= model.gradient_checkpointing
     return session
 
 
@@ -190,7 +191,7 @@ def join_session(
         loaded=loaded,
         answers=answers,
         layers=layers,
-        gaussian=gaussian.to(answers.device, working),
+        gaussian=gaussian.beside(layers, answers.device, working),
         task=Task.from_dict(posterior.manifest["task"], source=str(posterior.folder)),
         choices=tuple(posterior.manifest["answers"]["choices"]),
         max_length=int(posterior.manifest["data"]["max_length"]),

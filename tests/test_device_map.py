@@ -1,0 +1,154 @@
+"""Layers that rest on the disk: equal results, and no more of them in memory than one block's."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from lapora.config import DataSettings, FitSettings, ModelSettings, PredictSettings, Spread
+from lapora.errors import PosteriorError, UsageError
+from lapora.model.adapter import read_adapter
+from lapora.model.bases import SharedBases
+from lapora.model.loading import load_model
+from lapora.model.placement import loading_arguments
+from lapora.workflows.fit import fit
+from lapora.workflows.predict import predict
+from tiny_adapter import make_adapter
+
+ROWS = [b'{"story": "the cows are in the barn"}\n', b'{"story": "anna is quiet"}\n']
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return make_adapter(tmp_path / "one")
+
+
+def settings(folder, **how):
+    return ModelSettings(adapter=str(folder / "adapter"), output_dir=folder / how.pop("to", "plain"), **how)
+
+
+def spread(folder, **how):
+    return settings(folder, device_map="auto", max_memory="cpu=12KB", offload_dir=folder / "rest", **how)
+
+
+def factors(model):
+    return load_file(model.root / "laplace" / "default" / "factors.safetensors")
+
+
+def resting(loaded):
+    return [name for name, parameter in loaded.model.named_parameters() if parameter.is_meta]
+
+
+def test_layers_rest_on_the_disk_and_the_adapter_does_not(folder):
+    how = Spread("auto", "cpu=12KB", folder / "rest")
+    loaded = load_model(read_adapter(folder / "adapter"), spread=how)
+    plain = load_model(read_adapter(folder / "adapter"), device="cpu")
+    assert any("layers.1." in name for name in resting(loaded))
+    assert not any("lora_" in name for name in resting(loaded))
+    assert loaded.fingerprint == plain.fingerprint
+    assert loaded.digest("float32") == plain.digest("float32")
+    with torch.no_grad():
+        ids = torch.tensor([[3, 4, 5, 6]])
+        found, expected = (each.model.get_base_model()(input_ids=ids).logits for each in (loaded, plain))
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("structure", ["kron", "ekfac", "diag", "lowrank", "full"])
+def test_fit_and_predict_are_the_same(folder, structure):
+    data = DataSettings(task=str(folder / "task.yaml"), data_dir=folder / "data")
+    how = FitSettings(structure=structure, rank=20 if structure == "lowrank" else None)
+    plain, other = settings(folder), spread(folder, to="spread")
+    fit(plain, data, how)
+    fit(other, data, how)
+    found, expected = factors(other), factors(plain)
+    for name, tensor in expected.items():
+        if "eigenvalues" in name:
+            torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=1e-6 * float(tensor.abs().max()))
+    answers = list(predict(other, PredictSettings(), ROWS))
+    for record, other_record in zip(answers, predict(plain, PredictSettings(), ROWS), strict=True):
+        assert record["probabilities"] == pytest.approx(other_record["probabilities"], abs=1e-5)
+    # A posterior is the base's, wherever its layers are.
+    for record, other_record in zip(
+        predict(spread(folder), PredictSettings(), ROWS), predict(plain, PredictSettings(), ROWS), strict=True
+    ):
+        assert record["probabilities"] == pytest.approx(other_record["probabilities"], abs=1e-6)
+
+
+def test_one_block_at_a_time_is_in_memory(folder, monkeypatch):
+    """The backward pass holds on to no weight that has gone back to the disk."""
+    from accelerate.hooks import AlignDevicesHook
+
+    present: dict[int, object] = {}
+    most = 0
+    before, after = AlignDevicesHook.pre_forward, AlignDevicesHook.post_forward
+
+    def pre_forward(self, module, *arguments, **named):
+        nonlocal most
+        result = before(self, module, *arguments, **named)
+        if self.offload:
+            import gc
+            import weakref
+
+            for parameter in module.parameters(recurse=False):
+                if not parameter.is_meta:
+                    present[id(parameter)] = weakref.ref(parameter)
+            gc.collect()
+            most = max(most, sum(reference() is not None for reference in present.values()))
+        return result
+
+    monkeypatch.setattr(AlignDevicesHook, "pre_forward", pre_forward)
+    monkeypatch.setattr(AlignDevicesHook, "post_forward", after)
+    loaded_from = spread(folder, to="spread")
+    fit(loaded_from, DataSettings(task=str(folder / "task.yaml"), data_dir=folder / "data"), FitSettings())
+    assert 0 < most <= 12, "a block has nine weights"
+
+
+def test_another_base_is_still_refused(folder):
+    data = DataSettings(task=str(folder / "task.yaml"), data_dir=folder / "data")
+    fit(spread(folder), data, FitSettings())
+    other = make_adapter(folder / "other", seed=5)
+    shutil.copytree(other / "base", folder / "changed")
+    with pytest.raises(PosteriorError, match="base model"):
+        list(predict(spread(folder, base_model=str(folder / "changed")), PredictSettings(), ROWS))
+
+
+def test_adapters_share_a_spread_base(folder):
+    shutil.copytree(folder / "adapter", folder / "second")
+    bases = SharedBases()
+    how = Spread("auto", "cpu=12KB", folder / "rest")
+    ids = torch.tensor([[3, 4, 5]])
+    loaded = [bases.load(read_adapter(folder / name), spread=how) for name in ("adapter", "second")]
+    assert bases.loads == 1
+    with torch.no_grad():
+        second = loaded[1].model.get_base_model()(input_ids=ids).logits
+        bases.put_on(loaded[0])
+        first = loaded[0].model.get_base_model()(input_ids=ids).logits
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ({"max_memory": "cpu=1GiB"}, "go with --device-map"),
+        ({"device_map": "auto", "device": "cpu"}, "leave --device cpu out"),
+    ],
+)
+def test_options_that_contradict_each_other(how, message):
+    with pytest.raises(UsageError, match=message):
+        _ = ModelSettings(adapter="x", **how).spread
+
+
+@pytest.mark.parametrize("text", ["cpu", "cpu=much", "gpu=1GiB", "=1GiB"])
+def test_bounds_that_cannot_be_read(text):
+    with pytest.raises(UsageError, match="--max-memory"):
+        loading_arguments(Spread("auto", text))
+
+
+def test_bounds():
+    found = loading_arguments(Spread("balanced", "0=20GiB, cpu=60GiB"))
+    assert found == {"device_map": "balanced", "max_memory": {0: "20GiB", "cpu": "60GiB"}}
+    assert json.dumps(found["device_map"])
