@@ -16,7 +16,7 @@ import yaml
 
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "lapora"
-EVERYBODYS = {"config", "errors", "_version"}
+EVERYBODYS = {"config", "errors", "_version", "processes"}
 
 
 def imported_rooms(file: Path) -> set[str]:

@@ -68,10 +68,10 @@ def _show_warning(
 def run() -> None:
     """Run the command line and end the process with the promised status."""
     warnings.simplefilter("once", LaporaWarning)
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of kernels that nobody asked for
     warnings.showwarning = _show_warning
-    # PEFT imports it whether it is needed or not, and it complains of what it lacks on some processors.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    # They speak of kernels that nobody asked for, and of weights that rest on the disk as they were told to.
+    for library in ("bitsandbytes", "accelerate"):
+        logging.getLogger(library).setLevel(logging.ERROR)
     try:
         # Without its standalone mode Typer returns an exit status instead of ending the process.
         status = app(standalone_mode=False)
