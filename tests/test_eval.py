@@ -124,11 +124,12 @@ def test_temperature_reuses_the_rows_that_tuned_the_prior_and_none_is_scored(ada
     assert list(results) == ["map", "temperature"]
     session = open_session(model, "default")
     digests = set(session.posterior.manifest["prior"]["validation"]["rows"])
-    assert results["temperature"]["fitted_on"] == {"split": "validation", "n": len(digests)}
     every = read_labelled_rows(session, DataSettings())
     scored = read_labelled_rows(session, DataSettings(), exclude=digests)
     assert done.record["n"] == len(scored.examples)
     tuning = every.only([i for i, each in enumerate(every.examples) if row_digest(each) in digests])
+    # Rows that say the same count each.
+    assert results["temperature"]["fitted_on"] == {"split": "validation", "n": len(tuning.examples)}
     log_map = run_log_map(session, tuning)
     assert results["temperature"]["temperature"] == pytest.approx(metrics.fit_temperature(log_map, tuning.targets))
 
@@ -358,7 +359,7 @@ def test_the_temperature_is_told_with_its_rows(adapter, capsys, tmp_path):
     app(["eval", str(adapter), *arguments], standalone_mode=False)
     (told,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("temperature")]
     assert re.fullmatch(
-        r"temperature [\d.]+, fitted on 300 rows of validation that are not scored; oracle: [\d.]+, fitted on the "
+        r"temperature [\d.]+, fitted on 302 rows of validation that are not scored; oracle: [\d.]+, fitted on the "
         "scored rows themselves",
         told,
     )
