@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import warnings
 from typing import Annotated, TextIO
@@ -68,6 +69,8 @@ def run() -> None:
     """Run the command line and end the process with the promised status."""
     warnings.simplefilter("once", LaporaWarning)
     warnings.showwarning = _show_warning
+    # PEFT imports it, and on some processors it then asks for a package that nothing here needs.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         # Without its standalone mode Typer returns an exit status instead of ending the process.
         status = app(standalone_mode=False)
