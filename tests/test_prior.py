@@ -139,11 +139,11 @@ def test_a_kernel_of_nothing_runs_to_a_bound_and_says_so():
 
 def test_the_vertex_of_a_parabola():
     positions = np.log(GRID).tolist()
-    vertex, bound = least_point(positions, [(x - 1.7) ** 2 + 3 for x in positions])
-    assert vertex == pytest.approx(1.7) and bound is None
-    assert least_point(positions, [-x for x in positions]) == (positions[-1], "highest")
-    assert least_point(positions, positions) == (positions[0], "lowest")
-    assert least_point(positions, [1.0] * len(positions)) == (positions[-1], "highest")  # no difference: MAP
+    vertex, least, bound = least_point(positions, [(x - 1.7) ** 2 + 3 for x in positions])
+    assert vertex == pytest.approx(1.7) and least == pytest.approx(3.0) and bound is None
+    assert least_point(positions, [-x for x in positions]) == (positions[-1], -positions[-1], "highest")
+    assert least_point(positions, positions) == (positions[0], positions[0], "lowest")
+    assert least_point(positions, [1.0] * len(positions)) == (positions[-1], 1.0, "highest")  # no difference: MAP
 
 
 @pytest.fixture
@@ -174,7 +174,7 @@ def test_a_grid_of_priors_in_one_pass_equals_one_pass_for_each(demo, adapter, st
             torch.testing.assert_close(together.log_p[link][index], alone.log_p[link][0], atol=1e-6, rtol=1e-5)
 
 
-def test_validation_chooses_the_least_nll_and_eval_leaves_its_rows_out(demo, adapter):
+def test_validation_chooses_the_least_nll_and_eval_leaves_its_rows_out(demo, adapter, capsys):
     model = ModelSettings(adapter=str(adapter))
     before = evaluate(model, DataSettings())
     tuned = tune_prior(model, settings=PriorSettings(method="auto"))
@@ -183,10 +183,14 @@ def test_validation_chooses_the_least_nll_and_eval_leaves_its_rows_out(demo, ada
     rows_in_split = before["n"] + before["excluded"]
     assert record["n"] == rows_in_split // 2 and record["split"] == "validation"
     least = min(point["nll"] for point in record["curve"])
-    assert record["marglik"]["nll"] >= least and record["map"]["nll"] >= least
+    assert record["map"]["nll"] >= least >= record["least_nll"]
+    assert f"NLL about {record['least_nll']:.4f} on" in tuned.reason
     nearest = min(record["curve"], key=lambda point: point["nll"])["precision"]
     assert abs(math.log(tuned.prior["precision"] / nearest)) < math.log(10) / 2
     assert "marginal likelihood would have given" in tuned.reason
+    app(["inspect", str(adapter)], standalone_mode=False)
+    drawn = capsys.readouterr().out
+    assert f"marglik {record['marglik']['precision']:.3g}" in drawn and "least" in drawn and "MAP" in drawn
     after = evaluate(model, DataSettings())
     # A row that says the same as a tuned one is left out as well.
     assert after["excluded"] >= record["n"] and after["n"] == rows_in_split - after["excluded"]

@@ -75,6 +75,21 @@ def test_curves_are_told_apart_without_colour(tables):
     assert all(list(line.get_xdata()) == sorted(line.get_xdata()) for line in axis.lines)
 
 
+def test_every_posterior_has_a_risk_curve_before_its_further_links(tables):
+    log_ps, targets = tables
+    generator = torch.Generator().manual_seed(1)
+    many = {"map": log_ps["map"]}
+    for name in ("default", "diag", "full"):
+        for link in ("mc-joint", "mc-indep", "probit", "bridge"):
+            noise = torch.randn(200, 3, generator=generator).double()
+            many[f"laplace {name} ({link})"] = torch.log_softmax(log_ps["map"] / 2 + noise, dim=1)
+    first = [f"laplace {name} (mc-joint)" for name in ("default", "diag", "full")]
+    picture = evaluation_pictures(many, targets, first)[-1]
+    drawn = [line.get_label() for line in picture.figure.axes[0].lines]
+    assert [label.partition(":")[0] for label in drawn[:4]] == ["map", *first]
+    assert len(drawn) == 8 and "5 more are in the table" in picture.caption
+
+
 def test_methods_that_order_rows_alike_share_a_curve():
     generator = torch.Generator().manual_seed(0)
     log_p = torch.log_softmax(torch.randn(50, 2, generator=generator).double(), dim=1)

@@ -59,7 +59,7 @@ def _temperature(record: Mapping[str, Any]) -> str:
         if "temperature" in result:
             rows = result.get("fitted_on")
             where = f"{rows['n']} rows of {rows['split']} that are not scored" if rows else "the scored rows themselves"
-            told.append(f"{result['temperature']:.3g}, fitted on {where}")
+            told.append(f"{result['temperature']:.3f}, fitted on {where}")
     return "; oracle: ".join(told)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,10 +14,6 @@ def quiet_libraries() -> Iterator[None]:
     """Keep the libraries' progress bars and load reports off the terminal; what matters becomes an error."""
     verbosity = transformers_logging.get_verbosity()
     bars = transformers_logging.is_progress_bar_enabled()
-    # On some processors it warns, as it is imported, of a kernel that it would rather have from the Hub.
-    bitsandbytes_logger = logging.getLogger("bitsandbytes")
-    level = bitsandbytes_logger.level
-    bitsandbytes_logger.setLevel(logging.ERROR)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     try:
@@ -27,6 +22,5 @@ def quiet_libraries() -> Iterator[None]:
             yield
     finally:
         transformers_logging.set_verbosity(verbosity)
-        bitsandbytes_logger.setLevel(level)
         if bars:
             transformers_logging.enable_progress_bar()

@@ -32,7 +32,7 @@ def evaluation_pictures(tables: Mapping[str, Tensor], targets: Tensor, after: Se
             pair = {"map": tables["map"], label: tables[label]}
             ending = "" if len(after) == 1 else "-" + re.sub(r"[^A-Za-z0-9.]+", "-", label).strip("-")
             pictures += [_reliability(pair, targets, ending), _histograms(pair, targets, ending)]
-        pictures.append(_risk_coverage(tables, targets))
+        pictures.append(_risk_coverage(tables, targets, after))
     return pictures
 
 
@@ -121,8 +121,13 @@ def _histograms(pair: Mapping[str, Tensor], targets: Tensor, ending: str) -> Pic
     return Picture(f"confidence{ending}", caption, figure)
 
 
-def _risk_coverage(tables: Mapping[str, Tensor], targets: Tensor) -> Picture:
-    """One curve for methods that put the rows in the same order, as a temperature leaves it with two answers."""
+def _risk_coverage(tables: Mapping[str, Tensor], targets: Tensor, first: Sequence[str]) -> Picture:
+    """One curve for methods that put the rows in the same order, as a temperature leaves it with two answers.
+
+    Where there are too many, the baselines and ``first`` are drawn.
+    """
+    order = [label for label in tables if not label.startswith("laplace") or label in first]
+    tables = {label: tables[label] for label in (*order, *(label for label in tables if label not in order))}
     curves: dict[tuple[bytes, bytes], list[str]] = {}
     for label, log_p in tables.items():
         if label != "constant":

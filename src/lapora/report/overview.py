@@ -72,16 +72,21 @@ _BAR = 30
 
 
 def _validation_curve(record: dict[str, Any]) -> Table:
-    """NLL, ECE and accuracy of every prior tried, NLL drawn as a bar: short is good."""
+    """NLL, ECE and accuracy of every prior tried, of MAP and of the marginal likelihood's, NLL drawn as a bar."""
     title = f"{record['n']} rows of {record['split']}, {record['link']} ({record['scheme']})"
     table = Table(title=cell(title), title_justify="left")
     for title in ("prior precision", "nll", "ece", "accuracy"):
         table.add_column(title, justify="right")
     table.add_column("nll, longer is worse", min_width=_BAR)
     rows = [(f"{point['precision']:.3g}", point) for point in record["curve"]] + [("MAP", record["map"])]
+    evidence = record["marglik"]
+    several = evidence["structure"] != "scalar"
+    rows.append(("marglik" if several else f"marglik {evidence['precision']:.3g}", evidence))
     values = [point["nll"] for _, point in rows]
     low, high = min(values), max(values)
     for label, point in rows:
+        if label == "MAP":
+            table.add_section()
         length = 1 + round((_BAR - 1) * (point["nll"] - low) / (high - low or 1.0))
         least = " least" if point["nll"] == low else ""
         table.add_row(label, *(f"{point[key]:.3f}" for key in ("nll", "ece", "accuracy")), "█" * length + least)

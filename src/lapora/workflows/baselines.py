@@ -32,18 +32,20 @@ class Temperature:
     Attributes:
         value: T.
         split: Where its rows come from.
+        count: How many rows they are, those that say the same counted each.
         rows: Their digests: they are not scored.
         notes: What the user should know.
     """
 
     value: float
     split: str
+    count: int
     rows: frozenset[str]
     notes: tuple[str, ...] = ()
 
     def predict(self, log_map: Tensor) -> Prediction:
         """The scaled probabilities of any rows."""
-        details = {"temperature": self.value, "fitted_on": {"split": self.split, "n": len(self.rows)}}
+        details = {"temperature": self.value, "fitted_on": {"split": self.split, "n": self.count}}
         return Prediction("temperature", torch.log_softmax(log_map / self.value, dim=1), details=details)
 
 
@@ -74,7 +76,8 @@ def fit_temperature(session: Session, plan: Plan, data: DataSettings, settings: 
             rows = rows.chosen(max(1, len(rows.examples) // 2), settings.seed)
     log_map = forward_log_p(session, session.encode(rows.examples))
     digests = frozenset(row_digest(example) for example in rows.examples)
-    return Temperature(metrics.fit_temperature(log_map, rows.targets), rows.split, digests, notes)
+    value = metrics.fit_temperature(log_map, rows.targets)
+    return Temperature(value, rows.split, len(rows.examples), digests, notes)
 
 
 def _recorded_rows(session: Session, data: DataSettings, split: str, digests: Collection[str]) -> LabelledRows | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -94,16 +94,17 @@ def choose_by_validation(
     scores = [metrics.evaluate(table, rows.targets) for table in tables]
     at_map = metrics.evaluate(scored.log_p["map"][0], rows.targets)
     nll = [score["nll"] for score in scores[:-1]]
-    where, at_bound = least_point(np.log(GRID).tolist(), nll)
-    best = math.exp(where)
+    least = least_point(np.log(GRID).tolist(), nll)
+    best = math.exp(least.position)
     prior = PriorPrecision("scalar", {"all": best}) if scalar else by_evidence.scaled(best / smallest)
     nearest = _least(nll)
+    about = "" if least.at_bound else "about "
     reason = (
-        f"prior precision {prior.describe()} by validation: NLL {nll[nearest]:.4f} on {len(rows.examples)} rows of "
-        f"{rows.split} (MAP {at_map['nll']:.4f}; marginal likelihood would have given {by_evidence.describe()}, "
+        f"prior precision {prior.describe()} by validation: NLL {about}{least.value:.4f} on {len(rows.examples)} rows "
+        f"of {rows.split} (MAP {at_map['nll']:.4f}; marginal likelihood would have given {by_evidence.describe()}, "
         f"NLL {scores[-1]['nll']:.4f})"
     )
-    notes = _notes(at_bound)
+    notes = _notes(least.at_bound)
     difference = metrics.paired_interval(
         metrics.row_nll(tables[nearest], rows.targets) - metrics.row_nll(scored.log_p["map"][0], rows.targets)
     )
@@ -124,31 +125,44 @@ def choose_by_validation(
             {"precision": float(value), **{key: score[key] for key in ("nll", "ece", "accuracy")}}
             for value, score in zip(GRID, scores[:-1], strict=True)
         ],
+        "least_nll": least.value,
         "map": {key: at_map[key] for key in ("nll", "ece", "accuracy")},
         "marglik": {**by_evidence.to_manifest(), **{key: scores[-1][key] for key in ("nll", "ece", "accuracy")}},
         "rows": [row_digest(example) for example in rows.examples],
     }
-    return ValidationChoice(prior, record, at_bound, reason, notes)
+    return ValidationChoice(prior, record, least.at_bound, reason, notes)
 
 
-def least_point(positions: Sequence[float], values: Sequence[float]) -> tuple[float, str | None]:
-    """The least point of a curve: the vertex of the parabola through its three best neighbouring points.
+class LeastPoint(NamedTuple):
+    """Where a curve is least.
 
-    Returns:
-        Its position, and ``lowest`` or ``highest`` where the least value is at that end.
+    Attributes:
+        position: Where.
+        value: The curve there, of the parabola where that says so.
+        at_bound: ``lowest`` or ``highest`` where the least value is at that end, else None.
     """
+
+    position: float
+    value: float
+    at_bound: str | None
+
+
+def least_point(positions: Sequence[float], values: Sequence[float]) -> LeastPoint:
+    """The least point of a curve: the vertex of the parabola through its three best neighbouring points."""
     best = _least(values)
-    if best == 0:
-        return float(positions[0]), "lowest"
-    if best == len(positions) - 1:
-        return float(positions[-1]), "highest"
+    here = float(positions[best]), float(values[best])
+    if best in (0, len(positions) - 1):
+        return LeastPoint(*here, "highest" if best else "lowest")
     around = slice(best - 1, best + 2)
-    curvature, slope, _ = np.polyfit(np.asarray(positions[around]) - positions[best], np.asarray(values[around]), 2)
+    curvature, slope, height = np.polyfit(
+        np.asarray(positions[around]) - positions[best], np.asarray(values[around]), 2
+    )
     if curvature <= 0:
-        return float(positions[best]), None
-    offset = -slope / (2 * curvature)
+        return LeastPoint(*here, None)
     limit = positions[best + 1] - positions[best]
-    return float(positions[best] + np.clip(offset, -limit, limit)), None
+    offset = float(np.clip(-slope / (2 * curvature), -limit, limit))
+    value = float(curvature * offset**2 + slope * offset + height)
+    return LeastPoint(positions[best] + offset, value, None)
 
 
 def _least(values: Sequence[float]) -> int:
