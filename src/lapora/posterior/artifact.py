@@ -208,6 +208,7 @@ class SavedPosterior:
 
         Raises:
             PosteriorError: The factors file is missing or damaged, or does not belong to the manifest.
+            NumericalError: A tensor holds NaN or infinity.
         """
         from safetensors import SafetensorError, safe_open
 

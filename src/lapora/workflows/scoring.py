@@ -166,7 +166,7 @@ def score_rows(
 
 
 def forward_log_p(answers: AnswerModel, coded: Sequence[EncodedExample], batch_size: BatchSize) -> Tensor:
-    """Log-probabilities by one forward pass of the network as it stands: ``(N, C)``, float64, on the CPU."""
+    """Log-probabilities by one forward pass of the network as it stands: ``(N, C)``, float64, in the rows' order."""
     found: dict[int, Tensor] = {}
     with torch.no_grad():
         for batch, logits in run_batches(BatchFeed(answers, coded, batch_size), answers.logits):

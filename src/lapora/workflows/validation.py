@@ -134,6 +134,10 @@ def choose_by_validation(
 def least_point(positions: Sequence[float], values: Sequence[float]) -> tuple[float, str | None]:
     """The least point of a curve: the vertex of the parabola through its three best neighbouring points.
 
+    Args:
+        positions: Rising: log δ.
+        values: NLL there, in nats a row.
+
     Returns:
         Its position, and ``lowest`` or ``highest`` where the least value is at that end.
     """
