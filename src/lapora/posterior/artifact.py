@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lapora.config import JOINT_STRUCTURES
 from lapora.errors import NumericalError, PosteriorError, UsageError
 from lapora.posterior.manifest import FORMAT_VERSION, check_prior, read_manifest, with_checksums
 from lapora.posterior.prior import PriorPrecision
@@ -32,7 +33,6 @@ __all__ = ["FORMAT_VERSION", "SavedPosterior", "posterior_folder", "saved_names"
 
 JOINT = "joint"
 """Prefix of the tensors of a posterior whose basis spans all layers."""
-JOINT_STRUCTURES = ("full", "lowrank")
 MANIFEST_FILE = "posterior.json"
 FACTORS_FILE = "factors.safetensors"
 
