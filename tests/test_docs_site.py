@@ -14,10 +14,12 @@ import time
 from pathlib import Path
 
 import pytest
+import typer
 import yaml
 
+from lapora.cli.app import app as lapora_app
 from lapora.posterior import manifest
-from pages import DOCS, environment
+from pages import DOCS, environment, lapora_lines
 
 ROOT = DOCS.parent
 
@@ -33,6 +35,23 @@ def test_the_command_line_page_is_the_codes(tmp_path):
         [sys.executable, "-m", "typer", *command, "--output", str(fresh)], check=True, capture_output=True, timeout=60
     )
     assert _page("reference/cli.md") == fresh.read_text(encoding="utf-8"), "run `make docs-reference`"
+
+
+PAGES = sorted(str(page.relative_to(DOCS)) for page in DOCS.rglob("*.md") if page.name != "cli.md")
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_command_on_a_page_is_one(page):
+    """Names, arguments, options and their values; recipes and the start page are run, too, by other tests."""
+    group = typer.main.get_command(lapora_app)
+    # A fence without a language counts; in a pipe the command ends where the next begins.
+    for block in re.findall(r"^```(?:sh|text|console)?\n(.*?)^```$", _page(page), flags=re.S | re.M):
+        for words in lapora_lines(block):
+            ends = [index for index, word in enumerate(words) if word in ("|", ">", ">>", "&&", "||", "2>/dev/null")]
+            words = words[: min(ends, default=len(words))]
+            name, *rest = words
+            command = group.commands[name]
+            command.make_context(name, rest)
 
 
 def test_every_module_that_a_page_names_exists():

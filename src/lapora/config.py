@@ -28,6 +28,12 @@ OnError = Literal["stop", "report"]
 Progress = Callable[[int, int], None]
 """Told of rows done and rows in all."""
 
+JOINT_STRUCTURES: tuple[Structure, ...] = ("lowrank", "full")
+"""Structures with one basis for all layers; the others have blocks, one for each layer."""
+
+BASELESS_STRUCTURES: tuple[Structure, ...] = ("diag",)
+"""Structures of blocks in the weights' own coordinates."""
+
 DEFAULT_SAMPLES = 2048
 """Quasi-Monte-Carlo points of the sampling links, for more than two answers."""
 

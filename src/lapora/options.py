@@ -83,7 +83,7 @@ class FitOptions(CurvatureOptions, DataOptions, ModelOptions, total=False):
 
 
 class PriorOptions(DataOptions, ModelOptions, total=False):
-    """All that ``tune_prior`` may be told: :class:`lapora.config.PriorSettings`, the rows, the model."""
+    """All that ``tune_prior`` may be told: fields of :class:`lapora.config.PriorSettings`, the rows, the model."""
 
     name: str
     method: PriorMethod
@@ -96,7 +96,7 @@ class PriorOptions(DataOptions, ModelOptions, total=False):
 
 
 class EvalOptions(DataOptions, ModelOptions, total=False):
-    """All that ``evaluate`` may be told: :class:`lapora.config.EvalSettings`, the rows, the model."""
+    """All that ``evaluate`` may be told: fields of :class:`lapora.config.EvalSettings`, the rows, the model."""
 
     methods: Sequence[Method | Literal["all"]]
     names: Sequence[str]

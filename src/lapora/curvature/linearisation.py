@@ -37,8 +37,9 @@ Directions = Callable[[Tensor], Tensor]
 class Observer(Protocol):
     """Sees a layer's inputs and output gradients, one layer at a time.
 
-    For every batch: ``begin``; ``see_input`` once per layer, before its gradients; for one layer
-    after another, ``see_gradient`` K times and ``finish`` once; ``end``.
+    For every batch of B rows, T tokens and K directions: ``begin``; ``see_input`` once per layer, before its gradients;
+    for one layer after another, ``see_gradient`` K times and ``finish`` once; ``end``. A batch that runs out of
+    memory is begun again, smaller, and was never ended: what it has left must be forgotten in ``begin``.
     """
 
     def begin(self, batch: Batch) -> None:
@@ -58,7 +59,13 @@ class Observer(Protocol):
         """
 
     def see_gradient(self, layer: BayesianLayer, kept: Any, gradient: Tensor) -> None:
-        """The gradient of one direction, ``(B, T, out_features)``, zero at padding."""
+        """The gradient of one direction.
+
+        Args:
+            layer: The layer.
+            kept: What ``see_input`` returned.
+            gradient: ``(B, T, out_features)``, in float32 at least, zero at padding.
+        """
 
     def finish(self, layer: BayesianLayer) -> None:
         """All K directions of this layer have been seen."""

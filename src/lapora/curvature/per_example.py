@@ -76,7 +76,7 @@ class PerExampleObserver:
         self._gradients: dict[str, list[LayerGradient]] = {}
 
     def join(self, layer: BayesianLayer, gradients: Sequence[LayerGradient]) -> None:
-        """Take in all K gradients of one layer."""
+        """Take in all K gradients of one layer; each kind of observer does something else with them."""
         raise NotImplementedError
 
     def begin(self, batch: Batch) -> None:

@@ -20,7 +20,12 @@ _OBSERVER = "observer."
 
 @dataclass(frozen=True, eq=False)
 class ObserverState:
-    """What an observer has summed up: tensors, and whatever JSON can hold exactly (floats included)."""
+    """What an observer has summed up.
+
+    Attributes:
+        tensors: By name.
+        facts: Whatever JSON can hold exactly, floats included.
+    """
 
     tensors: dict[str, Tensor]
     facts: dict[str, Any] = field(default_factory=dict)
@@ -108,7 +113,12 @@ class PassKeeper(Protocol):
 
 
 def sums_state(sums: Mapping[str, Tensor | NystromSketch], prefix: str) -> ObserverState:
-    """Sums, whole or sketched, as a state. A sketch's test matrix is drawn again from its seed."""
+    """Sums, whole or sketched, as a state. A sketch's test matrix is drawn again from its seed.
+
+    Args:
+        sums: By layer.
+        prefix: Of their names in the state, so that several kinds of sums have room in one.
+    """
     tensors = {
         f"{prefix}.{name}": total.image if isinstance(total, NystromSketch) else total for name, total in sums.items()
     }
@@ -117,7 +127,7 @@ def sums_state(sums: Mapping[str, Tensor | NystromSketch], prefix: str) -> Obser
 
 
 def sums_from_state(state: ObserverState, prefix: str, seed: int) -> dict[str, Tensor | NystromSketch]:
-    """Read back what :func:`sums_state` gave."""
+    """Read back what :func:`sums_state` gave, under the same prefix; ``seed`` is that of the sketches."""
     traces = state.facts[f"{prefix}.traces"]
     found: dict[str, Tensor | NystromSketch] = {}
     sketches: dict[tuple[int, ...], NystromSketch] = {}  # of one shape they share a test matrix

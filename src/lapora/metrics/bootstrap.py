@@ -82,7 +82,13 @@ def _intervals_of(scores: Mapping[str, Tensor]) -> dict[str, Interval]:
 
 
 def paired_interval(differences: Tensor, *, resamples: int = 2000, seed: int = 0) -> tuple[float, float]:
-    """A 95 % bootstrap interval of the mean of paired differences ``(N,)``."""
+    """A 95 % bootstrap interval of the mean of paired differences.
+
+    Args:
+        differences: ``(N,)``, in the score's own unit.
+        resamples: How many.
+        seed: Of the resampling.
+    """
     generator = torch.Generator().manual_seed(seed)
     means = [
         differences[torch.randint(len(differences), (len(differences),), generator=generator)].mean()

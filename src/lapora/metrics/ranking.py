@@ -32,6 +32,10 @@ def auroc(positive: Tensor, negative: Tensor) -> float | None:
 def risk_coverage(log_p: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """The risk-coverage curve: rows are taken from the most confident on, rows of equal confidence together.
 
+    Args:
+        log_p: ``(N, C)`` log-probabilities, float64.
+        targets: ``(N,)`` labels.
+
     Returns:
         Coverage and error rate at every distinct confidence, ``(G,)`` each, coverage rising to one.
     """

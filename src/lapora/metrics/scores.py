@@ -51,13 +51,21 @@ def evaluate(log_p: Tensor, targets: Tensor, *, with_mcc: bool = False) -> dict[
 
 
 def constant_predictor(targets: Tensor, classes: int) -> Tensor:
-    """Log-probabilities of always predicting the class frequencies of these very rows: ``(N, C)``."""
+    """Log-probabilities of always predicting the class frequencies of these very rows.
+
+    Args:
+        targets: ``(N,)`` int64.
+        classes: C.
+
+    Returns:
+        ``(N, C)``, float64.
+    """
     frequencies = torch.bincount(targets, minlength=classes).double() / len(targets)
     return frequencies.log().clamp(min=-1e300).expand(len(targets), classes).contiguous()
 
 
 def row_nll(log_p: Tensor, targets: Tensor) -> Tensor:
-    """NLL of every row, in nats: ``(N,)``."""
+    """NLL of every row, in nats, ``(N,)``, of log-probabilities ``(N, C)`` and labels ``(N,)``."""
     return -log_p.gather(1, targets.unsqueeze(1)).squeeze(1)
 
 

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lapora.config import JOINT_STRUCTURES
 from lapora.errors import NumericalError, PosteriorError, UsageError
 from lapora.posterior.durable import reason_of, remove_whatever, to_disk, write_json
 from lapora.posterior.manifest import FORMAT_VERSION, check_prior, read_manifest, with_checksums
@@ -31,7 +32,6 @@ __all__ = ["FORMAT_VERSION", "SavedPosterior", "posterior_folder", "saved_names"
 
 JOINT = "joint"
 """Prefix of the tensors of a posterior whose basis spans all layers."""
-JOINT_STRUCTURES = ("full", "lowrank")
 MANIFEST_FILE = "posterior.json"
 FACTORS_FILE = "factors.safetensors"
 _LOOKS = 3
@@ -179,6 +179,7 @@ class SavedPosterior:
 
         Raises:
             PosteriorError: The factors file is missing or damaged, or does not belong to the manifest.
+            NumericalError: A tensor holds NaN or infinity.
         """
         try:
             return self._arrays(names)

@@ -86,6 +86,10 @@ class Evidence:
     def climb(self, learning_rate: float, steps: int) -> tuple[float, str | None]:
         """The paper's way to the same δ: Adam on log δ, from δ = 1.
 
+        Args:
+            learning_rate: Of log δ; the paper's is 0.1.
+            steps: How many; the paper takes 1,000.
+
         Returns:
             As for :meth:`maximise`.
         """
@@ -173,7 +177,17 @@ def evidence_at(
     parameters: Sequence[Mapping[str, Any]],
     log_likelihood: float,
 ) -> tuple[float, float]:
-    """The log marginal likelihood and the effective number of parameters at a given prior."""
+    """The log marginal likelihood and the effective number of parameters at a given prior.
+
+    Args:
+        prior: δ of every group of layers.
+        eigenvalues: Of the curvature: one array a layer, or a single one where the structure joins layers.
+        parameters: The manifest's ``parameters``.
+        log_likelihood: ``log p(y|X, θ_MAP)`` in nats; 0 where it is not known.
+
+    Returns:
+        The evidence in nats, and ``Σ λ/(λ+δ)``.
+    """
     total, effective = log_likelihood, 0.0
     for group, evidence in _evidence_by_group(eigenvalues, parameters, prior.structure).items():
         total += evidence.log_marginal_likelihood(prior.precisions[group])
@@ -212,6 +226,14 @@ def bias_of_truncation(
 
     A basis that keeps a share of the trace leaves out ``τ = Σλ (1/kept - 1)``, and with it at most ``τ/δ``
     determined directions of ``Σ λ/(λ+δ)``: too few are set against ``δ‖θ‖²``, and δ comes out too small.
+
+    Args:
+        best: The maximum found.
+        eigenvalues: As for :func:`evidence_at`.
+        parameters: The manifest's ``parameters``, with the share of the trace that each layer's basis ``kept``.
+
+    Returns:
+        One line for people, or none.
     """
     joint = len(eigenvalues) != len(parameters)
     shares = [float(parameter.get("kept", 1.0)) for parameter in parameters]

@@ -51,6 +51,10 @@ def fit_full(run: CurvatureRun) -> tuple[Posterior, DataPass]:
 
     With the exact Fisher the C-1 logit differences are differentiated and weighted afterwards, since adapted
     evidence needs them unweighted, and no weight can be divided out of a saturated row.
+
+    Raises:
+        UsageError: ``J`` does not fit in memory; the message says what does.
+        NumericalError: The curvature is not finite.
     """
     _refuse_what_does_not_fit(run)
     observer = _RowsObserver(run)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn, get_args
 
 from lapora._version import __version__
-from lapora.config import FisherType, Quantisation, Structure, Subset, WeightSharing
+from lapora.config import JOINT_STRUCTURES, FisherType, Quantisation, Structure, Subset, WeightSharing
 from lapora.errors import PosteriorError
 from lapora.posterior.prior import PriorPrecision
 
@@ -284,7 +284,7 @@ def _check_parameters(manifest: Mapping[str, Any]) -> None:
     names = [parameter["name"] for parameter in parameters]
     if len(set(names)) != len(names):
         raise _Wrong("parameters names one matrix twice")
-    joint = manifest["structure"] in ("full", "lowrank")
+    joint = manifest["structure"] in JOINT_STRUCTURES
     known = set(names)
     for index, parameter in enumerate(parameters):
         field = f"parameters[{index}]"

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from lapora.config import BASELESS_STRUCTURES
 from lapora.errors import NumericalError, PosteriorError
 from lapora.posterior.gaussian import BlockPosterior, JointPosterior
 
@@ -23,7 +24,7 @@ def check_blocks(posterior: BlockPosterior, structure: str, answers: int, file: 
 
     Args:
         posterior: The layers.
-        structure: ``diag`` has no bases; the others have two for every layer.
+        structure: Some have no bases (``diag``); the others have two for every layer.
         answers: How many answers there are.
         file: Where they come from.
 
@@ -42,8 +43,8 @@ def check_blocks(posterior: BlockPosterior, structure: str, answers: int, file: 
             (f"{block.leader}.input_basis", block.input_basis, block.shape[1], columns, False),
         )
         for name, basis, size, found, part in sides:
-            if (basis is None) != (structure == "diag"):
-                what = "is missing" if basis is None else "has no place in structure diag"
+            if (basis is None) != (structure in BASELESS_STRUCTURES):
+                what = "is missing" if basis is None else f"has no place in structure {structure}"
                 raise PosteriorError(f"{file}: tensor {name} {what}; fit again with --overwrite")
             length = found if basis is None else len(basis)
             fits = length == size or (part and length == answers < size)

@@ -12,7 +12,14 @@ import torch
 from torch import Tensor
 
 from lapora.config import DEFAULT_SAMPLES
-from lapora.predictive.links import difference_covariance, log_probabilities, normal_points, symmetric_root
+from lapora.predictive.links import (
+    difference_covariance,
+    differences_to_first,
+    drawn_logits,
+    log_probabilities,
+    normal_points,
+    symmetric_root,
+)
 from lapora.predictive.moments import LogitMoments
 
 _WIDE = 5.0
@@ -35,7 +42,7 @@ def mutual_information(moments: LogitMoments, *, samples: int = DEFAULT_SAMPLES,
     averaged = log_probabilities("mc-joint", moments, samples=samples, seed=seed)
     total = torch.special.entr(averaged.exp()).sum(dim=1)
     mean, covariance = moments.mean.double().cpu(), moments.covariance.double().cpu()
-    differences = mean[:, 1:] - mean[:, :1]
+    differences = differences_to_first(mean)
     if not moments.of_differences:
         covariance = difference_covariance(covariance)
     if differences.shape[1] == 1:
@@ -72,8 +79,6 @@ def _sampled_entropy(differences: Tensor, root: Tensor, samples: int, seed: int)
     chunk = max(1, _CHUNK_ELEMENTS // (len(points) * (differences.shape[1] + 1)))
     found = []
     for mean, factor in zip(differences.split(chunk), root.split(chunk), strict=True):
-        drawn = mean.unsqueeze(1) + points @ factor.transpose(1, 2)
-        logits = torch.cat([drawn.new_zeros(*drawn.shape[:2], 1), drawn], dim=2)
-        p = torch.softmax(logits, dim=2)
+        p = torch.softmax(drawn_logits(mean, factor, points), dim=2)
         found.append(torch.special.entr(p).sum(dim=2).mean(dim=1))
     return torch.cat(found)

@@ -35,6 +35,9 @@ def log_probabilities(link: Link, moments: LogitMoments, *, samples: int = DEFAU
 
     Returns:
         ``(B, C)`` log-probabilities in float64, on the CPU.
+
+    Raises:
+        ValueError: The link needs every class (:func:`needs_every_class`), and the moments are of differences.
     """
     mean = moments.mean.double().cpu()
     covariance = moments.covariance.double().cpu()
@@ -42,7 +45,7 @@ def log_probabilities(link: Link, moments: LogitMoments, *, samples: int = DEFAU
         return torch.log_softmax(mean, dim=1)
     if link == "mc-joint":
         differences = covariance if moments.of_differences else difference_covariance(covariance)
-        return _averaged_softmax(_differences(mean), differences, samples, seed)
+        return _averaged_softmax(differences_to_first(mean), differences, samples, seed)
     if moments.of_differences:
         raise ValueError(f"{link} needs the variances of all classes")
     variances = covariance.diagonal(dim1=1, dim2=2)
@@ -50,7 +53,7 @@ def log_probabilities(link: Link, moments: LogitMoments, *, samples: int = DEFAU
     if link in analytic:
         return analytic[link](mean, variances)
     independent = difference_covariance(torch.diag_embed(variances))
-    return _averaged_softmax(_differences(mean), independent, samples, seed)
+    return _averaged_softmax(differences_to_first(mean), independent, samples, seed)
 
 
 def difference_covariance(covariance: Tensor) -> Tensor:
@@ -59,7 +62,8 @@ def difference_covariance(covariance: Tensor) -> Tensor:
     return rest - covariance[:, 1:, :1] - covariance[:, :1, 1:] + covariance[:, :1, :1]
 
 
-def _differences(mean: Tensor) -> Tensor:
+def differences_to_first(mean: Tensor) -> Tensor:
+    """``f_c - f_0``, ``(B, C-1)``, from ``f``, ``(B, C)``."""
     return mean[:, 1:] - mean[:, :1]
 
 
@@ -110,10 +114,24 @@ def symmetric_root(covariance: Tensor) -> Tensor:
 
 
 def _log_mean_softmax(mean: Tensor, root: Tensor, points: Tensor) -> Tensor:
-    drawn = mean.unsqueeze(1) + points @ root.transpose(1, 2)
-    logits = torch.cat([drawn.new_zeros(*drawn.shape[:2], 1), drawn], dim=2)
-    averaged = torch.logsumexp(torch.log_softmax(logits, dim=2), dim=1) - math.log(len(points))
+    averaged = torch.logsumexp(torch.log_softmax(drawn_logits(mean, root, points), dim=2), dim=1)
+    averaged = averaged - math.log(len(points))
     return averaged - torch.logsumexp(averaged, dim=1, keepdim=True)
+
+
+def drawn_logits(mean: Tensor, root: Tensor, points: Tensor) -> Tensor:
+    """Logits at points of the standard normal, the first class's zero.
+
+    Args:
+        mean: ``(B, C-1)``, of ``f_c - f_0``.
+        root: ``(B, C-1, C-1)``, a root of their covariance.
+        points: ``(S, C-1)``.
+
+    Returns:
+        ``(B, S, C)``.
+    """
+    drawn = mean.unsqueeze(1) + points @ root.transpose(1, 2)
+    return torch.cat([drawn.new_zeros(*drawn.shape[:2], 1), drawn], dim=2)
 
 
 def normal_points(samples: int, dimensions: int, seed: int) -> Tensor:

@@ -28,7 +28,8 @@ def find_split_file(folder: Path, names: list[str]) -> Path:
     """The file of a split: the first of ``names`` that is there, with a suffix that can be read.
 
     Raises:
-        DataError: There is no such folder or file; the message lists what was found.
+        MissingSplitError: There is no such folder or file; the message lists what was found.
+        DataError: A name that is no file name.
     """
     if not folder.is_dir():
         raise MissingSplitError(

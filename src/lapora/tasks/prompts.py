@@ -32,7 +32,11 @@ class PromptEncoder:
         self._frame: tuple[int, int] | None = None
 
     def context(self, text: str) -> tuple[str, str]:
-        """The prompt as encoded, and what stands between it and the answer."""
+        """The prompt as encoded, and what stands between it and the answer.
+
+        Raises:
+            DataError: The tokenizer's chat template does not take it.
+        """
         if self.chat_template:
             messages = [{"role": "user", "content": text}]
             try:
@@ -67,7 +71,11 @@ class PromptEncoder:
         return [ids[: len(ids) - behind] for ids in encoded] if behind else encoded
 
     def frame(self, context: str) -> tuple[int, int]:
-        """How many special tokens the tokenizer puts before and behind a text."""
+        """How many special tokens the tokenizer puts before and behind a text.
+
+        Raises:
+            DataError: It changes the text's own tokens along with them.
+        """
         if self.chat_template:
             return 0, 0
         if self._frame is None:

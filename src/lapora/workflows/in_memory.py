@@ -29,7 +29,12 @@ def fit_in_memory(
     batch_size: int | None = None,
     progress: Progress | None = None,
 ) -> tuple[Session, FitResult]:
-    """Fit a model as it stands, and join it with its posterior; see :func:`lapora.api.fit_model`."""
+    """Fit a model as it stands, and join it with its posterior; see :func:`lapora.api.fit_model`.
+
+    Raises:
+        DataError: No rows, or one that is no mapping.
+        LaporaError: As :func:`lapora.workflows.fit.fit`.
+    """
     resolved = _task(task)
     given = [_values(row, number) for number, row in enumerate(rows)]
     if not given:

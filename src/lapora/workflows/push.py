@@ -70,6 +70,7 @@ def push(model: ModelSettings, settings: PushSettings) -> Pushed:
         AdapterError: No adapter here, or the Hub does not allow the upload or cannot be reached.
         PosteriorError: No such posterior, of other weights, or the repository holds another adapter.
         DataError: The scores cannot be read.
+        UsageError: A name that no repository can have.
     """
     from huggingface_hub import CommitOperationAdd, HfApi
     from huggingface_hub.utils import validate_repo_id

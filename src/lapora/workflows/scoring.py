@@ -169,7 +169,7 @@ def score_rows(
 
 
 def forward_log_p(session: Session, coded: Sequence[EncodedExample]) -> Tensor:
-    """Log-probabilities by one forward pass of the network as it stands: ``(N, C)``, float64, on the CPU."""
+    """Log-probabilities by one forward pass of the network as it stands: ``(N, C)``, float64, in the rows' order."""
     found: dict[int, Tensor] = {}
     feed = BatchFeed(session.answers, coded, session.batch_size, session.processes)
     with session.processes.apart(), torch.no_grad():

@@ -137,8 +137,8 @@ class LeastPoint(NamedTuple):
     """Where a curve is least.
 
     Attributes:
-        position: Where.
-        value: The curve there, of the parabola where that says so.
+        position: Where, in log δ.
+        value: The curve there, of the parabola where that says so: NLL, in nats a row.
         at_bound: ``lowest`` or ``highest`` where the least value is at that end, else None.
     """
 
