@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lapora.config import MOST_TOKENS, TOKEN_BUDGET
 from lapora.errors import UsageError
-from lapora.model.batch_feed import BatchFeed, BatchSize, run_batches
+from lapora.model.batch_feed import BatchFeed, BatchSize, even_length, run_batches
 from lapora.model.bayesian_layers import find_bayesian_layers
 from lapora.posterior.gaussian import BlockPosterior
 from lapora.posterior.structures import CurvatureRun, fit_structure
@@ -123,6 +123,26 @@ def test_prediction_goes_on_in_halves():
     assert size.tokens < 1000
     assert max(len(batch) for batch in BatchFeed(answers, encoded, size)) <= 4
     close(halved, whole, answers)
+
+
+def test_evenly_padded_rows_have_the_same_length_beside_any_others():
+    answers, encoded = tiny_classifier(2), rows(40)
+    for row, length in zip(encoded, range(1, 33), strict=False):
+        row.input_ids = [1] * length
+    padded = [{}, {}, {}]
+    for found, size in zip(padded, (BatchSize(1), BatchSize(7), BatchSize(None)), strict=True):
+        for batch in BatchFeed(answers, encoded, size, even=True):
+            found |= dict.fromkeys(batch.rows, batch.input_ids.shape[1])
+    assert padded[0] == padded[1] == padded[2] and sorted(padded[0]) == list(range(40))
+    assert set(padded[0].values()) == {8, 16, 24, 32}  # the model has 32 positions
+
+
+def test_even_lengths():
+    seen = sorted({even_length(length, None) for length in range(300)})
+    assert seen == [8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320]
+    for length in range(1, 513):
+        assert length < even_length(length, None) <= max(length + 8, 1.25 * length)
+        assert length <= even_length(length, 512) <= 512
 
 
 def test_what_cannot_be_halved_is_refused_in_one_line():

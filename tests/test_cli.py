@@ -149,7 +149,7 @@ def test_an_output_that_cannot_be_written(demo, lines, tmp_path):
 def test_another_tasks_answers_are_refused(demo, tmp_path):
     (tmp_path / "other.yaml").write_text((demo / "farm.yaml").read_text().replace("- 'no'", "- never"))
     done = lapora("eval", demo / "adapter", "--data", tmp_path / "other.yaml")
-    assert done.returncode == 4 and "never" in done.stderr and "fitted to the answers no, yes" in done.stderr
+    assert done.returncode == 4 and "never" in done.stderr and "answers no, yes then" in done.stderr
 
 
 def test_empty_input_gives_empty_output(demo):

@@ -55,6 +55,13 @@ class AnswerModel:
         self._keeps_positions = kind == "causal" and "logits_to_keep" in accepted
 
     @property
+    def most_positions(self) -> int | None:
+        """How many positions the network has, where its configuration says."""
+        config = getattr(self.network, "config", None)
+        text = config.get_text_config() if config is not None else None
+        return cast("int | None", getattr(text, "max_position_embeddings", None))
+
+    @property
     def padding_side(self) -> PaddingSide:
         """Left for a causal model, so that every row's last token stands in one column."""
         return "left" if self.kind == "causal" else "right"

@@ -81,12 +81,21 @@ class BatchFeed:
         encoded: The rows' token ids.
         size: How large a batch may be.
         processes: Those that share the rows: this one's are fed, of like lengths as the others'.
+        even: Pad every row to :func:`even_length`, whatever rows are beside it. How far a row is padded decides how
+            attention adds up, and so the last digits: these then depend little on the size of the batches.
     """
 
     def __init__(
-        self, answers: AnswerModel, encoded: Sequence[Encoded], size: BatchSize, processes: Processes = ALONE
+        self,
+        answers: AnswerModel,
+        encoded: Sequence[Encoded],
+        size: BatchSize,
+        processes: Processes = ALONE,
+        *,
+        even: bool = False,
     ) -> None:
         self.size = size
+        self._even = even
         self._answers = answers
         self._encoded = encoded
         order = sorted(range(len(encoded)), key=lambda row: (-len(encoded[row].input_ids), row))
@@ -95,8 +104,10 @@ class BatchFeed:
 
     def __iter__(self) -> Iterator[Batch]:
         while self._done < len(self._order):
-            longest = len(self._encoded[self._order[self._done]].input_ids)
+            longest = self._length(self._order[self._done])
             rows = self._order[self._done : self._done + self.size.for_length(longest)]
+            if self._even:
+                rows = [row for row in rows if self._length(row) == longest]
             self._done += len(rows)
             yield collate(
                 [self._encoded[row] for row in rows],
@@ -104,7 +115,12 @@ class BatchFeed:
                 pad_token_id=self._answers.pad_token_id,
                 padding_side=self._answers.padding_side,
                 device=self._answers.device,
+                pad_to=longest,
             )
+
+    def _length(self, row: int) -> int:
+        length = len(self._encoded[row].input_ids)
+        return even_length(length, self._answers.most_positions) if self._even else length
 
     def skip(self, rows: int) -> None:
         """Leave out the first rows, in the order in which they would come."""
@@ -123,6 +139,20 @@ class BatchFeed:
     def fitted(self) -> None:
         """The batch last given was no trouble."""
         self.size.fitted(self._answers.device)
+
+
+def even_length(length: int, most: int | None) -> int:
+    """The next longer of 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160 ...: four in a doubling.
+
+    Longer, so that there is always padding: without any, another kernel may be chosen.
+
+    Args:
+        length: Tokens of a row.
+        most: Positions that the model has, or None.
+    """
+    step = 1 << (max(length.bit_length(), 6) - 3)
+    longer = (length // step + 1) * step
+    return longer if most is None else max(length, min(longer, most))
 
 
 def run_batches(batches: Iterable[Batch], work: Callable[[Batch], Result]) -> Iterator[tuple[Batch, Result]]:

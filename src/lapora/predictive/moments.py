@@ -19,6 +19,9 @@ from lapora.model.batches import Batch
 from lapora.model.bayesian_layers import BayesianLayer
 from lapora.posterior.gaussian import BlockPosterior, EigenBlock, JointPosterior, Posterior
 
+_BASIS_ROWS = 64
+"""How much of a basis is in float64 at a time."""
+
 
 @dataclass(frozen=True)
 class LogitMoments:
@@ -146,10 +149,17 @@ class JointCovarianceObserver(JacobianObserver):
     def covariance(self, rows: int, directions: int) -> Tensor:
         """Λ of the batch just run: ``(D, B, K, K)``, float64."""
         basis = self._posterior.basis
-        outside = self.jacobian(rows, directions).to(basis).flatten(0, 1)
-        inside = outside @ basis.T
-        outside = torch.addmm(outside, inside, basis, alpha=-1.0).unflatten(0, (directions, rows))
-        inside = inside.unflatten(0, (directions, rows)).double()
+        # In float32 these products would move by more than the gradients do from one batch size to another. On a
+        # GPU float64 may be many times slower, and is left.
+        dtype = torch.float64 if basis.device.type == "cpu" else basis.dtype
+        gradients = self.jacobian(rows, directions).to(basis.device, dtype).flatten(0, 1)
+        outside, coordinates = gradients.clone(), []
+        for part in basis.split(_BASIS_ROWS):
+            part = part.to(dtype)
+            coordinates.append(gradients @ part.T)
+            outside.addmm_(coordinates[-1], part, alpha=-1.0)
+        outside = outside.unflatten(0, (directions, rows))
+        inside = torch.cat(coordinates, dim=1).unflatten(0, (directions, rows)).double()
         variance = 1.0 / (self._posterior.joint_eigenvalues + self._precisions.unsqueeze(1))
         found = torch.einsum("kbm,lbm,dm->dbkl", inside, inside, variance)
         rest = torch.einsum("kbp,lbp->bkl", outside, outside).double()

@@ -99,8 +99,8 @@ class Session:
         )
 
     def batches(self, encoded: Sequence[EncodedExample]) -> BatchFeed:
-        """Padded batches of like-long rows, on the model's device."""
-        return BatchFeed(self.answers, encoded, self.batch_size)
+        """Batches of like-long rows, each padded as it would be beside any others, on the model's device."""
+        return BatchFeed(self.answers, encoded, self.batch_size, even=True)
 
 
 def open_posterior(model: ModelSettings, name: str) -> tuple[Adapter, SavedPosterior]:
