@@ -1,7 +1,7 @@
 """What many adapters on one base cost: time to open one, memory of each, and rows in turn beside one adapter alone.
 
-``python -m benchmarks.many_adapters [--adapters 32] [--rows 512]``. The adapter is the shared two-class one on MiniLM (22M
-parameters), copied.
+``python -m benchmarks.many_adapters [--adapters 32] [--rows 512]``. The adapter is the shared two-class one on MiniLM
+(22M parameters), copied.
 """
 
 from __future__ import annotations

@@ -275,7 +275,7 @@ def test_gates_speak_of_map_where_there_is_no_laplace():
         check_gates([parse_gate("ece>0.1")], RESULTS[:2])
 
 
-def test_a_failed_gate_ends_with_7_after_the_results(adapter, tmp_path, capsys):
+def test_a_failed_gate_ends_with_7_after_the_results(adapter, tmp_path, capsys, monkeypatch):
     file = tmp_path / "results.jsonl"
     file.write_text('{"half')
     arguments = ["eval", str(adapter), "--limit", "60", "--output", str(file), "--fail-if", "nll>0.01", "--json"]
@@ -302,6 +302,11 @@ def test_a_failed_gate_ends_with_7_after_the_results(adapter, tmp_path, capsys):
     table = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
     assert len({len(line) for line in table}) == 1 and len(table) == 1 + 3 + 2
     assert [line[6:9] for line in table[1:]][2] == ["laplace", "default", "mc-joint"]
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "80")
+    app(["compare", str(file)], standalone_mode=False)
+    out = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out)
+    assert "…" not in out and "#2" in out and "laplace default (mc-joint)" in out
 
 
 @pytest.mark.parametrize(

@@ -317,7 +317,9 @@ def test_the_remedy_fits_how_the_prior_was_chosen(demo, adapter):
     tune_prior(model, settings=PriorSettings(method="validation"))
     session = open_session(model, "default")
     assert "--link probit" in evaluation._remedy(session, "probit", "x")
-    assert "--link map" in evaluation._remedy(session, "mc-joint", "x")
+    assert "said otherwise" in evaluation._remedy(session, "mc-joint", "x")
+    session.posterior.manifest["prior"]["validation"]["map"]["nll"] = 0.0
+    assert "so it was on the rows that tuned the prior" in evaluation._remedy(session, "mc-joint", "x")
 
 
 def test_the_remedy_finds_posterior_and_rows_again(demo, adapter, tmp_path):

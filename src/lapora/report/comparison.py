@@ -30,8 +30,11 @@ def print_comparison(runs: Sequence[Mapping[str, Any]], scores: Sequence[str]) -
         _print_lines(runs)
         return
     legend = Table(box=None, show_header=False)
+    for _ in range(7):
+        legend.add_column(overflow="fold")
     for index, run in enumerate(runs, 1):
-        cells = (run["run"], run.get("time", ""), run.get("adapter", ""), f"{run['task']} {run['split']}", run["n"])
+        time = str(run.get("time", ""))[:16].replace("T", " ")  # to the minute
+        cells = (run["run"], time, run.get("adapter", ""), f"{run['task']} {run['split']}", run["n"])
         legend.add_row(Text(f"#{index}"), *(cell(str(value)) for value in cells), Text("rows"))
     console.print(legend)
     for score in scores:

@@ -204,7 +204,8 @@ def _fit_and_tune(
             PriorSettings(name=name, method=checkpoints.prior_method, seed=settings.seed),
             progress,
         )
-        say(f"{heading}: {tuned.reason}")
+        for line in (tuned.reason, *tuned.notes):
+            say(f"{heading}: {line}")
     if model.processes.first:
         note.write_text(wanted, encoding="utf-8")
 

@@ -289,4 +289,6 @@ def _remedy(session: Session, link: Link, options: str) -> str:
         return f"tune the prior on validation rows: {command}"
     if prior["validation"]["link"] != link:
         return f"the prior was tuned for {prior['validation']['link']}: {command}"
+    if min(point["nll"] for point in prior["validation"]["curve"]) > prior["validation"]["map"]["nll"]:
+        return "so it was on the rows that tuned the prior, at every precision: predict with another --link, or map"
     return "the tuning rows said otherwise: tune on more rows (--limit), or predict with --link map"
