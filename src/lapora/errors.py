@@ -71,5 +71,12 @@ class GateError(LaporaError):
     exit_status = 7
 
 
+def first_line(error: BaseException, limit: int = 200) -> str:
+    """The first line of an error of another library, printable and cut to ``limit`` characters; else its class."""
+    lines = str(error).strip().splitlines()
+    line = (lines[0] if lines else type(error).__name__)[:limit]
+    return "".join(character if character.isprintable() else " " for character in line).rstrip(". ")
+
+
 class LaporaWarning(UserWarning):
     """Something the user should know that is no error; the command line prints it as one line, once."""

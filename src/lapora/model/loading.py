@@ -15,7 +15,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from lapora.config import Dtype, Quantisation
-from lapora.errors import AdapterError, UsageError
+from lapora.errors import AdapterError, UsageError, first_line
 from lapora.model.adapter import Adapter, ModelKind
 from lapora.model.fingerprint import base_fingerprint
 from lapora.model.quantisation import (
@@ -75,8 +75,7 @@ def resolve_device(device: str) -> torch.device:
         resolved = torch.device(device)
         torch.empty(1, device=resolved)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise UsageError(f"--device {device}: not available on this machine ({reason})") from error
+        raise UsageError(f"--device {device}: not available on this machine ({first_line(error)})") from error
     return resolved
 
 
@@ -157,12 +156,12 @@ def _load_config(base_name: str, revision: str | None, trust_remote_code: bool) 
 
 
 def _base_error(base_name: str, error: Exception) -> AdapterError:
-    reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    reason = first_line(error, 160)
     looked = "no such folder, and " if not Path(base_name).is_dir() else ""
     if isinstance(error, UnpicklingError):
         reason = "its weights are a pickle of more than tensors, which could run any code and is not opened"
     return AdapterError(
-        f"base model {base_name}: {looked}it cannot be loaded ({reason[:160]}); "
+        f"base model {base_name}: {looked}it cannot be loaded ({reason}); "
         "give a local folder with --base-model, or check the name and the network"
     )
 
@@ -218,11 +217,12 @@ def _load_adapter(adapter: Adapter, base: nn.Module, base_name: str) -> PeftMode
         lines = [line.strip() for line in str(error).splitlines() if "size mismatch" in line]
         raise AdapterError(
             f"{adapter.path}: the adapter does not fit base model {base_name}: "
-            + ("; ".join(lines) or str(error).splitlines()[0])
+            + ("; ".join(lines) or first_line(error))
         ) from error
     except (ValueError, TypeError, KeyError) as error:
-        reason = str(error).splitlines()[0]
-        raise AdapterError(f"{adapter.path}: peft cannot put it on base model {base_name} ({reason})") from error
+        raise AdapterError(
+            f"{adapter.path}: peft cannot put it on base model {base_name} ({first_line(error)})"
+        ) from error
     expected = get_peft_model_state_dict(model, save_embedding_layers=False)
     absent = sorted(set(expected) - set(adapter.shapes))
     # peft saves embeddings, and an output layer that has LoRA, whole beside their LoRA weights, and loads them back.

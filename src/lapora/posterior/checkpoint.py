@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from lapora.curvature.resuming import PassState
-from lapora.errors import PosteriorError
+from lapora.errors import PosteriorError, first_line
 
 # Saving may take this share of the time at most, however large the sums are.
 _SHARE_OF_TIME = 0.02
@@ -119,7 +119,7 @@ class _Pass:
             fresh.replace(self._file)
         except (OSError, SafetensorError) as error:
             fresh.unlink(missing_ok=True)
-            reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+            reason = getattr(error, "strerror", None) or first_line(error)
             raise PosteriorError(
                 f"{self._file.parent}: the sums so far cannot be written ({reason}); what was saved before stands: "
                 "make room, then fit again with --resume"
@@ -146,8 +146,7 @@ def _read(file: Path, identity: Mapping[str, Any], device: torch.device) -> Pass
         if metadata["blake2b"] != _digest(metadata["state"], tensors):
             raise ValueError("its checksum is not that of its content")
     except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise PosteriorError(f"{file}: damaged ({reason}); fit again without --resume") from error
+        raise PosteriorError(f"{file}: damaged ({first_line(error)}); fit again without --resume") from error
     differences = _differences(described["identity"], identity)
     if differences:
         raise PosteriorError(
