@@ -127,7 +127,7 @@ def load_model(
     if quantize == "none":
         model = model.to(where)
     model.eval()
-    if quantize == "8bit":
+    if quantize != "none":
         keep_inputs_whole(model)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
