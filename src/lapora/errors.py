@@ -107,5 +107,12 @@ class ProcessError(LaporaError):
         self.said_by = said_by
 
 
+def first_line(error: BaseException, limit: int = 200) -> str:
+    """The first line of an error of another library, printable and cut to ``limit`` characters; else its class."""
+    lines = str(error).strip().splitlines()
+    line = (lines[0] if lines else type(error).__name__)[:limit]
+    return "".join(character if character.isprintable() else " " for character in line).rstrip(". ")
+
+
 class LaporaWarning(UserWarning):
     """Something the user should know that is no error; the command line prints it as one line, once."""

@@ -12,7 +12,7 @@ from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from lapora.errors import LaporaError, ProcessError
+from lapora.errors import LaporaError, ProcessError, first_line
 
 if TYPE_CHECKING:
     import torch
@@ -126,7 +126,7 @@ class LaunchedProcesses(Processes):
                 # One that is done waits for the slowest, however long; one that has died is noticed otherwise.
                 state = PartialState(cpu=cpu, timeout=timedelta(days=7))
         except (RuntimeError, ValueError) as error:
-            raise ProcessError(f"the processes of this run cannot meet ({_first_line(error)})") from error
+            raise ProcessError(f"the processes of this run cannot meet ({first_line(error)})") from error
         self.rank: int = state.process_index
         self.count: int = state.num_processes
         self.device: torch.device = state.device
@@ -259,7 +259,7 @@ class LaunchedProcesses(Processes):
             yield
         except RuntimeError as error:
             raise ProcessError(
-                f"process {self.rank} of {self.count}: another process of this run has ended ({_first_line(error)}); "
+                f"process {self.rank} of {self.count}: another process of this run has ended ({first_line(error)}); "
                 "what it was doing is not done",
                 said_by=self.rank,
             ) from error
@@ -273,7 +273,3 @@ class _Entered(AbstractContextManager[None]):
 
     def __exit__(self, *error: Any) -> bool | None:
         return self._manager.__exit__(*error)
-
-
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)[:160]

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from lapora.config import Dtype, Quantisation, Spread
-from lapora.errors import AdapterError, UsageError
+from lapora.errors import AdapterError, UsageError, first_line
 from lapora.model.adapter import Adapter, ModelKind
 from lapora.model.fingerprint import fingerprint_of_tensors
 from lapora.model.placement import OwnWeights, loading_arguments
@@ -114,7 +114,7 @@ def resolve_device(device: str) -> torch.device:
         resolved = torch.device(device)
         torch.empty(1, device=resolved)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise UsageError(f"--device {device}: not available on this machine ({reason})") from error
     return resolved
 
@@ -132,12 +132,12 @@ def load_config(base_name: str, revision: str | None, trust_remote_code: bool) -
 
 
 def _base_error(base_name: str, error: Exception) -> AdapterError:
-    reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    reason = first_line(error, 160)
     looked = "no such folder, and " if not Path(base_name).is_dir() else ""
     if isinstance(error, UnpicklingError):
         reason = "its weights are a pickle of more than tensors, which could run any code and is not opened"
     return AdapterError(
-        f"base model {base_name}: {looked}it cannot be loaded ({reason[:160]}); "
+        f"base model {base_name}: {looked}it cannot be loaded ({reason}); "
         "give a local folder with --base-model, or check the name and the network"
     )
 

@@ -12,7 +12,7 @@ from peft import PeftModel, get_peft_model_state_dict, load_peft_weights
 from torch import nn
 
 from lapora.config import Dtype, Quantisation, Spread
-from lapora.errors import AdapterError
+from lapora.errors import AdapterError, first_line
 from lapora.model.adapter import Adapter, ModelKind
 from lapora.model.base_model import LoadedBase, load_base
 from lapora.model.fingerprint import digest_in
@@ -121,7 +121,7 @@ def put_adapter(adapter: Adapter, base: LoadedBase) -> LoadedModel:
     if base.quantize == "none" and base.spread is None:
         model = model.to(base.device)
     model.eval()
-    if base.quantize == "8bit":
+    if base.quantize != "none":
         keep_inputs_whole(model)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
@@ -154,11 +154,12 @@ def _load_adapter(adapter: Adapter, base: nn.Module, base_name: str) -> PeftMode
         lines = [line.strip() for line in str(error).splitlines() if "size mismatch" in line]
         raise AdapterError(
             f"{adapter.path}: the adapter does not fit base model {base_name}: "
-            + ("; ".join(lines) or str(error).splitlines()[0])
+            + ("; ".join(lines) or first_line(error))
         ) from error
     except (ValueError, TypeError, KeyError) as error:
-        reason = str(error).splitlines()[0]
-        raise AdapterError(f"{adapter.path}: peft cannot put it on base model {base_name} ({reason})") from error
+        raise AdapterError(
+            f"{adapter.path}: peft cannot put it on base model {base_name} ({first_line(error)})"
+        ) from error
     expected = get_peft_model_state_dict(model, save_embedding_layers=False)
     absent = sorted(set(expected) - set(adapter.shapes))
     # peft saves embeddings, and an output layer that has LoRA, whole beside their LoRA weights, and loads them back.

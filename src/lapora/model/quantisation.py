@@ -91,14 +91,15 @@ def settle_quantisation(base_name: str, asked: Quantisation | None, saved: Quant
 
 
 def keep_inputs_whole(model: nn.Module) -> None:
-    """Let 8-bit layers on a CPU multiply by the dequantised weight, without rounding their inputs.
+    """Let quantised layers on a CPU multiply by the dequantised weight, without rounding their inputs.
 
-    bitsandbytes does so for layers in training mode, which has no other meaning for them.
+    Otherwise 8-bit layers round them to integers and, where the CPU has AVX512-BF16, 4-bit layers to bfloat16.
+    bitsandbytes leaves them whole for layers in training mode, which has no other meaning for them.
     """
     import bitsandbytes
 
     for module in model.modules():
-        if isinstance(module, bitsandbytes.nn.Linear8bitLt):
+        if isinstance(module, bitsandbytes.nn.Linear8bitLt | bitsandbytes.nn.Linear4bit):
             module.train(module.weight.device.type == "cpu")
 
 

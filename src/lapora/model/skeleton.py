@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from lapora.config import Dtype, Quantisation
-from lapora.errors import AdapterError, UsageError
+from lapora.errors import AdapterError, UsageError, first_line
 from lapora.model.adapter import Adapter, ModelKind
 from lapora.model.base_model import element_type_of, load_config
 from lapora.model.quantisation import modules_left_whole, saved_quantisation, settle_quantisation
@@ -97,7 +97,7 @@ def _build(
             model = get_peft_model(base, settings)
     except (ValueError, TypeError, KeyError) as error:
         raise AdapterError(
-            f"{adapter.path}: peft cannot put it on base model {base_name} ({str(error).splitlines()[0]})"
+            f"{adapter.path}: peft cannot put it on base model {base_name} ({first_line(error)})"
         ) from error
     if element_type == torch.float64:
         model = model.double()

@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from lapora.errors import AdapterError
+from lapora.errors import AdapterError, first_line
 from lapora.model.adapter import Adapter
 from lapora.model.quiet import quiet_libraries
 
@@ -35,7 +35,7 @@ def tokenizer_at(adapter: Adapter, base_name: str, revision: str | None, trust_r
     try:
         return AutoTokenizer.from_pretrained(source, revision=at, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, ImportError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise AdapterError(
-            f"{source}: its tokenizer cannot be loaded ({reason[:160]}); save the tokenizer beside the adapter"
+            f"{source}: its tokenizer cannot be loaded ({first_line(error, 160)}); save the tokenizer beside the "
+            "adapter"
         ) from error

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lapora.config import JOINT_STRUCTURES
-from lapora.errors import NumericalError, PosteriorError, UsageError
+from lapora.errors import NumericalError, PosteriorError, UsageError, first_line
 from lapora.posterior.durable import reason_of, remove_whatever, to_disk, write_json
 from lapora.posterior.manifest import FORMAT_VERSION, check_prior, read_manifest, with_checksums
 from lapora.posterior.prior import PriorPrecision
@@ -208,8 +208,9 @@ class SavedPosterior:
                 for name in names:
                     found[name] = tensors.get_tensor(name)
         except (SafetensorError, OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise PosteriorError(f"{file}: damaged or missing ({reason}); fit again with --overwrite") from error
+            raise PosteriorError(
+                f"{file}: damaged or missing ({first_line(error)}); fit again with --overwrite"
+            ) from error
         for name, array in found.items():
             expected = described.get(name)
             if expected is None or hashlib.blake2b(array.tobytes(), digest_size=16).hexdigest() != expected["blake2b"]:

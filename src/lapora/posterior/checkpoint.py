@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from lapora.curvature.resuming import PassState
-from lapora.errors import PosteriorError
+from lapora.errors import PosteriorError, first_line
 from lapora.posterior.durable import reason_of, remove_whatever
 
 # Saving may take this share of the time at most, however large the sums are.
@@ -160,8 +160,7 @@ def _read(file: Path, identity: Mapping[str, Any], device: torch.device) -> Pass
             raise ValueError("its checksum is not that of its content")
         then, facts = dict(described["identity"]), described["facts"]
     except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise PosteriorError(f"{file}: damaged ({reason}); fit again without --resume") from error
+        raise PosteriorError(f"{file}: damaged ({first_line(error)}); fit again without --resume") from error
     differences = _differences(then, identity)
     if differences:
         raise PosteriorError(

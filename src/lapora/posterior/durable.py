@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lapora.errors import first_line
+
 
 def remove_whatever(path: Path) -> None:
     """Remove a folder, a file or a link, never what a link leads to; what stays will be in the way of its user."""
@@ -58,4 +60,4 @@ def write_json(file: Path, content: Mapping[str, Any]) -> None:
 
 def reason_of(error: Exception) -> str:
     """What the system says of an error, in one line."""
-    return getattr(error, "strerror", None) or str(error).splitlines()[0]
+    return getattr(error, "strerror", None) or first_line(error)

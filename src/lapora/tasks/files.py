@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
-from lapora.errors import DataError, MissingSplitError
-from lapora.tasks.quoting import first_line, listed, quoted
+from lapora.errors import DataError, MissingSplitError, first_line
+from lapora.tasks.quoting import listed, quoted
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import yaml
 
-from lapora.errors import DataError
-from lapora.tasks.quoting import first_line, quoted
+from lapora.errors import DataError, first_line
+from lapora.tasks.quoting import quoted
 from lapora.tasks.task import FILE_LOADERS, Task
 
 MAX_YAML_BYTES = 65_536

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from lapora.errors import DataError
-from lapora.tasks.quoting import first_line
+from lapora.errors import DataError, first_line
 
 _BATCH = 1000
 

@@ -19,12 +19,6 @@ def quoted(value: object, limit: int = 60) -> str:
     return shown
 
 
-def first_line(error: BaseException, limit: int = 200) -> str:
-    """The first line of an error of another library, printable and cut to ``limit`` characters."""
-    lines = str(error).strip().splitlines()
-    return printable(lines[0] if lines else type(error).__name__, limit).rstrip(". ")
-
-
 def printable(text: object, limit: int = 200) -> str:
     """A name as it may be printed without quotes: control characters blanked, cut to ``limit``."""
     return "".join(character if character.isprintable() else " " for character in str(text)[:limit])

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lapora.errors import DataError, MissingSplitError, UsageError
+from lapora.errors import DataError, MissingSplitError, UsageError, first_line
 from lapora.tasks.files import find_split_file, read_file
-from lapora.tasks.quoting import first_line, listed, printable, quoted
+from lapora.tasks.quoting import listed, printable, quoted
 from lapora.tasks.task import Task
 from lapora.tasks.templates import compiled_template
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lapora import metrics
 from lapora.config import DataSettings, Dtype, EvalSettings, ModelSettings, Quantisation
-from lapora.errors import AdapterError, DataError, LaporaError, UsageError
+from lapora.errors import AdapterError, DataError, UsageError
 from lapora.model.adapter import CONFIG_FILE, Adapter, read_adapter
 from lapora.model.answers import AnswerModel
 from lapora.model.bases import SharedBases
@@ -191,8 +191,3 @@ def _averaged(method: str, drawn: Tensor, details: dict[str, Any]) -> Prediction
     log_p = log_p - torch.logsumexp(log_p, dim=1, keepdim=True)
     information = metrics.row_entropy(log_p) - metrics.row_entropy(drawn).mean(dim=0)
     return Prediction(method, log_p, details=details, mutual_information=information.clamp(min=0.0))
-
-
-def first_line(error: LaporaError) -> str:
-    """Why a method of ``all`` is left out."""
-    return str(error).splitlines()[0]

@@ -129,7 +129,7 @@ def _temperature(
     except DataError as error:
         if not plan.everything or settings.temperature_split:
             raise
-        notes.append(f"left out: temperature: {baselines.first_line(error)}")
+        notes.append(f"left out: temperature: {error}")
         return None
     notes += found.notes
     return found
@@ -178,7 +178,7 @@ def _baselines(
         except UsageError as error:
             if not plan.everything:
                 raise
-            notes.append(f"left out: {baselines.first_line(error)}")
+            notes.append(f"left out: {error}")
         else:
             found = [[*each, one] for each, one in zip(found, drawn, strict=True)]
     if "ensemble" in plan.methods:
