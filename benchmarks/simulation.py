@@ -371,7 +371,7 @@ def draw(picture: str) -> None:
     axes[0].set_ylim(bottom=3e-3)
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right center", fontsize=9)
-    figure.savefig(picture, dpi=110)
+    figure.savefig(picture, dpi=80)
     for count, cells in table.items():
         print(f"| {count:,} | {' | '.join(cells)} |")
     for name, shape in MODELS:

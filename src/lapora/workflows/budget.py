@@ -231,7 +231,7 @@ def _free(device: str, kind: str, free_host: float) -> float | None:
 
 
 def _remedies(question: _Question, asked: Callable[[_Question], Budget]) -> tuple[str, ...]:
-    """Options that make it fit: each alone, or all that change nothing but memory, or those with a rank."""
+    """Options that make it fit: each that does so alone, else those that do so together, the mildest first."""
     model, settings = question.model, question.settings
 
     def with_model(**changes: Any) -> Callable[[_Question], _Question]:
@@ -259,10 +259,14 @@ def _remedies(question: _Question, asked: Callable[[_Question], Budget]) -> tupl
     alone = [name for name, change in [*mild, *strong] if asked(change(question)).fits is not False]
     if alone:
         return tuple(alone)
-    together, names = question, []
-    for name, change in [*mild, *strong[-1:]]:
-        together = change(together)
-        names.append(name)
-        if asked(together).fits is not False:
+    names: list[str] = []
+    least = asked(question)
+    for name, change in [*mild, *[each for each in strong if each[0].startswith("--quantize")]]:
+        candidate = change(question)
+        found = asked(candidate)
+        if found.peak_device < least.peak_device and found.peak_host <= found.free_host:
+            question, least = candidate, found
+            names.append(name)
+        if least.fits is not False:
             return (" ".join(names),)
     return ()
