@@ -39,6 +39,8 @@ def print_budget(budget: Budget, *, whole: bool) -> None:
 def _table(budget: Budget) -> Table:
     rows, tokens = budget.batch
     factors = budget.factors
+    from lapora.workflows.budget import allowance
+
     table = Table(title=f"memory of this fit on {budget.device}", title_justify="left")
     table.add_column("what")
     table.add_column("size", justify="right")
@@ -52,6 +54,9 @@ def _table(budget: Budget) -> Table:
     table.add_row("workspace", size(factors.passing), "a batch's sums, random matrices")
     table.add_row("workspace", size(factors.deciding), "decompositions, after the pass")
     table.add_row("artifact", size(factors.artifact), "on disk")
+    unused = budget.peak_device - sum(budget.weights.values())
+    unused -= round(unused / allowance(budget.device))
+    table.add_row("allocator", size(unused), "held and not in use")
     table.add_section()
     table.add_row(f"peak on {budget.device}", size(budget.peak_device), _free(budget.free_device))
     if budget.device != "cpu":

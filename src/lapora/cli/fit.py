@@ -128,12 +128,15 @@ def _budget(
     model: ModelSettings, data: DataSettings, settings: FitSettings, dry_run: bool, memory: float | None
 ) -> Budget | None:
     """Print what it will take; before a fit, what stands in the way of reckoning is the fit's own to say."""
+    from lapora.posterior.artifact import posterior_folder
     from lapora.workflows.budget import reckon
-    from lapora.workflows.fit import settle
+    from lapora.workflows.fit import refuse_to_replace, settle
 
     if memory is not None and not dry_run:
         raise UsageError("--memory goes with --dry-run")
     settings = settle(model, settings)
+    if not dry_run:
+        refuse_to_replace(posterior_folder(model.root, settings.name), settings)
     try:
         budget = reckon(model, data, settings, device_memory=None if memory is None else memory * 2**30)
     except Exception as error:  # of a model's own code, for one: a budget is no reason not to fit

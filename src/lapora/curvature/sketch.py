@@ -17,7 +17,8 @@ from torch import Tensor
 from lapora.errors import NumericalError
 
 _WELL_CONDITIONED = 4
-_CHUNK = 8192
+ROWS_AT_A_TIME = 8192
+"""Of a sketch, in float64 when it is decomposed."""
 
 
 class NystromSketch:
@@ -94,10 +95,10 @@ class NystromSketch:
         root = vectors[:, kept] / values[kept].sqrt()
         # half halfᵀ is the approximation; it takes the image's place.
         gram = self._double(root.shape[1], root.shape[1])
-        for start, (image, test) in zip(range(0, len(self.image), _CHUNK), self._chunks(), strict=True):
+        for start, (image, test) in zip(range(0, len(self.image), ROWS_AT_A_TIME), self._chunks(), strict=True):
             half = (image + shift * test) @ root
             gram += half.T @ half
-            self.image[start : start + _CHUNK, : root.shape[1]] = half.to(self.image.dtype)
+            self.image[start : start + ROWS_AT_A_TIME, : root.shape[1]] = half.to(self.image.dtype)
         squares, right = torch.linalg.eigh(gram)
         squares, right = squares.flip(0), right.flip(1)
         found = (squares - shift).clamp(min=0.0)
@@ -107,8 +108,8 @@ class NystromSketch:
 
     def _chunks(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Image and test matrix a few rows at a time, in float64."""
-        for start in range(0, len(self.image), _CHUNK):
-            rows = slice(start, start + _CHUNK)
+        for start in range(0, len(self.image), ROWS_AT_A_TIME):
+            rows = slice(start, start + ROWS_AT_A_TIME)
             yield self.image[rows].double(), self.test_matrix[rows].to(self.image.device).double()
 
     def _double(self, *shape: int) -> Tensor:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from lapora.config import DEFAULT_RANK, Structure
 from lapora.curvature.kron import rank_of_side
+from lapora.curvature.sketch import ROWS_AT_A_TIME as SKETCH_ROWS
 from lapora.model.bayesian_layers import BayesianLayer
 
 _DOUBLE = 8
@@ -89,7 +90,8 @@ def footprint(shape: StructureShape) -> Footprint:
         share = {name: size // _DOUBLE * width * shape.item for name, size in by_layer.items()}
         image = parameters * width * shape.item
         basis = parameters * rank * _FLOAT
-        return Footprint(share, image, image, image + 2 * basis, 0, basis + rank * _DOUBLE)
+        deciding = image + 2 * basis + _sketch_workspace(parameters, width)
+        return Footprint(share, image, image, deciding, 0, basis + rank * _DOUBLE)
     jacobian_rows = shape.rows * shape.columns
     jacobian = jacobian_rows * parameters * shape.item
     kernel = jacobian_rows**2 * _DOUBLE
@@ -98,6 +100,11 @@ def footprint(shape: StructureShape) -> Footprint:
     share = {name: size // _DOUBLE * jacobian_rows * shape.item for name, size in by_layer.items()}
     artifact = kept * (parameters * _FLOAT + _DOUBLE) + kernel + shape.rows * shape.classes * _DOUBLE
     return Footprint(share, jacobian, 0, 4 * kernel + basis, jacobian + 4 * kernel + basis, artifact)
+
+
+def _sketch_workspace(dimension: int, width: int) -> int:
+    """Small decompositions, and the sketch and what is made of it in float64, a few thousand rows at a time."""
+    return (_EIGEN_COPIES * width + 4 * min(dimension, SKETCH_ROWS)) * width * _DOUBLE
 
 
 def _kronecker(shape: StructureShape) -> Footprint:
@@ -121,7 +128,7 @@ def _kronecker(shape: StructureShape) -> Footprint:
             if dimension > 2 * kept:
                 random[dimension, width] = size
                 bases += dimension * kept * shape.item
-                largest_eigen = max(largest_eigen, _EIGEN_COPIES * width**2 * _DOUBLE + size)
+                largest_eigen = max(largest_eigen, size + _sketch_workspace(dimension, width))
             else:
                 bases += dimension**2 * _DOUBLE  # columns that are left out are not freed before all is written
                 largest_eigen = max(largest_eigen, _EIGEN_COPIES * dimension**2 * _DOUBLE)

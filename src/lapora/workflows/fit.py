@@ -86,7 +86,7 @@ def fit(
     settings = settle(model, settings)
     folder = posterior_folder(model.root, settings.name)
     with processes.in_step():
-        _refuse_to_replace(folder, settings)
+        refuse_to_replace(folder, settings)
         read_adapter(model.folder)  # nothing is written where no adapter is
     with processes.only_first(writing(folder)):
         with processes.in_step():
@@ -137,7 +137,7 @@ def fit_prepared(
     """
     settings = _resolve_engine(settings)
     folder = posterior_folder(root, settings.name)
-    _refuse_to_replace(folder, settings)
+    refuse_to_replace(folder, settings)
     with writing(folder):
         return _fit(prepared, settings, folder, progress)
 
@@ -156,7 +156,12 @@ def settle(model: ModelSettings, settings: FitSettings) -> FitSettings:
     return settings
 
 
-def _refuse_to_replace(folder: Path, settings: FitSettings) -> None:
+def refuse_to_replace(folder: Path, settings: FitSettings) -> None:
+    """Refuse a name that is taken.
+
+    Raises:
+        PosteriorError: The posterior is there, and may not be replaced.
+    """
     if posterior_exists(folder) and not settings.overwrite:
         raise PosteriorError(f"{folder}: exists already; give --overwrite, or another --name")
 
