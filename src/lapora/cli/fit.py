@@ -82,7 +82,7 @@ def fit_command(
         save_every=save_every,
         offload_factors=offload_factors,
     )
-    budget = _budget(models[0], data, settings, dry_run, memory)
+    budget = _budget(models[0], data, settings, dry_run, memory, alone=len(models) == 1)
     if dry_run:
         if as_json and budget is not None:
             write_json_lines([{"budget": budget.describe()}], "-")
@@ -125,9 +125,12 @@ def _say_what_was_made(result: FitResult, budget: Budget | None, as_json: bool) 
 
 
 def _budget(
-    model: ModelSettings, data: DataSettings, settings: FitSettings, dry_run: bool, memory: float | None
+    model: ModelSettings, data: DataSettings, settings: FitSettings, dry_run: bool, memory: float | None, alone: bool
 ) -> Budget | None:
-    """Print what it will take; before a fit, what stands in the way of reckoning is the fit's own to say."""
+    """Print what it will take; before a fit, what stands in the way of reckoning is the fit's own to say.
+
+    Of several adapters the first speaks for all: they are of one base, as a rule, and fitted one after the other.
+    """
     from lapora.posterior.artifact import posterior_folder
     from lapora.workflows.budget import reckon
     from lapora.workflows.fit import refuse_to_replace, settle
@@ -135,7 +138,7 @@ def _budget(
     if memory is not None and not dry_run:
         raise UsageError("--memory goes with --dry-run")
     settings = settle(model, settings)
-    if not dry_run:
+    if alone and not dry_run:
         refuse_to_replace(posterior_folder(model.root, settings.name), settings)
     try:
         budget = reckon(model, data, settings, device_memory=None if memory is None else memory * 2**30)
