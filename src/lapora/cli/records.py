@@ -11,7 +11,7 @@ import sys
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from types import FrameType
-from typing import Any
+from typing import Any, TextIO
 
 from lapora.cli.output import json_text
 from lapora.errors import DataError, UsageError
@@ -37,6 +37,10 @@ def write_json_lines(records: Iterable[Mapping[str, Any]], target: str, source: 
         UsageError: Source and target are one file.
         DataError: The file cannot be written.
     """
+    if target == "-" and _only_in_python(sys.stdout):
+        for record in records:
+            print(json_text(record), flush=True)
+        return
     with _descriptor(target) as descriptor:
         if source != "-" and _one_file(source, descriptor):
             raise UsageError(f"--output {target} is the file that is read; give another")
@@ -51,6 +55,14 @@ def write_json_lines(records: Iterable[Mapping[str, Any]], target: str, source: 
         except OSError as error:
             named = "standard output" if target == "-" else target
             raise DataError(f"{named}: cannot be written ({error.strerror})") from error
+
+
+def _only_in_python(stream: TextIO | None) -> bool:
+    """Whether a stream is none of the system's, as in a notebook."""
+    try:
+        return stream is not None and stream.fileno() < 0
+    except (AttributeError, OSError, ValueError):
+        return not getattr(stream, "closed", False)
 
 
 @contextlib.contextmanager
