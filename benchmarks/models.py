@@ -83,9 +83,15 @@ def subject(
     causal = kind.startswith("llama")
     tokens_of_answers = list(range(100, 100 + classes)) if causal else None
     answers = AnswerModel(model, "causal" if causal else "classifier", 0, tokens_of_answers)
+    batches = random_batches(answers, rows=rows, tokens=tokens, batch_size=batch_size, device=device)
+    return Subject(answers, find_bayesian_layers(model), batches, rows, classes)
+
+
+def random_batches(answers: AnswerModel, *, rows: int, tokens: int, batch_size: int, device: str) -> list[Batch]:
+    """Batches of random tokens, without padding; the same in every process."""
     generator = torch.Generator().manual_seed(1)
     coded = [RandomRow(torch.randint(1000, 20000, (tokens,), generator=generator).tolist()) for _ in range(rows)]
-    batches = [
+    return [
         collate(
             coded[start : start + batch_size],
             list(range(start, min(start + batch_size, rows))),
@@ -95,4 +101,3 @@ def subject(
         )
         for start in range(0, rows, batch_size)
     ]
-    return Subject(answers, find_bayesian_layers(model), batches, rows, classes)

@@ -1,8 +1,10 @@
 """The libraries that do what lapora does, on the same batches of the same model.
 
-laplace-torch with its two backends, and bayesian-lora (PyPI) where it is installed. bayesian-lora sums the curvature
-of each row's last position alone, keeps wide sides at rank 10 and never masks padding:
-its time is compared, not its result.
+laplace-torch with its two backends, and bayesian-lora (PyPI) where it is installed. laplace-torch runs as its
+documentation says, ``Laplace(model, ...)`` with all but the LoRA weights frozen; and once more (``helped``) through
+:mod:`lapora.interop`, which shows it the LoRA weights alone: otherwise ASDL makes per-example gradients of the frozen
+base, too. bayesian-lora sums the curvature of each row's last position alone, keeps wide sides at rank 10 and never
+masks padding: its time is compared, not its result.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import nn
 
 from benchmarks.models import Subject
 from lapora.curvature.laplace_torch import asdl_factors, curvlinops_factors
@@ -36,17 +39,85 @@ def peers(it: Subject) -> dict[str, tuple[int, Callable[[], object]]]:
         ("asdl", AsdlGGN, asdl_factors),
         ("curvlinops", CurvlinopsGGN, curvlinops_factors),
     ):
-        found[f"laplace-torch {name} fit"] = (
+        documented = _Documented(copy.deepcopy(it), backend)
+        found[f"laplace-torch {name} fit"] = (less, documented.fit)
+        found[f"laplace-torch {name} predict"] = (less, documented.predict)
+        found[f"laplace-torch {name} fit, helped"] = (
             less,
             lambda factors=factors: _laplace_torch_fit(it, factors),
         )
-        found[f"laplace-torch {name} predict"] = (less, lambda backend=backend: _laplace_torch_predict(it, backend))
+        found[f"laplace-torch {name} predict, helped"] = (
+            less,
+            lambda backend=backend: _laplace_torch_predict(it, backend),
+        )
     if importlib.util.find_spec("bayesian_lora"):
         own = copy.deepcopy(it)  # its hooks leave marks on the modules, on which ASDL stumbles
         factors = _bayesian_lora_fit(own)
         found["bayesian-lora fit"] = (less, lambda: _bayesian_lora_fit(own))
         found["bayesian-lora predict"] = (less, lambda: _bayesian_lora_predict(own, factors))
     return found
+
+
+class _Network(nn.Module):
+    def __init__(self, it: Subject) -> None:
+        super().__init__()
+        self.model = it.answers.model
+        self._answers = it.answers
+
+    def forward(self, data: Any) -> torch.Tensor:
+        logits = self.model(input_ids=data["input_ids"], attention_mask=data["attention_mask"]).logits
+        return logits if self._answers.kind == "classifier" else logits[:, -1, self._answers.answer_token_ids]
+
+
+class _Rows(list[Any]):
+    """Batches that say how many rows they are, as laplace-torch asks."""
+
+    dataset: range
+
+
+class _Documented:
+    """laplace-torch as its documentation says."""
+
+    def __init__(self, it: Subject, backend: Any) -> None:
+        from transformers import BatchEncoding
+
+        for parameter in it.answers.model.parameters():
+            parameter.requires_grad_(False)
+        for layer in it.layers:
+            layer.module.weight.requires_grad_(True)
+        self._network, self._backend = _Network(it).eval(), backend
+        self._rows = _Rows(
+            BatchEncoding(
+                {
+                    "input_ids": batch.input_ids,
+                    "attention_mask": batch.attention_mask,
+                    "labels": torch.zeros(len(batch), dtype=torch.long),
+                }
+            )
+            for batch in it.batches
+        )
+        self._rows.dataset = range(it.rows)
+        self._laplace: Any = None
+
+    def fit(self) -> None:
+        from laplace import Laplace
+
+        with quietly():
+            self._laplace = Laplace(
+                self._network,
+                "classification",
+                subset_of_weights="all",
+                hessian_structure="kron",
+                backend=self._backend,
+            )
+            self._laplace.fit(self._rows)
+
+    def predict(self) -> None:
+        if self._laplace is None:
+            self.fit()
+        with quietly():
+            for batch in self._rows:
+                self._laplace(batch, pred_type="glm", link_approx="mc", n_samples=100)
 
 
 def _laplace_torch_fit(it: Subject, factors: Any) -> None:
