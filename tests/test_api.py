@@ -17,7 +17,7 @@ import yaml
 from safetensors.torch import load_file
 
 import lapora
-from lapora import api
+from lapora import api, routed
 from lapora.config import DataSettings, EvalSettings, FitSettings, ModelSettings, PredictSettings, PriorSettings
 from lapora.errors import AdapterError, DataError, UsageError
 from lapora.model.adapter import read_adapter
@@ -69,7 +69,12 @@ def test_unknown_names_are_refused():
         lapora.no_such  # noqa: B018
 
 
-EXAMPLES = [found for found in doctest.DocTestFinder(exclude_empty=True).find(api) if found.examples]
+EXAMPLES = [
+    found
+    for module in (api, routed)
+    for found in doctest.DocTestFinder(exclude_empty=True).find(module)
+    if found.examples
+]
 
 
 @pytest.mark.parametrize("examples", EXAMPLES, ids=lambda found: found.name)
@@ -84,8 +89,10 @@ def test_the_examples_of_the_docstrings_run(examples, tmp_path, monkeypatch):
 
 
 def test_every_public_function_has_an_example():
-    public = {f"lapora.api.{name}" for name in set(lapora.__all__) - {"__version__", "Predictor", "RowPrediction"}}
-    assert {found.name for found in EXAMPLES} == public | {"lapora.api", "lapora.api.Predictor.predict"}
+    classes = {"Predictor", "RoutedPredictor", "RowPrediction"}
+    public = {f"{getattr(lapora, name).__module__}.{name}" for name in set(lapora.__all__) - {"__version__", *classes}}
+    methods = {"lapora.api.Predictor.predict", "lapora.routed.RoutedPredictor.predict"}
+    assert {found.name for found in EXAMPLES} == public | methods | {"lapora.api"}
 
 
 SETTINGS = {

@@ -186,3 +186,26 @@ def test_an_error_is_said_once(demo, adapter):
     _, err = done(torchrun(2, "-m", "lapora", "fit", adapter, *task_of(demo)), status=1)
     assert err.count("error: ") == 1 and "exists already" in err
     assert "exitcode  : 4" in err
+
+
+@pytest.mark.slow
+def test_accelerate_launches_it_too(demo, adapter):
+    command = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--multi_gpu",
+        "--num_processes",
+        "2",
+        "-m",
+        "lapora",
+    ]
+    done = subprocess.run(
+        [*map(str, [*command, "fit", adapter, *task_of(demo), "--name", "two", "--device", "cpu"])],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("posterior over") == 1

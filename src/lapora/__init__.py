@@ -1,6 +1,7 @@
 """Calibrated probabilities for LoRA fine-tuned language models, by the Laplace approximation.
 
-The functions here are those of :mod:`lapora.api`; they are imported when first used, since torch comes with them.
+The functions here are those of :mod:`lapora.api` and :mod:`lapora.routed`; they are imported when first used, since
+torch comes with them.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -9,13 +10,25 @@ from lapora._version import __version__
 
 if TYPE_CHECKING:
     from lapora.api import Predictor, RowPrediction, evaluate, fit, fit_model, load, tune_prior
+    from lapora.routed import RoutedPredictor, load_many
 
-__all__ = ["Predictor", "RowPrediction", "__version__", "evaluate", "fit", "fit_model", "load", "tune_prior"]
+__all__ = [
+    "Predictor",
+    "RoutedPredictor",
+    "RowPrediction",
+    "__version__",
+    "evaluate",
+    "fit",
+    "fit_model",
+    "load",
+    "load_many",
+    "tune_prior",
+]
 
 
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module 'lapora' has no attribute {name!r}")
-    from lapora import api
+    from lapora import api, routed
 
-    return getattr(api, name)
+    return getattr(routed if name in ("RoutedPredictor", "load_many") else api, name)

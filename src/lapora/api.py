@@ -86,6 +86,21 @@ class RowPrediction:
     logit_covariance: list[list[float]] | None = None
     truncated: bool = False
 
+    @classmethod
+    def of(cls, record: Mapping[str, Any]) -> RowPrediction:
+        """From a record of ``lapora predict``."""
+        logits = record.get("logits", {})
+        return cls(
+            prediction=record["prediction"],
+            confidence=record["confidence"],
+            entropy=record["entropy"],
+            probabilities=record["probabilities"],
+            map_probabilities=record["map_probabilities"],
+            logit_mean=logits.get("mean"),
+            logit_covariance=logits.get("covariance"),
+            truncated=record.get("truncated", False),
+        )
+
 
 class Predictor:
     """A fitted adapter, loaded; made by :func:`load` and :func:`fit_model`.
@@ -126,21 +141,7 @@ class Predictor:
         given = ({"text": row} if isinstance(row, str) else row for row in rows)
         loaded = self.session.loaded
         with borrowed(loaded.model, loaded.pad_token_id):
-            return [_row_prediction(record) for record in predict_rows(self.session, settings, given)]
-
-
-def _row_prediction(record: Mapping[str, Any]) -> RowPrediction:
-    logits = record.get("logits", {})
-    return RowPrediction(
-        prediction=record["prediction"],
-        confidence=record["confidence"],
-        entropy=record["entropy"],
-        probabilities=record["probabilities"],
-        map_probabilities=record["map_probabilities"],
-        logit_mean=logits.get("mean"),
-        logit_covariance=logits.get("covariance"),
-        truncated=record.get("truncated", False),
-    )
+            return [RowPrediction.of(record) for record in predict_rows(self.session, settings, given)]
 
 
 @takes(ModelOptions, ModelSettings)

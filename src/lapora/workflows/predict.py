@@ -49,7 +49,7 @@ def predict(model: ModelSettings, settings: PredictSettings, lines: Iterable[byt
         NumericalError: The same for a line of which the model makes NaN or infinity.
     """
     if settings.adapters:
-        yield from _predict(AdapterRoutes(model, settings), settings, lines)
+        yield from predict_routed(AdapterRoutes(model, settings), settings, lines)
     else:
         yield from predict_rows(open_session(model, settings.name), settings, lines)
 
@@ -71,12 +71,13 @@ def predict_rows(
         DataError: A bad row; see :func:`predict`.
         NumericalError: The same for a row of which the model makes NaN or infinity.
     """
-    yield from _predict(OneRoute(session), settings, rows)
+    yield from predict_routed(OneRoute(session), settings, rows)
 
 
-def _predict(
+def predict_routed(
     routes: Routes, settings: PredictSettings, rows: Iterable[bytes | Mapping[str, Any] | None]
 ) -> Iterator[dict[str, Any]]:
+    """Predict each row with the adapter that the routes know of; see :func:`predict`."""
     index = failed = 0
     size = (routes.batch_rows or _DEFAULT_WINDOW // _WINDOW_BATCHES) * _WINDOW_BATCHES * routes.processes.count
     with (

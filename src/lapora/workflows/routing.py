@@ -112,6 +112,11 @@ class AdapterRoutes:
             )
         self._session(self._default)
 
+    @property
+    def names(self) -> list[str]:
+        """Of the adapters; the first answers rows that name none."""
+        return list(self._models)
+
     def of(self, row: Mapping[str, Any], where: str) -> Route:
         """The adapter that the row's field names."""
         field = self._settings.adapter_field
