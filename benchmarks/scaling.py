@@ -48,9 +48,7 @@ def main() -> None:
             for kind, seconds in _measure({**BASE, name: size}).items():
                 times[kind].append(seconds)
         found[name] = times
-        # C answers cost one forward and C-1 backward passes: the passes are what grows.
-        grows = [size + 1 for size in sizes] if name == "classes" else sizes
-        exponents = [float(np.polyfit(np.log(grows), np.log(values), 1)[0]) for values in times.values()]
+        exponents = [_exponent(name, values) for values in times.values()]
         cells = [" ".join(f"{value:.2f}" for value in values) for values in times.values()]
         print(
             f"| {name} | {' '.join(map(str, sizes))} | {' | '.join(cells)} | "
@@ -59,6 +57,12 @@ def main() -> None:
         )
     if picture:
         _draw(found, picture)
+
+
+def _exponent(name: str, seconds: list[float]) -> float:
+    # C answers cost one forward and C-1 backward passes: the passes are what grows.
+    grows = [size + int(name == "classes") for size in SIZES[name]]
+    return float(np.polyfit(np.log(grows), np.log(seconds), 1)[0])
 
 
 def _measure(case: dict[str, Any]) -> dict[str, float]:
@@ -81,17 +85,19 @@ def _measure(case: dict[str, Any]) -> dict[str, float]:
 def _draw(found: dict[str, dict[str, list[float]]], picture: str) -> None:
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, len(SIZES), figsize=(4 * len(SIZES), 3.6), layout="constrained")
+    figure, axes = pyplot.subplots(1, len(SIZES), figsize=(3.4 * len(SIZES), 3.8), layout="constrained", sharey=True)
     styles = {"floor": ("k", "--", "s"), "fit": ("tab:blue", "-", "o"), "predict": ("tab:orange", "-.", "^")}
     for axis, (name, times) in zip(axes, found.items(), strict=True):
         for kind, values in times.items():
             colour, line, marker = styles[kind]
-            axis.plot(SIZES[name], values, color=colour, linestyle=line, marker=marker, label=kind)
+            label = f"{kind}, exponent {_exponent(name, values):.2f}"
+            axis.plot(SIZES[name], values, color=colour, linestyle=line, marker=marker, label=label)
+        axis.legend(fontsize="small")
         axis.set(xscale="log", yscale="log", xlabel=name, title=f"cost against {name}")
         axis.set_xticks(SIZES[name], [str(size) for size in SIZES[name]], minor=False)
         axis.minorticks_off()
     axes[0].set_ylabel("seconds")
-    axes[0].legend()
+    axes[0].set_yticks([0.2, 0.5, 1.0, 2.0], ["0.2", "0.5", "1", "2"])
     figure.savefig(picture, dpi=110)
 
 
