@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
 import subprocess
 import sys
+import weakref
 
 import pytest
 import torch
@@ -213,3 +215,81 @@ def test_the_commands(several, tmp_path):
         [*lapora, "predict", several / "adapter", file, "--adapter", several / "second"], capture_output=True, text=True
     )
     assert [json.loads(line)["adapter"] for line in answered.stdout.splitlines()] == ["second", "adapter"]
+
+
+def test_an_adapter_opened_between_two_rows_of_another_does_not_answer_them(several):
+    """A window of four rows: the second opens another adapter while the first one's predictor is still there."""
+    fit_all(several)
+    wanted = ["adapter"] * 4 + ["adapter", "second", "adapter", "second"]
+    model = ModelSettings(adapter=str(several / "adapter"), device="cpu", batch_size=1)
+    found = list(predict(model, PredictSettings(adapters=(str(several / "second"),)), lines_for(wanted)))
+    for name in ("adapter", "second"):
+        own = ModelSettings(adapter=str(several / name), device="cpu", batch_size=1)
+        expected = list(predict(own, PredictSettings(), lines_for([None] * len(wanted))))
+        for index, record in enumerate(found):
+            if wanted[index] == name:
+                assert record["map_probabilities"] == expected[index]["map_probabilities"], index
+
+
+def test_an_adapter_that_does_not_fit_leaves_nothing_on_the_base(several):
+    shared = SharedBases()
+    ids = torch.tensor([[3, 4, 5]])
+
+    def logits(loaded):
+        with torch.no_grad():
+            return loaded.model.get_base_model()(input_ids=ids).logits
+
+    good = shared.load(read_adapter(several / "adapter"), device="cpu")
+    expected = logits(good)
+    config = several / "second" / "adapter_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "target_modules": ["q_proj", "v_proj", "up_proj"]}))
+    with pytest.raises(LaporaError):
+        shared.load(read_adapter(several / "second"), device="cpu")
+    shared.put_on(good)
+    torch.testing.assert_close(logits(good), expected, rtol=0, atol=0)
+
+
+def test_a_base_that_had_to_go_still_serves_the_adapters_that_were_on_it(several):
+    shared = SharedBases(most=1)
+    ids = torch.tensor([[3, 4, 5]])
+
+    def logits(loaded):
+        shared.put_on(loaded)
+        with torch.no_grad():
+            return loaded.model.get_base_model()(input_ids=ids).logits
+
+    first = shared.load(read_adapter(several / "adapter"), device="cpu")
+    expected = [logits(first)]
+    second = shared.load(read_adapter(several / "second"), device="cpu")
+    expected.append(logits(second))
+    shared.load(read_adapter(several / "third"), device="cpu", dtype="float64")
+    assert shared.loads == 2
+    for loaded, before in zip((first, second, first), (*expected, expected[0]), strict=True):
+        torch.testing.assert_close(logits(loaded), before, rtol=0, atol=0)
+
+
+def test_adapters_that_are_done_with_are_freed(several):
+    shared = SharedBases()
+    seen = []
+    for name in ("adapter", "second", "third"):
+        seen.append(weakref.ref(shared.load(read_adapter(several / name), device="cpu").model))
+    gc.collect()
+    assert [reference() is None for reference in seen] == [True, True, False]
+
+
+def test_where_several_posteriors_are_put_and_found(several, tmp_path):
+    lapora = [sys.executable, "-m", "lapora"]
+    data = ["--data", several / "task.yaml", "--data-dir", several / "data"]
+    out = ["--output-dir", tmp_path / "out"]
+
+    def run(*arguments, **how):
+        return subprocess.run([*lapora, *map(str, arguments)], capture_output=True, text=True, **how)
+
+    same = run("fit", several / "adapter", several / "x" / "adapter", *data, *out)
+    assert same.returncode == 2 and "folders of one name" in same.stderr
+    assert run("fit", several / "adapter", several / "second", *data, *out).returncode == 0
+    rows = b"".join(lines_for(["two", None])).decode()
+    found = run("predict", several / "adapter", "-", "--adapter", f"two={several / 'second'}", *out, input=rows)
+    assert [json.loads(line)["adapter"] for line in found.stdout.splitlines()] == ["two", "adapter"]
+    ignored = run("predict", several / "adapter", "--adapter-field", "who")
+    assert ignored.returncode == 2 and "go with --adapter" in ignored.stderr

@@ -209,3 +209,29 @@ def test_accelerate_launches_it_too(demo, adapter):
     )
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("posterior over") == 1
+
+
+@pytest.mark.slow
+def test_a_bad_line_that_stops_the_run_is_named_once(demo, adapter, tmp_path):
+    rows = [json.loads(line) for line in (demo / "data" / "validation.jsonl").read_text().splitlines()[:80]]
+    lines = [json.dumps({"story": row["story"], "name": row["name"]}) for row in rows]
+    lines[70] = "no json"
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines) + "\n")
+    out, err = done(torchrun(2, "-m", "lapora", "predict", adapter, tmp_path / "rows.jsonl"), status=1)
+    assert err.count("error: ") == 1 and "line 71" in err and "exitcode  : 5" in err
+    assert [json.loads(line)["index"] for line in out.splitlines()] == list(range(70))
+
+
+@pytest.mark.slow
+def test_a_damaged_share_of_saved_sums_is_named(demo, adapter):
+    options = ["fit", adapter, *task_of(demo), "--name", "cut", "--batch-size", "1", "--save-every", "0"]
+    running = torchrun(2, "-m", "lapora", *options)
+    partial = adapter / "laplace" / ".cut.partial"
+    while not (partial.is_dir() and len(list(partial.glob("pass-0*.safetensors"))) == 2):
+        assert running.poll() is None
+        time.sleep(0.01)
+    os.killpg(running.pid, signal.SIGKILL)
+    running.wait()
+    (partial / "pass-0-process-1.safetensors").write_bytes(b"damaged")
+    _, err = done(torchrun(2, "-m", "lapora", *options, "--resume"), status=1)
+    assert err.count("error: ") == 1 and "pass-0-process-1" in err

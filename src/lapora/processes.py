@@ -177,7 +177,12 @@ class LaunchedProcesses(Processes):
         """What the first process reads, read by all; when it stops, for whatever reason, the others are told."""
         if not self.first:
             while (found := self._broadcast(None)) is not None:
-                yield found[0]
+                try:
+                    yield found[0]
+                except GeneratorExit:  # what ends this process ends the first, which has a word to say
+                    while self._broadcast(None) is not None:
+                        pass
+                    raise
             return
         try:
             for item in items:

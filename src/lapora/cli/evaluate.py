@@ -115,14 +115,15 @@ def eval_command(
     gates = [parse_gate(condition) for condition in fail_if]
     with RowProgress("eval") as progress:
         done = run_evaluation(model, data, settings, progress)
-    if model.processes.first:
-        print_results(done, as_json)
-        if plots or report:
-            keep_results(done, model, plots, report)
-        if output:
-            from lapora.workflows.results import append_result
+    with model.processes.in_step():  # a gate that fails ends the run: not before all is written
+        if model.processes.first:
+            print_results(done, as_json)
+            if plots or report:
+                keep_results(done, model, plots, report)
+            if output:
+                from lapora.workflows.results import append_result
 
-            append_result(output, done.record, model.adapter)
+                append_result(output, done.record, model.adapter)
     check_gates(gates, done.record["results"])
 
 

@@ -84,7 +84,7 @@ def fit_command(
     )
     budget = _budget(models[0], data, settings, dry_run, memory, alone=len(models) == 1)
     if dry_run:
-        if as_json and budget is not None:
+        if as_json and budget is not None and models[0].processes.first:
             write_json_lines([{"budget": budget.describe()}], "-")
         return
     from lapora.workflows.fit import fit, fit_several
@@ -97,13 +97,13 @@ def fit_command(
     failures = []
     for model, found in fit_several(models, data, settings, lambda model: RowProgress(f"fit {model.adapter}")):
         if isinstance(found, LaporaError):
-            failures.append(found)
+            failures.append(found.exit_status)
             complain(f"{model.adapter}: {found}", found.said_by)
         else:
             _say_what_was_made(found, budget, as_json and model.processes.first)
     if failures:
         raise SeveralError(
-            f"{len(failures)} of {len(models)} adapters were not fitted; the others are done", failures[0].exit_status
+            f"{len(failures)} of {len(models)} adapters were not fitted; the others are done", failures[0]
         )
 
 

@@ -15,7 +15,7 @@ from lapora.cli.output import speak_as
 from lapora.config import DeviceMap, Dtype, ModelSettings, Quantisation
 from lapora.errors import UsageError
 from lapora.model.hub import local_model
-from lapora.processes import join_processes
+from lapora.processes import join_processes, launched
 
 _ONE = Annotated[str, typer.Argument(metavar="ADAPTER", help="Folder of a PEFT LoRA adapter, or its Hub id.")]
 _SEVERAL = Annotated[
@@ -119,6 +119,10 @@ def takes_model(*, writes: bool = False) -> Callable[[Callable[..., None]], Call
 
 
 def _models(adapters: list[str], settings: dict[str, Any], *, writes: bool) -> list[ModelSettings]:
+    if settings["device_map"] is not None and launched():
+        raise UsageError("--device-map runs in one process, which spreads the model: start it without a launcher")
+    if settings["output_dir"] is not None and len({Path(adapter).name for adapter in adapters}) < len(adapters):
+        raise UsageError("--output-dir: two adapters have folders of one name; fit them one by one")
     processes, settings["device"] = join_processes(settings["device"])
     speak_as(processes.rank)
     folder = settings.pop("output_dir")

@@ -16,6 +16,7 @@ from lapora.cli.options import (
 )
 from lapora.cli.records import write_json_lines
 from lapora.config import Link, ModelSettings, OnError, PredictSettings
+from lapora.errors import UsageError
 
 
 @takes_model()
@@ -46,6 +47,11 @@ def predict_command(
     seed: SeedOption = 0,
 ) -> None:
     """Predict, one JSON line out per JSON line in."""
+    if not adapters and (adapter_field, adapters_kept) != (
+        PredictSettings.adapter_field,
+        PredictSettings.adapters_kept,
+    ):
+        raise UsageError("--adapter-field and --adapters-kept go with --adapter")
     from lapora.workflows.predict import predict
 
     settings = PredictSettings(

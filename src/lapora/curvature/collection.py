@@ -76,7 +76,8 @@ def collect(
         logits = torch.cat([each.cpu() for each in found])
         return PassState(order, logits, observer.state())
 
-    saved = None if keeper is None else keeper.saved()
+    with processes.in_step():
+        saved = None if keeper is None else keeper.saved()
     if saved is not None:
         assert isinstance(observer, Resumable)
         observer.restore(saved.observer)

@@ -7,6 +7,7 @@ putting it on again is as many assignments, and nothing is read or copied.
 from __future__ import annotations
 
 from typing import Any, cast
+from weakref import WeakKeyDictionary
 
 from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
@@ -32,7 +33,7 @@ class SharedBases:
         self._most = most
         self._bases: dict[tuple[Any, ...], LoadedBase] = {}
         self._on: dict[int, LoadedModel] = {}
-        self._places: dict[int, list[_Place]] = {}
+        self._places: WeakKeyDictionary[nn.Module, list[_Place]] = WeakKeyDictionary()
         self.loads = 0
 
     def load(
@@ -65,8 +66,10 @@ class SharedBases:
             adapter.number_of_labels(),
             *(value for name, value in how.items() if name != "base_model"),
         )
-        base = self._bases.get(key)
-        if base is None:
+        base = self._bases.pop(key, None)
+        if base is not None:
+            self._bases[key] = base  # the last used stands last
+        else:
             while len(self._bases) >= self._most:
                 self._forget(next(iter(self._bases)))
             self.loads += 1
@@ -75,7 +78,7 @@ class SharedBases:
         try:
             loaded = put_adapter(adapter, base)
         except Exception:
-            del self._bases[key]  # something of the adapter may be on it
+            _taken_off(base.model)  # whatever of it is on the base, which others use
             raise
         self._on[id(base.model)] = loaded
         return loaded
@@ -83,7 +86,7 @@ class SharedBases:
     def put_on(self, loaded: LoadedModel) -> None:
         """Put an adapter that was loaded here on its base again, if another is on it."""
         base = id(loaded.model.get_base_model())
-        places = self._places.get(id(loaded.model))
+        places = self._places.get(loaded.model)
         if places is None or self._on.get(base) is loaded:
             return
         self._take_off(base)
@@ -97,16 +100,15 @@ class SharedBases:
         base = id(loaded.model.get_base_model())
         if self._on.get(base) is loaded:
             self._take_off(base)
-        self._places.pop(id(loaded.model), None)
+        self._places.pop(loaded.model, None)
 
     def _take_off(self, base: int) -> None:
         loaded = self._on.pop(base, None)
         if loaded is not None:
-            self._places[id(loaded.model)] = _taken_off(cast(nn.Module, loaded.model.get_base_model()))
+            self._places[loaded.model] = _taken_off(cast(nn.Module, loaded.model.get_base_model()))
 
     def _forget(self, key: tuple[Any, ...]) -> None:
-        base = self._bases.pop(key)
-        self._on.pop(id(base.model), None)
+        self._take_off(id(self._bases.pop(key).model))
 
 
 def _taken_off(base: nn.Module) -> list[_Place]:

@@ -88,7 +88,11 @@ def _eigen_of_all(sides: Mapping[str, _Side], rank: int | None, processes: Proce
     vectors = processes.exchange({name: each.vectors for name, each in own.items()})
     shares = processes.gather({name: each.kept for name, each in own.items()})
     kept = {name: share for each in shares for name, share in each.items()}
-    return {name: _Eigen(values[name], vectors[name], kept[name]) for name in sides}
+    found = {}
+    for name, (total, _) in sides.items():
+        here = _device_of(total)
+        found[name] = _Eigen(values[name].to(here), vectors[name].to(here), kept[name])
+    return found
 
 
 def _dealt_out(sides: Mapping[str, _Side], count: int) -> list[list[str]]:

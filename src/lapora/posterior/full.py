@@ -56,7 +56,8 @@ def fit_full(run: CurvatureRun) -> tuple[Posterior, DataPass]:
         UsageError: ``J`` does not fit in memory; the message says what does.
         NumericalError: The curvature is not finite.
     """
-    _refuse_what_does_not_fit(run)
+    with run.processes.in_step():
+        _refuse_what_does_not_fit(run)
     observer = _RowsObserver(run)
     exact = run.fisher == "exact"
     data = run.observe(observer, difference_columns if exact else None)

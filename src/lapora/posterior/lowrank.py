@@ -44,7 +44,8 @@ def fit_lowrank(run: CurvatureRun) -> tuple[Posterior, DataPass]:
         UsageError: The sketch does not fit in memory.
     """
     rank = run.rank or DEFAULT_RANK
-    _refuse_what_does_not_fit(run, rank)
+    with run.processes.in_step():
+        _refuse_what_does_not_fit(run, rank)
     observer = _SketchObserver(run, rank)
     data = run.observe(observer)
     values, vectors = observer.sketch.leading(rank)

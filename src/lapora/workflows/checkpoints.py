@@ -136,7 +136,9 @@ def _one_checkpoint(
         "version": __version__,
     }
     kept = _read_cache(cache)
-    if kept and kept["key"] == _key(model, kept["names"], asked):
+    known = bool(kept and kept["key"] == _key(model, kept["names"], asked))
+    kept = model.processes.gather(kept if known else None)[0]
+    if kept:
         skipped |= {name: reason for name, reason in kept["skipped"].items() if name not in skipped}
         for name, reason in kept["skipped"].items():
             say(f"{heading}: {name} left out: {reason}")
@@ -190,9 +192,11 @@ def _fit_and_tune(
     )
     note = model.root / "laplace" / f".{name}.made-with"
     wanted = hashlib.sha256(f"{rows_key}{fitting!r}{checkpoints!r}{_base(model)}".encode()).hexdigest()
-    if note.is_file() and note.read_text(encoding="utf-8") == wanted and _usable(model, name):
+    made = note.is_file() and note.read_text(encoding="utf-8") == wanted and _usable(model, name)
+    if model.processes.gather(made)[0]:
         return
-    note.unlink(missing_ok=True)
+    if model.processes.first:
+        note.unlink(missing_ok=True)
     say(f"{heading}: fitting")
     training = DataSettings(data.task, data.data_dir, checkpoints.fit_split, checkpoints.fit_limit)
     fit(model, training, fitting, progress)

@@ -102,6 +102,8 @@ def fit_several(
 ) -> Iterator[tuple[ModelSettings, FitResult | LaporaError]]:
     """Fit several adapters on the same rows; those of one base share it, and what is wrong with one stops no other.
 
+    In a run of several processes it does stop the others.
+
     Args:
         models: The adapters and how to run them.
         data: The rows they were trained on.
@@ -117,7 +119,10 @@ def fit_several(
             with progress(model) as told:
                 found: FitResult | LaporaError = fit(model, data, settings, told, bases)
         except LaporaError as error:
-            found = error
+            if model.processes.count > 1:  # the others may be elsewhere by now
+                raise
+            found = error.with_traceback(None)
+            found.__cause__ = found.__context__ = None
         yield model, found
 
 

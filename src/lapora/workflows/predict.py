@@ -175,7 +175,7 @@ def _predict_window(
             session = item.route.session
             turns.setdefault(id(session), (session, []))[1].append((position, item.content))
     found: dict[int, dict[str, Any] | LaporaError] = {}
-    with routes.processes.apart():
+    with routes.processes.in_step():
         for session, readable in turns.values():
             good = routes.processes.share(readable)
             for position, record in _predict_turn(session, opened.of(session), settings, good):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -99,8 +100,10 @@ class AdapterRoutes:
         self._open: dict[str, Session] = {}
         self._broken: dict[str, LaporaError] = {}
         self._default = Path(model.adapter).name
-        self._models = {self._default: model}
-        for name, location in named_adapters(settings.adapters):
+        own_place = _place(model.output_dir, self._default)
+        alone = own_place is None or not own_place.is_dir()  # fitted by itself, not as one of several
+        self._models = {self._default: model if alone else replace(model, output_dir=own_place)}
+        for name, location, folder in named_adapters(settings.adapters):
             if name in self._models:
                 raise UsageError(f"--adapter: two adapters are called {name}; give one another name with NAME=FOLDER")
             self._models[name] = replace(
@@ -108,7 +111,7 @@ class AdapterRoutes:
                 adapter=str(location),
                 revision=None,
                 fetched=None,
-                output_dir=None if model.output_dir is None else model.output_dir / name,
+                output_dir=_place(model.output_dir, folder),
             )
         self._session(self._default)
 
@@ -127,7 +130,7 @@ class AdapterRoutes:
         try:
             return Route(self._session(name), name)
         except LaporaError as error:
-            self._broken[name] = error
+            self._broken.setdefault(name, _bare(error))
             raise
 
     def put_on(self, session: Session) -> None:
@@ -142,7 +145,7 @@ class AdapterRoutes:
 
     def _session(self, name: str) -> Session:
         if name in self._broken:
-            raise self._broken[name]
+            raise copy.copy(self._broken[name])
         session = self._open.pop(name, None)
         if session is None:
             session = open_session(self._models[name], self._settings.name, bases=self._bases)
@@ -150,8 +153,20 @@ class AdapterRoutes:
         return session
 
 
-def named_adapters(given: Sequence[str]) -> Iterator[tuple[str, Path]]:
-    """Names and folders of ``[NAME=]LOCATION``: an adapter, one on the Hub, or a folder of adapters.
+def _place(output_dir: Path | None, folder: str) -> Path | None:
+    """Where ``fit`` of several adapters puts the posterior of one."""
+    return None if output_dir is None else output_dir / folder
+
+
+def _bare(error: LaporaError) -> LaporaError:
+    """The error without the frames it came through, which hold whatever was at work there."""
+    bare = copy.copy(error).with_traceback(None)
+    bare.__cause__ = bare.__context__ = None
+    return bare
+
+
+def named_adapters(given: Sequence[str]) -> Iterator[tuple[str, Path, str]]:
+    """Names, locations and folders' names of ``[NAME=]LOCATION``: an adapter, one on the Hub, or a folder of adapters.
 
     Raises:
         UsageError: No adapter there.
@@ -160,16 +175,16 @@ def named_adapters(given: Sequence[str]) -> Iterator[tuple[str, Path]]:
     for each in given:
         name, separator, location = each.rpartition("=")
         if is_hub_id(location):
-            yield name or location, fetch_adapter(location)
+            yield name or location, fetch_adapter(location), Path(location).name
             continue
         path = Path(location)
         if (path / CONFIG_FILE).is_file() or separator:
-            yield name or path.resolve().name, path
+            yield name or path.resolve().name, path, path.resolve().name
             continue
         inside = sorted(file.parent for file in path.glob(f"*/{CONFIG_FILE}"))
         if not inside:
             raise UsageError(f"--adapter {each}: neither an adapter nor a folder of adapters")
-        yield from ((folder.name, folder) for folder in inside)
+        yield from ((folder.name, folder, folder.name) for folder in inside)
 
 
 class OpenPredictor:
@@ -184,9 +199,10 @@ class OpenPredictor:
 
     def of(self, session: Session) -> LinearisedPredictor:
         """The session's predictor; another session's is closed."""
-        if self._predictor is None or self._session is not session:
+        if self._session is not session:
             self.close()
-            self._routes.put_on(session)
+        self._routes.put_on(session)  # a row that was read meanwhile may have put on another
+        if self._predictor is None:
             predictor = session.predictor(every_class=self._every_class, map_only=self._map_only)
             self._predictor, self._session = predictor.__enter__(), session
         return self._predictor

@@ -154,7 +154,8 @@ def _open_session(
         else:
             loaded = load(
                 adapter,
-                base_model=model.base_model or recorded["name"],
+                # The adapter's own base is loaded in the revision that it names.
+                base_model=model.base_model or (recorded["name"] if recorded["name"] != adapter.base_model else None),
                 quantize=model.quantize or recorded["quantization"],
                 dtype=model.dtype or recorded["dtype"],
                 device=model.device,
