@@ -230,8 +230,8 @@ def test_a_damaged_share_of_saved_sums_is_named(demo, adapter):
     while not (partial.is_dir() and len(list(partial.glob("pass-0*.safetensors"))) == 2):
         assert running.poll() is None
         time.sleep(0.01)
-    os.killpg(running.pid, signal.SIGKILL)
-    running.wait()
+    running.terminate()  # which torchrun hands on to its processes
+    running.communicate(timeout=60)
     (partial / "pass-0-process-1.safetensors").write_bytes(b"damaged")
     _, err = done(torchrun(2, "-m", "lapora", *options, "--resume"), status=1)
     assert err.count("error: ") == 1 and "pass-0-process-1" in err
