@@ -7,7 +7,9 @@ import shutil
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
+from transformers import BertConfig, BertForSequenceClassification, BertModel
 
 from lapora.config import DataSettings, FitSettings, ModelSettings, PredictSettings, Spread
 from lapora.errors import PosteriorError, UsageError
@@ -55,6 +57,31 @@ def test_layers_rest_on_the_disk_and_the_adapter_does_not(folder):
         ids = torch.tensor([[3, 4, 5, 6]])
         found, expected = (each.model.get_base_model()(input_ids=ids).logits for each in (loaded, plain))
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+def test_a_head_that_the_base_has_not(folder):
+    """A classifier's head is the adapter's; the base has none, on no disk."""
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=40, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, num_labels=3
+    )
+    BertModel(config).save_pretrained(folder / "encoder")
+    for file in (folder / "base").glob("token*"):
+        shutil.copyfile(file, folder / "encoder" / file.name)
+    whole = BertForSequenceClassification.from_pretrained(folder / "encoder", num_labels=3)
+    lora = LoraConfig(r=2, target_modules=["query", "value"], task_type="SEQ_CLS", init_lora_weights=False)
+    get_peft_model(whole, lora).save_pretrained(folder / "classifier")
+    adapter = read_adapter(folder / "classifier")
+    plain = load_model(adapter, base_model=str(folder / "encoder"), device="cpu")
+    spread_out = load_model(
+        adapter, base_model=str(folder / "encoder"), spread=Spread("auto", "cpu=4KB", folder / "rest")
+    )
+    assert resting(spread_out) and plain.fingerprint == spread_out.fingerprint
+    ids = torch.tensor([[3, 4, 5, 6]])
+    with torch.no_grad():
+        found, expected = (each.model.get_base_model()(input_ids=ids).logits for each in (spread_out, plain))
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    assert float(expected.abs().max()) > 0
 
 
 @pytest.mark.parametrize("structure", ["kron", "ekfac", "diag", "lowrank", "full"])

@@ -16,7 +16,7 @@ from lapora.config import Dtype, Quantisation, Spread
 from lapora.errors import AdapterError, UsageError, first_line
 from lapora.model.adapter import Adapter, ModelKind
 from lapora.model.fingerprint import fingerprint_of_tensors
-from lapora.model.placement import OwnWeights, loading_arguments
+from lapora.model.placement import OwnWeights, keep_missing, loading_arguments
 from lapora.model.quantisation import quantisation_config, saved_quantisation, settle_quantisation
 from lapora.model.quiet import quiet_libraries
 
@@ -85,6 +85,8 @@ def load_base(
         base, missing = _load_base(
             adapter, base_name, revision, config, element_type, quantize, where, spread, trust_remote_code
         )
+        if spread is not None:
+            keep_missing(base, missing)
     weights = OwnWeights(base, missing)
     return LoadedBase(
         model=base,

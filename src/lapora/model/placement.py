@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_module
 from peft import PeftModel, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
@@ -87,6 +88,26 @@ def unspread(base: nn.Module) -> Iterator[None]:
             cast(Any, base).hf_device_map = device_map
 
 
+def keep_missing(base: nn.Module, missing: set[str]) -> None:
+    """Take weights that no file has (a head that the adapter brings) from the disk, where they have no value.
+
+    Args:
+        base: A spread base.
+        missing: Names of the tensors.
+    """
+    for path in {name.rpartition(".")[0] for name in missing}:
+        module = base.get_submodule(path)
+        if not any(parameter.is_meta for parameter in module.parameters(recurse=False)):
+            continue
+        device = execution_device(module)
+        cast(Any, module)._hf_hook.original_devices = {}  # there is nothing to put back
+        remove_hook_from_module(module)
+        module.to_empty(device=device, recurse=False)
+        for parameter in module.parameters(recurse=False):
+            nn.init.zeros_(parameter)
+        add_hook_to_module(module, AlignDevicesHook(execution_device=device))
+
+
 def settle_adapter(model: PeftModel, weights: dict[str, torch.Tensor]) -> None:
     """Put the adapter's modules on the devices where the layers beside them are run, and keep them there.
 
@@ -94,8 +115,6 @@ def settle_adapter(model: PeftModel, weights: dict[str, torch.Tensor]) -> None:
         model: With an adapter that PEFT has put where the base's weights rest, which is nowhere for those on the disk.
         weights: The adapter's own.
     """
-    from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_module
-
     for module in model.modules():
         if isinstance(module, LoraLayer):
             device = execution_device(module.get_base_layer())
