@@ -102,9 +102,9 @@ def measure(case: dict[str, Any], rounds: int, peers: bool) -> list[dict[str, An
     floors: dict[int, list[float]] = {count: [] for count, _ in racers.values()}
     for turn in range(rounds + 1):
         for count in floors:
-            floors[count].append(_timed(lambda count=count: floor(it, count)))
+            floors[count].append(timed(lambda count=count: floor(it, count)))
         for name, (_, run) in racers.items():
-            times[name].append(_timed(run))
+            times[name].append(timed(run))
         if turn == 0:  # warm-up
             times = {name: [] for name in times}
             floors = {count: [] for count in floors}
@@ -116,7 +116,7 @@ def measure(case: dict[str, Any], rounds: int, peers: bool) -> list[dict[str, An
     return found
 
 
-def _timed(run: Callable[[], object]) -> float:
+def timed(run: Callable[[], object]) -> float:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     started = time.perf_counter()

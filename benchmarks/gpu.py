@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import statistics
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -98,7 +97,7 @@ def _measure(it: Subject, rounds: int) -> None:
     for name, run in runs.items():
         run()
         peak = _peak(run)
-        times = [_timed(run) for _ in range(rounds)]
+        times = [measured.timed(run) for _ in range(rounds)]
         taken = statistics.median(times)
         base = base or taken
         spread = (max(times) - min(times)) / taken
@@ -106,16 +105,6 @@ def _measure(it: Subject, rounds: int) -> None:
             f"| {it.classes} | {name} | {it.rows / taken:.1f} | {taken / base:.2f} | {spread:.0%} | {peak:.2f} GiB |",
             flush=True,
         )
-
-
-def _timed(run: Callable[[], object]) -> float:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    started = time.perf_counter()
-    run()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - started
 
 
 def _peak(run: Callable[[], object]) -> float:

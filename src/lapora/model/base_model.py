@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any, cast
+from typing import Any, NamedTuple, TypedDict, cast
 
 import torch
 from safetensors import SafetensorError
@@ -54,6 +54,64 @@ class LoadedBase:
     trust_remote_code: bool
 
 
+class Loading(TypedDict, total=False):
+    """How an adapter's base model is loaded; each may be left out.
+
+    Attributes:
+        base_model: Name or path of the base; by default the one the adapter records.
+        quantize: ``none``, ``8bit`` or ``4bit``; None is as the base's own files are.
+        dtype: Type of the base's weights; ``auto`` is float32 on a CPU and the base's own on a GPU. LoRA
+            weights stay in float32 at least.
+        device: ``auto``, ``cpu``, ``cuda`` ...
+        spread: Spread the layers over devices, host and disk; None is one device.
+        trust_remote_code: Let a model's repository run its own code.
+    """
+
+    base_model: str | None
+    quantize: Quantisation | None
+    dtype: Dtype
+    device: str
+    spread: Spread | None
+    trust_remote_code: bool
+
+
+class ChosenBase(NamedTuple):
+    """The base model that an adapter asks for, settled before any weight is read."""
+
+    name: str
+    revision: str | None
+    config: Any
+    quantize: Quantisation
+    element_type: torch.dtype
+
+
+def choose_base(
+    adapter: Adapter,
+    *,
+    base_model: str | None,
+    quantize: Quantisation | None,
+    dtype: Dtype,
+    device: torch.device,
+    trust_remote_code: bool,
+) -> ChosenBase:
+    """Settle which base, and in which type; the arguments are those of :class:`Loading`.
+
+    Raises:
+        AdapterError: There is no base, or its configuration cannot be read.
+        UsageError: An impossible combination.
+    """
+    name = base_model or adapter.base_model
+    if not name:
+        raise AdapterError(f"{adapter.path}: the adapter names no base model; give one with --base-model")
+    revision = None if base_model else adapter.revision
+    config = load_config(name, revision, trust_remote_code)
+    quantize = settle_quantisation(name, quantize, saved_quantisation(name, config))
+    element_type = element_type_of(dtype, config, device)
+    if quantize != "none" and element_type == torch.float64:
+        raise UsageError(f"--dtype float64 cannot be combined with --quantize {quantize}")
+    return ChosenBase(name, revision, config, quantize, element_type)
+
+
 def load_base(
     adapter: Adapter,
     *,
@@ -64,27 +122,23 @@ def load_base(
     spread: Spread | None = None,
     trust_remote_code: bool = False,
 ) -> LoadedBase:
-    """Load the base model that an adapter asks for; the arguments are those of :func:`lapora.model.loading.load_model`.
+    """Load the base model that an adapter asks for; the arguments are those of :class:`Loading`.
 
     Raises:
         AdapterError: The base cannot be loaded.
         UsageError: An impossible device or an impossible combination.
     """
-    base_name = base_model or adapter.base_model
-    if not base_name:
-        raise AdapterError(f"{adapter.path}: the adapter names no base model; give one with --base-model")
-    revision = None if base_model else adapter.revision
     where = resolve_device(device)
     with quiet_libraries():
-        config = load_config(base_name, revision, trust_remote_code)
-        saved = saved_quantisation(base_name, config)
-        quantize = settle_quantisation(base_name, quantize, saved)
-        element_type = element_type_of(dtype, config, where)
-        if quantize != "none" and element_type == torch.float64:
-            raise UsageError(f"--dtype float64 cannot be combined with --quantize {quantize}")
-        base, missing = _load_base(
-            adapter, base_name, revision, config, element_type, quantize, where, spread, trust_remote_code
+        chosen = choose_base(
+            adapter,
+            base_model=base_model,
+            quantize=quantize,
+            dtype=dtype,
+            device=where,
+            trust_remote_code=trust_remote_code,
         )
+        base, missing = _load_base(adapter, chosen, where, spread, trust_remote_code)
         if spread is not None:
             keep_missing(base, missing)
     weights = OwnWeights(base, missing)
@@ -92,13 +146,13 @@ def load_base(
         model=base,
         missing=missing,
         kind=adapter.kind,
-        name=str(base_name),
-        revision=revision,
-        quantize=quantize,
-        element_type=element_type,
+        name=str(chosen.name),
+        revision=chosen.revision,
+        quantize=chosen.quantize,
+        element_type=chosen.element_type,
         device=where,
         spread=spread,
-        weights=weights if quantize == "none" else {},
+        weights=weights if chosen.quantize == "none" else {},
         fingerprint=fingerprint_of_tensors(weights),
         trust_remote_code=trust_remote_code,
     )
@@ -155,38 +209,35 @@ def element_type_of(dtype: Dtype, config: Any, device: torch.device) -> torch.dt
 
 
 def _load_base(
-    adapter: Adapter,
-    base_name: str,
-    revision: str | None,
-    config: Any,
-    element_type: torch.dtype,
-    quantize: Quantisation,
-    device: torch.device,
-    spread: Spread | None,
-    trust_remote_code: bool,
+    adapter: Adapter, chosen: ChosenBase, device: torch.device, spread: Spread | None, trust_remote_code: bool
 ) -> tuple[Any, set[str]]:
     arguments: dict[str, Any] = {
-        "config": config,
-        "revision": revision,
-        "dtype": element_type,
+        "config": chosen.config,
+        "revision": chosen.revision,
+        "dtype": chosen.element_type,
         "trust_remote_code": trust_remote_code,
         "output_loading_info": True,
     }
     if spread is not None:
         arguments |= loading_arguments(spread)
-    if quantize != "none":
+    if chosen.quantize != "none":
         arguments.setdefault("device_map", {"": device})
-        if getattr(config, "quantization_config", None) is None:
+        if getattr(chosen.config, "quantization_config", None) is None:
             whole = adapter.config.get("modules_to_save") or ()
-            arguments["quantization_config"] = quantisation_config(quantize, element_type, whole)
-    loader: Any = AutoModelForCausalLM
-    if adapter.kind == "classifier":
-        loader = AutoModelForSequenceClassification
-        labels = adapter.number_of_labels()
-        if labels is not None:
-            config.num_labels = labels
+            arguments["quantization_config"] = quantisation_config(chosen.quantize, chosen.element_type, whole)
+    loader = loader_of(adapter, chosen.config)
     try:
-        base, information = loader.from_pretrained(base_name, **arguments)
+        base, information = loader.from_pretrained(chosen.name, **arguments)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, UnpicklingError, SafetensorError) as error:
-        raise _base_error(base_name, error) from error
+        raise _base_error(chosen.name, error) from error
     return base, set(information["missing_keys"])
+
+
+def loader_of(adapter: Adapter, config: Any) -> Any:
+    """The class that loads an adapter's kind of base; a classifier's ``config`` is told how many labels there are."""
+    if adapter.kind != "classifier":
+        return AutoModelForCausalLM
+    labels = adapter.number_of_labels()
+    if labels is not None:
+        config.num_labels = labels
+    return AutoModelForSequenceClassification

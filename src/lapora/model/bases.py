@@ -6,16 +6,15 @@ putting it on again is as many assignments, and nothing is read or copied.
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any, Unpack, cast
 from weakref import WeakKeyDictionary
 
 from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
-from lapora.config import Dtype, Quantisation, Spread
 from lapora.model.adapter import Adapter
-from lapora.model.base_model import LoadedBase, load_base
+from lapora.model.base_model import LoadedBase, Loading, load_base
 from lapora.model.loading import LoadedModel, put_adapter, settle_padding
 
 _Place = tuple[nn.Module, str, nn.Module]
@@ -36,35 +35,18 @@ class SharedBases:
         self._places: WeakKeyDictionary[nn.Module, list[_Place]] = WeakKeyDictionary()
         self.loads = 0
 
-    def load(
-        self,
-        adapter: Adapter,
-        *,
-        base_model: str | None = None,
-        quantize: Quantisation | None = None,
-        dtype: Dtype = "auto",
-        device: str = "auto",
-        spread: Spread | None = None,
-        trust_remote_code: bool = False,
-    ) -> LoadedModel:
+    def load(self, adapter: Adapter, **how: Unpack[Loading]) -> LoadedModel:
         """As :func:`lapora.model.loading.load_model`; the adapter is on its base, and whichever was on it is off."""
-        how: dict[str, Any] = {
-            "base_model": base_model,
-            "quantize": quantize,
-            "dtype": dtype,
-            "device": device,
-            "spread": spread,
-            "trust_remote_code": trust_remote_code,
-        }
         if _changes_base(adapter):
             self.loads += 1
             return put_adapter(adapter, load_base(adapter, **how))
+        given = how.get("base_model")
         key = (
-            base_model or adapter.base_model,
-            None if base_model else adapter.revision,
+            given or adapter.base_model,
+            None if given else adapter.revision,
             adapter.kind,
             adapter.number_of_labels(),
-            *(value for name, value in how.items() if name != "base_model"),
+            *((name, how.get(name)) for name in sorted(how.keys() - {"base_model"})),
         )
         base = self._bases.pop(key, None)
         if base is not None:

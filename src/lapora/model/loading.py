@@ -5,16 +5,16 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any, Unpack, cast
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict, load_peft_weights
 from torch import nn
 
-from lapora.config import Dtype, Quantisation, Spread
+from lapora.config import Quantisation
 from lapora.errors import AdapterError, first_line
 from lapora.model.adapter import Adapter, ModelKind
-from lapora.model.base_model import LoadedBase, load_base
+from lapora.model.base_model import LoadedBase, Loading, load_base
 from lapora.model.fingerprint import digest_in
 from lapora.model.placement import settle_adapter, unspread
 from lapora.model.quantisation import (
@@ -65,42 +65,18 @@ class LoadedModel:
         return 0
 
 
-def load_model(
-    adapter: Adapter,
-    *,
-    base_model: str | None = None,
-    quantize: Quantisation | None = None,
-    dtype: Dtype = "auto",
-    device: str = "auto",
-    spread: Spread | None = None,
-    trust_remote_code: bool = False,
-) -> LoadedModel:
+def load_model(adapter: Adapter, **how: Unpack[Loading]) -> LoadedModel:
     """Load the base model and the adapter on it.
 
     Args:
         adapter: The adapter, as read from its directory.
-        base_model: Name or path of the base; by default the one the adapter records.
-        quantize: ``none``, ``8bit`` or ``4bit``; None is as the base's own files are.
-        dtype: Type of the base's weights; ``auto`` is float32 on a CPU and the base's own on a GPU. LoRA
-            weights stay in float32 at least.
-        device: ``auto``, ``cpu``, ``cuda`` ...
-        spread: Spread the layers over devices, host and disk; None is one device.
-        trust_remote_code: Let a model's repository run its own code.
+        how: See :class:`lapora.model.base_model.Loading`.
 
     Raises:
         AdapterError: The base cannot be loaded, or the adapter does not fit it.
         UsageError: An impossible device or an impossible combination.
     """
-    base = load_base(
-        adapter,
-        base_model=base_model,
-        quantize=quantize,
-        dtype=dtype,
-        device=device,
-        spread=spread,
-        trust_remote_code=trust_remote_code,
-    )
-    return put_adapter(adapter, base)
+    return put_adapter(adapter, load_base(adapter, **how))
 
 
 def put_adapter(adapter: Adapter, base: LoadedBase) -> LoadedModel:

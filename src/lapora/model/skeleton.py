@@ -14,13 +14,12 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from lapora.config import Dtype, Quantisation
-from lapora.errors import AdapterError, UsageError, first_line
+from lapora.errors import AdapterError, first_line
 from lapora.model.adapter import Adapter, ModelKind
-from lapora.model.base_model import element_type_of, load_config
-from lapora.model.quantisation import modules_left_whole, saved_quantisation, settle_quantisation
+from lapora.model.base_model import ChosenBase, choose_base, loader_of
+from lapora.model.quantisation import modules_left_whole
 from lapora.model.quiet import quiet_libraries
 
 # NF4 with double quantisation: 4 bits, and for 64 weights a byte of scale, whose own scale is 4 bytes for 256.
@@ -57,38 +56,32 @@ def skeleton_of(
     device: str = "cpu",
     trust_remote_code: bool = False,
 ) -> Skeleton:
-    """Build an adapter on its base model without weights; arguments as of :func:`lapora.model.loading.load_model`.
+    """Build an adapter on its base model without weights; arguments as of :class:`lapora.model.base_model.Loading`.
 
     Raises:
         AdapterError: The base's configuration cannot be read, or the adapter does not fit it.
         UsageError: An impossible combination.
     """
-    base_name = base_model or adapter.base_model
-    if not base_name:
-        raise AdapterError(f"{adapter.path}: the adapter names no base model; give one with --base-model")
     with quiet_libraries():
-        config = load_config(base_name, None if base_model else adapter.revision, trust_remote_code)
-        quantize = settle_quantisation(base_name, quantize, saved_quantisation(base_name, config))
-        element_type = element_type_of(dtype, config, torch.device(device))
-        if quantize != "none" and element_type == torch.float64:
-            raise UsageError(f"--dtype float64 cannot be combined with --quantize {quantize}")
-        model = _build(adapter, config, element_type, base_name, trust_remote_code)
-    weights, dequantised = _weights(model, quantize, element_type, adapter.config.get("modules_to_save") or ())
-    return Skeleton(model, adapter.kind, quantize, element_type, weights, dequantised)
+        chosen = choose_base(
+            adapter,
+            base_model=base_model,
+            quantize=quantize,
+            dtype=dtype,
+            device=torch.device(device),
+            trust_remote_code=trust_remote_code,
+        )
+        model = _build(adapter, chosen, trust_remote_code)
+    whole = adapter.config.get("modules_to_save") or ()
+    weights, dequantised = _weights(model, chosen.quantize, chosen.element_type, whole)
+    return Skeleton(model, adapter.kind, chosen.quantize, chosen.element_type, weights, dequantised)
 
 
-def _build(
-    adapter: Adapter, config: Any, element_type: torch.dtype, base_name: str, trust_remote_code: bool
-) -> PeftModel:
-    config = copy.deepcopy(config)
+def _build(adapter: Adapter, chosen: ChosenBase, trust_remote_code: bool) -> PeftModel:
+    config, element_type, base_name = copy.deepcopy(chosen.config), chosen.element_type, chosen.name
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    loader: Any = AutoModelForCausalLM
-    if adapter.kind == "classifier":
-        loader = AutoModelForSequenceClassification
-        labels = adapter.number_of_labels()
-        if labels is not None:
-            config.num_labels = labels
+    loader = loader_of(adapter, config)
     settings = LoraConfig.from_pretrained(os.fspath(adapter.path))
     settings.inference_mode, settings.init_lora_weights = True, False
     try:
