@@ -12,8 +12,8 @@ import time
 import torch
 
 from benchmarks.models import RandomRow, Subject, subject
-from lapora.model.batch_feed import BatchFeed, BatchSize
-from lapora.posterior.curvature_run import CurvatureRun
+from lapora.curvature.passes import CurvatureRun
+from lapora.models.batching import BatchFeed, BatchSize
 from lapora.posterior.structures import fit_structure
 
 _ROWS, _ROUNDS = 192, 3

@@ -27,12 +27,11 @@ from typing import Any
 import torch
 
 from benchmarks.models import Subject, subject
-from lapora.curvature.fisher import exact_columns
-from lapora.posterior.curvature_run import CurvatureRun
+from lapora.curvature.passes import CurvatureRun
+from lapora.likelihoods.categorical import exact_columns, log_probabilities
 from lapora.posterior.gaussian import Posterior
 from lapora.posterior.structures import fit_structure
-from lapora.predictive.links import log_probabilities
-from lapora.predictive.predictor import LinearisedPredictor
+from lapora.predictive.moments import LinearisedPredictor
 
 CASES: list[dict[str, Any]] = [
     {"kind": "encoder-22M", "classes": 2, "tokens": 12, "rows": 400, "batch_size": 100},

@@ -19,9 +19,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from benchmarks import floor as measured
 from benchmarks.models import Subject, random_batches
-from lapora.model.answers import AnswerModel
-from lapora.model.bayesian_layers import find_bayesian_layers
-from lapora.model.quantisation import keep_inputs_whole, quantisation_config
+from lapora.models.lora_layers import find_bayesian_layers
+from lapora.models.outputs import AnswerModel
+from lapora.models.quantization import keep_inputs_whole, quantisation_config
 
 SHAPES = {
     "7B": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32},

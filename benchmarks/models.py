@@ -10,10 +10,10 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
-from lapora.model.answers import AnswerModel
-from lapora.model.batches import Batch, collate
-from lapora.model.bayesian_layers import BayesianLayer, find_bayesian_layers
-from lapora.model.quiet import quiet_libraries
+from lapora.models.batches import Batch, collate
+from lapora.models.loading import quiet_libraries
+from lapora.models.lora_layers import BayesianLayer, find_bayesian_layers
+from lapora.models.outputs import AnswerModel
 
 
 @dataclass

@@ -19,10 +19,10 @@ import torch
 from torch import nn
 
 from benchmarks.models import Subject
-from lapora.curvature.laplace_torch import asdl_factors, curvlinops_factors
-from lapora.curvature.laplace_torch.network import as_inputs, quietly, trainable
+from lapora.curvature.passes import CurvatureRun
 from lapora.interop import kron_laplace
-from lapora.posterior.curvature_run import CurvatureRun
+from lapora.laplace_torch import asdl_factors, curvlinops_factors
+from lapora.laplace_torch.network import as_inputs, quietly, trainable
 from lapora.posterior.gaussian import BlockPosterior
 from lapora.posterior.structures import fit_structure
 

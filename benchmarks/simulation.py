@@ -23,7 +23,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from lapora.curvature.kron import rank_of_side
+from lapora.curvature.kfac import rank_of_side
 
 
 @dataclass(frozen=True)
@@ -232,9 +232,9 @@ def measure(shape: Shape) -> dict[str, float]:
     import torch
 
     from benchmarks.models import subject
-    from lapora.curvature.kron import KronObserver
-    from lapora.model.weightless import LiveMemory
-    from lapora.posterior.curvature_run import CurvatureRun
+    from lapora.curvature.kfac import KronObserver
+    from lapora.curvature.passes import CurvatureRun
+    from lapora.models.meta_model import LiveMemory
     from lapora.posterior.gaussian import decompose
 
     torch.set_num_threads(1)

@@ -18,9 +18,9 @@ from benchmarks.shared_adapters import ADAPTERS, BenchmarkAdapter
 from lapora import metrics
 from lapora.config import DataSettings, FitSettings, PriorMethod, PriorSettings
 from lapora.workflows import fit as fitting
-from lapora.workflows.prepare import prepare_fit
+from lapora.workflows.fit import prepare_fit
 from lapora.workflows.scoring import read_labelled_rows, score_rows
-from lapora.workflows.session import open_session
+from lapora.workflows.task_model import open_session
 from lapora.workflows.tune_prior import tune_prior
 
 SAME_POSTERIOR = {"`full`, adapted evidence": "`full`"}

@@ -18,8 +18,8 @@ from lapora.config import DEFAULT_SAMPLES, DataSettings, FitSettings, Link, Stru
 from lapora.posterior.prior import PriorPrecision
 from lapora.workflows.fit import fit
 from lapora.workflows.scoring import read_labelled_rows, score_rows
-from lapora.workflows.session import open_session
-from lapora.workflows.validation import GRID, TUNING_SAMPLES
+from lapora.workflows.task_model import open_session
+from lapora.workflows.tune_prior import GRID, TUNING_SAMPLES
 
 _LINKS: dict[Structure, tuple[Link, ...]] = {"kron": ("mc-joint", "mc-indep", "probit", "bridge")}
 

@@ -20,7 +20,7 @@ _WATCHED = """
 import os, sys, time
 started = float(os.environ["LAPORA_STARTED"])
 def watch():
-    from lapora.curvature.linearisation import Linearisation
+    from lapora.curvature.backward import Linearisation
     run = Linearisation.run
     def first(self, *arguments):
         if watch.first is None:

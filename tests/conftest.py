@@ -11,7 +11,7 @@ import pytest
 import torch
 from filelock import FileLock
 
-from lapora.model.bayesian_layers import find_bayesian_layers
+from lapora.models.lora_layers import find_bayesian_layers
 from tiny_models import tiny_causal, tiny_classifier
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")

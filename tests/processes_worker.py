@@ -12,13 +12,13 @@ import sys
 import torch
 
 from lapora.cli.app import app
-from lapora.cli.output import complain
+from lapora.cli.console import complain
+from lapora.curvature.passes import CurvatureRun
+from lapora.distributed import ALONE, join_processes
 from lapora.errors import LaporaError
-from lapora.model.batch_feed import BatchFeed, BatchSize
-from lapora.model.bayesian_layers import find_bayesian_layers
-from lapora.posterior.curvature_run import CurvatureRun
+from lapora.models.batching import BatchFeed, BatchSize
+from lapora.models.lora_layers import find_bayesian_layers
 from lapora.posterior.structures import fit_structure
-from lapora.processes import ALONE, join_processes
 from tiny_models import rows, tiny_causal, tiny_classifier
 
 CASES = {

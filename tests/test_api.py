@@ -20,8 +20,8 @@ import lapora
 from lapora import api, routed
 from lapora.config import DataSettings, EvalSettings, FitSettings, ModelSettings, PredictSettings, PriorSettings
 from lapora.errors import AdapterError, DataError, UsageError
-from lapora.model.adapter import read_adapter
-from lapora.model.loading import load_model
+from lapora.models.adapter import read_adapter
+from lapora.models.loading import load_model
 from lapora.tasks import load_rows, load_task
 from tiny_adapter import command, fit_tiny, json_lines, make_adapter, make_rows, model_of
 
@@ -91,7 +91,7 @@ def test_the_examples_of_the_docstrings_run(examples, tmp_path, monkeypatch):
 def test_every_public_function_has_an_example():
     classes = {"Predictor", "RoutedPredictor", "RowPrediction"}
     public = {f"{getattr(lapora, name).__module__}.{name}" for name in set(lapora.__all__) - {"__version__", *classes}}
-    methods = {"lapora.api.Predictor.predict", "lapora.routed.RoutedPredictor.predict"}
+    methods = {"lapora.api.Predictor.predict", "lapora.api.RoutedPredictor.predict"}
     assert {found.name for found in EXAMPLES} == public | methods | {"lapora.api"}
 
 

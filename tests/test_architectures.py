@@ -18,8 +18,8 @@ from transformers import (
 )
 
 from lapora.errors import AdapterError, UsageError
-from lapora.model.answers import AnswerModel
-from lapora.model.bayesian_layers import find_bayesian_layers
+from lapora.models.lora_layers import find_bayesian_layers
+from lapora.models.outputs import AnswerModel
 from tiny_models import batches, close, dense_jacobian, moments, posterior, rows
 
 GPT2 = {"vocab_size": 30, "n_embd": 12, "n_layer": 2, "n_head": 2, "n_positions": 32, "initializer_range": 0.3}

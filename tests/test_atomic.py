@@ -19,11 +19,11 @@ import torch
 from safetensors.torch import load_file
 
 from lapora.config import ModelSettings, PriorSettings
-from lapora.curvature.collection import Linearisation
+from lapora.curvature.passes import Linearisation
 from lapora.errors import PosteriorError, UsageError
 from lapora.posterior import artifact
-from lapora.posterior.artifact import SavedPosterior
-from lapora.posterior.lock import writing
+from lapora.storage.files import writing
+from lapora.storage.saved import SavedPosterior
 from lapora.workflows.fit import fit
 from lapora.workflows.tune_prior import tune_prior
 from tiny_adapter import data_of, fit_tiny, make_adapter, model_of

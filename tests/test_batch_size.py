@@ -11,11 +11,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lapora.config import MOST_TOKENS, TOKEN_BUDGET
 from lapora.errors import UsageError
-from lapora.model.batch_feed import BatchFeed, BatchSize, even_length, run_batches
-from lapora.model.bayesian_layers import find_bayesian_layers
+from lapora.models.batching import BatchFeed, BatchSize, even_length, run_batches
+from lapora.models.lora_layers import find_bayesian_layers
 from lapora.posterior.gaussian import BlockPosterior
 from lapora.posterior.structures import CurvatureRun, fit_structure
-from lapora.predictive.predictor import LinearisedPredictor
+from lapora.predictive.moments import LinearisedPredictor
 from tiny_models import close, posterior, rows, tiny_causal, tiny_classifier
 
 
@@ -209,8 +209,8 @@ SCRIPT = """
 import resource, sys
 sys.path.insert(0, {tests!r})
 import torch
-from lapora.model.batch_feed import BatchFeed, BatchSize
-from lapora.model.bayesian_layers import find_bayesian_layers
+from lapora.models.batching import BatchFeed, BatchSize
+from lapora.models.lora_layers import find_bayesian_layers
 from lapora.posterior.structures import CurvatureRun, fit_structure
 from tiny_models import rows, tiny_causal
 

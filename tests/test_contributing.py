@@ -28,7 +28,7 @@ from dataclasses import replace
 
 import torch
 
-from lapora.posterior.blocks import fit_diag
+from lapora.posterior.structures import fit_diag
 from lapora.posterior.gaussian import BlockPosterior
 
 
@@ -46,8 +46,8 @@ ENGINE = '''
 
 from dataclasses import replace
 
-from lapora.curvature.collection import collect
-from lapora.curvature.kron import KronObserver
+from lapora.curvature.passes import collect
+from lapora.curvature.kfac import KronObserver
 
 
 def doubled_factors(answers, layers, batches, targets, progress=None):

@@ -8,13 +8,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lapora.curvature import collection
-from lapora.curvature.linearisation import Linearisation
-from lapora.model.bayesian_layers import find_bayesian_layers
-from lapora.posterior.curvature_run import CurvatureRun
+from lapora.curvature.backward import Linearisation
+from lapora.curvature.passes import CurvatureRun
+from lapora.models.lora_layers import find_bayesian_layers
 from lapora.posterior.gaussian import BlockPosterior
 from lapora.posterior.structures import fit_structure
 from lapora.predictive import predictor
-from lapora.predictive.predictor import LinearisedPredictor
+from lapora.predictive.moments import LinearisedPredictor
 from tiny_models import Row, batches, posterior, rows, tiny_causal, tiny_classifier
 
 

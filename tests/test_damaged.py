@@ -20,8 +20,8 @@ from safetensors.torch import load_file, save_file
 
 from lapora.config import PredictSettings, PriorSettings
 from lapora.errors import LaporaError, NumericalError, PosteriorError
-from lapora.posterior.artifact import SavedPosterior
-from lapora.posterior.manifest import with_checksums
+from lapora.storage.manifest import with_checksums
+from lapora.storage.saved import SavedPosterior
 from lapora.workflows.predict import predict
 from lapora.workflows.tune_prior import tune_prior
 from tiny_adapter import fit_tiny, json_lines, make_adapter, model_of

@@ -13,10 +13,10 @@ from transformers import BertConfig, BertForSequenceClassification, BertModel
 
 from lapora.config import DataSettings, FitSettings, ModelSettings, PredictSettings, Spread
 from lapora.errors import PosteriorError, UsageError
-from lapora.model.adapter import read_adapter
-from lapora.model.bases import SharedBases
-from lapora.model.loading import load_model
-from lapora.model.placement import loading_arguments
+from lapora.models.adapter import read_adapter
+from lapora.models.device_map import loading_arguments
+from lapora.models.loading import load_model
+from lapora.models.shared_base import SharedBases
 from lapora.workflows.fit import fit
 from lapora.workflows.predict import predict
 from tiny_adapter import make_adapter

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lapora.curvature.collection import collect
-from lapora.curvature.kron import KronObserver
-from lapora.curvature.laplace_torch import asdl_factors, curvlinops_factors
+from lapora.curvature.kfac import KronObserver
+from lapora.curvature.passes import collect
 from lapora.errors import NumericalError, UsageError
-from lapora.model.bayesian_layers import BayesianLayer, find_bayesian_layers
+from lapora.laplace_torch import asdl_factors, curvlinops_factors
+from lapora.models.lora_layers import BayesianLayer, find_bayesian_layers
 from tiny_models import Row, batches, close, rows, tiny_causal, tiny_classifier
 
 TOKENS = 7

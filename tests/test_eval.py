@@ -17,12 +17,12 @@ from lapora.cli.app import app
 from lapora.cli.app import run as run_command_line
 from lapora.config import DataSettings, EvalSettings, FitSettings, ModelSettings
 from lapora.errors import AdapterError, DataError, GateError, UsageError
-from lapora.model.batch_feed import BatchSize
+from lapora.models.batching import BatchSize
 from lapora.workflows.evaluate import run_evaluation
 from lapora.workflows.fit import fit
-from lapora.workflows.gates import check_gates, parse_gate
+from lapora.workflows.results import check_gates, parse_gate
 from lapora.workflows.scoring import forward_log_p, read_labelled_rows, row_digest, score_rows
-from lapora.workflows.session import open_session
+from lapora.workflows.task_model import open_session
 
 
 @pytest.fixture(scope="module")

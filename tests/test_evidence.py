@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from lapora.errors import NumericalError
-from lapora.posterior.evidence import HIGHEST_PRECISION, LOWEST_PRECISION, Evidence
+from lapora.posterior.marglik import HIGHEST_PRECISION, LOWEST_PRECISION, Evidence
 
 
 def test_equals_the_dense_gaussian_evidence():

@@ -3,12 +3,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lapora.curvature.collection import collect
-from lapora.curvature.fisher import exact_columns, monte_carlo_columns
-from lapora.curvature.kron import KronObserver
-from lapora.curvature.linearisation import Linearisation
+from lapora.curvature.backward import Linearisation
+from lapora.curvature.kfac import KronObserver
+from lapora.curvature.passes import collect
 from lapora.errors import NumericalError
-from lapora.posterior.decomposition import decompose
+from lapora.likelihoods.categorical import exact_columns, monte_carlo_columns
+from lapora.posterior.eigen import decompose
 from tiny_models import batches, close, dense_jacobian, rows
 
 

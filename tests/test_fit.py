@@ -10,7 +10,7 @@ import pytest
 
 from lapora.config import DataSettings, FitSettings, ModelSettings
 from lapora.errors import DataError, PosteriorError, UsageError
-from lapora.posterior.artifact import SavedPosterior
+from lapora.storage.saved import SavedPosterior
 from lapora.workflows.evaluate import evaluate
 from lapora.workflows.fit import fit
 

@@ -18,9 +18,9 @@ from safetensors.torch import load_file
 from lapora import report
 from lapora.config import DataSettings, PredictSettings, PriorSettings
 from lapora.errors import AdapterError, DataError, LaporaError, PosteriorError, UsageError
-from lapora.model.adapter import read_adapter
-from lapora.posterior.artifact import SavedPosterior, posterior_folder
+from lapora.models.adapter import read_adapter
 from lapora.report import evaluation, overview
+from lapora.storage.saved import SavedPosterior, posterior_folder
 from lapora.tasks import load_task, render
 from lapora.workflows.evaluate import evaluate
 from lapora.workflows.predict import predict

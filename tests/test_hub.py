@@ -13,7 +13,7 @@ import pytest
 from hub_server import commit_of, running_hub
 from lapora.config import ModelSettings
 from lapora.errors import AdapterError, UsageError
-from lapora.model.hub import is_hub_id, local_model
+from lapora.models.adapter import is_hub_id, local_model
 from lapora.report.card import with_section
 from tiny_adapter import command, fit_tiny, json_lines, make_adapter
 

@@ -13,10 +13,10 @@ from safetensors.torch import load_file, save_file
 
 from lapora.config import DataSettings, PredictSettings
 from lapora.errors import LaporaWarning, PosteriorError
-from lapora.posterior.artifact import SavedPosterior
+from lapora.storage.saved import SavedPosterior
 from lapora.workflows.evaluate import evaluate
 from lapora.workflows.predict import predict
-from lapora.workflows.session import open_session
+from lapora.workflows.task_model import open_session
 from tiny_adapter import command, data_of, fit_tiny, json_lines, make_adapter, model_of
 
 

@@ -8,19 +8,19 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from lapora.curvature.laplace_torch import curvlinops_factors
-from lapora.curvature.laplace_torch.network import AdapterNetwork, as_inputs, trainable
+from lapora.curvature.passes import CurvatureRun
 from lapora.errors import UsageError
 from lapora.interop import from_laplace_torch, kron_laplace, to_kron_laplace, to_laplace_torch
-from lapora.model.bayesian_layers import find_bayesian_layers
-from lapora.posterior.artifact import FORMAT_VERSION, SavedPosterior, write_posterior
-from lapora.posterior.curvature_run import CurvatureRun
-from lapora.posterior.decomposition import decompose
-from lapora.posterior.evidence import Evidence
+from lapora.laplace_torch import curvlinops_factors
+from lapora.laplace_torch.network import AdapterNetwork, as_inputs, trainable
+from lapora.likelihoods.base import LogitMoments
+from lapora.likelihoods.categorical import log_probabilities
+from lapora.models.lora_layers import find_bayesian_layers
+from lapora.posterior.eigen import decompose
 from lapora.posterior.gaussian import BlockPosterior
+from lapora.posterior.marglik import Evidence
 from lapora.posterior.structures import fit_structure
-from lapora.predictive.links import log_probabilities
-from lapora.predictive.moments import LogitMoments
+from lapora.storage.saved import FORMAT_VERSION, SavedPosterior, write_posterior
 from tiny_models import batches, close, dense_jacobian, moments, posterior, rows, tiny_causal, tiny_classifier
 
 DELTA = 0.7  # tiny_models.moments predicts at this prior precision

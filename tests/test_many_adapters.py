@@ -15,10 +15,10 @@ from safetensors.torch import load_file, save_file
 
 from lapora.config import DataSettings, FitSettings, ModelSettings, PredictSettings
 from lapora.errors import DataError, LaporaError, UsageError
-from lapora.model import bases as bases_module
-from lapora.model.adapter import read_adapter
-from lapora.model.bases import SharedBases
-from lapora.model.loading import load_model
+from lapora.models import bases as bases_module
+from lapora.models.adapter import read_adapter
+from lapora.models.loading import load_model
+from lapora.models.shared_base import SharedBases
 from lapora.workflows.fit import fit_several
 from lapora.workflows.predict import predict
 from tiny_adapter import make_adapter

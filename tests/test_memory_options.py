@@ -8,13 +8,12 @@ import pytest
 import torch
 
 from lapora.config import FitSettings, PredictSettings
-from lapora.curvature.collection import collect
-from lapora.curvature.fisher import class_columns
-from lapora.curvature.kron import KronObserver
-from lapora.curvature.linearisation import Linearisation
-from lapora.curvature.sketch import NystromSketch
-from lapora.model.bayesian_layers import find_bayesian_layers
-from lapora.posterior.curvature_run import CurvatureRun
+from lapora.curvature.backward import Linearisation
+from lapora.curvature.kfac import KronObserver
+from lapora.curvature.nystrom import NystromSketch
+from lapora.curvature.passes import CurvatureRun, collect
+from lapora.likelihoods.categorical import class_columns
+from lapora.models.lora_layers import find_bayesian_layers
 from lapora.posterior.structures import fit_structure
 from lapora.workflows.fit import fit
 from lapora.workflows.predict import predict
@@ -141,7 +140,7 @@ def test_less_is_held_for_the_backward_pass():
     from peft import LoraConfig, get_peft_model
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from lapora.model.answers import AnswerModel
+    from lapora.models.outputs import AnswerModel
 
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -167,7 +166,7 @@ def folder(tmp_path_factory):
 
 
 def _eigenvalues(result):
-    from lapora.posterior.artifact import SavedPosterior
+    from lapora.storage.saved import SavedPosterior
 
     return SavedPosterior(result.folder).gaussian().eigenvalues
 
@@ -213,7 +212,7 @@ def test_sums_kept_on_the_host(answers, layers, rank):
 def test_sums_leave_the_device():
     answers = tiny_causal(2)
     answers.model.to("cuda")
-    from lapora.model.answers import AnswerModel
+    from lapora.models.outputs import AnswerModel
 
     answers = AnswerModel(answers.model, "causal", 0, [5, 6])
     layers = find_bayesian_layers(answers.model)

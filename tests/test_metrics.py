@@ -16,10 +16,9 @@ from torchmetrics.functional.classification import (
 )
 
 from lapora import metrics
+from lapora.likelihoods.base import LogitMoments
+from lapora.likelihoods.categorical import expected_binary_entropy, log_probabilities, mutual_information
 from lapora.metrics.weighted import WeightedScores
-from lapora.predictive.information import expected_binary_entropy, mutual_information
-from lapora.predictive.links import log_probabilities
-from lapora.predictive.moments import LogitMoments
 
 
 def drawn(classes: int, count: int = 400, seed: int = 0, tied: bool = False):

@@ -18,14 +18,14 @@ from safetensors.torch import load_file, save_file
 from lapora import metrics
 from lapora.config import DataSettings, FitSettings, ModelSettings, PredictSettings
 from lapora.errors import AdapterError, NumericalError
-from lapora.model.batch_feed import BatchSize
-from lapora.posterior.artifact import SavedPosterior
-from lapora.predictive.links import log_probabilities
-from lapora.predictive.moments import LogitMoments
+from lapora.likelihoods.base import LogitMoments
+from lapora.likelihoods.categorical import log_probabilities
+from lapora.models.batching import BatchSize
+from lapora.storage.saved import SavedPosterior
 from lapora.workflows.evaluate import evaluate
 from lapora.workflows.fit import fit
 from lapora.workflows.predict import predict, predict_rows
-from lapora.workflows.session import Session, open_session
+from lapora.workflows.task_model import Session, open_session
 from tiny_adapter import command, fit_tiny, json_lines, make_adapter, make_rows, model_of
 
 LINKS = ["mc-joint", "mc-indep", "probit", "bridge", "map"]
@@ -84,7 +84,7 @@ def test_logits_that_are_not_finite_name_the_example(tiny, value, monkeypatch, c
 
 
 def test_gradients_that_are_not_finite_are_refused_too(tiny, monkeypatch):
-    from lapora.predictive.predictor import LinearisedPredictor
+    from lapora.predictive.moments import LinearisedPredictor
 
     fit_tiny(tiny)
     moments = LinearisedPredictor.moments

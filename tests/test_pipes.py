@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from lapora.cli.lines import lines_of
+from lapora.cli.jsonl import lines_of
 from lapora.config import LONGEST_LINE, PredictSettings
 from lapora.errors import DataError
 from lapora.workflows.predict import predict
@@ -256,7 +256,7 @@ def test_control_c_at_any_moment_leaves_whole_lines(tiny, delay):
 
 WRITER = """
 import sys
-from lapora.cli.records import write_json_lines
+from lapora.cli.jsonl import write_json_lines
 try:
     write_json_lines(({"index": index, "id": "x" * 300_000} for index in range(1000)), "-")
 except KeyboardInterrupt:

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from lapora.curvature.per_example import PerExampleObserver
-from lapora.model.bayesian_layers import find_bayesian_layers
-from lapora.predictive.links import difference_covariance, log_probabilities
-from lapora.predictive.logistic_normal import log_expected_sigmoid
-from lapora.predictive.moments import LogitMoments
+from lapora.likelihoods.base import LogitMoments
+from lapora.likelihoods.categorical import difference_covariance, log_probabilities
+from lapora.likelihoods.quadrature import log_expected_sigmoid
+from lapora.models.lora_layers import find_bayesian_layers
 from tiny_models import batches, close, dense_jacobian, moments, posterior, rows, tiny_causal
 
 

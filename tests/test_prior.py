@@ -14,21 +14,20 @@ import torch
 from lapora import metrics
 from lapora.cli.app import app
 from lapora.config import DataSettings, FitSettings, ModelSettings, PriorSettings
+from lapora.curvature.passes import CurvatureRun
 from lapora.errors import DataError, UsageError
-from lapora.model.bayesian_layers import find_bayesian_layers
-from lapora.posterior.adapted import LinearModel
-from lapora.posterior.artifact import SavedPosterior
-from lapora.posterior.curvature_run import CurvatureRun
-from lapora.posterior.evidence import evidence_at, maximise_evidence
+from lapora.models.lora_layers import find_bayesian_layers
+from lapora.posterior.linearised_evidence import LinearModel
+from lapora.posterior.marglik import evidence_at, maximise_evidence
 from lapora.posterior.prior import PriorPrecision
 from lapora.posterior.structures import fit_structure
+from lapora.storage.saved import SavedPosterior
 from lapora.workflows import evaluate as evaluation
 from lapora.workflows.evaluate import evaluate
 from lapora.workflows.fit import fit
 from lapora.workflows.scoring import read_labelled_rows, score_rows
-from lapora.workflows.session import open_session
-from lapora.workflows.tune_prior import tune_prior
-from lapora.workflows.validation import GRID, least_point
+from lapora.workflows.task_model import open_session
+from lapora.workflows.tune_prior import GRID, least_point, tune_prior
 from tiny_models import batches, dense_jacobian, rows, tiny_classifier
 
 ROLES = ["A", "B", "A", "B", "head"]

@@ -13,17 +13,15 @@ from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from lapora.config import DataSettings, FitSettings, ModelSettings, PredictSettings
-from lapora.curvature.kron import KronObserver
+from lapora.curvature.kfac import KronObserver
 from lapora.errors import AdapterError, UsageError
-from lapora.model.adapter import read_adapter
-from lapora.model.answers import AnswerModel
-from lapora.model.batches import collate
-from lapora.model.loading import load_model
-from lapora.model.quiet import quiet_libraries
+from lapora.models.adapter import read_adapter
+from lapora.models.batches import collate
+from lapora.models.loading import load_model, quiet_libraries
+from lapora.models.outputs import AnswerModel
 from lapora.workflows.evaluate import evaluate
-from lapora.workflows.fit import fit
+from lapora.workflows.fit import fit, prepare_fit
 from lapora.workflows.predict import predict
-from lapora.workflows.prepare import prepare_fit
 from tiny_adapter import command, data_of, fit_tiny, json_lines, make_adapter, model_of
 from tiny_models import Row
 

@@ -16,9 +16,9 @@ import torch
 from lapora import metrics
 from lapora.cli.app import app
 from lapora.errors import DataError
-from lapora.plots import evaluation_pictures, save_pictures, to_svg
-from lapora.posterior.artifact import SavedPosterior
+from lapora.report.figures import evaluation_pictures, save_pictures, to_svg
 from lapora.report.page import Page, PageTable, write_page
+from lapora.storage.saved import SavedPosterior
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 NASTY = "</script><script>document.title='broken'</script><img src=x onerror=\"document.title='broken'\">&lt;"

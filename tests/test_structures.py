@@ -10,15 +10,15 @@ from peft import LoraConfig, get_peft_model
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
-from lapora.curvature.kron import KronObserver
-from lapora.curvature.sketch import NystromSketch
+from lapora.curvature.kfac import KronObserver
+from lapora.curvature.nystrom import NystromSketch
+from lapora.curvature.passes import CurvatureRun
 from lapora.errors import UsageError
-from lapora.model.answers import AnswerModel
-from lapora.model.bayesian_layers import find_bayesian_layers
+from lapora.models.lora_layers import find_bayesian_layers
+from lapora.models.outputs import AnswerModel
 from lapora.posterior import full
-from lapora.posterior.curvature_run import CurvatureRun
-from lapora.posterior.evidence import maximise_evidence
 from lapora.posterior.gaussian import BlockPosterior
+from lapora.posterior.marglik import maximise_evidence
 from lapora.posterior.structures import fit_structure
 from tiny_models import batches, close, dense_jacobian, moments, rows, tiny_causal, tiny_classifier
 

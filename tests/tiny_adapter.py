@@ -17,7 +17,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lapora.config import DataSettings, FitSettings, ModelSettings
-from lapora.model.quiet import quiet_libraries
+from lapora.models.loading import quiet_libraries
 from lapora.workflows.fit import FitResult, fit
 
 WORDS = [

@@ -8,13 +8,13 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
-from lapora.curvature.collection import collect
-from lapora.curvature.kron import KronObserver
-from lapora.model.answers import AnswerModel
-from lapora.model.batches import collate
-from lapora.posterior.decomposition import decompose
+from lapora.curvature.kfac import KronObserver
+from lapora.curvature.passes import collect
+from lapora.models.batches import collate
+from lapora.models.outputs import AnswerModel
+from lapora.posterior.eigen import decompose
 from lapora.posterior.gaussian import BlockPosterior
-from lapora.predictive.predictor import LinearisedPredictor
+from lapora.predictive.moments import LinearisedPredictor
 
 
 @dataclass

@@ -13,9 +13,9 @@ import torch
 from numpy.typing import NDArray
 from scipy import linalg
 
-from lapora.posterior.evidence import Evidence
-from lapora.predictive.links import log_probabilities
-from lapora.predictive.moments import LogitMoments
+from lapora.likelihoods.base import LogitMoments
+from lapora.likelihoods.categorical import log_probabilities
+from lapora.posterior.marglik import Evidence
 
 Array = NDArray[np.float64]
 Labels = NDArray[np.int64]

@@ -20,18 +20,18 @@ from torch import Tensor
 
 from benchmarks.prior_selection.recipes import Recipe, Row, held_out_rows, texts_of, training_rows
 from benchmarks.prior_selection.train_adapters import FOLDER, base_model_folder
-from lapora.curvature.collection import collect
-from lapora.curvature.fisher import difference_columns, exact_columns
-from lapora.curvature.kron import KronObserver
-from lapora.curvature.linearisation import Linearisation
+from lapora.curvature.backward import Linearisation
+from lapora.curvature.kfac import KronObserver
+from lapora.curvature.passes import collect
 from lapora.curvature.per_example import JacobianObserver
-from lapora.model.adapter import read_adapter
-from lapora.model.answers import AnswerModel
-from lapora.model.batch_feed import BatchFeed, BatchSize
-from lapora.model.batches import Batch
-from lapora.model.bayesian_layers import find_bayesian_layers
-from lapora.model.loading import load_model
-from lapora.posterior.decomposition import decompose
+from lapora.likelihoods.categorical import difference_columns, exact_columns
+from lapora.models.adapter import read_adapter
+from lapora.models.batches import Batch
+from lapora.models.batching import BatchFeed, BatchSize
+from lapora.models.loading import load_model
+from lapora.models.lora_layers import find_bayesian_layers
+from lapora.models.outputs import AnswerModel
+from lapora.posterior.eigen import decompose
 from lapora.posterior.gaussian import EigenBlock
 
 Array = NDArray[np.float64]

@@ -1,6 +1,6 @@
 """Calibrated probabilities for LoRA fine-tuned language models, by the Laplace approximation.
 
-The functions here are those of :mod:`lapora.api` and :mod:`lapora.routed`; they are imported when first used, since
+The functions here are those of :mod:`lapora.api` and :mod:`lapora.api`; they are imported when first used, since
 torch comes with them.
 """
 
@@ -9,8 +9,17 @@ from typing import TYPE_CHECKING, Any
 from lapora._version import __version__
 
 if TYPE_CHECKING:
-    from lapora.api import Predictor, RowPrediction, evaluate, fit, fit_model, load, tune_prior
-    from lapora.routed import RoutedPredictor, load_many
+    from lapora.api import (
+        Predictor,
+        RoutedPredictor,
+        RowPrediction,
+        evaluate,
+        fit,
+        fit_model,
+        load,
+        load_many,
+        tune_prior,
+    )
 
 __all__ = [
     "Predictor",

@@ -24,7 +24,7 @@ a choice that does not exist a :class:`lapora.errors.UsageError`.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,8 +39,8 @@ from lapora.config import (
     PriorSettings,
     Progress,
 )
-from lapora.model.borrowed import borrowed
-from lapora.model.hub import local_model
+from lapora.models.adapter import local_model
+from lapora.models.in_memory import borrowed
 from lapora.options import (
     CurvatureOptions,
     EvalOptions,
@@ -53,11 +53,10 @@ from lapora.options import (
 )
 from lapora.tasks import Row, Task
 from lapora.workflows.evaluate import run_evaluation
-from lapora.workflows.fit import FitResult
+from lapora.workflows.fit import FitResult, fit_in_memory
 from lapora.workflows.fit import fit as run_fit
-from lapora.workflows.in_memory import fit_in_memory
-from lapora.workflows.predict import predict_rows
-from lapora.workflows.session import Session, open_session
+from lapora.workflows.predict import AdapterRoutes, predict_routed, predict_rows
+from lapora.workflows.task_model import Session, open_session
 from lapora.workflows.tune_prior import TunedPrior
 from lapora.workflows.tune_prior import tune_prior as run_tune_prior
 
@@ -308,3 +307,78 @@ def _model(adapter: str | Path, options: Mapping[str, Any], *, writes: bool = Fa
 
 def _data(task: str | Path | None, options: Mapping[str, Any]) -> DataSettings:
     return DataSettings(None if task is None else str(task), **settings_of(DataSettings, options))
+
+
+class RoutedPredictor:
+    """Adapters of one base, opened when they are first asked for; made by :func:`load_many`."""
+
+    def __init__(self, routes: AdapterRoutes, name: str) -> None:
+        self._routes = routes
+        self._name = name
+
+    @property
+    def adapters(self) -> list[str]:
+        """The names that rows may give; the first answers rows that give none."""
+        return self._routes.names
+
+    @takes(LinkOptions, PredictSettings)
+    def predict(
+        self, rows: Iterable[Mapping[str, Any]], *, logits: bool = False, **options: Unpack[LinkOptions]
+    ) -> list[RowPrediction]:
+        """Predict rows, in order.
+
+            >>> predictor = lapora.load_many("adapter", ["other=adapter"])
+            >>> rows = [{"story": "the cows are in the barn ?"}, {"story": "anna is quiet ?", "adapter": "other"}]
+            >>> [sorted(answer.probabilities) for answer in predictor.predict(rows)]
+            [['no', 'yes'], ['no', 'yes']]
+
+        Args:
+            rows: Rows with their task's fields and, in ``adapter``, a name.
+            logits: Give the logits' mean and covariance too.
+            options: Link, points of the sampling links, seed: :class:`lapora.options.LinkOptions`.
+
+        Raises:
+            DataError: A row lacks a field, or names an adapter that is none; the message names the row, from 0.
+            AdapterError, PosteriorError: The adapter that a row names cannot be used.
+            NumericalError: The model makes NaN or infinity of a row.
+        """
+        settings = PredictSettings(name=self._name, logits=logits, **options)
+        return [RowPrediction.of(record) for record in predict_routed(self._routes, settings, rows)]
+
+
+@takes(ModelOptions, ModelSettings)
+def load_many(
+    adapter: str | Path,
+    adapters: Sequence[str | Path],
+    *,
+    name: str = "default",
+    adapter_field: str = "adapter",
+    adapters_kept: int = 16,
+    **options: Unpack[ModelOptions],
+) -> RoutedPredictor:
+    """Load fitted adapters on the base models that they share; ``lapora predict --adapter``.
+
+        >>> lapora.load_many("adapter", ["other=adapter"]).adapters
+        ['adapter', 'other']
+
+    Args:
+        adapter: Answers rows that name none.
+        adapters: The others: folders, ``NAME=FOLDER``, ids on the Hub, or folders of adapters.
+        name: Of their posteriors.
+        adapter_field: The field in which rows name their adapter.
+        adapters_kept: How many stay in memory between calls.
+        options: Base model, type, device, batch size: :class:`lapora.options.ModelOptions`.
+
+    Raises:
+        UsageError: Two adapters of one name, or a folder without any.
+        AdapterError: ADAPTER cannot be loaded.
+        PosteriorError: It has no posterior, or one of something else.
+    """
+    model = local_model(ModelSettings(str(adapter), **settings_of(ModelSettings, options)))
+    settings = PredictSettings(
+        name=name,
+        adapters=tuple(map(str, adapters)),
+        adapter_field=adapter_field,
+        adapters_kept=adapters_kept,
+    )
+    return RoutedPredictor(AdapterRoutes(model, settings), name)

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from lapora.distributed import ALONE, Processes
 from lapora.errors import UsageError
-from lapora.processes import ALONE, Processes
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16", "float64"]
 Quantisation = Literal["none", "8bit", "4bit"]
@@ -30,6 +30,9 @@ Progress = Callable[[int, int], None]
 
 JOINT_STRUCTURES: tuple[Structure, ...] = ("lowrank", "full")
 """Structures with one basis for all layers; the others have blocks, one for each layer."""
+
+JOINT = "joint"
+"""Prefix of the tensors of a posterior whose basis spans all layers."""
 
 BASELESS_STRUCTURES: tuple[Structure, ...] = ("diag",)
 """Structures of blocks in the weights' own coordinates."""
@@ -67,8 +70,8 @@ class ModelSettings:
         output_dir: Where ``laplace/`` is, if not in the adapter's folder.
         trust_remote_code: Run the code that a base model or tokenizer brings along.
         revision: Branch, tag or commit of an adapter on the Hub.
-        fetched: Where an adapter of the Hub was fetched to; set by :func:`lapora.model.hub.local_model`.
-        processes: Those that share the rows, from :func:`lapora.processes.join_processes`.
+        fetched: Where an adapter of the Hub was fetched to; set by :func:`lapora.models.adapter.local_model`.
+        processes: Those that share the rows, from :func:`lapora.distributed.join_processes`.
         gradient_checkpointing: Keep of a transformer block its input alone, and run it again in the backward pass.
         device_map: Spread the layers of a model larger than a device over devices, host and disk.
         max_memory: With ``device_map``: ``0=20GiB,cpu=60GiB``.

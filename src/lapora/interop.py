@@ -3,7 +3,6 @@
 A posterior of structure ``kron`` is what laplace-torch calls a ``KronDecomposed``, and with the model a
 ``KronLaplace``. ::
 
-    from lapora.interop import from_laplace_torch, to_kron_laplace, to_laplace_torch
 
     precision = to_laplace_torch("my-adapter")       # posterior precision, one Kronecker product per layer
     session = open_session(ModelSettings("my-adapter"), "default")
@@ -24,17 +23,17 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor
 
-from lapora.curvature.laplace_torch import kron_laplace as room
-from lapora.curvature.laplace_torch.kron_laplace import KroneckerBlock
 from lapora.errors import UsageError
-from lapora.model.answers import AnswerModel
-from lapora.model.bayesian_layers import BayesianLayer
-from lapora.posterior.artifact import SavedPosterior, posterior_folder
+from lapora.laplace_torch import kron_laplace as room
+from lapora.laplace_torch.kron_laplace import KroneckerBlock
+from lapora.models.lora_layers import BayesianLayer
+from lapora.models.outputs import AnswerModel
 from lapora.posterior.gaussian import BlockPosterior, EigenBlock
+from lapora.storage.saved import SavedPosterior, posterior_folder
 
 if TYPE_CHECKING:
-    from lapora.curvature.laplace_torch.kron_laplace import Kron, KronDecomposed, KronLaplace
-    from lapora.workflows.session import Session
+    from lapora.laplace_torch.kron_laplace import Kron, KronDecomposed, KronLaplace
+    from lapora.workflows.task_model import Session
 
 # A Kronecker product's eigenvalues are an outer product to the last digits of float64.
 _RANK_ONE_TOLERANCE = 1e-9
@@ -97,7 +96,7 @@ def kron_laplace(
 
     It predicts, samples, and gives and optimises its marginal likelihood as after its own ``fit``; to ``fit``
     it again, let the layers' weights require gradients first. As input it takes what a tokenizer returns, or
-    :func:`lapora.curvature.laplace_torch.network.as_inputs` of a batch. Its Jacobians are laplace-torch's, by
+    :func:`lapora.laplace_torch.network.as_inputs` of a batch. Its Jacobians are laplace-torch's, by
     ``torch.func``: ``(rows, C, parameters)`` in memory, and not through a base quantised by bitsandbytes.
 
     Args:

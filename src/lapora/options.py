@@ -29,8 +29,8 @@ from lapora.config import (
     Subset,
     WeightSharing,
 )
+from lapora.distributed import Processes
 from lapora.errors import UsageError
-from lapora.processes import Processes
 
 
 class ModelOptions(TypedDict, total=False):

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from lapora.errors import DataError
 from lapora.tasks import Task, load_rows, load_task, render_all
-from lapora.tasks.loader import MAX_YAML_BYTES, builtin_tasks, task_from_yaml
+from lapora.tasks.task import MAX_YAML_BYTES, builtin_tasks, task_from_yaml
 
 MINIMAL = "task: mine\ndoc_to_text: '{{question}}'\ndoc_to_choice: ['A', 'B']\n"
 

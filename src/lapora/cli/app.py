@@ -10,15 +10,11 @@ from typing import Annotated, TextIO
 import typer
 
 from lapora._version import __version__
-from lapora.cli.compare import compare_command
-from lapora.cli.demo import demo_command
+from lapora.cli.console import complain, say
 from lapora.cli.evaluate import eval_command
 from lapora.cli.fit import fit_command
-from lapora.cli.inspect import inspect_command
-from lapora.cli.output import complain, say
+from lapora.cli.others import compare_command, demo_command, inspect_command, push_command, tasks_command
 from lapora.cli.predict import predict_command
-from lapora.cli.push import push_command
-from lapora.cli.tasks import tasks_command
 from lapora.cli.tune_prior import tune_prior_command
 from lapora.errors import LaporaError, LaporaWarning, UsageError
 

@@ -7,14 +7,13 @@ from typing import Annotated
 
 import typer
 
-from lapora.cli.lines import binary_lines
-from lapora.cli.model_options import takes_model
-from lapora.cli.options import (
+from lapora.cli.arguments import (
     NameOption,
     SamplesOption,
     SeedOption,
+    takes_model,
 )
-from lapora.cli.records import write_json_lines
+from lapora.cli.jsonl import binary_lines, write_json_lines
 from lapora.config import Link, ModelSettings, OnError, PredictSettings
 from lapora.errors import UsageError
 

@@ -7,15 +7,15 @@ from typing import Annotated
 
 import typer
 
-from lapora.cli.model_options import takes_model
-from lapora.cli.options import (
+from lapora.cli.arguments import (
     DataDirOption,
     JsonOption,
     NameOption,
     SeedOption,
     TaskOption,
+    takes_model,
 )
-from lapora.cli.output import RowProgress, say
+from lapora.cli.console import RowProgress, say
 from lapora.config import DataSettings, Link, ModelSettings, Optimizer, PriorMethod, PriorSettings, PriorStructure
 
 

@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lapora.curvature.resuming import ObserverState
-from lapora.model.batches import Batch
-from lapora.model.bayesian_layers import BayesianLayer
+from lapora.curvature.passes import ObserverState
+from lapora.models.batches import Batch
+from lapora.models.lora_layers import BayesianLayer
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,7 +58,7 @@ class LayerGradient:
 class PerExampleObserver:
     """Joins the K gradients of each layer and hands them to :meth:`join`; a base class of observers.
 
-    See :class:`lapora.curvature.linearisation.Observer`.
+    See :class:`lapora.curvature.backward.Observer`.
 
     Args:
         bases: Basis of each layer, by name, on the model's device.

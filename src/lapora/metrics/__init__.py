@@ -2,17 +2,19 @@
 
 from lapora.metrics.bins import Bin, reliability_bins
 from lapora.metrics.bootstrap import Interval, intervals, paired_interval
-from lapora.metrics.ranking import auroc, risk_coverage, threshold_for_coverage
 from lapora.metrics.scores import (
     ADAPTIVE_BINS,
     ECE_BINS,
     HIGHER_IS_BETTER,
+    auroc,
     constant_predictor,
     evaluate,
+    fit_temperature,
+    risk_coverage,
     row_entropy,
     row_nll,
+    threshold_for_coverage,
 )
-from lapora.metrics.temperature import fit_temperature
 
 __all__ = [
     "ADAPTIVE_BINS",

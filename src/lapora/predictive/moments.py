@@ -8,38 +8,23 @@ contracted as soon as its gradients are there: no (batch x classes x parameters)
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from types import TracebackType
 
 import torch
 from torch import Tensor
 
+from lapora.curvature.backward import Linearisation
 from lapora.curvature.per_example import JacobianObserver, LayerGradient, PerExampleObserver
 from lapora.errors import NumericalError
-from lapora.model.batches import Batch
-from lapora.model.bayesian_layers import BayesianLayer
+from lapora.likelihoods.base import LogitMoments
+from lapora.likelihoods.categorical import class_columns, difference_columns, no_columns
+from lapora.models.batches import Batch
+from lapora.models.lora_layers import BayesianLayer
+from lapora.models.outputs import AnswerModel
 from lapora.posterior.gaussian import BlockPosterior, EigenBlock, JointPosterior, Posterior
 
 _BASIS_ROWS = 64
 """How much of a basis is in float64 at a time."""
-
-
-@dataclass(frozen=True)
-class LogitMoments:
-    """Mean and covariance of the logits of B rows.
-
-    Attributes:
-        mean: ``f_MAP``, ``(B, C)``.
-        covariance: ``(B, K, K)`` in float64: of the C logits when ``K = C``, of the differences
-            ``f_c - f_0`` when ``K = C - 1``.
-    """
-
-    mean: Tensor
-    covariance: Tensor
-
-    @property
-    def of_differences(self) -> bool:
-        """Whether the covariance is that of the C-1 differences to the first class."""
-        return self.covariance.shape[1] == self.mean.shape[1] - 1
 
 
 def covariance_observer(
@@ -65,7 +50,7 @@ def covariance_observer(
 
 
 class BlockCovarianceObserver(PerExampleObserver):
-    """Adds up Λ over the layers; see :class:`lapora.curvature.linearisation.Observer`.
+    """Adds up Λ over the layers; see :class:`lapora.curvature.backward.Observer`.
 
     Several prior precisions are served at once, since the rotated gradients do not depend on them.
 
@@ -164,3 +149,60 @@ class JointCovarianceObserver(JacobianObserver):
         found = torch.einsum("kbm,lbm,dm->dbkl", inside, inside, variance)
         rest = torch.einsum("kbp,lbp->bkl", outside, outside).double()
         return found + rest / self._precisions.reshape(-1, 1, 1, 1)
+
+
+class LinearisedPredictor:
+    """Logit moments of batches under the posterior; a context manager.
+
+    Args:
+        answers: The network.
+        layers: The Bayesian layers.
+        posterior: Their posterior, on the model's device.
+        precisions: Prior precision of each layer under each of D priors, ``(D, number of layers)``.
+        classes: Number of answers C.
+        every_class: Ask for the covariance of all C logits (C backward passes), not of C-1 differences.
+        map_only: Ask for no covariance at all: one forward pass.
+    """
+
+    def __init__(
+        self,
+        answers: AnswerModel,
+        layers: Sequence[BayesianLayer],
+        posterior: Posterior,
+        precisions: Tensor,
+        *,
+        classes: int,
+        every_class: bool = False,
+        map_only: bool = False,
+    ) -> None:
+        self._columns = no_columns if map_only else class_columns if every_class else difference_columns
+        self._observer = covariance_observer(
+            posterior, precisions, layers, classes=classes, directions=classes - (not every_class)
+        )
+        self._linearisation = Linearisation(answers, [] if map_only else layers, self._observer)
+
+    def __enter__(self) -> LinearisedPredictor:
+        self._linearisation.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._linearisation.__exit__(kind, error, traceback)
+
+    def moments(self, batch: Batch) -> LogitMoments:
+        """Mean and covariance of a batch's logits under the first prior."""
+        return self.moments_under_each_prior(batch)[0]
+
+    def moments_under_each_prior(self, batch: Batch) -> list[LogitMoments]:
+        """Mean and covariance of a batch's logits under each of the D priors, from one pass."""
+        directions = 0
+
+        def columns(logits: Tensor) -> Tensor:
+            nonlocal directions
+            along = self._columns(logits)
+            directions = len(along)
+            return along
+
+        mean = self._linearisation.run(batch, columns)
+        return [LogitMoments(mean, each) for each in self._observer.covariance(len(batch), directions)]

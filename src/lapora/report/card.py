@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from lapora.config import method_label
+from lapora.errors import printable
 from lapora.posterior.prior import PriorPrecision
-from lapora.tasks.quoting import printable
 
 _SCORES = ("accuracy", "ece", "nll", "brier")
 

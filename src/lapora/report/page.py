@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lapora.errors import DataError
-from lapora.report.evaluation import HEADINGS, label_of, number, threshold
+from lapora.report.tables import HEADINGS, label_of, number, threshold
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,6 @@
 """Tasks: how a row of data becomes a prompt, the answers to choose from, and the right one."""
 
-from lapora.tasks.answers import answer_token_ids
-from lapora.tasks.checks import check_task, describe_task
-from lapora.tasks.encoding import EncodedExample, encode, encode_all
+from lapora.tasks.check import check_task, describe_task
 from lapora.tasks.examples import (
     Example,
     data_fingerprint,
@@ -11,10 +9,9 @@ from lapora.tasks.examples import (
     required_fields,
     resolve_choices,
 )
-from lapora.tasks.files import parse_json_line
-from lapora.tasks.loader import builtin_tasks, builtin_yaml, load_task
-from lapora.tasks.rows import Row, load_rows, split_source
-from lapora.tasks.task import Task, TaskKind
+from lapora.tasks.rows import Row, load_rows, parse_json_line, split_source
+from lapora.tasks.task import Task, TaskKind, builtin_tasks, builtin_yaml, load_task
+from lapora.tasks.tokens import EncodedExample, answer_token_ids, encode, encode_all
 
 __all__ = [
     "EncodedExample",

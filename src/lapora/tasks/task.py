@@ -6,13 +6,17 @@ The vocabulary is lm-evaluation-harness's, with four keys of lapora's own: ``doc
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import difflib
+import json
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
+from importlib import resources
+from pathlib import Path
 from typing import Any, Literal, cast
 
-from lapora.errors import DataError
-from lapora.tasks.keys import KEY_PARSERS, kind_of, plain
-from lapora.tasks.quoting import listed, quoted
+import yaml
+
+from lapora.errors import DataError, first_line, listed, quoted
 from lapora.tasks.templates import CompiledTemplate, compiled_template
 
 TaskKind = Literal["causal", "classifier"]
@@ -202,3 +206,315 @@ def _metric_of(metric_list: tuple[Mapping[str, Any], ...], source: str) -> str:
         f"{source}: metric_list: none of {listed([str(name) for name in named])} is one "
         "that lapora computes: acc or mcc"
     )
+
+
+_METRICS = ("acc", "mcc")
+# Reported in any case, or meaningless with one token per answer: a harness file may list them beside `acc`.
+_METRICS_BESIDE = ("acc_norm", "acc_mutual_info", "f1", "brier_score")
+
+
+def kind_of(value: object) -> str:
+    """What a YAML value is, in words."""
+    if isinstance(value, Mapping):
+        return "a mapping"
+    names = {list: "a list", tuple: "a list", str: "text", bool: "true or false", int: "a number"}
+    return names.get(type(value), "null" if value is None else type(value).__name__)
+
+
+def plain(value: Any) -> Any:
+    """A value with its mappings and sequences as dicts and lists."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(entry) for entry in value]
+    return value
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise DataError(f"must be text, not {kind_of(value)} ({quoted(value)}); put it in quotes")
+    return value
+
+
+def _name(value: object) -> str:
+    if not _text(value).strip():
+        raise DataError("must not be empty")
+    return _text(value)
+
+
+def _template(value: object) -> str:
+    source = _name(value)
+    compiled_template(source)
+    return source
+
+
+def _condition(value: object) -> str:
+    return f"{{{{ {str(value).lower()} }}}}" if isinstance(value, bool) else _template(value)
+
+
+def _target(value: object) -> str | int:
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    return _template(value)
+
+
+def _choices(value: object) -> tuple[str, ...] | str:
+    if isinstance(value, str):
+        return _template(value)
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if not isinstance(value, (list, tuple)):
+        raise DataError(f"must be a list of answers or a template, not {kind_of(value)}")
+    return checked_choices(value)
+
+
+def checked_choices(values: list[Any] | tuple[Any, ...]) -> tuple[str, ...]:
+    """Answers as text: at least two, distinct, none empty.
+
+    Raises:
+        DataError: They are not.
+    """
+    for value in values:
+        if isinstance(value, bool):
+            raise DataError(f"the answer {value} is a truth value (as YAML reads yes and no): put it in quotes")
+        if not isinstance(value, (str, int, float)) or value == "":
+            raise DataError(f"an answer must be text, not {quoted(value)}")
+    choices = tuple(str(value) for value in values)
+    if len(choices) < 2:
+        raise DataError(f"{len(choices)} answers; at least two are needed")
+    twice = [choice for index, choice in enumerate(choices) if choice in choices[:index]]
+    if twice:
+        raise DataError(f"the answer {quoted(twice[0])} stands there twice")
+    return choices
+
+
+def _inputs(value: object) -> tuple[str, ...]:
+    if isinstance(value, str):
+        return (_template(value),)
+    if not isinstance(value, (list, tuple)) or len(value) not in (1, 2):
+        raise DataError("must be one template, or a list of one or two")
+    return tuple(_template(entry) for entry in value)
+
+
+def _output_type(value: object) -> str:
+    if value != "multiple_choice":
+        raise DataError(f"must be multiple_choice, not {quoted(value)}: lapora scores a fixed set of answers")
+    return "multiple_choice"
+
+
+def _metric(value: object) -> str:
+    if value not in _METRICS:
+        raise DataError(f"must be one of {', '.join(_METRICS)}, not {quoted(value)}")
+    return cast(str, value)
+
+
+def _metric_list(value: object) -> tuple[Mapping[str, Any], ...]:
+    if not isinstance(value, (list, tuple)) or not all(isinstance(entry, Mapping) for entry in value):
+        raise DataError("must be a list of mappings, each with a key 'metric'")
+    for entry in value:
+        if entry.get("metric") not in (*_METRICS, *_METRICS_BESIDE):
+            raise DataError(f"the metric {quoted(entry.get('metric'))} is not one that lapora knows")
+    return tuple(_json(entry) for entry in value)
+
+
+def _max_length(value: object) -> int | dict[str, int]:
+    if isinstance(value, Mapping):
+        if set(value) - {"causal", "classifier"}:
+            raise DataError("the kinds of model are causal and classifier")
+        return {str(kind): cast(int, _max_length(length)) for kind, length in value.items()}
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= 10_000_000:
+        raise DataError(f"must be a number of tokens, not {quoted(value)}")
+    return value
+
+
+def _dataset_kwargs(value: object) -> dict[str, Any]:
+    if not isinstance(value, Mapping):
+        raise DataError(f"must be a mapping, not {kind_of(value)}")
+    unknown = [str(key) for key in value if key != "data_files"]
+    if unknown:
+        raise DataError(f"unknown key {listed(unknown)}; only data_files is taken")
+    files = value.get("data_files")
+    by_split = files if isinstance(files, Mapping) else {"train": files}
+    for named in by_split.values():
+        paths = named if isinstance(named, (list, tuple)) else [named]
+        if not paths or not all(isinstance(path, str) and path for path in paths):
+            raise DataError("data_files: must be a path, a list of paths, or a mapping of splits to these")
+    return _json(dict(value))
+
+
+def _json(value: Any) -> Any:
+    try:
+        return json.loads(json.dumps(plain(value), allow_nan=False))
+    except (TypeError, ValueError, RecursionError):
+        raise DataError("holds what JSON cannot: use text, numbers, lists and mappings") from None
+
+
+KEY_PARSERS: dict[str, Callable[[Any], Any]] = {
+    "task": _name,
+    "dataset_path": _name,
+    "dataset_name": _name,
+    "dataset_kwargs": _dataset_kwargs,
+    "training_split": _name,
+    "validation_split": _name,
+    "test_split": _name,
+    "output_type": _output_type,
+    "doc_to_text": _template,
+    "doc_to_choice": _choices,
+    "doc_to_target": _target,
+    "doc_to_inputs": _inputs,
+    "keep_if": _condition,
+    "metric": _metric,
+    "metric_list": _metric_list,
+    "truncate_field": _name,
+    "max_length": _max_length,
+    "target_delimiter": _text,
+    "tag": _json,
+    "metadata": _json,
+}
+"""Each key's reader, in the order of a task file; it raises DataError without naming the key."""
+
+
+MAX_YAML_BYTES = 65_536
+"""Size of a task file."""
+_MAX_DEPTH = 20
+
+
+def builtin_tasks() -> list[str]:
+    """Names of the built-in tasks, sorted."""
+    folder = resources.files("lapora.tasks") / "builtin"
+    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+
+
+def builtin_yaml(name: str) -> str:
+    """The text of a built-in task's file, comments and all, to start one's own from.
+
+    Raises:
+        DataError: There is no such task.
+    """
+    names = builtin_tasks()
+    if name not in names:
+        close = difflib.get_close_matches(name, names, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"the built-in tasks are {', '.join(names)}"
+        raise DataError(f"no task {quoted(name)}: {hint} (a task of your own: the path of its YAML file)")
+    return (resources.files("lapora.tasks") / "builtin" / f"{name}.yaml").read_text(encoding="utf-8")
+
+
+def load_task(name_or_path: str) -> Task:
+    """A built-in task by name, or the task of a YAML file.
+
+    Relative ``data_files`` are resolved against the file's folder.
+
+    Raises:
+        DataError: There is no such task or file, or the file is not a task.
+    """
+    if name_or_path in builtin_tasks():
+        return task_from_yaml(builtin_yaml(name_or_path), source=f"built-in task {name_or_path}")
+    path = Path(name_or_path)
+    looks_like_a_path = path.suffix.lower() in (".yaml", ".yml") or len(path.parts) > 1
+    if not looks_like_a_path and not path.is_file():
+        builtin_yaml(name_or_path)  # raises, naming what there is
+    try:
+        with path.open("rb") as stream:
+            content = stream.read(MAX_YAML_BYTES + 1)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or "cannot be read"
+        raise DataError(
+            f"task file {quoted(name_or_path, 200)}: {reason}; give a built-in "
+            "name (`lapora tasks` lists them) or the path of a YAML file"
+        ) from None
+    if len(content) > MAX_YAML_BYTES:
+        raise DataError(f"task file {quoted(name_or_path, 200)}: more than {MAX_YAML_BYTES} bytes is no task")
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"task file {quoted(name_or_path, 200)}: not UTF-8 at byte {error.start}; save it as UTF-8"
+        ) from None
+    return task_from_yaml(text, source=f"task file {quoted(name_or_path, 200)}", folder=path.resolve().parent)
+
+
+def task_from_yaml(text: str, *, source: str, folder: Path | None = None) -> Task:
+    """Parse and validate a task's YAML.
+
+    Args:
+        text: The YAML.
+        source: The file, as an error message names it.
+        folder: Where relative ``data_files`` are.
+
+    Raises:
+        DataError: It is not YAML, uses aliases or tags, or is not a task.
+    """
+    try:
+        _check_events(text, source)
+        values = yaml.load(text, Loader=_TaskLoader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        where = f", line {mark.line + 1}" if mark is not None else ""
+        raise DataError(f"{source}{where}: {error.problem or 'not YAML'}") from None
+    except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:
+        raise DataError(f"{source}: not YAML: {first_line(error)}") from None
+    if values is None:
+        raise DataError(f"{source}: it is empty; `lapora tasks boolq` prints a task to start from")
+    if folder is not None and isinstance(values, Mapping):
+        values = _with_absolute_files(dict(values), folder)
+    return Task.from_dict(values, source=source)
+
+
+class _TaskLoader(yaml.SafeLoader):
+    """PyYAML's safe loader, refusing keys that stand twice (the first would be lost) and any tag."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            problem = None
+            if not isinstance(key_node, yaml.ScalarNode):
+                problem = "a key must be a word"
+            elif key_node.value in seen:
+                problem = f"the key {quoted(key_node.value)} stands there twice"
+            if problem is not None:
+                raise yaml.constructor.ConstructorError(None, None, problem, key_node.start_mark)
+            seen.add(key_node.value)
+        return super().construct_mapping(node, deep=deep)
+
+
+def _check_events(text: str, source: str) -> None:
+    """Refuse aliases (a bomb is made of them), tags and deep nesting before anything is built."""
+    depth = 0
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        line = event.start_mark.line + 1 if event.start_mark is not None else 0
+        if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None) is not None:
+            raise DataError(f"{source}, line {line}: anchors and aliases are not taken; write the value out")
+        tag = getattr(event, "tag", None)
+        if tag is not None and tag != "!":
+            name = str(tag).replace("tag:yaml.org,2002:", "!!")
+            called = text.splitlines()[line - 1].strip() if line <= len(text.splitlines()) else name
+            raise DataError(
+                f"{source}, line {line}: the tag {quoted(name)} is not taken ({quoted(called)}): lapora runs "
+                "no Python of a task file; write it as a template"
+            )
+        if isinstance(event, yaml.CollectionStartEvent):
+            depth += 1
+        elif isinstance(event, yaml.CollectionEndEvent):
+            depth -= 1
+        if depth > _MAX_DEPTH:
+            raise DataError(f"{source}, line {line}: nested more than {_MAX_DEPTH} deep")
+
+
+def _with_absolute_files(values: dict[str, Any], folder: Path) -> dict[str, Any]:
+    options = values.get("dataset_kwargs")
+    if not isinstance(options, Mapping) or "data_files" not in options:
+        return values
+    if values.get("dataset_path") not in (None, *FILE_LOADERS):
+        return values  # files of a Hub repository
+
+    def absolute(named: Any) -> Any:
+        if isinstance(named, str):
+            return named if "://" in named else str(folder / named)
+        if isinstance(named, list):
+            return [absolute(entry) for entry in named]
+        if isinstance(named, Mapping):
+            return {split: absolute(entry) for split, entry in named.items()}
+        return named
+
+    values["dataset_kwargs"] = {**options, "data_files": absolute(options["data_files"])}
+    return values

@@ -11,10 +11,8 @@ from jinja2.exceptions import SecurityError, TemplateError, TemplateSyntaxError
 from jinja2.meta import find_undeclared_variables
 from jinja2.runtime import Undefined
 
-from lapora.errors import DataError, first_line
-from lapora.tasks.filters import MAX_OUTPUT
-from lapora.tasks.quoting import listed, quoted
-from lapora.tasks.sandbox import BUDGET, MAX_SOURCE, LoopBudget, TemplateEnvironment
+from lapora.errors import DataError, first_line, listed, quoted
+from lapora.tasks.sandbox import BUDGET, MAX_OUTPUT, MAX_SOURCE, LoopBudget, TemplateEnvironment
 
 _RESULT = "lapora_result"
 _GUARDS = frozenset({"defined", "undefined", "none"})

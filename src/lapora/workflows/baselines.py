@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+import re
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -14,15 +15,12 @@ from torch import Tensor
 from lapora import metrics
 from lapora.config import DataSettings, Dtype, EvalSettings, ModelSettings, Quantisation
 from lapora.errors import AdapterError, DataError, UsageError
-from lapora.model.adapter import CONFIG_FILE, Adapter, read_adapter
-from lapora.model.answers import AnswerModel
-from lapora.model.bases import SharedBases
-from lapora.model.dropout import lora_dropout_on, lora_dropouts
-from lapora.model.hub import fetch_adapter, is_hub_id
-from lapora.workflows.checkpoint_folders import checkpoint_folders
-from lapora.workflows.plan import Plan, Prediction
-from lapora.workflows.scoring import LabelledRows, forward_log_p, read_labelled_rows, row_digest
-from lapora.workflows.session import Session, are_training_rows
+from lapora.models.adapter import CONFIG_FILE, Adapter, fetch_adapter, is_hub_id, read_adapter
+from lapora.models.lora_layers import lora_dropout_on, lora_dropouts
+from lapora.models.outputs import AnswerModel
+from lapora.models.shared_base import SharedBases
+from lapora.workflows.scoring import LabelledRows, Prediction, forward_log_p, read_labelled_rows, row_digest
+from lapora.workflows.task_model import Session, are_training_rows
 
 
 @dataclass(frozen=True)
@@ -49,7 +47,9 @@ class Temperature:
         return Prediction("temperature", torch.log_softmax(log_map / self.value, dim=1), details=details)
 
 
-def fit_temperature(session: Session, plan: Plan, data: DataSettings, settings: EvalSettings) -> Temperature:
+def fit_temperature(
+    session: Session, tuned_on: Mapping[str, Mapping[str, Any]], data: DataSettings, settings: EvalSettings
+) -> Temperature:
     """Fit the temperature on rows that are not going to be scored.
 
     They are those of ``temperature_split``; else those that tuned a prior; else a seeded half of the split that is
@@ -65,7 +65,7 @@ def fit_temperature(session: Session, plan: Plan, data: DataSettings, settings: 
         raise UsageError(f"--temperature-split {split}: the adapter was trained on these rows; give another split")
     notes: tuple[str, ...] = ()
     rows = None
-    for record in plan.tuned_on.values():
+    for record in tuned_on.values():
         if rows is None and split in (None, record["split"]):
             rows = _recorded_rows(session, data, record["split"], frozenset(record["rows"]))
             if rows is None:
@@ -191,3 +191,15 @@ def _averaged(method: str, drawn: Tensor, details: dict[str, Any]) -> Prediction
     log_p = log_p - torch.logsumexp(log_p, dim=1, keepdim=True)
     information = metrics.row_entropy(log_p) - metrics.row_entropy(drawn).mean(dim=0)
     return Prediction(method, log_p, details=details, mutual_information=information.clamp(min=0.0))
+
+
+def checkpoint_folders(run: Path) -> list[tuple[int, Path]]:
+    """Training step and folder of every checkpoint that holds an adapter, in the order of training."""
+    if not run.is_dir():
+        return []
+    found = []
+    for folder in run.iterdir():
+        match = re.fullmatch(r"checkpoint-(\d+)", folder.name)
+        if match and (folder / CONFIG_FILE).is_file():
+            found.append((int(match[1]), folder))
+    return sorted(found)

@@ -5,11 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from lapora.config import DataSettings
-from lapora.model.adapter import read_adapter
-from lapora.model.hub import fetch_adapter, is_hub_id
-from lapora.model.tokenizer import load_tokenizer
+from lapora.models.adapter import fetch_adapter, is_hub_id, read_adapter
+from lapora.models.loading import load_tokenizer
 from lapora.tasks import check_task
-from lapora.workflows.session import read_rows
+from lapora.workflows.task_model import read_rows
 
 
 def check(adapter_path: str, data: DataSettings, *, base_model: str | None = None) -> dict[str, Any]:

@@ -18,7 +18,7 @@ import yaml
 
 from lapora.config import DataSettings, FitSettings, ModelSettings
 from lapora.errors import UsageError
-from lapora.model.quiet import quiet_libraries
+from lapora.models.loading import quiet_libraries
 
 _NAMES = ["anna", "boris", "clara", "dmitri", "elena", "farid", "greta", "hugo", "ines", "jonas"]
 _ANIMALS = ["cows", "sheep", "goats", "horses", "geese", "ducks", "hens", "bees"]

@@ -6,20 +6,29 @@ import math
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from pathlib import Path
+from typing import Any, cast, get_args
 
 import torch
 
 from lapora import metrics
-from lapora.config import DEFAULT_SAMPLES, DataSettings, EvalSettings, Link, ModelSettings, PriorSettings, Progress
+from lapora.config import (
+    DEFAULT_SAMPLES,
+    DataSettings,
+    EvalSettings,
+    Link,
+    Method,
+    ModelSettings,
+    PriorSettings,
+    Progress,
+)
 from lapora.errors import DataError, UsageError
-from lapora.predictive.information import mutual_information
-from lapora.tasks import data_fingerprint
+from lapora.likelihoods.categorical import mutual_information
+from lapora.storage.saved import saved_names
+from lapora.tasks import data_fingerprint, load_rows, load_task, render_all, resolve_choices
 from lapora.workflows import baselines
-from lapora.workflows.plan import Plan, Prediction, make_plan
-from lapora.workflows.scoring import LabelledRows, ScoredRows, read_labelled_rows, score_rows
-from lapora.workflows.session import Session, are_training_rows, open_session
-from lapora.workflows.shift import coverage_record, read_shifted_rows, shift_record
+from lapora.workflows.scoring import LabelledRows, Prediction, ScoredRows, read_labelled_rows, score_rows
+from lapora.workflows.task_model import Session, are_training_rows, open_posterior, open_session
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,7 +134,7 @@ def _temperature(
     if "temperature" not in plan.methods:
         return None
     try:
-        found = baselines.fit_temperature(session, plan, data, settings)
+        found = baselines.fit_temperature(session, plan.tuned_on, data, settings)
     except DataError as error:
         if not plan.everything or settings.temperature_split:
             raise
@@ -292,3 +301,161 @@ def _remedy(session: Session, link: Link, options: str) -> str:
     if min(point["nll"] for point in prior["validation"]["curve"]) > prior["validation"]["map"]["nll"]:
         return "so it was on the rows that tuned the prior, at every precision: predict with another --link, or map"
     return "the tuning rows said otherwise: tune on more rows (--limit), or predict with --link map"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is scored.
+
+    Attributes:
+        methods: In the order of the table.
+        everything: Whether ``all`` was asked for: what cannot be had is then left out, not refused.
+        names: Saved posteriors, at least one.
+        links: Links of each posterior.
+        tuned_on: By posterior whose prior validation rows chose: the manifest's record of it.
+        left_out: Why a method of ``all`` is not scored: lines for people.
+    """
+
+    methods: tuple[Method, ...]
+    everything: bool
+    names: tuple[str, ...]
+    links: tuple[Link, ...]
+    tuned_on: dict[str, dict[str, Any]]
+    left_out: tuple[str, ...] = ()
+
+    @property
+    def tuning_digests(self) -> frozenset[str]:
+        """Digests of all rows that chose a prior."""
+        return frozenset(digest for record in self.tuned_on.values() for digest in record["rows"])
+
+
+def make_plan(model: ModelSettings, settings: EvalSettings) -> Plan:
+    """Settle what is scored.
+
+    Raises:
+        UsageError: Nothing to score, or options that contradict each other.
+        PosteriorError: A posterior is missing, damaged, or of other weights.
+    """
+    everything = "all" in settings.methods
+    methods = cast("tuple[Method, ...]", get_args(Method) if everything else _unique(settings.methods))
+    if settings.ensemble and "ensemble" not in methods:
+        methods = (*methods, "ensemble")
+    if (settings.temperature_split or settings.temperature_oracle) and "temperature" not in methods:
+        methods = (*methods, "temperature")
+    if not methods:
+        raise UsageError("nothing to evaluate; give --methods")
+    if "ensemble" in methods and not settings.ensemble and not everything:
+        raise UsageError("--methods ensemble needs --ensemble PATH: another adapter, or a folder of checkpoints")
+    left_out: tuple[str, ...] = ()
+    if not settings.ensemble:
+        if everything:
+            left_out = ("left out: ensemble: no --ensemble PATH was given, another adapter or a folder of checkpoints",)
+        methods = tuple(method for method in methods if method != "ensemble")
+    if settings.ood and len(settings.ood_data_dirs) not in (0, 1, len(settings.ood)):
+        raise UsageError(
+            f"{len(settings.ood_data_dirs)} --ood-data-dir for {len(settings.ood)} --ood: give one for all, "
+            "or one for each in the same order"
+        )
+    if settings.ood_data_dirs and not settings.ood:
+        raise UsageError("--ood-data-dir without --ood TASK: name the task of those rows")
+    names = _unique(settings.names) or (tuple(saved_names(model.root)) if everything else ()) or ("default",)
+    links: tuple[Link, ...] = _unique(settings.links) or (
+        tuple(link for link in get_args(Link) if link != "map") if everything else ("mc-joint",)
+    )
+    tuned_on = {}
+    for name in names:
+        _, posterior = open_posterior(model, name)
+        record = posterior.manifest["prior"].get("validation")
+        if record:
+            tuned_on[name] = record
+    order = [method for method in get_args(Method) if method in methods]
+    return Plan(tuple(order), everything, names, links, tuned_on, left_out)
+
+
+def _unique(values: Sequence[Any]) -> tuple[Any, ...]:
+    return tuple(dict.fromkeys(values))
+
+
+def read_shifted_rows(session: Session, settings: EvalSettings, limit: int | None) -> list[LabelledRows]:
+    """The rows of every ``--ood`` task; a row without a label has target -1.
+
+    They are scored over the adapter's own answers, so that only the number of answers has to be the same.
+
+    Raises:
+        DataError: No such task or rows, or another number of answers.
+    """
+    folders: list[Path | None] = list(settings.ood_data_dirs)
+    if len(folders) <= 1:
+        folders = (folders or [None]) * len(settings.ood)
+    return [_read(session, task, folder, limit) for task, folder in zip(settings.ood, folders, strict=True)]
+
+
+def _read(session: Session, name: str, folder: Path | None, limit: int | None) -> LabelledRows:
+    task = load_task(name)
+    errors = []
+    for split in ("validation", "test"):
+        try:
+            rows = load_rows(task, split, data_dir=folder, limit=limit)
+        except DataError as error:
+            errors.append(error)
+            continue
+        choices = resolve_choices(task, rows)
+        if len(choices) != len(session.choices):
+            raise DataError(
+                f"--ood {name}: {len(choices)} answers ({', '.join(choices)}), and the adapter has "
+                f"{len(session.choices)} ({', '.join(session.choices)}); give a task with as many"
+            )
+        examples = render_all(task, rows, kind=session.loaded.kind, choices=choices, labels="optional")
+        same = choices == session.choices
+        targets = [example.target if same and example.target is not None else -1 for example in examples]
+        return LabelledRows(task, split, examples, torch.tensor(targets), 0)
+    reason = str(errors[0]).replace("--data-dir", "--ood-data-dir")
+    raise DataError(f"--ood {name}: {reason}") from errors[0]
+
+
+def shift_record(inside: Sequence[Prediction], outside: Sequence[Prediction], rows: LabelledRows) -> dict[str, Any]:
+    """How each method behaves on other data, and how well it tells them from its own.
+
+    Args:
+        inside: Predictions of the adapter's own rows.
+        outside: The same methods' predictions of the other rows.
+        rows: The other rows.
+
+    Returns:
+        ``task``, ``split``, ``n`` and for each method the mean confidence and entropy in and out of distribution,
+        accuracy where the labels are known and the answers the same, and ``auroc`` of three scores, higher on
+        other data: ``max_probability`` (one less it), ``entropy`` and ``mutual_information`` (None for one model).
+    """
+    results = []
+    labelled = rows.targets >= 0
+    for own, other in zip(inside, outside, strict=True):
+        information: tuple[torch.Tensor, torch.Tensor] | None = None
+        if own.mutual_information is not None and other.mutual_information is not None:
+            information = own.mutual_information, other.mutual_information
+        confidence = [each.log_p.exp().max(dim=1) for each in (own, other)]
+        entropy = [metrics.row_entropy(each.log_p) for each in (own, other)]
+        right = (confidence[1].indices == rows.targets)[labelled].double()
+        results.append(
+            {
+                **own.identity(),
+                "accuracy": float(right.mean()) if len(right) else None,
+                "confidence": float(confidence[1].values.mean()),
+                "confidence_in": float(confidence[0].values.mean()),
+                "entropy": float(entropy[1].mean()),
+                "entropy_in": float(entropy[0].mean()),
+                "mutual_information": float(information[1].mean()) if information else None,
+                "mutual_information_in": float(information[0].mean()) if information else None,
+                "auroc": {
+                    "max_probability": metrics.auroc(1 - confidence[1].values, 1 - confidence[0].values),
+                    "entropy": metrics.auroc(entropy[1], entropy[0]),
+                    "mutual_information": metrics.auroc(information[1], information[0]) if information else None,
+                },
+            }
+        )
+    return {"task": rows.task.task, "split": rows.split, "n": len(rows.examples), "results": results}
+
+
+def coverage_record(prediction: Prediction, targets: torch.Tensor, coverage: float) -> dict[str, float]:
+    """The threshold that keeps a share of the rows: the value for ``predict --abstain-below``."""
+    found = metrics.threshold_for_coverage(prediction.log_p, targets, coverage)
+    return {"asked": coverage, **found._asdict()}

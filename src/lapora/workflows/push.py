@@ -10,14 +10,13 @@ from typing import Any
 
 from lapora.config import ModelSettings
 from lapora.errors import PosteriorError, UsageError
-from lapora.model.adapter import CONFIG_FILE, WEIGHTS_FILE, Adapter
-from lapora.model.hub import hub_errors
-from lapora.posterior.artifact import FACTORS_FILE, MANIFEST_FILE
-from lapora.posterior.manifest import with_checksums
+from lapora.models.adapter import CONFIG_FILE, WEIGHTS_FILE, Adapter, hub_errors
 from lapora.report.card import posterior_section, with_section
-from lapora.workflows.identity import adapter_differences
+from lapora.storage.compatibility import adapter_differences
+from lapora.storage.manifest import with_checksums
+from lapora.storage.saved import FACTORS_FILE, MANIFEST_FILE
 from lapora.workflows.results import read_results
-from lapora.workflows.session import open_posterior
+from lapora.workflows.task_model import open_posterior
 
 _CARD = "README.md"
 

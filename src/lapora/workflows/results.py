@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import datetime
 import json
+import operator
 import os
+import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lapora._version import __version__
-from lapora.errors import DataError
+from lapora.config import method_label
+from lapora.errors import DataError, GateError, UsageError
 
 
 def append_result(file: Path, record: Mapping[str, Any], adapter: str) -> None:
@@ -71,3 +75,127 @@ def _run(line: str, where: str) -> dict[str, Any]:
 def same_rows(runs: Sequence[Mapping[str, Any]]) -> bool:
     """Whether all runs scored the same rows: only then can their numbers be compared."""
     return len({run.get("rows") for run in runs}) == 1
+
+
+METRICS = ("accuracy", "mcc", "ece", "adaptive_ece", "nll", "brier", "auroc", "aurc")
+_COMPARISONS = {">": operator.gt, ">=": operator.ge, "<": operator.lt, "<=": operator.le}
+_SIDE = re.compile(r"(?:(?P<selector>[A-Za-z0-9][A-Za-z0-9 ._/()-]*)\.)?(?P<metric>[a-z_]+)")
+_HELP = "write METRIC>NUMBER or METRIC>METHOD.METRIC, as in 'ece>0.1' or 'nll>map.nll'"
+
+
+@dataclass(frozen=True)
+class Operand:
+    """One side of a condition: a number, or a metric of some of the results.
+
+    Attributes:
+        number: The number, or None.
+        metric: The metric, where there is no number.
+        selector: A method, a posterior's name or ``NAME/LINK``; None is every Laplace result (MAP where there is
+            none).
+    """
+
+    number: float | None = None
+    metric: str = ""
+    selector: str | None = None
+
+
+@dataclass(frozen=True)
+class Gate:
+    """A condition under which the run has failed.
+
+    Attributes:
+        text: As it was written.
+        left: What is looked at.
+        comparison: One of ``> >= < <=``.
+        right: What it is compared with.
+    """
+
+    text: str
+    left: Operand
+    comparison: str
+    right: Operand
+
+
+def parse_gate(text: str) -> Gate:
+    """Read one condition.
+
+    Raises:
+        UsageError: It is not one.
+    """
+    parts = re.fullmatch(r"\s*([^<>=]+?)\s*(>=|<=|>|<)\s*([^<>=]+?)\s*", text)
+    if not parts:
+        raise UsageError(f"--fail-if {text!r}: no comparison; {_HELP}")
+    left, right = _operand(parts[1], text), _operand(parts[3], text)
+    if left.number is not None:
+        raise UsageError(f"--fail-if {text!r}: a number on the left; {_HELP}")
+    return Gate(text.strip(), left, parts[2], right)
+
+
+def _operand(side: str, text: str) -> Operand:
+    if re.match(r"[-+.\d]", side) and not re.search(r"[A-Za-z_](?<![eE])", side):
+        try:
+            return Operand(number=float(side))
+        except ValueError:
+            raise UsageError(f"--fail-if {text!r}: {side!r} is not a number; {_HELP}") from None
+    match = _SIDE.fullmatch(side)
+    if not match or match["metric"] not in METRICS:
+        raise UsageError(f"--fail-if {text!r}: {side!r} is not a metric ({', '.join(METRICS)}); {_HELP}")
+    return Operand(metric=match["metric"], selector=match["selector"])
+
+
+def check_gates(gates: Sequence[Gate], results: Sequence[Mapping[str, Any]]) -> None:
+    """See whether any condition holds.
+
+    Args:
+        gates: The conditions.
+        results: The record's ``results``.
+
+    Raises:
+        GateError: At least one holds, or a metric in it is not defined; every one that failed is named.
+        UsageError: A condition names a method that was not scored, or a metric that this task does not have.
+    """
+    failed = [line for gate in gates for line in _failures(gate, results)]
+    if failed:
+        raise GateError(f"gate failed: {'; '.join(failed)}")
+
+
+def _failures(gate: Gate, results: Sequence[Mapping[str, Any]]) -> list[str]:
+    lines = []
+    for left_name, left in _values(gate.left, gate, results):
+        for right_name, right in _values(gate.right, gate, results):
+            if left is None or right is None:
+                lines.append(f"{gate.text} ({left_name if left is None else right_name} is not defined on these rows)")
+            elif _COMPARISONS[gate.comparison](left, right):
+                against = f", {right_name} {right:.4g}" if gate.right.number is None else ""
+                lines.append(f"{gate.text} ({left_name} {left:.4g}{against})")
+    return lines
+
+
+def _values(operand: Operand, gate: Gate, results: Sequence[Mapping[str, Any]]) -> list[tuple[str, float | None]]:
+    if operand.number is not None:
+        return [("", operand.number)]
+    chosen = [result for result in results if _selects(operand.selector, result)]
+    if not chosen and operand.selector is None:
+        chosen = [result for result in results if result["method"] == "map"]
+    if not chosen:
+        known = sorted({name for result in results for name in _names(result)})
+        raise UsageError(f"--fail-if {gate.text!r}: {operand.selector} was not scored; there are {', '.join(known)}")
+    if operand.metric not in chosen[0]:
+        raise UsageError(f"--fail-if {gate.text!r}: {operand.metric} is not a metric of this task")
+    return [
+        (f"{method_label(result['method'], result.get('name'), result.get('link'))} {operand.metric}", value)
+        for result in chosen
+        for value in [result[operand.metric]]
+    ]
+
+
+def _names(result: Mapping[str, Any]) -> list[str]:
+    """What a result may be called in a condition."""
+    names = [str(result["method"])]
+    if "name" in result:
+        names += [str(result["name"]), f"{result['name']}/{result['link']}"]
+    return names
+
+
+def _selects(selector: str | None, result: Mapping[str, Any]) -> bool:
+    return result["method"] == "laplace" if selector is None else selector in _names(result)

@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
-from typing import cast
+from dataclasses import dataclass, field, replace
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from lapora.config import DataSettings, Link, Progress
-from lapora.errors import DataError, UnlabelledError
-from lapora.model.batch_feed import BatchFeed, run_batches
+from lapora.config import DataSettings, Link, Progress, method_label
+from lapora.errors import DataError, MissingSplitError, UnlabelledError, UsageError
+from lapora.likelihoods.base import LogitMoments
+from lapora.likelihoods.categorical import log_probabilities, needs_every_class
+from lapora.models.batching import BatchFeed, run_batches
 from lapora.posterior.prior import PriorPrecision
-from lapora.predictive.links import log_probabilities, needs_every_class
-from lapora.predictive.moments import LogitMoments
+from lapora.storage.compatibility import answer_differences
 from lapora.tasks import EncodedExample, Example, Task, data_fingerprint, render_all, resolve_choices
-from lapora.workflows.identity import answer_differences
-from lapora.workflows.naming import naming_examples, refuse_infinite
-from lapora.workflows.session import Session, of_something_else, read_rows
+from lapora.workflows.task_model import (
+    Session,
+    naming_examples,
+    of_something_else,
+    read_rows,
+    refuse_infinite,
+    source_of,
+)
 
 _LABELS_LOOKED_FOR = 100
 
@@ -92,6 +98,34 @@ def read_labelled_rows(
     excluded = len(examples) - len(kept)
     kept = kept[: data.limit]
     return LabelledRows(task, split, kept, torch.tensor([cast(int, row.target) for row in kept]), excluded)
+
+
+def tuning_rows(session: Session, data: DataSettings, seed: int) -> LabelledRows:
+    """A seeded half of the split (or as many rows as the limit says)."""
+    rows = _labelled_split(session, data)
+    return rows.chosen(data.limit or max(1, len(rows.examples) // 2), seed)
+
+
+def _labelled_split(session: Session, data: DataSettings) -> LabelledRows:
+    """The split asked for, or the first that has labels; never the one that ``fit`` read, whatever it is called."""
+    fitted = session.posterior.manifest["data"]
+    read = source_of(session.posterior.manifest, DataSettings(split=fitted["split"]))
+    if data.split is not None:
+        if source_of(session.posterior.manifest, data) == read:
+            raise UsageError(
+                f"--split {data.split}: the adapter was trained on these rows; give another split, or --method marglik"
+            )
+        return read_labelled_rows(session, replace(data, limit=None))
+    reasons = []
+    for split in ("validation", "test"):
+        candidate = replace(data, split=split, limit=None)
+        if source_of(session.posterior.manifest, candidate) == read:
+            continue
+        try:
+            return read_labelled_rows(session, candidate)
+        except (MissingSplitError, UnlabelledError) as error:
+            reasons.append(str(error))
+    raise MissingSplitError(f"no labelled rows but those that fit read ({reasons[0] if reasons else 'no other split'})")
 
 
 @dataclass(frozen=True, eq=False)
@@ -177,3 +211,34 @@ def forward_log_p(session: Session, coded: Sequence[EncodedExample]) -> Tensor:
             found |= zip(batch.rows, torch.log_softmax(logits.double(), dim=1).cpu(), strict=True)
     everywhere = {row: log_p for each in session.processes.gather(found) for row, log_p in each.items()}
     return torch.stack([everywhere[row] for row in range(len(coded))])
+
+
+@dataclass(frozen=True, eq=False)
+class Prediction:
+    """One method's probabilities of a set of rows.
+
+    Attributes:
+        method: Which.
+        log_p: ``(N, C)`` log-probabilities, float64.
+        name: The posterior, of ``laplace``.
+        link: Its link.
+        details: What else the record says of it.
+        mutual_information: ``(N,)`` nats, where the method is an average over models.
+    """
+
+    method: str
+    log_p: Tensor
+    name: str | None = None
+    link: str | None = None
+    details: dict[str, Any] = field(default_factory=dict)
+    mutual_information: Tensor | None = None
+
+    @property
+    def label(self) -> str:
+        """Its name for people."""
+        return method_label(self.method, self.name, self.link)
+
+    def identity(self) -> dict[str, Any]:
+        """The record's first fields."""
+        named = {key: value for key, value in (("name", self.name), ("link", self.link)) if value is not None}
+        return {"method": self.method, **named, **self.details}

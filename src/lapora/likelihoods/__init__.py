@@ -1,0 +1,1 @@
+"""Likelihoods: from logits to Fisher columns, probabilities and scores; one file each."""

@@ -1,0 +1,292 @@
+"""Directions in logit space whose gradients make up the Fisher.
+
+The Fisher of one example is ``J_nᵀ M_n J_n``, and any columns ``S_n`` with ``S_n S_nᵀ = M_n`` serve: their
+gradients are what the curvature is summed from. Source: Laplace-LoRA (Yang et al. 2024), Eq. 8;
+for softmax the Fisher is the generalised Gauss-Newton matrix (Martens 2020).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from lapora.config import DEFAULT_SAMPLES, Link
+from lapora.likelihoods.base import LogitMoments
+from lapora.likelihoods.quadrature import log_expected_sigmoid
+
+
+def exact_columns(logits: Tensor) -> Tensor:
+    """Columns of the Hessian's factor: ``S Sᵀ = diag(p) - p pᵀ``, with C-1 columns instead of C.
+
+    With ``R_k = Σ_{j>=k} p_j``, column k is ``sqrt(p_k R_{k+1} / R_k) (e_k - Σ_{j>k} (p_j / R_{k+1}) e_j)``.
+    Tail sums and their logarithms are taken in log space, so that saturated probabilities lose no digits.
+
+    Args:
+        logits: ``(B, C)``.
+
+    Returns:
+        ``(C-1, B, C)``, in float64.
+    """
+    log_p = torch.log_softmax(logits.double(), dim=1)
+    classes = log_p.shape[1]
+    # log R_k for k = 0..C-1: a cumulative log-sum-exp from the end.
+    log_tail = torch.logcumsumexp(log_p.flip(1), dim=1).flip(1)
+    columns = log_p.new_zeros(classes - 1, *log_p.shape)
+    for k in range(classes - 1):
+        size = (0.5 * (log_p[:, k] + log_tail[:, k + 1] - log_tail[:, k])).exp()
+        columns[k, :, k] = size
+        share = (log_p[:, k + 1 :] - log_tail[:, k + 1 : k + 2]).exp()
+        columns[k, :, k + 1 :] = -size.unsqueeze(1) * share
+    return columns
+
+
+def monte_carlo_columns(logits: Tensor, uniform: Tensor) -> Tensor:
+    """One column per example: the score ``e_y - p`` of a label drawn from the model.
+
+    Args:
+        logits: ``(B, C)``.
+        uniform: ``(B,)`` numbers of [0, 1), one for each row: the label is where the cumulated p passes it.
+
+    Returns:
+        ``(1, B, C)``, in float64; its outer product equals ``diag(p) - p pᵀ`` in expectation.
+    """
+    p = torch.softmax(logits.double(), dim=1)
+    passed = p.cumsum(dim=1) <= uniform.to(p).unsqueeze(1)
+    return empirical_columns(logits, passed.sum(dim=1).clamp(max=p.shape[1] - 1))
+
+
+def empirical_columns(logits: Tensor, labels: Tensor) -> Tensor:
+    """One column per example: the score ``e_y - p`` of its own label.
+
+    Args:
+        logits: ``(B, C)``.
+        labels: ``(B,)`` int64.
+
+    Returns:
+        ``(1, B, C)``, in float64.
+    """
+    p = torch.softmax(logits.double(), dim=1)
+    return (torch.nn.functional.one_hot(labels, p.shape[1]).to(p) - p).unsqueeze(0)
+
+
+def difference_columns(logits: Tensor) -> Tensor:
+    """The C-1 differences ``f_c - f_0``: all that softmax can see.
+
+    Returns:
+        ``(C-1, B, C)``.
+    """
+    return class_columns(logits)[1:] - class_columns(logits)[:1]
+
+
+def class_columns(logits: Tensor) -> Tensor:
+    """One direction per class.
+
+    Returns:
+        ``(C, B, C)``.
+    """
+    batch, classes = logits.shape
+    identity = torch.eye(classes, dtype=logits.dtype, device=logits.device)
+    return identity.unsqueeze(1).expand(classes, batch, classes)
+
+
+def no_columns(logits: Tensor) -> Tensor:
+    """No direction at all: the forward pass is enough.
+
+    Returns:
+        ``(0, B, C)``.
+    """
+    return logits.new_zeros(0, *logits.shape)
+
+
+_CHUNK_ELEMENTS = 4_000_000
+
+
+def needs_every_class(link: Link) -> bool:
+    """Whether the link needs the covariance of all C logits; mc-joint needs that of C-1 differences."""
+    return link in ("mc-indep", "probit", "bridge")
+
+
+def log_probabilities(link: Link, moments: LogitMoments, *, samples: int = DEFAULT_SAMPLES, seed: int = 0) -> Tensor:
+    """Apply a link.
+
+    Args:
+        link: Which one.
+        moments: Mean and covariance of the logits.
+        samples: Quasi-Monte-Carlo points of the two sampling links, for C > 2 (C = 2 is deterministic).
+        seed: Scrambling of those points; the same for every row, so that batching changes nothing.
+
+    Returns:
+        ``(B, C)`` log-probabilities in float64, on the CPU.
+
+    Raises:
+        ValueError: The link needs every class (:func:`needs_every_class`), and the moments are of differences.
+    """
+    mean = moments.mean.double().cpu()
+    covariance = moments.covariance.double().cpu()
+    if link == "map":
+        return torch.log_softmax(mean, dim=1)
+    if link == "mc-joint":
+        differences = covariance if moments.of_differences else difference_covariance(covariance)
+        return _averaged_softmax(differences_to_first(mean), differences, samples, seed)
+    if moments.of_differences:
+        raise ValueError(f"{link} needs the variances of all classes")
+    variances = covariance.diagonal(dim1=1, dim2=2)
+    analytic: dict[Link, Callable[[Tensor, Tensor], Tensor]] = {"probit": _probit, "bridge": _laplace_bridge}
+    if link in analytic:
+        return analytic[link](mean, variances)
+    independent = difference_covariance(torch.diag_embed(variances))
+    return _averaged_softmax(differences_to_first(mean), independent, samples, seed)
+
+
+def difference_covariance(covariance: Tensor) -> Tensor:
+    """Covariance of ``f_c - f_0``, ``(B, C-1, C-1)``, from that of ``f``, ``(B, C, C)``."""
+    rest = covariance[:, 1:, 1:]
+    return rest - covariance[:, 1:, :1] - covariance[:, :1, 1:] + covariance[:, :1, :1]
+
+
+def differences_to_first(mean: Tensor) -> Tensor:
+    """``f_c - f_0``, ``(B, C-1)``, from ``f``, ``(B, C)``."""
+    return mean[:, 1:] - mean[:, :1]
+
+
+def _probit(mean: Tensor, variances: Tensor) -> Tensor:
+    """``softmax(f / sqrt(1 + π/8 diag Λ))`` (Eq. 18; MacKay 1992)."""
+    return torch.log_softmax(mean / torch.sqrt(1.0 + math.pi / 8.0 * variances), dim=1)
+
+
+def _laplace_bridge(mean: Tensor, variances: Tensor) -> Tensor:
+    """Mean ``α/Σα`` of the Dirichlet that matches the Gaussian (Eq. 20; Hobbhahn et al. 2022).
+
+    ``α_i = (1/Λ_ii) (1 - 2/C + e^{f_i} Σ_j e^{-f_j} / C²)``, in log space so that large logits do not overflow.
+    """
+    classes = mean.shape[1]
+    exponential = mean + torch.logsumexp(-mean, dim=1, keepdim=True) - 2.0 * math.log(classes)
+    # For C = 2 the constant is zero and only the exponential is left.
+    constant = torch.full_like(exponential, 1.0 - 2.0 / classes).log()
+    log_alpha = torch.logaddexp(constant, exponential) - variances.clamp(min=1e-300).log()
+    return torch.log_softmax(log_alpha, dim=1)
+
+
+def _averaged_softmax(differences: Tensor, covariance: Tensor, samples: int, seed: int) -> Tensor:
+    """``log E[softmax(0, d)]`` for ``d ~ N(differences, covariance)``.
+
+    Args:
+        differences: ``(B, C-1)``, the mean of ``f_c - f_0``.
+        covariance: ``(B, C-1, C-1)``.
+        samples: Number of points when C > 2.
+        seed: Their scrambling.
+    """
+    if differences.shape[1] == 1:
+        deviation = covariance[:, 0, 0].clamp(min=0.0).sqrt()
+        return torch.stack(log_expected_sigmoid(differences[:, 0], deviation), dim=1)
+    points = normal_points(samples, differences.shape[1], seed)
+    root = symmetric_root(covariance)
+    chunk = max(1, _CHUNK_ELEMENTS // (samples * (differences.shape[1] + 1)))
+    averaged = [
+        _log_mean_softmax(mean, factor, points)
+        for mean, factor in zip(differences.split(chunk), root.split(chunk), strict=True)
+    ]
+    return torch.cat(averaged)
+
+
+def symmetric_root(covariance: Tensor) -> Tensor:
+    """L with ``L Lᵀ`` the covariances ``(B, K, K)``; not Cholesky's, since they may be singular."""
+    values, vectors = torch.linalg.eigh(covariance)
+    return vectors * values.clamp(min=0.0).sqrt().unsqueeze(1)
+
+
+def _log_mean_softmax(mean: Tensor, root: Tensor, points: Tensor) -> Tensor:
+    averaged = torch.logsumexp(torch.log_softmax(drawn_logits(mean, root, points), dim=2), dim=1)
+    averaged = averaged - math.log(len(points))
+    return averaged - torch.logsumexp(averaged, dim=1, keepdim=True)
+
+
+def drawn_logits(mean: Tensor, root: Tensor, points: Tensor) -> Tensor:
+    """Logits at points of the standard normal, the first class's zero.
+
+    Args:
+        mean: ``(B, C-1)``, of ``f_c - f_0``.
+        root: ``(B, C-1, C-1)``, a root of their covariance.
+        points: ``(S, C-1)``.
+
+    Returns:
+        ``(B, S, C)``.
+    """
+    drawn = mean.unsqueeze(1) + points @ root.transpose(1, 2)
+    return torch.cat([drawn.new_zeros(*drawn.shape[:2], 1), drawn], dim=2)
+
+
+def normal_points(samples: int, dimensions: int, seed: int) -> Tensor:
+    """Scrambled Sobol points carried to the standard normal, ``(samples, dimensions)``, with mean zero.
+
+    Half of the points are the other half's mirror images, which integrates every odd function exactly.
+    """
+    half = (samples + 1) // 2
+    uniform = torch.quasirandom.SobolEngine(dimensions, scramble=True, seed=seed).draw(half, dtype=torch.float64)
+    tiny = 0.5 / (half * 1024)
+    normal = torch.special.ndtri(uniform.clamp(tiny, 1.0 - tiny))
+    return torch.cat([normal, -normal])
+
+
+_WIDE = 5.0
+_Z = torch.arange(-14.0, 14.1, 0.2, dtype=torch.float64)
+_X = torch.arange(-60.0, 60.1, 0.2, dtype=torch.float64)
+
+
+def mutual_information(moments: LogitMoments, *, samples: int = DEFAULT_SAMPLES, seed: int = 0) -> Tensor:
+    """Mutual information of each row, in nats.
+
+    Args:
+        moments: Mean and covariance of the logits.
+        samples: Quasi-Monte-Carlo points for C > 2, those of mc-joint (C = 2 is deterministic).
+        seed: Their scrambling.
+
+    Returns:
+        ``(B,)`` in float64, at least 0 and at most log C.
+    """
+    averaged = log_probabilities("mc-joint", moments, samples=samples, seed=seed)
+    total = torch.special.entr(averaged.exp()).sum(dim=1)
+    mean, covariance = moments.mean.double().cpu(), moments.covariance.double().cpu()
+    differences = differences_to_first(mean)
+    if not moments.of_differences:
+        covariance = difference_covariance(covariance)
+    if differences.shape[1] == 1:
+        known = expected_binary_entropy(differences[:, 0], covariance[:, 0, 0].clamp(min=0.0).sqrt())
+    else:
+        known = _sampled_entropy(differences, symmetric_root(covariance), samples, seed)
+    return (total - known).clamp(min=0.0)
+
+
+def expected_binary_entropy(mean: Tensor, deviation: Tensor) -> Tensor:
+    """``E[h(sigmoid(x))]`` for ``x ~ N(mean, deviation²)``, h the entropy of a coin; all ``(B,)`` float64.
+
+    The trapezoidal rule with step 0.2: in z where the deviation is small, else in x, where h has died away at 60.
+    Both integrands are analytic in a strip about the real line, so the error is below 1e-8.
+    """
+    narrow = deviation.clamp(max=_WIDE)
+    log_weights = -0.5 * _Z.square()
+    weights = (log_weights - torch.logsumexp(log_weights, dim=0)).exp()
+    by_z = _coin_entropy(mean.unsqueeze(1) + narrow.unsqueeze(1) * _Z) @ weights
+    wide = deviation.clamp(min=_WIDE).unsqueeze(1)
+    density = torch.exp(-0.5 * ((_X - mean.unsqueeze(1)) / wide).square()) / (wide * math.sqrt(2 * math.pi))
+    by_x = density @ _coin_entropy(_X) * 0.2
+    return torch.where(deviation <= _WIDE, by_z, by_x)
+
+
+def _coin_entropy(logit: Tensor) -> Tensor:
+    """``-p log p - (1-p) log(1-p)`` of ``p = sigmoid(logit)``, without cancellation far out."""
+    distance = logit.abs()
+    return torch.nn.functional.softplus(-distance) + distance * torch.sigmoid(-distance)
+
+
+def _sampled_entropy(differences: Tensor, root: Tensor, samples: int, seed: int) -> Tensor:
+    points = normal_points(samples, differences.shape[1], seed)
+    chunk = max(1, _CHUNK_ELEMENTS // (len(points) * (differences.shape[1] + 1)))
+    found = []
+    for mean, factor in zip(differences.split(chunk), root.split(chunk), strict=True):
+        p = torch.softmax(drawn_logits(mean, factor, points), dim=2)
+        found.append(torch.special.entr(p).sum(dim=2).mean(dim=1))
+    return torch.cat(found)

@@ -1,0 +1,1 @@
+"""Memory estimate of a fit, from a model without weights."""

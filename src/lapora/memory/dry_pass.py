@@ -1,0 +1,169 @@
+"""What one batch of a pass holds in memory, found by running it on tensors that have shapes alone.
+
+The very code of the pass runs: the model, the cuts at its blocks, the directions, the observer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, cast
+
+from torch import Tensor, nn
+
+from lapora.config import Structure
+from lapora.curvature.backward import Linearisation, Observer
+from lapora.curvature.checkpointing import blocks_of
+from lapora.curvature.per_example import JacobianObserver, LayerBasis, SecondMomentObserver
+from lapora.likelihoods.categorical import class_columns
+from lapora.models.batches import Batch
+from lapora.models.lora_layers import BayesianLayer
+from lapora.models.meta_model import LiveMemory, Skeleton, WeightlessAnswers, empty_batch, without_memory
+
+_FEW, _MORE = 4, 8
+_DIRECTIONS = 2
+
+
+class _Leaders:
+    """Notes who shares whose input, and keeps nothing."""
+
+    def __init__(self) -> None:
+        self.leaders: dict[str, str] = {}
+
+    def begin(self, batch: Batch) -> None: ...
+
+    def see_input(self, layer: BayesianLayer, leader: str, inputs: Tensor, mask: Tensor | None) -> Any:
+        self.leaders[layer.name] = leader
+
+    def see_gradient(self, layer: BayesianLayer, kept: Any, gradient: Tensor) -> None: ...
+
+    def finish(self, layer: BayesianLayer) -> None: ...
+
+    def end(self, rows: int, directions: int) -> None: ...
+
+
+def leaders_of(skeleton: Skeleton, layers: Sequence[BayesianLayer], classes: int) -> dict[str, str]:
+    """For every layer, the name of the first that has the same input; of like blocks one is looked at."""
+    observer = _Leaders()
+    alike = _alike(skeleton, layers)
+    with _few_blocks(skeleton, layers, None if alike is None else 1) as left:
+        _most(skeleton, left, observer, (1, 2), classes, 1, rerun=False)
+    found = observer.leaders
+    if alike is not None:
+        (blocks,) = _block_lists(skeleton, layers)
+        path = next(name for name, module in skeleton.model.named_modules() if module is blocks)
+        first = f"{path}.0."
+        for name, leader in list(found.items()):
+            if name.startswith(first):
+                for index in range(1, alike):
+                    block = f"{path}.{index}."
+                    found[block + name.removeprefix(first)] = block + leader.removeprefix(first)
+    return found
+
+
+def batch_memory(
+    skeleton: Skeleton,
+    layers: Sequence[BayesianLayer],
+    structure: Structure,
+    shape: tuple[int, int],
+    *,
+    classes: int,
+    directions: int,
+    rerun_blocks: bool = False,
+) -> int:
+    """The most bytes that a batch holds beside the weights and the sums of a pass.
+
+    Many like blocks are reckoned from fewer, and more than two directions from one and two: the growth is linear.
+
+    Args:
+        skeleton: The model.
+        layers: The Bayesian layers.
+        structure: Of the curvature; what its observer keeps of a batch is counted.
+        shape: Rows and tokens of the batch.
+        classes: Number of answers C.
+        directions: K, gradients of each row.
+        rerun_blocks: Blocks keep their inputs alone.
+    """
+
+    def most(blocks: int | None, count: int) -> int:
+        with _few_blocks(skeleton, layers, blocks) as left:
+            observer = _observer(structure, left, classes, count)
+            return _most(skeleton, left, observer, shape, classes, count, rerun=rerun_blocks)
+
+    def of_directions(count: int) -> int:
+        found = _alike(skeleton, layers)
+        if found is None or found <= _MORE:
+            return most(None, count)
+        few, more = most(_FEW, count), most(_MORE, count)
+        return more + (found - _MORE) * (more - few) // (_MORE - _FEW)
+
+    if directions <= _DIRECTIONS:
+        return of_directions(directions)
+    one, two = of_directions(1), of_directions(_DIRECTIONS)
+    return two + (directions - _DIRECTIONS) * (two - one)
+
+
+def _observer(structure: Structure, layers: Sequence[BayesianLayer], classes: int, directions: int) -> Observer:
+    if structure == "kron":
+        return _Leaders()
+    if structure in ("lowrank", "full"):
+        return JacobianObserver(layers, classes)
+    return SecondMomentObserver({layer.name: LayerBasis(layer.name) for layer in layers}, directions=directions)
+
+
+def _most(
+    skeleton: Skeleton,
+    layers: Sequence[BayesianLayer],
+    observer: Observer,
+    shape: tuple[int, int],
+    classes: int,
+    directions: int,
+    *,
+    rerun: bool,
+) -> int:
+    with without_memory(skeleton.model):
+        tokens = [0] * classes if skeleton.kind == "causal" else None
+        answers = WeightlessAnswers(skeleton.model, skeleton.kind, 0, tokens, rerun_blocks=rerun)
+        batch = empty_batch(*shape)
+        with LiveMemory(skeleton.model) as memory, Linearisation(answers, layers, observer) as linearisation:
+            linearisation.run(batch, lambda logits: class_columns(logits)[:1].expand(directions, *logits.shape))
+        return memory.most
+
+
+def _block_lists(skeleton: Skeleton, layers: Sequence[BayesianLayer]) -> list[nn.ModuleList]:
+    blocks = set(blocks_of(cast(nn.Module, skeleton.model.get_base_model()), layers))
+    return [each for each in skeleton.model.modules() if isinstance(each, nn.ModuleList) and blocks & set(each)]
+
+
+def _alike(skeleton: Skeleton, layers: Sequence[BayesianLayer]) -> int | None:
+    """How many blocks there are, if they stand in one list and have the same weights and Bayesian layers."""
+    lists = _block_lists(skeleton, layers)
+    if len(lists) != 1:
+        return None
+    bayesian = {layer.module for layer in layers}
+    kinds = {
+        (
+            tuple((name, weight.shape) for name, weight in block.named_parameters()),
+            tuple(name for name, module in block.named_modules() if module in bayesian),
+        )
+        for block in lists[0]
+    }
+    return len(lists[0]) if len(kinds) == 1 else None
+
+
+@contextmanager
+def _few_blocks(
+    skeleton: Skeleton, layers: Sequence[BayesianLayer], count: int | None
+) -> Iterator[Sequence[BayesianLayer]]:
+    """The layers that are left when only the first blocks stand in their list, while this lasts."""
+    if count is None:
+        yield layers
+        return
+    (blocks,) = _block_lists(skeleton, layers)
+    whole = dict(blocks._modules)
+    gone = {module for block in list(blocks)[count:] for module in block.modules()}
+    blocks._modules = dict(list(whole.items())[:count])
+    try:
+        yield [layer for layer in layers if layer.module not in gone]
+    finally:
+        blocks._modules = whole

@@ -1,0 +1,284 @@
+"""A PEFT adapter on disk: what it is, and whether the mathematics covers it.
+
+Nothing here loads the base model; reading an adapter is cheap and happens before anything slow.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from lapora.config import ModelSettings
+from lapora.errors import AdapterError, UsageError
+
+ModelKind = Literal["causal", "classifier"]
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+
+_KIND_BY_TASK_TYPE: dict[str, ModelKind] = {"CAUSAL_LM": "causal", "SEQ_CLS": "classifier"}
+
+# Settings of a LoraConfig under which a layer no longer computes  W x + scaling * B A x.
+_UNCOVERED_SETTINGS = {
+    "use_dora": "DoRA (use_dora)",
+    "use_qalora": "QA-LoRA (use_qalora)",
+    "use_bdlora": "block-diagonal LoRA (use_bdlora)",
+    "alora_invocation_tokens": "activated LoRA (alora_invocation_tokens)",
+    "arrow_config": "Arrow routing (arrow_config)",
+    "kasa_config": "KaSA (kasa_config)",
+    "monteclora_config": "MonteCLoRA (monteclora_config)",
+    "target_parameters": "LoRA on bare parameters (target_parameters)",
+}
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter directory that has been read and found to be covered.
+
+    Attributes:
+        path: The directory.
+        config: The parsed ``adapter_config.json``.
+        kind: What the adapter's ``task_type`` makes of the model.
+        sha256: Digest of the weights file: the identity of a posterior's mean.
+        shapes: Shape of every tensor in the weights file, by its key.
+        notes: What lapora leaves out by choice, for the user to read.
+    """
+
+    path: Path
+    config: dict[str, Any]
+    kind: ModelKind
+    sha256: str
+    shapes: dict[str, tuple[int, ...]]
+    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def base_model(self) -> str | None:
+        """Name or path of the base model that the adapter records."""
+        return self.config.get("base_model_name_or_path")
+
+    @property
+    def revision(self) -> str | None:
+        """Revision of the base model that the adapter records."""
+        return self.config.get("revision")
+
+    def number_of_labels(self) -> int | None:
+        """Rows of the saved classification head, or None where the adapter saves none."""
+        heads = [
+            shape
+            for key, shape in self.shapes.items()
+            if key.endswith(("score.weight", "classifier.weight", "out_proj.weight")) and "lora_" not in key
+        ]
+        return heads[-1][0] if heads else None
+
+
+def read_adapter(location: str | Path) -> Adapter:
+    """Read an adapter directory.
+
+    Args:
+        location: A directory with ``adapter_config.json`` and ``adapter_model.safetensors``.
+
+    Returns:
+        The adapter, its weights digested but not loaded.
+
+    Raises:
+        AdapterError: The directory is not a PEFT adapter, or its method is not plain LoRA on linear layers.
+    """
+    path = Path(location)
+    if not path.is_dir():
+        raise AdapterError(
+            f"{location}: no such directory; ADAPTER is a folder with {CONFIG_FILE}, or a Hub id (owner/name)"
+        )
+    config = _read_config(path)
+    _refuse_uncovered(path, config)
+    task_type = config.get("task_type")
+    if task_type not in _KIND_BY_TASK_TYPE:
+        raise AdapterError(
+            f"{path / CONFIG_FILE}: task_type is {task_type!r}; lapora covers CAUSAL_LM and SEQ_CLS "
+            "(set it, if the adapter is one of these)"
+        )
+    weights = path / WEIGHTS_FILE
+    if not weights.is_file():
+        if (path / "adapter_model.bin").is_file():
+            raise AdapterError(
+                f"{path}: only adapter_model.bin (a pickle, which lapora does not open); "
+                "load it with peft and save it again to get adapter_model.safetensors"
+            )
+        raise AdapterError(f"{path}: {WEIGHTS_FILE} is missing; save the adapter with save_pretrained")
+    return Adapter(
+        path=path,
+        config=config,
+        kind=_KIND_BY_TASK_TYPE[task_type],
+        sha256=_digest(weights),
+        shapes=_tensor_shapes(weights),
+        notes=_notes(config),
+    )
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    file = path / CONFIG_FILE
+    if not file.is_file():
+        if (path / "config.json").is_file():
+            raise AdapterError(
+                f"{path}: a full model, not an adapter (config.json but no {CONFIG_FILE}); "
+                "a merged adapter has no LoRA weights left: give the adapter as it was before merging"
+            )
+        raise AdapterError(f"{path}: {CONFIG_FILE} is missing; ADAPTER is a folder that peft has saved")
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, OSError, RecursionError) as error:
+        raise AdapterError(f"{file}: cannot be read as JSON ({error})") from error
+    if not isinstance(config, dict):
+        raise AdapterError(f"{file}: not a JSON object")
+    return config
+
+
+def _refuse_uncovered(path: Path, config: dict[str, Any]) -> None:
+    peft_type = config.get("peft_type")
+    if peft_type != "LORA":
+        raise AdapterError(f"{path}: peft_type is {peft_type}; the posterior is defined for LORA alone")
+    found = [name for key, name in _UNCOVERED_SETTINGS.items() if config.get(key)]
+    if found:
+        raise AdapterError(f"{path}: {', '.join(found)} is not plain LoRA, and the posterior does not cover it")
+
+
+def _notes(config: dict[str, Any]) -> tuple[str, ...]:
+    notes = []
+    if config.get("bias", "none") != "none" or config.get("lora_bias"):
+        notes.append("the adapter's biases are kept at their trained values; the posterior leaves them out")
+    if config.get("trainable_token_indices"):
+        notes.append("trained token embeddings are kept at their values; the posterior leaves them out")
+    return tuple(notes)
+
+
+def _digest(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _tensor_shapes(file: Path) -> dict[str, tuple[int, ...]]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="numpy") as tensors:
+            return {key: tuple(tensors.get_slice(key).get_shape()) for key in tensors.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise AdapterError(f"{file}: damaged or not a safetensors file ({error})") from error
+
+
+_WANTED = [
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    "added_tokens.json",
+    "chat_template*",
+    "config.json",
+    "merges.txt",
+    "sentencepiece.bpe.model",
+    "special_tokens_map.json",
+    "spiece.model",
+    "tokenizer*",
+    "vocab.*",
+    "laplace/*",
+]
+
+
+def is_hub_id(location: str) -> bool:
+    """Whether a location names a repository on the Hub: ``owner/name``, and no such folder here."""
+    return bool(re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", location)) and not Path(location).exists()
+
+
+def local_model(model: ModelSettings, *, writes: bool = False) -> ModelSettings:
+    """The settings with the adapter's files at hand: those of a Hub id are fetched first.
+
+    Args:
+        model: Its ``adapter`` is a folder or a Hub id.
+        writes: Whether the command writes a posterior, which needs a place that is not the cache.
+
+    Raises:
+        AdapterError: The Hub has no such adapter, or cannot be reached.
+        UsageError: A revision of a folder, or nowhere to write.
+    """
+    if not is_hub_id(model.adapter):
+        if model.revision is not None:
+            raise UsageError(f"--revision goes with an adapter on the Hub, and {model.adapter} is a folder")
+        return model
+    if writes and model.output_dir is None:
+        raise UsageError(f"{model.adapter}: an adapter on the Hub; say where the posterior goes with --output-dir DIR")
+    return replace(model, fetched=fetch_adapter(model.adapter, model.revision))
+
+
+def fetch_adapter(repository: str, revision: str | None = None) -> Path:
+    """The folder in the cache that holds an adapter's files, fetched where they are not there yet.
+
+    Args:
+        repository: ``owner/name``.
+        revision: Branch, tag or commit; None is the default branch.
+
+    Raises:
+        AdapterError: Not found, not allowed, or not reachable and not in the cache.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.utils import disable_progress_bars
+
+    if not sys.stderr.isatty():
+        disable_progress_bars()
+    with hub_errors(repository, revision):
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=_WANTED))
+
+
+@contextmanager
+def hub_errors(repository: str, revision: str | None = None) -> Iterator[None]:
+    """Say what the Hub's client met in one line, with what to do.
+
+    Raises:
+        AdapterError: For every error of the client.
+    """
+    from huggingface_hub.constants import is_offline_mode
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    try:
+        yield
+    except GatedRepoError as error:
+        raise AdapterError(
+            f"{repository}: gated on the Hub; ask for access on its page, then give a token in HF_TOKEN"
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise AdapterError(
+            f"{repository}: no such directory, and not found on the Hub; check the name, and for a private one HF_TOKEN"
+        ) from error
+    except RevisionNotFoundError as error:
+        raise AdapterError(f"{repository}: the Hub has no revision {revision}; give another --revision") from error
+    except HFValidationError as error:
+        raise AdapterError(f"{repository}: no such directory, and no name that the Hub could have") from error
+    except HfHubHTTPError as error:
+        status = error.response.status_code
+        if status in (401, 403):
+            raise AdapterError(
+                f"{repository}: the Hub does not allow it (status {status}); give a token that may in HF_TOKEN"
+            ) from error
+        raise AdapterError(f"{repository}: the Hub answered with status {status}; try again later") from error
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
+        if is_offline_mode():
+            raise AdapterError(
+                f"{repository}: no such directory, and not whole in the Hub's cache, which alone is looked at offline; "
+                "unset HF_HUB_OFFLINE, or give a folder"
+            ) from error
+        raise AdapterError(
+            f"{repository}: no such directory, and the Hub cannot be reached; check the network, or give a folder"
+        ) from error
+    except ConnectionError as error:
+        raise AdapterError(f"{repository}: the Hub cannot be reached; check the network and try again") from error

@@ -1,0 +1,188 @@
+"""The linear layers that the posterior covers: every lora_A and lora_B, and on request the head.
+
+Each LoRA factor is treated as a linear layer of its own (Laplace-LoRA, section 3): lora_A maps d_in to r,
+lora_B maps r to d_out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+import torch
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from peft.utils import ModulesToSaveWrapper
+from torch import nn
+
+from lapora.config import Subset
+from lapora.errors import AdapterError, UsageError
+
+Role = Literal["A", "B", "head"]
+
+
+@dataclass(frozen=True, eq=False)
+class BayesianLayer:
+    """One linear layer W (out_features x in_features) with a Gaussian over its weight.
+
+    Attributes:
+        name: The weight's key in the adapter file, less ``.weight``.
+        role: ``A``, ``B`` (the two LoRA factors) or ``head``.
+        module: The layer itself.
+        source: The module whose input decides which layers share one input (q, k and v do).
+        reads_answer_only: The layer belongs to a head, of which only the answer's position counts.
+        answer_rows_only: The layer writes vocabulary logits, of which only the C answers have a gradient.
+        bias_as_input: The layer's bias is Bayesian too, as the weight of one more, constant, input.
+    """
+
+    name: str
+    role: Role
+    module: nn.Linear
+    source: nn.Module
+    reads_answer_only: bool = False
+    answer_rows_only: bool = False
+    bias_as_input: bool = False
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns of W, the bias counted as a column."""
+        rows, columns = self.module.weight.shape
+        return rows, columns + int(self.bias_as_input)
+
+    def gradient_shape(self, classes: int) -> tuple[int, int]:
+        """Rows and columns of W that can have a gradient, with C answers."""
+        rows, columns = self.shape
+        return (classes if self.answer_rows_only else rows), columns
+
+    @property
+    def squared_norm(self) -> float:
+        """``‖θ‖²`` of the layer's Bayesian parameters, in float64."""
+        total = self.module.weight.detach().double().square().sum()
+        if self.bias_as_input:
+            total = total + self.module.bias.detach().double().square().sum()
+        return float(total)
+
+
+def find_bayesian_layers(model: PeftModel, subset: Subset = "lora") -> list[BayesianLayer]:
+    """List the layers that ``subset`` names, in the model's own order.
+
+    Args:
+        model: A PEFT model with one active LoRA adapter.
+        subset: ``lora`` (every LoRA factor), ``last-layer`` (the classification head's last linear layer,
+            or LoRA on the language-model head) or ``all`` (LoRA and every linear layer of the head).
+
+    Raises:
+        AdapterError: LoRA on something that is not a linear layer, a LoRA variant, or a merged adapter.
+        UsageError: ``last-layer`` or ``all`` of a model that has nothing of the kind.
+    """
+    adapter_name = cast(str, model.active_adapter)
+    output_path = _output_layer_path(model)
+    head_paths = _saved_head_paths(model)
+    layers: list[BayesianLayer] = []
+    for path, module in model.named_modules():
+        if isinstance(module, LoraLayer) and adapter_name in {*module.lora_A, *module.lora_embedding_A}:
+            in_head = path == output_path or any(path.startswith(head + ".") for head in head_paths)
+            layers += _factors(path, module, adapter_name, in_head, writes_vocabulary=path == output_path)
+    if not layers:
+        raise AdapterError("the adapter has no LoRA layers on this base model")
+    if subset == "lora":
+        return layers
+    heads = [layer for path in head_paths for layer in _head_layers(model, path, adapter_name, path == output_path)]
+    on_output = [layer for layer in layers if output_path and layer.name.startswith(f"{output_path}.lora_")]
+    if subset == "all" and (heads or on_output):
+        return layers + heads
+    if subset == "last-layer" and (heads or on_output):
+        return heads[-1:] or on_output
+    raise UsageError(
+        f"--subset {subset}: this adapter has neither a saved classification head nor LoRA on the output "
+        "layer; use --subset lora"
+    )
+
+
+def _output_layer_path(model: PeftModel) -> str | None:
+    """Path of the language-model head, or None for a model without one (a sequence classifier)."""
+    base = cast(Any, model.get_base_model())
+    output = base.get_output_embeddings()
+    return next((path for path, module in model.named_modules() if output is not None and module is output), None)
+
+
+def _saved_head_paths(model: PeftModel) -> list[str]:
+    """Modules saved whole with the adapter, those of the transformer blocks left out: they read every token."""
+    blocks = [f"{path}." for path, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    return [
+        path
+        for path, module in model.named_modules()
+        if isinstance(module, ModulesToSaveWrapper) and not any(path.startswith(block) for block in blocks)
+    ]
+
+
+def _factors(
+    path: str, module: LoraLayer, adapter_name: str, in_head: bool, writes_vocabulary: bool
+) -> list[BayesianLayer]:
+    if module.merged:
+        raise AdapterError(f"{path}: the adapter is merged into its base; unmerge it, or load it unmerged")
+    if adapter_name in module.lora_variant:
+        variant = type(module.lora_variant[adapter_name]).__name__
+        raise AdapterError(f"{path}: {variant} is not plain LoRA, and the posterior does not cover it")
+    pair = [module.lora_A[adapter_name], module.lora_B[adapter_name]] if adapter_name in module.lora_A else []
+    if not pair or not all(type(factor) is nn.Linear for factor in pair):
+        target = type(module.get_base_layer()).__name__
+        raise AdapterError(f"{path}: LoRA on a {target}; the posterior covers LoRA on linear layers alone")
+    first, second = cast("list[nn.Linear]", pair)
+    return [
+        BayesianLayer(f"{path}.lora_A", "A", first, cast(nn.Module, module), reads_answer_only=in_head),
+        BayesianLayer(f"{path}.lora_B", "B", second, second, in_head, answer_rows_only=writes_vocabulary),
+    ]
+
+
+def _head_layers(model: PeftModel, path: str, adapter_name: str, writes_vocabulary: bool) -> list[BayesianLayer]:
+    wrapper = cast(ModulesToSaveWrapper, model.get_submodule(path))
+    saved = wrapper.modules_to_save[adapter_name]
+    found = []
+    for inner, module in saved.named_modules():
+        if isinstance(module, nn.Linear):
+            name = f"{path}.{inner}" if inner else path
+            found.append(
+                BayesianLayer(
+                    name,
+                    "head",
+                    module,
+                    module,
+                    reads_answer_only=True,
+                    answer_rows_only=writes_vocabulary,
+                    bias_as_input=module.bias is not None,
+                )
+            )
+    return found
+
+
+def lora_dropouts(model: nn.Module) -> list[nn.Dropout]:
+    """The adapter's own ``lora_dropout`` layers that drop anything."""
+    return [
+        module
+        for name, module in model.named_modules()
+        if ".lora_dropout." in name and isinstance(module, nn.Dropout) and module.p > 0
+    ]
+
+
+@contextmanager
+def lora_dropout_on(model: nn.Module, seed: int) -> Iterator[None]:
+    """Let the adapter's dropout draw, from a seed; the caller's random state is left as it was."""
+    layers = lora_dropouts(model)
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        try:
+            for layer in layers:
+                layer.train()
+            yield
+        finally:
+            for layer in layers:
+                layer.eval()
+
+
+def describe_parameter(name: str, role: Role, shape: tuple[int, int], squared_norm: float) -> dict[str, Any]:
+    """One entry of the manifest's ``parameters``."""
+    return {"name": name, "shape": list(shape), "role": role, "squared_norm": squared_norm}

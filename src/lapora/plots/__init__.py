@@ -1,7 +1,0 @@
-"""Pictures by matplotlib, readable in greyscale. Imported only where a picture is asked for."""
-
-from lapora.plots.checkpoints import checkpoint_pictures
-from lapora.plots.evaluation import evaluation_pictures
-from lapora.plots.style import Picture, save_pictures, to_svg
-
-__all__ = ["Picture", "checkpoint_pictures", "evaluation_pictures", "save_pictures", "to_svg"]

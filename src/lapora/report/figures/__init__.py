@@ -1,0 +1,7 @@
+"""Pictures by matplotlib, readable in greyscale. Imported only where a picture is asked for."""
+
+from lapora.report.figures.checkpoints import checkpoint_pictures
+from lapora.report.figures.evaluation import evaluation_pictures
+from lapora.report.figures.style import Picture, save_pictures, to_svg
+
+__all__ = ["Picture", "checkpoint_pictures", "evaluation_pictures", "save_pictures", "to_svg"]

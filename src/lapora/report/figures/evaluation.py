@@ -1,0 +1,165 @@
+"""Pictures of one evaluation: reliability diagrams, histograms of confidence, risk against coverage."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from matplotlib.axes import Axes
+from torch import Tensor
+
+from lapora import metrics
+from lapora.report.figures.style import Picture, line_style, new_figure, style
+
+_MOST_CURVES = 8
+_LEAST_COVERAGE = 0.05
+_NORMAL_95 = 1.96
+
+
+def evaluation_pictures(tables: Mapping[str, Tensor], targets: Tensor, after: Sequence[str]) -> list[Picture]:
+    """All pictures of an evaluation.
+
+    Args:
+        tables: ``(N, C)`` log-probabilities by method; ``map`` is among them.
+        targets: ``(N,)`` labels.
+        after: The methods that are shown beside MAP, each in pictures of its own.
+    """
+    pictures = []
+    with style():
+        for label in after:
+            pair = {"map": tables["map"], label: tables[label]}
+            ending = "" if len(after) == 1 else "-" + re.sub(r"[^A-Za-z0-9.]+", "-", label).strip("-")
+            pictures += [_reliability(pair, targets, ending), _histograms(pair, targets, ending)]
+        pictures.append(_risk_coverage(tables, targets, after))
+    return pictures
+
+
+def _reliability(pair: Mapping[str, Tensor], targets: Tensor, ending: str) -> Picture:
+    figure = new_figure(7.4, 4.6)
+    axes = figure.subplots(2, len(pair), sharex=True, squeeze=False, height_ratios=[3, 1])
+    most = 0
+    for column, (label, log_p) in enumerate(pair.items()):
+        upper, lower = axes[0, column], axes[1, column]
+        bins = [each for each in metrics.reliability_bins(log_p, targets) if each.count]
+        scores = metrics.evaluate(log_p, targets)
+        centres = [(each.low + each.high) / 2 for each in bins]
+        width = 1 / metrics.ECE_BINS
+        upper.bar(
+            centres, [each.accuracy or 0 for each in bins], width, color="#d9d9d9", edgecolor="#333333", linewidth=0.7
+        )
+        ends = np.array([_wilson(each.accuracy or 0, each.count) for each in bins]).T
+        height = np.array([each.accuracy or 0 for each in bins])
+        upper.errorbar(
+            [each.confidence or 0 for each in bins],
+            height,
+            np.clip([height - ends[0], ends[1] - height], 0, None),
+            fmt="o",
+            color="black",
+            markersize=4,
+            linewidth=1,
+            capsize=2,
+        )
+        upper.plot([0, 1], [0, 1], color="black", linestyle="--", linewidth=1)
+        upper.set(title=f"{label}\nECE {scores['ece']:.3f}   NLL {scores['nll']:.3f}", ylim=(0, 1.02))
+        counts = [each.count for each in bins]
+        bars = lower.bar(centres, counts, width, color="#7f7f7f", edgecolor="#333333", linewidth=0.7)
+        lower.bar_label(bars, fontsize=6.5, padding=1)
+        lower.set(xlabel="confidence")
+        most = max(most, *counts)
+    lowest = math.floor(metrics.ECE_BINS / next(iter(pair.values())).shape[1]) / metrics.ECE_BINS
+    axes[0, 0].set(ylabel="share of right answers", xlim=(max(0.0, lowest - 0.02), 1.02))
+    axes[1, 0].set(ylabel="rows")
+    for lower in axes[1]:
+        lower.set_ylim(0, 1.25 * most)
+    for lower in axes[:, 1:].flat:
+        lower.tick_params(labelleft=False)
+    before, now = pair
+    caption = (
+        f"Reliability of {before} (left) and {now} (right): bars and points are the share of right answers in each "
+        f"bin of confidence, points at the bin's mean confidence with a 95 % Wilson interval; below, rows in each bin. "
+        "On the dashed line confidence is what it says."
+    )
+    return Picture(f"reliability{ending}", caption, figure)
+
+
+def _wilson(share: float, count: int) -> tuple[float, float]:
+    """The 95 % interval of a share (Wilson 1927)."""
+    square = _NORMAL_95**2 / count
+    middle = (share + square / 2) / (1 + square)
+    half = _NORMAL_95 * math.sqrt(share * (1 - share) / count + square / (4 * count)) / (1 + square)
+    return middle - half, middle + half
+
+
+def _histograms(pair: Mapping[str, Tensor], targets: Tensor, ending: str) -> Picture:
+    figure = new_figure(7.4, 3.1)
+    axes = figure.subplots(1, len(pair), sharex=True, sharey=True)
+    lowest = 1 / next(iter(pair.values())).shape[1]
+    edges = np.linspace(lowest, 1, 21)
+    for axis, (label, log_p) in zip(axes, pair.items(), strict=True):
+        confidence, predicted = log_p.exp().max(dim=1)
+        right = predicted == targets
+        values = [confidence[right].numpy(), confidence[~right].numpy()]
+        _, _, groups = axis.hist(
+            values, edges, stacked=True, color=["#d9d9d9", "#6e6e6e"], edgecolor="#222222", linewidth=0.6
+        )
+        for bar in groups[1]:
+            bar.set_hatch("////")
+        mean, accuracy = float(confidence.mean()), float(right.double().mean())
+        axis.axvline(mean, color="black", linestyle="-", linewidth=1.3)
+        axis.axvline(accuracy, color="black", linestyle=":", linewidth=1.6)
+        axis.set(title=f"{label}\nmean confidence {mean:.3f}, accuracy {accuracy:.3f}", xlabel="confidence")
+    axes[0].set_ylabel("rows")
+    handles = [groups[0][0], groups[1][0], *axes[0].lines[:2]]
+    names = ["right", "wrong", "mean confidence", "accuracy"]
+    figure.legend(handles, names, loc="outside lower center", ncols=4)
+    caption = (
+        f"Confidence of right and wrong answers under {' and '.join(pair)}; calibrated probabilities have the two "
+        "vertical lines together."
+    )
+    return Picture(f"confidence{ending}", caption, figure)
+
+
+def _risk_coverage(tables: Mapping[str, Tensor], targets: Tensor, first: Sequence[str]) -> Picture:
+    """One curve for methods that put the rows in the same order, as a temperature leaves it with two answers.
+
+    Where there are too many, the baselines and ``first`` are drawn.
+    """
+    order = [label for label in tables if not label.startswith("laplace") or label in first]
+    tables = {label: tables[label] for label in (*order, *(label for label in tables if label not in order))}
+    curves: dict[tuple[bytes, bytes], list[str]] = {}
+    for label, log_p in tables.items():
+        if label != "constant":
+            coverage, risk = metrics.risk_coverage(log_p, targets)
+            curves.setdefault((coverage.numpy().tobytes(), risk.numpy().tobytes()), []).append(label)
+    shown = list(curves.values())[:_MOST_CURVES]
+    figure = new_figure(5.8, 4.3)
+    axis: Axes = figure.subplots()
+    for index, labels in enumerate(shown):
+        coverage, risk = metrics.risk_coverage(tables[labels[0]], targets)
+        area = metrics.evaluate(tables[labels[0]], targets)["aurc"]
+        # The first few rows say nothing: their error rate is one of few.
+        drawn = (coverage >= _LEAST_COVERAGE) | (coverage == coverage[-1])
+        every = max(1, int(drawn.sum()) // 9)
+        axis.plot(
+            coverage[drawn].numpy(),
+            risk[drawn].numpy(),
+            label=f"{', '.join(labels)}: {area:.3f}",
+            markevery=(index * every // len(shown), every),
+            **line_style(index),
+        )
+    axis.set(xlabel="coverage: share of rows answered", ylabel="risk: share of wrong answers")
+    axis.set(xlim=(0, 1.01), ylim=(0, None))
+    longest = max(len(", ".join(labels)) for labels in shown)
+    title = "area under the curve"
+    figure.legend(
+        title=title, title_fontsize=8, loc="outside lower center", ncols=1 if longest > 30 or len(shown) < 3 else 2
+    )
+    caption = (
+        "Risk against coverage: the error rate if only the most confident rows are answered (from "
+        f"{_LEAST_COVERAGE:.0%} of them on); lower is better."
+    )
+    if len(curves) > len(shown):
+        caption += f" The first {len(shown)} curves; {len(curves) - len(shown)} more are in the table."
+    return Picture("risk-coverage", caption, figure)

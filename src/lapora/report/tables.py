@@ -1,0 +1,372 @@
+"""Tables on the terminal."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from lapora.config import method_label
+from lapora.errors import printable
+from lapora.posterior.prior import PriorPrecision
+
+if TYPE_CHECKING:
+    from lapora.metrics import Bin
+
+HEADINGS = {
+    "accuracy": "accuracy",
+    "mcc": "mcc",
+    "ece": "ece",
+    "adaptive_ece": "adaptive ece",
+    "nll": "nll",
+    "brier": "brier",
+    "auroc": "auroc",
+    "aurc": "aurc",
+}
+"""Scores in the order of the table, with their headings."""
+
+_SECOND_TABLE = ("auroc", "aurc")
+"""Scores that have no room in the first table of a narrow terminal."""
+
+_WIDE_TERMINAL = 112
+_IN_A_PIPE = 140
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """A score, or a dash where it is not defined."""
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def threshold(value: float) -> str:
+    """A threshold, rounded down: rows that stand on it are kept."""
+    return f"{math.floor(value * 1e6) / 1e6:.6f}"
+
+
+def label_of(result: Mapping[str, Any]) -> str:
+    """How a result is named."""
+    return method_label(result["method"], result.get("name"), result.get("link"))
+
+
+def difference_of(result: Mapping[str, Any], score: str = "nll") -> str:
+    """The paired difference to MAP with its interval."""
+    found = result.get("difference_to_map", {}).get(score)
+    if found is None:
+        return ""
+    low, high = found["interval"]
+    return f"{found['value']:+.3f} ({low:+.3f} to {high:+.3f})"
+
+
+def console_of_data() -> Console:
+    """Standard output; wide enough for any table where it is not a terminal."""
+    console = Console()
+    return console if console.is_terminal else Console(width=_IN_A_PIPE)
+
+
+def print_evaluation(record: Mapping[str, Any]) -> None:
+    """Print the table of ``eval``, with those of other data and of coverage where they were asked for.
+
+    A terminal that is too narrow for all columns gets two tables, so that nothing is cut or left out.
+    """
+    console = console_of_data()
+    results = record["results"]
+    wide = console.width >= _WIDE_TERMINAL
+    title = f"{record['task']}, {record['split']}: {record['n']} rows"
+    scores = [score for score in HEADINGS if score in results[0]]
+    if wide:
+        console.print(_scores(results, title, scores, with_difference=True))
+    else:
+        first = [score for score in scores if score not in _SECOND_TABLE]
+        console.print(_scores(results, title, first, with_difference=False))
+        console.print(_scores(results, "", [*_SECOND_TABLE], with_difference=True))
+    if "coverage" in results[0]:
+        console.print(_coverage(results))
+    for shifted in record.get("ood", []):
+        for table in _shift(shifted, wide):
+            console.print(table)
+
+
+def _scores(results: Sequence[Mapping[str, Any]], title: str, scores: Sequence[str], *, with_difference: bool) -> Table:
+    table = _table(title, "nll less MAP's: paired, with its 95 % bootstrap interval" if with_difference else "")
+    for score in scores:
+        _number_column(table, HEADINGS[score].replace(" ", "\n"))
+    if with_difference:
+        _number_column(table, "nll less MAP's")
+    for result in results:
+        cells = [number(result[score]) for score in scores]
+        table.add_row(cell(label_of(result)), *cells, *([difference_of(result)] if with_difference else []))
+    return table
+
+
+def _table(title: str, caption: str = "") -> Table:
+    """A table whose first column alone may be wrapped."""
+    table = Table(title=cell(title) if title else None, caption=caption or None, box=box.SIMPLE_HEAD)
+    table.add_column("method")
+    return table
+
+
+def _number_column(table: Table, heading: str) -> None:
+    table.add_column(heading, justify="right", no_wrap=True)
+
+
+def _coverage(results: Sequence[Mapping[str, Any]]) -> Table:
+    asked = results[0]["coverage"]["asked"]
+    table = _table(f"to answer {asked:.0%} of the rows")
+    for heading in ("--abstain-below", "rows\nanswered", "accuracy\nof these", "of all"):
+        _number_column(table, heading)
+    for result in results:
+        found = result["coverage"]
+        shares = [f"{found['coverage']:.1%}", number(found["accuracy"]), number(result["accuracy"])]
+        table.add_row(cell(label_of(result)), threshold(found["threshold"]), *shares)
+    return table
+
+
+_SHIFT = {
+    "accuracy": "accuracy",
+    "confidence": "confidence",
+    "confidence_in": "(own\nrows)",
+    "entropy": "entropy",
+    "entropy_in": "(own\nrows)",
+}
+_SHIFT_AUROC = {"max_probability": "AUROC\nmax p", "entropy": "\nentropy", "mutual_information": "mutual\ninf."}
+
+
+def _shift(shifted: Mapping[str, Any], wide: bool) -> list[Table]:
+    """One table; on a narrow terminal two, AUROC in the second."""
+    caption = "AUROC of telling them from the rows above; 0.5 is chance"
+    first = _table(f"other data: {shifted['task']}, {shifted['split']}: {shifted['n']} rows", caption if wide else "")
+    second = first if wide else _table("", caption)
+    for heading in _SHIFT.values():
+        _number_column(first, heading)
+    for heading in _SHIFT_AUROC.values():
+        _number_column(second, heading)
+    for result in shifted["results"]:
+        label = cell(label_of(result))
+        levels = [number(result[key]) for key in _SHIFT]
+        aurocs = [number(result["auroc"][key]) for key in _SHIFT_AUROC]
+        if wide:
+            first.add_row(label, *levels, *aurocs)
+        else:
+            first.add_row(label, *levels)
+            second.add_row(label, *aurocs)
+    return [first] if wide else [first, second]
+
+
+_BAR = 24
+
+
+def print_reliability(diagrams: Mapping[str, Sequence[Bin]]) -> None:
+    """Draw reliability diagrams side by side, on a terminal alone.
+
+    Args:
+        diagrams: Bins by method, at most two.
+    """
+    console = Console()
+    if not console.is_terminal:
+        return
+    table = Table(
+        title="how often right, by confidence",
+        caption="█ share right, ┃ mean confidence: a bar should end there",
+        box=box.SIMPLE_HEAD,
+    )
+    table.add_column("confidence")
+    for label in diagrams:
+        table.add_column(Text(label), min_width=_BAR)
+        table.add_column("rows", justify="right")
+    for row in zip(*diagrams.values(), strict=True):
+        if any(each.count for each in row):
+            cells = [cell for each in row for cell in (_bar(each), str(each.count) if each.count else "")]
+            table.add_row(f"{row[0].low:.2f}-{row[0].high:.2f}", *cells)
+    console.print(table)
+
+
+def _bar(found: Bin) -> str:
+    if found.accuracy is None or found.confidence is None:
+        return ""
+    filled, mark = round(found.accuracy * _BAR), min(_BAR - 1, int(found.confidence * _BAR))
+    cells = ["█" if index < filled else "·" for index in range(_BAR)]
+    cells[mark] = "┃"
+    return "".join(cells)
+
+
+def print_checkpoints(record: Mapping[str, Any]) -> None:
+    """Print accuracy, ECE and NLL of every checkpoint."""
+    console = console_of_data()
+    for line in checkpoint_tables(record):
+        console.print(line)
+
+
+def checkpoint_tables(record: Mapping[str, Any]) -> list[Table]:
+    """One table for each score: training steps down, methods across."""
+    tables = []
+    for score in ("accuracy", "ece", "nll"):
+        results = record["checkpoints"][0]["results"]
+        links = [result["link"] for result in results if "link" in result]
+        shown = (None, "mc-joint" if "mc-joint" in links else next(iter(links), None))
+        labels = [label_of(each) for each in results if each.get("link") in shown and each["method"] != "constant"]
+        table = Table(
+            title=cell(f"{record['task']}, {record['split']}: {score} of {record['n']} rows"), box=box.SIMPLE_HEAD
+        )
+        table.add_column("step", justify="right")
+        for label in labels:
+            table.add_column(Text(label.removeprefix("laplace ")), justify="right")
+        for checkpoint in record["checkpoints"]:
+            found = {label_of(result): result[score] for result in checkpoint["results"]}
+            table.add_row(str(checkpoint["step"]), *(number(found.get(label)) for label in labels))
+        tables.append(table)
+    return tables
+
+
+_BEST_IS_HIGH = ("accuracy", "mcc", "auroc")
+# The constant predictor is calibrated and says nothing, and an oracle has seen the labels: they are no candidates.
+_NO_CANDIDATES = ("constant", "temperature (oracle)")
+
+
+def print_comparison(runs: Sequence[Mapping[str, Any]], scores: Sequence[str]) -> None:
+    """Print runs: a table of each score for a terminal, tab-separated lines for a pipe.
+
+    Args:
+        runs: What :func:`lapora.workflows.results.read_results` read.
+        scores: Which scores.
+    """
+    console = Console()
+    if not console.is_terminal:
+        _print_lines(runs)
+        return
+    legend = Table(box=None, show_header=False)
+    for _ in range(7):
+        legend.add_column(overflow="fold")
+    for index, run in enumerate(runs, 1):
+        time = str(run.get("time", ""))[:16].replace("T", " ")  # to the minute
+        cells = (run["run"], time, run.get("adapter", ""), f"{run['task']} {run['split']}", run["n"])
+        legend.add_row(Text(f"#{index}"), *(cell(str(value)) for value in cells), Text("rows"))
+    console.print(legend)
+    for score in scores:
+        console.print(_side_by_side(runs, score))
+
+
+def _side_by_side(runs: Sequence[Mapping[str, Any]], score: str) -> Table:
+    """Methods down, runs across; the best of each run is bold."""
+    table = Table(title=HEADINGS[score], box=box.SIMPLE_HEAD)
+    table.add_column("method")
+    columns = [{label_of(result): result.get(score) for result in run["results"]} for run in runs]
+    for index in range(len(runs)):
+        table.add_column(f"#{index + 1}", justify="right")
+    best = max if score in _BEST_IS_HIGH else min
+    bests = []
+    for column in columns:
+        known = [value for label, value in column.items() if value is not None and label not in _NO_CANDIDATES]
+        bests.append(best(known) if known else None)
+    for label in dict.fromkeys(label for column in columns for label in column):
+        cells = [
+            Text(
+                number(column[label]) if label in column else "",
+                style="bold"
+                if label not in _NO_CANDIDATES and value is not None and column.get(label) == value
+                else "",
+            )
+            for column, value in zip(columns, bests, strict=True)
+        ]
+        table.add_row(cell(label), *cells)
+    return table
+
+
+def _print_lines(runs: Sequence[Mapping[str, Any]]) -> None:
+    """One line a run and method, so that ``sort`` and ``cut`` work."""
+    print("\t".join(["run", "time", "adapter", "task", "split", "n", "method", "name", "link", *HEADINGS]))
+    for run in runs:
+        about = [run["run"], run.get("time"), run.get("adapter"), run["task"], run["split"], run["n"]]
+        for result in run["results"]:
+            named = [result["method"], result.get("name"), result.get("link")]
+            values = [result.get(score) for score in HEADINGS]
+            cells = ["" if cell is None else " ".join(str(cell).split()) for cell in (*about, *named, *values)]
+            print("\t".join(cells))
+
+
+def cell(text: str) -> Text:
+    """Text as it is: no markup that data brought along, no terminal controls."""
+    return Text(printable(text, 1000))
+
+
+def print_tasks(tasks: list[dict[str, Any]]) -> None:
+    """Print the built-in tasks: a table for a terminal, tab-separated lines for a pipe."""
+    header = ("task", "model kinds", "answers", "metric", "Hub")
+    rows = [
+        (
+            task["task"],
+            ", ".join(task["kinds"]),
+            task["choices"] if isinstance(task["choices"], str) else " | ".join(task["choices"]),
+            task["metric"],
+            task["hub"] or "",
+        )
+        for task in tasks
+    ]
+    console = Console()
+    if not console.is_terminal:
+        for row in rows:
+            print("\t".join(printable(value, 1000) for value in row))
+        return
+    table = Table()
+    for title in header:
+        table.add_column(title)
+    for row in rows:
+        table.add_row(*map(cell, row))
+    console.print(table)
+
+
+def print_manifest(manifest: dict[str, Any]) -> None:
+    """Print what a posterior is."""
+    prior = manifest["prior"]
+    precision = PriorPrecision.from_manifest(prior).describe()
+    lines = {
+        "structure": f"{manifest['structure']}, {manifest['weight_sharing']}, {manifest['fisher']} Fisher",
+        "subset": f"{manifest['subset']}, {len(manifest['parameters'])} matrices",
+        "base model": f"{manifest['base_model']['name']} ({manifest['base_model']['dtype']})",
+        "task": f"{manifest['task']['task']}, {', '.join(manifest['answers']['choices'])}",
+        "data": f"{manifest['data']['n']} rows of {manifest['data']['split']}",
+        "log-likelihood": _nats(manifest["log_likelihood"]),
+        "prior precision": f"{precision} ({prior['method']}, {prior['structure']})",
+        "log marginal likelihood": _nats(prior["log_marginal_likelihood"]),
+    }
+    if manifest.get("kept", 1.0) < 1.0:
+        lines["structure"] += f", {manifest['kept']:.1%} of the curvature's trace kept"
+    table = Table(show_header=False)
+    for key, value in lines.items():
+        table.add_row(key, cell(value))
+    console = Console()
+    console.print(table)
+    if "validation" in prior:
+        console.print(_validation_curve(prior["validation"]))
+
+
+_COUNT_BAR = 30
+
+
+def _validation_curve(record: dict[str, Any]) -> Table:
+    """NLL, ECE and accuracy of every prior tried, of MAP and of the marginal likelihood's, NLL drawn as a bar."""
+    title = f"{record['n']} rows of {record['split']}, {record['link']} ({record['scheme']})"
+    table = Table(title=cell(title), title_justify="left")
+    for title in ("prior precision", "nll", "ece", "accuracy"):
+        table.add_column(title, justify="right")
+    table.add_column("nll, longer is worse", min_width=_COUNT_BAR)
+    rows = [(f"{point['precision']:.3g}", point) for point in record["curve"]] + [("MAP", record["map"])]
+    evidence = record["marglik"]
+    several = evidence["structure"] != "scalar"
+    rows.append(("marglik" if several else f"marglik {evidence['precision']:.3g}", evidence))
+    values = [point["nll"] for _, point in rows]
+    low, high = min(values), max(values)
+    for label, point in rows:
+        if label == "MAP":
+            table.add_section()
+        length = 1 + round((_COUNT_BAR - 1) * (point["nll"] - low) / (high - low or 1.0))
+        least = " least" if point["nll"] == low else ""
+        table.add_row(label, *(f"{point[key]:.3f}" for key in ("nll", "ece", "accuracy")), "█" * length + least)
+    return table
+
+
+def _nats(value: float | None) -> str:
+    return "unknown: the rows had no labels" if value is None else f"{value:.2f} nats"

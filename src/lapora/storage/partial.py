@@ -1,0 +1,186 @@
+"""Passes put aside on disk, so that a fit that was ended goes on: ``ADAPTER/laplace/.NAME.partial/pass-K.safetensors``.
+
+Each file is whole in itself: the sums, what they are sums of (every setting and digest that decides them), and a
+checksum over all of it. It is written under another name and renamed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lapora.curvature.passes import PassState
+from lapora.errors import PosteriorError, first_line
+from lapora.storage.files import reason_of, remove_whatever
+
+# Saving may take this share of the time at most, however large the sums are.
+_SHARE_OF_TIME = 0.02
+_MOST_PASSES = 2
+
+
+class Checkpoint:
+    """The saved passes of one fit.
+
+    Args:
+        folder: ``ADAPTER/laplace/NAME``; the passes are kept beside it.
+        identity: Everything that decides the sums.
+        resume: Go on from what is saved; otherwise that is thrown away.
+        every: Seconds between two saves, more where saving takes long; 0 saves after every batch.
+        device: Where sums are taken up again.
+        rank: Of this process; each keeps its own share.
+
+    Raises:
+        PosteriorError: What is saved is damaged, or of another fit; every difference is named.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        identity: Mapping[str, Any],
+        *,
+        resume: bool,
+        every: float,
+        device: torch.device,
+        rank: int = 0,
+    ) -> None:
+        self.folder = partial_folder(folder)
+        self.identity: dict[str, Any] = json.loads(json.dumps(identity))
+        self.every = every
+        self.device = device
+        self.resumed_rows = 0
+        self._passes = 0
+        self._rank = rank
+        if rank == 0 and (not resume or self.folder.is_symlink()):  # a link would have the sums written elsewhere
+            self.remove()
+
+    def next_pass(self, *, keep: bool) -> _Pass:
+        """The keeper of the next pass.
+
+        Args:
+            keep: Save the finished pass whatever time it took, since a further pass builds on it.
+        """
+        file = self._file(self._passes)
+        if not file.exists():  # what was built on it is of no use then
+            for later in range(self._passes + 1, _MOST_PASSES):
+                self._file(later).unlink(missing_ok=True)
+        self._passes += 1
+        return _Pass(self, file, keep)
+
+    def _file(self, number: int) -> Path:
+        return self.folder / f"pass-{number}{f'-process-{self._rank}' if self._rank else ''}.safetensors"
+
+    def remove(self) -> None:
+        """The fit is done."""
+        with contextlib.suppress(OSError):
+            remove_whatever(self.folder)
+
+
+def partial_folder(folder: Path) -> Path:
+    """Where the passes of a posterior that is being fitted are kept."""
+    return folder.with_name(f".{folder.name}.partial")
+
+
+class _Pass:
+    def __init__(self, checkpoint: Checkpoint, file: Path, keep: bool) -> None:
+        self._checkpoint = checkpoint
+        self._file = file
+        self._keep = keep
+        self._wrote = file.exists()
+        self._last = time.monotonic()
+        self._pause = checkpoint.every
+
+    def saved(self) -> PassState | None:
+        if not self._file.exists():
+            return None
+        state = _read(self._file, self._checkpoint.identity, self._checkpoint.device)
+        self._checkpoint.resumed_rows = len(state.order)
+        return state
+
+    def offer(self, take: Callable[[], PassState]) -> None:
+        started = time.monotonic()
+        if started - self._last < self._pause:
+            return
+        self._write(take())
+        self._last = time.monotonic()
+        if self._checkpoint.every:
+            self._pause = max(self._checkpoint.every, (self._last - started) / _SHARE_OF_TIME)
+
+    def finish(self, take: Callable[[], PassState]) -> None:
+        if self._keep or self._wrote:
+            self._write(take())
+
+    def _write(self, state: PassState) -> None:
+        from safetensors import SafetensorError
+        from safetensors.torch import save_file
+
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.tensors().items()}
+        described = json.dumps({"identity": self._checkpoint.identity, "facts": state.observer.facts})
+        fresh = self._file.with_name(f"{self._file.name}.new")
+        try:
+            self._file.parent.mkdir(exist_ok=True)
+            fresh.unlink(missing_ok=True)
+            save_file(tensors, fresh, {"state": described, "blake2b": _digest(described, tensors)})
+            fresh.replace(self._file)
+        except (OSError, SafetensorError) as error:
+            fresh.unlink(missing_ok=True)
+            raise PosteriorError(
+                f"{self._file.parent}: the sums so far cannot be written ({reason_of(error)}); what was saved before "
+                "stands: make room, then fit again with --resume"
+            ) from error
+        self._wrote = True
+
+
+def _digest(described: str, tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.blake2b(described.encode(), digest_size=16)
+    for name in sorted(tensors):
+        digest.update(f"{name}{tuple(tensors[name].shape)}{tensors[name].dtype}".encode())
+        digest.update(tensors[name].numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _read(file: Path, identity: Mapping[str, Any], device: torch.device) -> PassState:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        if not file.is_file():  # opening a named pipe would wait for ever
+            raise ValueError("no regular file")
+        with safe_open(file, framework="pt") as stored:
+            metadata = stored.metadata() or {}
+            tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
+        described = json.loads(metadata["state"])
+        if metadata["blake2b"] != _digest(metadata["state"], tensors):
+            raise ValueError("its checksum is not that of its content")
+        then, facts = dict(described["identity"]), described["facts"]
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise PosteriorError(f"{file}: damaged ({first_line(error)}); fit again without --resume") from error
+    differences = _differences(then, identity)
+    if differences:
+        raise PosteriorError(
+            f"{file.parent}: begun with other settings or data: {'; '.join(differences)}; give those, or fit again "
+            "without --resume"
+        )
+    # Copies, so that they stand in memory as new sums do, aligned: a product's rounding may depend on it.
+    on_device = {
+        name: tensor.to(device, copy=True) if name.startswith("observer.") else tensor
+        for name, tensor in tensors.items()
+    }
+    return PassState.from_tensors(on_device, facts)
+
+
+def _differences(then: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:
+    found = []
+    for key in sorted(set(then) | set(now)):
+        before, after = then.get(key), now.get(key)
+        if isinstance(before, dict) and isinstance(after, dict):
+            found += _differences(before, after, f"{prefix}{key}.")
+        elif before != after:
+            found.append(f"{prefix}{key} {before!r:.80} then, {after!r:.80} now")
+    return found

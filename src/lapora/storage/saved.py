@@ -1,0 +1,265 @@
+"""The posterior on disk: ``ADAPTER/laplace/NAME/posterior.json`` and ``factors.safetensors``.
+
+The manifest is for people and scripts; the factors hold everything else. There is no pickle. A folder is
+written under another name and renamed, so that a kill at any moment leaves the old posterior or the new one.
+Reading the manifest and the eigenvalues needs no torch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import re
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lapora.config import JOINT, JOINT_STRUCTURES
+from lapora.errors import NumericalError, PosteriorError, UsageError, first_line
+from lapora.posterior.prior import PriorPrecision
+from lapora.storage.files import reason_of, remove_whatever, to_disk, write_json
+from lapora.storage.manifest import FORMAT_VERSION, check_prior, read_manifest, with_checksums
+
+if TYPE_CHECKING:
+    from lapora.posterior.gaussian import Posterior
+
+__all__ = ["FORMAT_VERSION", "SavedPosterior", "posterior_folder", "saved_names", "write_posterior"]
+
+MANIFEST_FILE = "posterior.json"
+FACTORS_FILE = "factors.safetensors"
+_LOOKS = 3
+"""How often a manifest that is not there is looked for."""
+
+
+def posterior_folder(root: Path, name: str) -> Path:
+    """Where the posterior ``name`` of an adapter lives.
+
+    Raises:
+        UsageError: The name is not a plain file name.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
+        raise UsageError(f"--name {name!r}: letters, digits, '.', '_' and '-' only")
+    return root / "laplace" / name
+
+
+def previous_folder(folder: Path) -> Path:
+    """Where the old posterior stands between the two renames that replace it."""
+    return folder.with_name(f".{folder.name}.previous")
+
+
+def posterior_exists(folder: Path) -> bool:
+    """Whether there is a posterior, one whose replacement was cut short included."""
+    return folder.exists() or previous_folder(folder).exists()
+
+
+def write_posterior(folder: Path, manifest: Mapping[str, Any], posterior: Posterior) -> None:
+    """Write a posterior, replacing what stands there.
+
+    Everything is written under another name and flushed to the disk before the renames. Hold
+    :func:`lapora.storage.files.writing` around it.
+
+    Raises:
+        PosteriorError: The folder cannot be written; what stood there is still there.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    tensors = {key: value.detach().cpu().contiguous() for key, value in posterior.tensors().items()}
+    described = {
+        key: {
+            "shape": list(value.shape),
+            "dtype": str(value.dtype).removeprefix("torch."),
+            "blake2b": _digest(value),
+        }
+        for key, value in tensors.items()
+    }
+    fresh, previous = folder.with_name(f".{folder.name}.new"), previous_folder(folder)
+    try:
+        remove_whatever(fresh)  # of a fit that was killed
+        fresh.mkdir(parents=True)
+        save_file(tensors, fresh / FACTORS_FILE)
+        to_disk(fresh / FACTORS_FILE)
+        write_json(fresh / MANIFEST_FILE, with_checksums({**manifest, "tensors": described}))
+        if folder.exists():
+            remove_whatever(previous)
+            folder.rename(previous)
+        fresh.rename(folder)
+        to_disk(folder.parent)
+        remove_whatever(previous)
+    except (OSError, SafetensorError) as error:
+        if not folder.exists() and previous.exists():
+            with contextlib.suppress(OSError):  # it is read under its other name all the same
+                previous.rename(folder)
+        raise PosteriorError(
+            f"{folder}: cannot be written ({reason_of(error)}); the old one, if any, stands"
+        ) from error
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+
+
+def _digest(value: Any) -> str:
+    return hashlib.blake2b(value.numpy().tobytes(), digest_size=16).hexdigest()
+
+
+class SavedPosterior:
+    """A posterior folder whose manifest has been found whole; tensors are read and checked when asked for.
+
+    Args:
+        folder: ``ADAPTER/laplace/NAME``.
+        prior_matters: Whether a damaged prior is refused; ``tune-prior`` replaces it.
+
+    Raises:
+        PosteriorError: Missing, of another format, or damaged.
+    """
+
+    def __init__(self, folder: Path, *, prior_matters: bool = True) -> None:
+        self._named = folder
+        for attempt in range(_LOOKS):
+            self.folder = folder
+            if not folder.exists() and previous_folder(folder).exists():
+                self.folder = previous_folder(folder)  # a fit was ended between its two renames: the old one stands
+            try:
+                self.manifest = read_manifest(self.folder / MANIFEST_FILE, prior_matters=prior_matters)
+                break
+            except PosteriorError:
+                if attempt == _LOOKS - 1 or (self.folder / MANIFEST_FILE).is_file():
+                    raise
+                time.sleep(0.01)  # a fit may be between its two renames this moment
+
+    def rewrite_manifest(self, changes: Mapping[str, Any]) -> None:
+        """Replace fields of the manifest, atomically; the factors stay as they are.
+
+        Raises:
+            PosteriorError: The manifest cannot be written; the old one stands.
+        """
+        manifest = with_checksums({**self.manifest, **changes})
+        try:
+            write_json(self.folder / MANIFEST_FILE, manifest)
+        except OSError as error:
+            raise PosteriorError(
+                f"{self.folder}: cannot be written ({reason_of(error)}); the old manifest stands"
+            ) from error
+        self.manifest = manifest
+
+    def prior_is_sound(self) -> bool:
+        """Whether the prior is whole, and as ``fit`` or ``tune-prior`` wrote it."""
+        try:
+            check_prior(self.folder / MANIFEST_FILE, self.manifest)
+        except PosteriorError:
+            return False
+        return True
+
+    @property
+    def prior(self) -> PriorPrecision:
+        """The prior as last tuned."""
+        return PriorPrecision.from_manifest(self.manifest["prior"])
+
+    @property
+    def joint(self) -> bool:
+        """Whether one basis spans all layers: they then share one prior precision."""
+        return self.manifest["structure"] in JOINT_STRUCTURES
+
+    def eigenvalues(self) -> list[NDArray[np.float64]]:
+        """``λ`` of every layer, in order; a single array where one basis spans all layers."""
+        names = [f"{JOINT}.eigenvalues"]
+        if not self.joint:
+            names = [f"{parameter['name']}.eigenvalues" for parameter in self.manifest["parameters"]]
+        arrays = self.arrays(names)
+        return [arrays[name] for name in names]
+
+    def arrays(self, names: Sequence[str]) -> dict[str, NDArray[Any]]:
+        """Read tensors, checked against the manifest.
+
+        Raises:
+            PosteriorError: The factors file is missing or damaged, or does not belong to the manifest.
+            NumericalError: A tensor holds NaN or infinity.
+        """
+        try:
+            return self._arrays(names)
+        except PosteriorError:  # which a fit that ends between the reading of two files looks like
+            try:
+                now = SavedPosterior(self._named, prior_matters=False)
+            except PosteriorError:
+                now = self
+            if now.manifest["tensors"] != self.manifest["tensors"]:
+                raise PosteriorError(
+                    f"{self._named}: another fit replaced it while it was read; run the command again"
+                ) from None
+            self.folder = now.folder
+        return self._arrays(names)
+
+    def _arrays(self, names: Sequence[str]) -> dict[str, NDArray[Any]]:
+        from safetensors import SafetensorError, safe_open
+
+        file = self.folder / FACTORS_FILE
+        described = self.manifest["tensors"]
+        found: dict[str, NDArray[Any]] = {}
+        try:
+            if not file.is_file():  # opening a named pipe would wait for ever
+                raise FileNotFoundError("no such file")
+            with safe_open(file, framework="numpy") as tensors:
+                for name in names:
+                    found[name] = tensors.get_tensor(name)
+        except (SafetensorError, OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            raise PosteriorError(
+                f"{file}: damaged or missing ({first_line(error)}); fit again with --overwrite"
+            ) from error
+        for name, array in found.items():
+            expected = described.get(name)
+            if expected is None or hashlib.blake2b(array.tobytes(), digest_size=16).hexdigest() != expected["blake2b"]:
+                raise PosteriorError(f"{file}: tensor {name} is damaged; fit again with --overwrite")
+            if list(array.shape) != expected["shape"] or str(array.dtype) != expected["dtype"]:
+                raise PosteriorError(
+                    f"{file}: tensor {name} is {array.dtype}{list(array.shape)}, and the manifest says "
+                    f"{expected['dtype']}{expected['shape']}; fit again with --overwrite"
+                )
+            if not np.isfinite(array).all():
+                raise NumericalError(f"{file}: tensor {name} holds NaN or infinity; fit again with --overwrite")
+            if name.endswith(".eigenvalues") and bool((array < 0).any()):
+                raise NumericalError(
+                    f"{file}: tensor {name} has a negative eigenvalue ({array.min():.3g}): no curvature has one; "
+                    "fit again with --overwrite"
+                )
+        return found
+
+    def gaussian(self) -> Posterior:
+        """The Gaussian, bases and all.
+
+        Raises:
+            PosteriorError: As for :meth:`arrays`; or the tensors do not have the parameters' shapes.
+            NumericalError: They hold NaN or infinity, a negative eigenvalue, or a basis that is none.
+        """
+        import torch
+
+        from lapora.posterior.gaussian import BlockPosterior, JointPosterior, check_blocks, check_joint
+
+        wanted = [name for name in self.manifest["tensors"] if not name.startswith("linear_model.")]
+        tensors = {name: torch.from_numpy(array) for name, array in self.arrays(wanted).items()}
+        try:
+            if self.joint:
+                joint = JointPosterior.from_tensors(self.manifest["parameters"], tensors)
+                check_joint(joint, self.folder / FACTORS_FILE)
+                return joint
+            blocks = BlockPosterior.from_tensors(self.manifest["parameters"], tensors)
+        except (KeyError, TypeError, ValueError) as error:
+            raise PosteriorError(
+                f"{self.folder / MANIFEST_FILE}: parameters do not match the factors ({error}); "
+                "fit again with --overwrite"
+            ) from error
+        answers = len(self.manifest["answers"]["choices"])
+        check_blocks(blocks, self.manifest["structure"], answers, self.folder / FACTORS_FILE)
+        return blocks
+
+
+def saved_names(root: Path) -> list[str]:
+    """Names of the posteriors saved beside an adapter."""
+    folder = root / "laplace"
+    if not folder.is_dir():
+        return []
+    names = (item.name for item in folder.iterdir() if (item / MANIFEST_FILE).is_file())
+    return sorted(name for name in names if not name.startswith("."))

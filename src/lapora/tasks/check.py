@@ -1,0 +1,102 @@
+"""What `lapora tasks` shows: a task's description, and how its first rows come out."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from lapora.tasks.examples import render_all
+from lapora.tasks.rows import Row
+from lapora.tasks.task import Task, TaskKind
+from lapora.tasks.tokens import answer_token_ids, encode_all
+
+
+def describe_task(task: Task) -> dict[str, Any]:
+    """A task in a few words, as plain JSON values.
+
+    Returns:
+        ``task``, ``kinds``, ``choices`` (a list, or the template that yields them), ``metric``, ``hub``
+        (``path/configuration``, or None) and ``splits`` (ours to the data set's).
+    """
+    splits = {"train": task.training_split, "validation": task.validation_split, "test": task.test_split}
+    choices = task.doc_to_choice
+    return {
+        "task": task.task,
+        "kinds": list(task.kinds),
+        "choices": choices if isinstance(choices, str) else list(choices),
+        "metric": task.metric,
+        "hub": task.hub_source,
+        "splits": {ours: theirs for ours, theirs in splits.items() if theirs is not None},
+    }
+
+
+def check_task(
+    task: Task,
+    rows: Sequence[Row],
+    *,
+    kind: TaskKind,
+    tokenizer: Any = None,
+    n: int = 3,
+    max_length: int | None = None,
+    chat_template: bool = False,
+) -> dict[str, Any]:
+    """Render rows, and say what came of it.
+
+    Args:
+        task: The task.
+        rows: The rows to check, at least one.
+        kind: The kind of model.
+        tokenizer: The model's; without it nothing is said about tokens.
+        n: How many rendered rows to return.
+        max_length: By default the task's.
+        chat_template: Whether prompts are wrapped in the tokenizer's chat template.
+
+    Returns:
+        ``task``, ``kind``, ``rows`` (how many), ``labels`` (count of each answer), ``unlabelled``,
+        ``max_length``, ``examples`` (index, text or inputs, target), and with a tokenizer ``truncated``,
+        ``longest`` (tokens, after truncation) and, for a causal model, ``answer_tokens``.
+
+    Raises:
+        DataError: A row cannot be rendered or encoded, or an answer is not one token.
+    """
+    examples = render_all(task, rows, kind=kind, labels="optional")
+    choices = examples[0].choices
+    length = max_length or task.max_length_for(kind)
+    counts = Counter(example.target for example in examples)
+    report: dict[str, Any] = {
+        "task": task.task,
+        "kind": kind,
+        "rows": len(examples),
+        "labels": {choice: counts[index] for index, choice in enumerate(choices)},
+        "unlabelled": counts[None],
+        "max_length": length,
+        "examples": [
+            {
+                "index": example.index,
+                **({"text": example.text} if kind == "causal" else {"inputs": list(example.inputs or ())}),
+                "target": None if example.target is None else choices[example.target],
+            }
+            for example in examples[:n]
+        ],
+    }
+    if tokenizer is None:
+        return report
+    encoded = encode_all(examples, tokenizer, kind=kind, max_length=length, task=task, chat_template=chat_template)
+    report["truncated"] = sum(row.truncated for row in encoded)
+    report["longest"] = max(len(row.input_ids) for row in encoded)
+    if kind == "causal":
+        ids = answer_token_ids(
+            tokenizer,
+            [example.text or "" for example in examples],
+            choices,
+            delimiter=task.target_delimiter,
+            chat_template=chat_template,
+            labels=[example.where for example in examples],
+        )
+        tokens = tokenizer.convert_ids_to_tokens(ids)
+        report["answer_tokens"] = {
+            choice: {"id": token_id, "token": token}
+            for choice, token_id, token in zip(choices, ids, tokens, strict=True)
+        }
+    return report
