@@ -78,7 +78,7 @@ def predict(it: Subject, posterior: Posterior, link: Any) -> None:
 
 def contestants(it: Subject, *, peers: bool = False) -> dict[str, tuple[int, Callable[[], object]]]:
     """What is measured, and the number of backward passes of its floor."""
-    less, posterior = it.classes - 1, fit(it).beside(it.layers, it.answers.device, torch.float32)
+    less, posterior = it.classes - 1, fit(it).on_device(it.layers, it.answers.device, torch.float32)
     found: dict[str, tuple[int, Callable[[], object]]] = {
         "lapora fit": (less, lambda: fit(it)),
         "lapora predict mc-joint": (less, lambda: predict(it, posterior, "mc-joint")),
@@ -142,7 +142,7 @@ def _alone(it: Subject, name: str) -> Callable[[], object]:
     if name == "lapora fit":
         return lambda: fit(it)
     few = Subject(it.answers, it.layers, it.batches[:0], 0, it.classes)
-    posterior = fit(few).beside(few.layers, it.answers.device, torch.float32)
+    posterior = fit(few).on_device(few.layers, it.answers.device, torch.float32)
     return lambda: predict(it, posterior, name.removeprefix("lapora predict "))
 
 

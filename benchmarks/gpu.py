@@ -20,8 +20,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from benchmarks import floor as measured
 from benchmarks.models import Subject, random_batches
 from lapora.models.lora_layers import find_bayesian_layers
-from lapora.models.outputs import AnswerModel
-from lapora.models.quantization import keep_inputs_whole, quantisation_config
+from lapora.models.outputs import OutputModel
+from lapora.models.quantization import keep_inputs_whole, quantization_config
 
 SHAPES = {
     "7B": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32},
@@ -46,7 +46,7 @@ def main() -> None:
     for classes in options.classes:
         model = _model(options.shape, options.quantize, device)
         tokens = list(range(100, 100 + classes))
-        answers = AnswerModel(model, "causal", 0, tokens)
+        answers = OutputModel(model, "causal", 0, tokens)
         batches = random_batches(
             answers, rows=options.rows, tokens=options.tokens, batch_size=options.batch_size, device=device
         )
@@ -70,7 +70,7 @@ def _model(shape: str, quantize: str, device: str) -> PeftModel:
         with tempfile.TemporaryDirectory() as folder:
             base.save_pretrained(Path(folder) / "base")
             del base
-            how = quantisation_config(quantize, torch.bfloat16, ["lm_head"])
+            how = quantization_config(quantize, torch.bfloat16, ["lm_head"])
             base = AutoModelForCausalLM.from_pretrained(
                 Path(folder) / "base", quantization_config=how, dtype=torch.bfloat16, device_map={"": device}
             )
@@ -87,7 +87,7 @@ def _model(shape: str, quantize: str, device: str) -> PeftModel:
 
 def _measure(it: Subject, rounds: int) -> None:
     less = it.classes - 1
-    posterior = measured.fit(it).beside(it.layers, it.answers.device, torch.float32)
+    posterior = measured.fit(it).on_device(it.layers, it.answers.device, torch.float32)
     runs: dict[str, Callable[[], object]] = {
         "floor": lambda: measured.floor(it, less),
         "fit, `kron`": lambda: measured.fit(it),

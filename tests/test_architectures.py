@@ -19,7 +19,7 @@ from transformers import (
 
 from lapora.errors import AdapterError, UsageError
 from lapora.models.lora_layers import find_bayesian_layers
-from lapora.models.outputs import AnswerModel
+from lapora.models.outputs import OutputModel
 from tiny_models import batches, close, dense_jacobian, moments, posterior, rows
 
 GPT2 = {"vocab_size": 30, "n_embd": 12, "n_layer": 2, "n_head": 2, "n_positions": 32, "initializer_range": 0.3}
@@ -56,7 +56,7 @@ def build(name: str, **lora):
         if "lora_" in parameter_name:
             nn.init.normal_(parameter, std=0.3)
     model = model.double().eval().requires_grad_(False)
-    return AnswerModel(model, kind, 0, [5, 6, 7] if kind == "causal" else None)
+    return OutputModel(model, kind, 0, [5, 6, 7] if kind == "causal" else None)
 
 
 def covariances(answers, subset="lora"):

@@ -22,7 +22,7 @@ from lapora.config import ModelSettings, PriorSettings
 from lapora.curvature.passes import Linearisation
 from lapora.errors import PosteriorError, UsageError
 from lapora.posterior import artifact
-from lapora.storage.files import writing
+from lapora.storage.files import write_lock
 from lapora.storage.saved import SavedPosterior
 from lapora.workflows.fit import fit
 from lapora.workflows.tune_prior import tune_prior
@@ -183,8 +183,8 @@ def test_every_step_of_the_writing_may_be_the_last(tiny, monkeypatch):
             patched.setattr(Path, "rename", counting(Path.rename))
             patched.setattr(Path, "replace", counting(Path.replace))
             patched.setattr(Path, "mkdir", counting(Path.mkdir))
-            patched.setattr(artifact, "to_disk", counting(artifact.to_disk))
-            patched.setattr(artifact, "remove_whatever", counting(artifact.remove_whatever))
+            patched.setattr(artifact, "to_disk", counting(artifact.fsync_path))
+            patched.setattr(artifact, "remove_whatever", counting(artifact.remove_path))
             patched.setattr(artifact.shutil, "rmtree", counting(artifact.shutil.rmtree))
             try:
                 fit_tiny(tiny, structure="diag", overwrite=True)
@@ -271,7 +271,7 @@ def test_files_in_place_of_the_folders_are_replaced_once_and_for_all(tiny):
 
 def test_the_second_of_two_writers_is_told_who_is_first(tiny):
     folder = fit_tiny(tiny).folder
-    with writing(folder):
+    with write_lock(folder):
         for call in (lambda: fit_tiny(tiny, overwrite=True), lambda: tune_prior(model_of(tiny))):
             with pytest.raises(PosteriorError, match=f"process {os.getpid()} is writing it"):
                 call()

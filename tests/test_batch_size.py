@@ -188,7 +188,7 @@ def test_the_budget_doubles_on_a_device_while_twice_as_much_fits(device_memory):
         seen.append(size.tokens)
     # 9/10 of 7,000 free bytes hold a batch of 3,200 tokens, but not one of 6,400.
     assert seen == [200, 400, 800, 1600, 3200, 3200, 3200, 3200]
-    size.did_not_fit(rows=32, length=100)
+    size.report_out_of_memory(rows=32, length=100)
     device_memory(1)
     size.fitted(torch.device("cuda"))
     assert size.tokens == 1600  # once it did not fit, it grows no more

@@ -22,14 +22,14 @@ from lapora.curvature.kfac import KronObserver
 from lapora.curvature.nystrom import NystromSketch
 from lapora.likelihoods.categorical import class_columns
 from lapora.memory.dry_pass import batch_memory, leaders_of
-from lapora.memory.estimate import allowance
+from lapora.memory.estimate import allocator_overhead
 from lapora.memory.footprint import StructureShape, footprint
 from lapora.models.adapter import read_adapter
 from lapora.models.batches import collate
-from lapora.models.loading import load_model, quiet_libraries
+from lapora.models.loading import load_model, silence_libraries
 from lapora.models.lora_layers import find_bayesian_layers
-from lapora.models.meta_model import LiveMemory, skeleton_of
-from lapora.models.outputs import AnswerModel
+from lapora.models.meta_model import LiveMemory, build_meta_model
+from lapora.models.outputs import OutputModel
 from lapora.posterior.structures import fit_structure
 from lapora.workflows.fit import estimate_memory, prepare_fit
 from tiny_adapter import command, data_of, fit_tiny, make_adapter, model_of
@@ -55,7 +55,7 @@ def without_weights(folder: Path, **shape: object) -> Path:
     make_adapter(folder / "tiny")
     for name in ("task.yaml", "data"):
         (folder / "tiny" / name).rename(folder / name)
-    with quiet_libraries(), torch.device("meta"):
+    with silence_libraries(), torch.device("meta"):
         config = LlamaConfig(**shape, dtype="bfloat16")
         lora = LoraConfig(r=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
         model = get_peft_model(AutoModelForCausalLM.from_config(config), lora)
@@ -79,7 +79,7 @@ def test_weights_are_those_of_the_loaded_model(folder, quantize):
             held += 0 if scales is None else scales.nbytes
         elif (state := getattr(getattr(module, "weight", None), "quant_state", None)) is not None:
             held += state.absmax.nbytes + state.state2.absmax.nbytes
-    assert sum(skeleton_of(adapter, quantize=quantize).weights.values()) == pytest.approx(held, rel=0.01)
+    assert sum(build_meta_model(adapter, quantize=quantize).weights.values()) == pytest.approx(held, rel=0.01)
 
 
 @pytest.mark.parametrize("structure", ["kron", "ekfac", "diag", "lowrank", "full"])
@@ -108,7 +108,7 @@ def test_sums_are_as_large_as_said(folder, rank):
         leaders[name] = factors.leader
         sums = [factors.gradient_sum] + ([factors.input_sum] if factors.leader == name else [])
         held[name] = sum((each.image if isinstance(each, NystromSketch) else each).nbytes for each in sums)
-    skeleton = skeleton_of(read_adapter(folder / "adapter"))
+    skeleton = build_meta_model(read_adapter(folder / "adapter"))
     layers = find_bayesian_layers(skeleton.model)
     assert leaders_of(skeleton, layers, 2) == leaders
     found = footprint(StructureShape("kron", layers, leaders, 2, 1, 24, rank))
@@ -123,23 +123,23 @@ def test_a_batch_holds_what_its_shape_says(folder, structure, directions, rerun)
     adapter = read_adapter(folder / "adapter")
     loaded = load_model(adapter, device="cpu")
     classes = 4
-    answers = AnswerModel(loaded.model, "causal", 0, list(range(3, 3 + classes)), rerun_blocks=rerun)
+    answers = OutputModel(loaded.model, "causal", 0, list(range(3, 3 + classes)), recompute_blocks=rerun)
     layers = find_bayesian_layers(loaded.model)
     batch = collate([Row([3] * 32)] * 8, list(range(8)), pad_token_id=0, padding_side="left")
     observer = dry_pass._observer(structure, layers, classes, directions)
     with LiveMemory(loaded.model) as memory, Linearisation(answers, layers, observer) as linearisation:
         linearisation.run(batch, lambda logits: class_columns(logits)[:directions])
-    skeleton = skeleton_of(adapter)
+    skeleton = build_meta_model(adapter)
     shapes = find_bayesian_layers(skeleton.model)
     found = batch_memory(
-        skeleton, shapes, structure, (8, 32), classes=classes, directions=directions, rerun_blocks=rerun
+        skeleton, shapes, structure, (8, 32), classes=classes, directions=directions, recompute_blocks=rerun
     )
     assert found == pytest.approx(memory.most, rel=0.05)
 
 
 def test_many_blocks_are_reckoned_from_fewer(tmp_path, monkeypatch):
     folder = without_weights(tmp_path, hidden_size=32, intermediate_size=64, num_hidden_layers=14, vocab_size=50)
-    skeleton = skeleton_of(read_adapter(folder / "adapter"))
+    skeleton = build_meta_model(read_adapter(folder / "adapter"))
     layers = find_bayesian_layers(skeleton.model)
     few = [batch_memory(skeleton, layers, s, (4, 32), classes=2, directions=1) for s in ("kron", "diag")]
     leaders = leaders_of(skeleton, layers, 2)
@@ -248,7 +248,7 @@ def test_structures_take_what_the_footprint_says_or_less(folder):
         with LiveMemory(prepared.loaded.model) as memory:
             fit_structure(structure, run)
         budget = estimate_memory(model_of(folder), data_of(folder), settings)
-        reckoned = (budget.peak_device - sum(budget.weights.values())) / allowance("cpu")
+        reckoned = (budget.peak_device - sum(budget.weights.values())) / allocator_overhead("cpu")
         assert 0.5 < memory.most / reckoned < 1.1
 
 

@@ -11,12 +11,12 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import BertConfig, BertForSequenceClassification, BertModel
 
-from lapora.config import DataSettings, FitSettings, ModelSettings, PredictSettings, Spread
+from lapora.config import DataSettings, FitSettings, ModelSettings, Placement, PredictSettings
 from lapora.errors import PosteriorError, UsageError
 from lapora.models.adapter import read_adapter
 from lapora.models.device_map import loading_arguments
 from lapora.models.loading import load_model
-from lapora.models.shared_base import SharedBases
+from lapora.models.shared_base import BaseCache
 from lapora.workflows.fit import fit
 from lapora.workflows.predict import predict
 from tiny_adapter import make_adapter
@@ -46,7 +46,7 @@ def resting(loaded):
 
 
 def test_layers_rest_on_the_disk_and_the_adapter_does_not(folder):
-    how = Spread("auto", "cpu=12KB", folder / "rest")
+    how = Placement("auto", "cpu=12KB", folder / "rest")
     loaded = load_model(read_adapter(folder / "adapter"), spread=how)
     plain = load_model(read_adapter(folder / "adapter"), device="cpu")
     assert any("layers.1." in name for name in resting(loaded))
@@ -74,7 +74,7 @@ def test_a_head_that_the_base_has_not(folder):
     adapter = read_adapter(folder / "classifier")
     plain = load_model(adapter, base_model=str(folder / "encoder"), device="cpu")
     spread_out = load_model(
-        adapter, base_model=str(folder / "encoder"), spread=Spread("auto", "cpu=4KB", folder / "rest")
+        adapter, base_model=str(folder / "encoder"), spread=Placement("auto", "cpu=4KB", folder / "rest")
     )
     assert resting(spread_out) and plain.fingerprint == spread_out.fingerprint
     ids = torch.tensor([[3, 4, 5, 6]])
@@ -145,14 +145,14 @@ def test_another_base_is_still_refused(folder):
 
 def test_adapters_share_a_spread_base(folder):
     shutil.copytree(folder / "adapter", folder / "second")
-    bases = SharedBases()
-    how = Spread("auto", "cpu=12KB", folder / "rest")
+    bases = BaseCache()
+    how = Placement("auto", "cpu=12KB", folder / "rest")
     ids = torch.tensor([[3, 4, 5]])
     loaded = [bases.load(read_adapter(folder / name), spread=how) for name in ("adapter", "second")]
     assert bases.loads == 1
     with torch.no_grad():
         second = loaded[1].model.get_base_model()(input_ids=ids).logits
-        bases.put_on(loaded[0])
+        bases.attach(loaded[0])
         first = loaded[0].model.get_base_model()(input_ids=ids).logits
     torch.testing.assert_close(first, second, rtol=0, atol=0)
 
@@ -172,10 +172,10 @@ def test_options_that_contradict_each_other(how, message):
 @pytest.mark.parametrize("text", ["cpu", "cpu=much", "gpu=1GiB", "=1GiB"])
 def test_bounds_that_cannot_be_read(text):
     with pytest.raises(UsageError, match="--max-memory"):
-        loading_arguments(Spread("auto", text))
+        loading_arguments(Placement("auto", text))
 
 
 def test_bounds():
-    found = loading_arguments(Spread("balanced", "0=20GiB, cpu=60GiB"))
+    found = loading_arguments(Placement("balanced", "0=20GiB, cpu=60GiB"))
     assert found == {"device_map": "balanced", "max_memory": {0: "20GiB", "cpu": "60GiB"}}
     assert json.dumps(found["device_map"])

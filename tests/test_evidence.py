@@ -22,7 +22,7 @@ def test_equals_the_dense_gaussian_evidence():
 
 def test_the_chosen_precision_is_the_maximum():
     evidence = Evidence([np.array([3.0, 0.2, 50.0]), np.array([0.0, 7.0])], [0.5, 1.5], -3.0)
-    best, bound = evidence.maximise()
+    best, bound = evidence.maximize()
     grid = np.exp(np.linspace(np.log(best) - 5, np.log(best) + 5, 4001))
     assert bound is None
     assert evidence.log_marginal_likelihood(best) >= max(evidence.log_marginal_likelihood(d) for d in grid) - 1e-12
@@ -30,8 +30,8 @@ def test_the_chosen_precision_is_the_maximum():
 
 
 def test_bounds_are_said():
-    assert Evidence([np.array([1.0])], [0.0]).maximise() == (HIGHEST_PRECISION, "highest")
-    assert Evidence([np.zeros(3)], [1.0]).maximise() == (LOWEST_PRECISION, "lowest")
+    assert Evidence([np.array([1.0])], [0.0]).maximize() == (HIGHEST_PRECISION, "highest")
+    assert Evidence([np.zeros(3)], [1.0]).maximize() == (LOWEST_PRECISION, "lowest")
 
 
 def test_negative_or_nan_eigenvalues_are_refused():

@@ -41,11 +41,11 @@ class Recorder:
     def begin(self, batch):
         pass
 
-    def see_input(self, layer, leader, inputs, mask):
+    def observe_input(self, layer, leader, inputs, mask):
         self.inputs.setdefault(layer.name, []).append(inputs[0].clone())
         return
 
-    def see_gradient(self, layer, kept, gradient):
+    def observe_gradient(self, layer, kept, gradient):
         self.gradients.setdefault(layer.name, []).append(gradient[0].clone())
 
     def finish(self, layer):
@@ -91,10 +91,10 @@ def test_gradients_are_those_of_plain_autograd(answers, layers):
     stacked = []
 
     class Stack(Recorder):
-        def see_input(self, layer, leader, inputs, mask):
+        def observe_input(self, layer, leader, inputs, mask):
             return inputs
 
-        def see_gradient(self, layer, kept, gradient):
+        def observe_gradient(self, layer, kept, gradient):
             g = torch.einsum("bto,bti->boi", gradient, kept).flatten(1)
             self.gradients.setdefault(layer.name, []).append(g)
 

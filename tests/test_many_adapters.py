@@ -18,7 +18,7 @@ from lapora.errors import DataError, LaporaError, UsageError
 from lapora.models import bases as bases_module
 from lapora.models.adapter import read_adapter
 from lapora.models.loading import load_model
-from lapora.models.shared_base import SharedBases
+from lapora.models.shared_base import BaseCache
 from lapora.workflows.fit import fit_several
 from lapora.workflows.predict import predict
 from tiny_adapter import make_adapter
@@ -66,7 +66,7 @@ def loads(monkeypatch):
 
 
 def test_an_adapter_taken_off_and_put_on_again_is_the_same(several):
-    shared = SharedBases()
+    shared = BaseCache()
     batch = torch.tensor([[3, 4, 5, 6]])
 
     def logits(model):
@@ -82,7 +82,7 @@ def test_an_adapter_taken_off_and_put_on_again_is_the_same(several):
         loaded[name] = shared.load(read_adapter(several / name), device="cpu")
         torch.testing.assert_close(logits(loaded[name].model), expected[name], rtol=0, atol=0)
     for name in ("adapter", "third", "adapter", "second"):
-        shared.put_on(loaded[name])
+        shared.attach(loaded[name])
         torch.testing.assert_close(logits(loaded[name].model), expected[name], rtol=0, atol=0)
     assert len({id(each.model.get_base_model()) for each in loaded.values()}) == 1
     assert shared.loads == 1
@@ -97,7 +97,7 @@ def test_an_adapter_that_writes_into_the_base_has_one_of_its_own(several):
     tensors[f"base_model.model.{key}"] = base[key] + 1.0
     save_file(tensors, file, {"format": "pt"})
     assert config.is_file()
-    shared = SharedBases()
+    shared = BaseCache()
     first = shared.load(read_adapter(several / "adapter"), device="cpu")
     second = shared.load(read_adapter(several / "second"), device="cpu")
     assert shared.loads == 2
@@ -232,7 +232,7 @@ def test_an_adapter_opened_between_two_rows_of_another_does_not_answer_them(seve
 
 
 def test_an_adapter_that_does_not_fit_leaves_nothing_on_the_base(several):
-    shared = SharedBases()
+    shared = BaseCache()
     ids = torch.tensor([[3, 4, 5]])
 
     def logits(loaded):
@@ -245,16 +245,16 @@ def test_an_adapter_that_does_not_fit_leaves_nothing_on_the_base(several):
     config.write_text(json.dumps({**json.loads(config.read_text()), "target_modules": ["q_proj", "v_proj", "up_proj"]}))
     with pytest.raises(LaporaError):
         shared.load(read_adapter(several / "second"), device="cpu")
-    shared.put_on(good)
+    shared.attach(good)
     torch.testing.assert_close(logits(good), expected, rtol=0, atol=0)
 
 
 def test_a_base_that_had_to_go_still_serves_the_adapters_that_were_on_it(several):
-    shared = SharedBases(most=1)
+    shared = BaseCache(most=1)
     ids = torch.tensor([[3, 4, 5]])
 
     def logits(loaded):
-        shared.put_on(loaded)
+        shared.attach(loaded)
         with torch.no_grad():
             return loaded.model.get_base_model()(input_ids=ids).logits
 
@@ -269,7 +269,7 @@ def test_a_base_that_had_to_go_still_serves_the_adapters_that_were_on_it(several
 
 
 def test_adapters_that_are_done_with_are_freed(several):
-    shared = SharedBases()
+    shared = BaseCache()
     seen = []
     for name in ("adapter", "second", "third"):
         seen.append(weakref.ref(shared.load(read_adapter(several / name), device="cpu").model))

@@ -30,12 +30,12 @@ class Recorder:
     def begin(self, batch):
         pass
 
-    def see_input(self, layer, leader, inputs, mask):
+    def observe_input(self, layer, leader, inputs, mask):
         assert layer.name not in self.inputs
         self.inputs[layer.name] = (leader, inputs.clone(), mask)
         return inputs
 
-    def see_gradient(self, layer, kept, gradient):
+    def observe_gradient(self, layer, kept, gradient):
         assert torch.equal(kept, self.inputs[layer.name][1])
         self.gradients.setdefault(layer.name, []).append(gradient.clone())
 
@@ -48,7 +48,7 @@ class Recorder:
 
 def _seen(answers, layers, batch, rerun):
     recorder = Recorder()
-    answers.rerun_blocks = rerun
+    answers.recompute_blocks = rerun
     with Linearisation(answers, layers, recorder) as linearisation:
         logits = linearisation.run(batch, class_columns)
         linearisation.observer = Recorder()
@@ -100,7 +100,7 @@ def test_every_structure_is_the_same(answers, structure):
     classes = answers.answer_token_ids.numel() if answers.kind == "causal" else answers.network.num_labels
     found = []
     for rerun in (False, True):
-        answers.rerun_blocks = rerun
+        answers.recompute_blocks = rerun
         run = CurvatureRun(answers, layers, lambda: batches(answers, encoded, 3), [0] * 6, classes)
         found.append(fit_structure(structure, run)[0])
     for one, other in zip(found[0].eigenvalues, found[1].eigenvalues, strict=True):
@@ -140,7 +140,7 @@ def test_less_is_held_for_the_backward_pass():
     from peft import LoraConfig, get_peft_model
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from lapora.models.outputs import AnswerModel
+    from lapora.models.outputs import OutputModel
 
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -148,12 +148,12 @@ def test_less_is_held_for_the_backward_pass():
     )
     lora = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
     model = get_peft_model(LlamaForCausalLM(config), lora).eval().requires_grad_(False)
-    answers = AnswerModel(model, "causal", 0, [5, 6])
+    answers = OutputModel(model, "causal", 0, [5, 6])
     layers = find_bayesian_layers(model)
     (batch,) = batches(answers, rows(4), 4)
     most = []
     for rerun in (False, True):
-        answers.rerun_blocks = rerun
+        answers.recompute_blocks = rerun
         with SavedTensors() as saved, Linearisation(answers, layers, Recorder()) as linearisation:
             linearisation.run(batch, class_columns)
         most.append(saved.most)
@@ -212,9 +212,9 @@ def test_sums_kept_on_the_host(answers, layers, rank):
 def test_sums_leave_the_device():
     answers = tiny_causal(2)
     answers.model.to("cuda")
-    from lapora.models.outputs import AnswerModel
+    from lapora.models.outputs import OutputModel
 
-    answers = AnswerModel(answers.model, "causal", 0, [5, 6])
+    answers = OutputModel(answers.model, "causal", 0, [5, 6])
     layers = find_bayesian_layers(answers.model)
     observer = KronObserver("expand", offload=True)
     (batch,) = batches(answers, rows(4), 4)

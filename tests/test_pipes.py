@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from lapora.cli.jsonl import lines_of
+from lapora.cli.jsonl import read_lines
 from lapora.config import LONGEST_LINE, PredictSettings
 from lapora.errors import DataError
 from lapora.workflows.predict import predict
@@ -157,14 +157,14 @@ def test_nothing_reaches_a_terminal_raw(run, capfdbinary):
 
 
 def test_reading_lines_of_a_pipe_gives_lines_and_pauses():
-    reading, writing = os.pipe()
-    lines = lines_of(reading)
-    os.write(writing, b"one\ntw")
+    reading, write_lock = os.pipe()
+    lines = read_lines(reading)
+    os.write(write_lock, b"one\ntw")
     assert next(lines) == b"one\n"
     assert next(lines) is None  # the writer pauses
-    os.write(writing, b"o\n\nthree")
+    os.write(write_lock, b"o\n\nthree")
     assert [next(lines), next(lines), next(lines)] == [b"two\n", b"\n", None]
-    os.close(writing)
+    os.close(write_lock)
     assert list(lines) == [b"three"]
     os.close(reading)
 
@@ -172,7 +172,7 @@ def test_reading_lines_of_a_pipe_gives_lines_and_pauses():
 def test_a_line_without_end_is_not_held_in_memory(tmp_path):
     (tmp_path / "long").write_bytes(b"x" * (3 * LONGEST_LINE) + b"\nshort\n" + b"y" * (2 * LONGEST_LINE))
     with (tmp_path / "long").open("rb") as stream:
-        lengths = [len(line) for line in lines_of(stream.fileno())]
+        lengths = [len(line) for line in read_lines(stream.fileno())]
     assert lengths == [LONGEST_LINE + 2, 6, LONGEST_LINE + 1]
 
 
@@ -283,11 +283,11 @@ def test_control_c_with_a_slow_reader_and_long_lines(presses):
 
 def test_control_c_where_nothing_of_a_line_is_out(tmp_path):
     """A full pipe that nobody reads: the run ends at once, with whole lines in it."""
-    reading, writing = os.pipe()
+    reading, write_lock = os.pipe()
     script = WRITER.replace("300_000", "65_500")
     restore = partial(signal.signal, signal.SIGINT, signal.default_int_handler)
-    process = subprocess.Popen([sys.executable, "-c", script], stdout=writing, preexec_fn=restore)
-    os.close(writing)
+    process = subprocess.Popen([sys.executable, "-c", script], stdout=write_lock, preexec_fn=restore)
+    os.close(write_lock)
     while int.from_bytes(fcntl.ioctl(reading, termios.FIONREAD, b"    "), sys.byteorder) < 65_500:
         time.sleep(0.05)
     time.sleep(0.3)

@@ -18,7 +18,7 @@ from lapora.curvature.passes import CurvatureRun
 from lapora.errors import DataError, UsageError
 from lapora.models.lora_layers import find_bayesian_layers
 from lapora.posterior.linearised_evidence import LinearModel
-from lapora.posterior.marglik import evidence_at, maximise_evidence
+from lapora.posterior.marglik import evidence_at, maximize_evidence
 from lapora.posterior.prior import PriorPrecision
 from lapora.posterior.structures import fit_structure
 from lapora.storage.saved import SavedPosterior
@@ -27,7 +27,7 @@ from lapora.workflows.evaluate import evaluate
 from lapora.workflows.fit import fit
 from lapora.workflows.scoring import read_labelled_rows, score_rows
 from lapora.workflows.task_model import open_session
-from lapora.workflows.tune_prior import GRID, least_point, tune_prior
+from lapora.workflows.tune_prior import GRID, curve_minimum, tune_prior
 from tiny_models import batches, dense_jacobian, rows, tiny_classifier
 
 ROLES = ["A", "B", "A", "B", "head"]
@@ -40,20 +40,20 @@ PARAMETERS = [
 
 @pytest.mark.parametrize("structure", ["scalar", "kind", "layer"])
 def test_adam_agrees_with_the_exact_solve(structure):
-    exact = maximise_evidence(EIGENVALUES, PARAMETERS, -3.0, structure=structure)
-    adam = maximise_evidence(EIGENVALUES, PARAMETERS, -3.0, structure=structure, optimizer="adam")
+    exact = maximize_evidence(EIGENVALUES, PARAMETERS, -3.0, structure=structure)
+    adam = maximize_evidence(EIGENVALUES, PARAMETERS, -3.0, structure=structure, optimizer="adam")
     assert adam.prior.precisions == pytest.approx(exact.prior.precisions, rel=1e-3)
     assert adam.log_marginal_likelihood == pytest.approx(exact.log_marginal_likelihood, abs=1e-6)
 
 
 def test_more_priors_never_lower_the_evidence_and_each_is_its_groups_own():
     found = [
-        maximise_evidence(EIGENVALUES, PARAMETERS, structure=structure) for structure in ("scalar", "kind", "layer")
+        maximize_evidence(EIGENVALUES, PARAMETERS, structure=structure) for structure in ("scalar", "kind", "layer")
     ]
     evidence = [each.log_marginal_likelihood for each in found]
     assert evidence[0] < evidence[1] < evidence[2]
     assert set(found[1].prior.precisions) == {"A", "B", "head"}
-    alone = maximise_evidence(EIGENVALUES[1:2], PARAMETERS[1:2])
+    alone = maximize_evidence(EIGENVALUES[1:2], PARAMETERS[1:2])
     assert found[2].prior.precisions["layer1"] == pytest.approx(alone.prior.precisions["all"])
     for each in found:
         assert evidence_at(each.prior, EIGENVALUES, PARAMETERS, 0.0)[0] == pytest.approx(each.log_marginal_likelihood)
@@ -63,7 +63,7 @@ def test_more_priors_never_lower_the_evidence_and_each_is_its_groups_own():
 
 def test_several_priors_of_a_posterior_that_joins_layers_are_refused():
     with pytest.raises(UsageError, match=r"independent layers"):
-        maximise_evidence([np.array([1.0, 2.0])], PARAMETERS, structure="kind")
+        maximize_evidence([np.array([1.0, 2.0])], PARAMETERS, structure="kind")
 
 
 @pytest.mark.parametrize("classes", [2, 3])
@@ -93,7 +93,11 @@ def test_adapted_evidence_equals_the_dense_one_in_weight_space(classes, delta):
         hessian = torch.diag_embed(p) - p.unsqueeze(2) * p.unsqueeze(1)
         curvature = torch.einsum("ncp,ncd,ndq->pq", jacobian, hessian, jacobian) + delta * torch.eye(size).double()
         gradient = torch.einsum("ncp,nc->p", jacobian, one_hot - p) - delta * theta
-        return float(log_p.gather(1, labels.unsqueeze(1)).sum() - delta / 2 * theta.square().sum()), gradient, curvature
+        return (
+            float(log_p.gather(1, labels.unsqueeze(1)).sum() - delta / 2 * theta.square().sum()),
+            gradient,
+            curvature,
+        )
 
     theta = torch.zeros(size, dtype=torch.float64)
     for _ in range(200):
@@ -112,7 +116,7 @@ def test_the_adapted_maximum_is_one():
     features = generator.normal(size=(40, 6))
     labels = (features[:, 0] + 0.5 * generator.normal(size=40) > 0).astype(np.int64)
     model = LinearModel(features @ features.T, np.zeros((40, 1)), labels)
-    precision, evidence, bound = model.maximise()
+    precision, evidence, bound = model.maximize()
     assert bound is None
     around = [model.log_marginal_likelihood(precision * factor)[0] for factor in (0.5, 0.8, 1.25, 2.0)]
     assert evidence >= max(around)
@@ -125,24 +129,24 @@ def test_the_greater_of_two_adapted_maxima_is_found_beyond_a_dip():
     labels = (signal[:, 0] > 0).astype(np.int64)
     features = np.concatenate([signal, 1e3 * generator.normal(size=(200, 10))], axis=1)
     model = LinearModel(features @ features.T, np.zeros((200, 1)), labels)
-    precision, evidence, _ = model.maximise()
+    precision, evidence, _ = model.maximize()
     grid = [model.log_marginal_likelihood(10.0**power)[0] for power in range(-5, 9)]
     assert evidence >= max(grid) - 1e-6
     assert precision < 1.0
 
 
 def test_a_kernel_of_nothing_runs_to_a_bound_and_says_so():
-    _, _, bound = LinearModel(np.zeros((6, 6)), np.zeros((6, 1)), np.zeros(6, dtype=np.int64)).maximise()
+    _, _, bound = LinearModel(np.zeros((6, 6)), np.zeros((6, 1)), np.zeros(6, dtype=np.int64)).maximize()
     assert bound in ("lowest", "highest")
 
 
 def test_the_vertex_of_a_parabola():
     positions = np.log(GRID).tolist()
-    vertex, least, bound = least_point(positions, [(x - 1.7) ** 2 + 3 for x in positions])
+    vertex, least, bound = curve_minimum(positions, [(x - 1.7) ** 2 + 3 for x in positions])
     assert vertex == pytest.approx(1.7) and least == pytest.approx(3.0) and bound is None
-    assert least_point(positions, [-x for x in positions]) == (positions[-1], -positions[-1], "highest")
-    assert least_point(positions, positions) == (positions[0], positions[0], "lowest")
-    assert least_point(positions, [1.0] * len(positions)) == (positions[-1], 1.0, "highest")  # no difference: MAP
+    assert curve_minimum(positions, [-x for x in positions]) == (positions[-1], -positions[-1], "highest")
+    assert curve_minimum(positions, positions) == (positions[0], positions[0], "lowest")
+    assert curve_minimum(positions, [1.0] * len(positions)) == (positions[-1], 1.0, "highest")  # no difference: MAP
 
 
 @pytest.fixture

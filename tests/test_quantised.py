@@ -17,8 +17,8 @@ from lapora.curvature.kfac import KronObserver
 from lapora.errors import AdapterError, UsageError
 from lapora.models.adapter import read_adapter
 from lapora.models.batches import collate
-from lapora.models.loading import load_model, quiet_libraries
-from lapora.models.outputs import AnswerModel
+from lapora.models.loading import load_model, silence_libraries
+from lapora.models.outputs import OutputModel
 from lapora.workflows.evaluate import evaluate
 from lapora.workflows.fit import fit, prepare_fit
 from lapora.workflows.predict import predict
@@ -91,7 +91,7 @@ def test_factors_are_near_the_unquantised_ones(folder, quantize, tolerance):
 def saved_in_4_bits(tmp_path_factory):
     folder = make_adapter(tmp_path_factory.mktemp("saved"), hidden=64)
     config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
-    with quiet_libraries():
+    with silence_libraries():
         base = AutoModelForCausalLM.from_pretrained(folder / "base", quantization_config=config, device_map="cpu")
         base.save_pretrained(folder / "quantised")
     for file in (folder / "base").glob("tokenizer*"):
@@ -140,7 +140,7 @@ def test_a_classifier_keeps_its_saved_head_whole(shared, tmp_path, quantize):
     assert any(layers.values())
     assert not any(found for name, found in layers.items() if "classifier" in name)
     batch = collate([Row([101, 2003, 102])], [0], pad_token_id=0, padding_side="right")
-    assert AnswerModel(loaded.model, loaded.kind, loaded.pad_token_id).logits(batch).shape == (1, 2)
+    assert OutputModel(loaded.model, loaded.kind, loaded.pad_token_id).logits(batch).shape == (1, 2)
 
 
 def _figures(shared, folder, quantize):

@@ -15,10 +15,10 @@ from lapora.curvature.nystrom import NystromSketch
 from lapora.curvature.passes import CurvatureRun
 from lapora.errors import UsageError
 from lapora.models.lora_layers import find_bayesian_layers
-from lapora.models.outputs import AnswerModel
+from lapora.models.outputs import OutputModel
 from lapora.posterior import full
 from lapora.posterior.gaussian import BlockPosterior
-from lapora.posterior.marglik import maximise_evidence
+from lapora.posterior.marglik import maximize_evidence
 from lapora.posterior.structures import fit_structure
 from tiny_models import batches, close, dense_jacobian, moments, rows, tiny_causal, tiny_classifier
 
@@ -84,7 +84,7 @@ def head_decoder(classes=3):
     for name, parameter in model.named_parameters():
         if "lora_" in name:
             torch.nn.init.normal_(parameter, std=0.3)
-    return AnswerModel(model.double().eval().requires_grad_(False), "classifier", 0)
+    return OutputModel(model.double().eval().requires_grad_(False), "classifier", 0)
 
 
 MIXTURES = {
@@ -204,9 +204,9 @@ def test_a_head_that_reads_one_position_counts_one_token(mixture):
     recorded = {}
 
     class Watch(KronObserver):
-        def see_input(self, layer, leader, inputs, mask):
+        def observe_input(self, layer, leader, inputs, mask):
             recorded.setdefault(layer.name, []).append(inputs if mask is None else inputs[mask].unsqueeze(0))
-            return super().see_input(layer, leader, inputs, mask)
+            return super().observe_input(layer, leader, inputs, mask)
 
     observer = Watch("expand")
     run_of(answers, layers, encoded).observe(observer)
@@ -351,7 +351,7 @@ def test_a_wider_prior_never_narrows_the_prediction(structure):
         traces.append(covariance.diagonal(dim1=1, dim2=2).sum(1))
     assert all(bool((before > after).all()) for before, after in itertools.pairwise(traces))
     values = [each.numpy() for each in posterior.eigenvalues]
-    best = maximise_evidence(values, posterior.parameters(), data.log_likelihood)
+    best = maximize_evidence(values, posterior.parameters(), data.log_likelihood)
     assert not best.at_bound
     assert isinstance(posterior, BlockPosterior) == (structure in ("kron", "ekfac", "diag"))
 

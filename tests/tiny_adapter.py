@@ -17,7 +17,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lapora.config import DataSettings, FitSettings, ModelSettings
-from lapora.models.loading import quiet_libraries
+from lapora.models.loading import silence_libraries
 from lapora.workflows.fit import FitResult, fit
 
 WORDS = [
@@ -67,7 +67,7 @@ def make_adapter(
         eos_token_id=None,
         initializer_range=initializer_range,
     )
-    with quiet_libraries():
+    with silence_libraries():
         base = LlamaForCausalLM(config)
         base.save_pretrained(folder / "base")
         tokenizer.save_pretrained(folder / "base")

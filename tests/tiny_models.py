@@ -11,7 +11,7 @@ from transformers import BertConfig, BertForSequenceClassification, LlamaConfig,
 from lapora.curvature.kfac import KronObserver
 from lapora.curvature.passes import collect
 from lapora.models.batches import collate
-from lapora.models.outputs import AnswerModel
+from lapora.models.outputs import OutputModel
 from lapora.posterior.eigen import decompose
 from lapora.posterior.gaussian import BlockPosterior
 from lapora.predictive.moments import LinearisedPredictor
@@ -44,7 +44,7 @@ def tiny_classifier(classes: int, seed: int = 0):
     )
     lora = LoraConfig(r=3, lora_alpha=6, target_modules=["query", "value"], task_type="SEQ_CLS")
     model = _random_lora(get_peft_model(BertForSequenceClassification(config), lora))
-    return AnswerModel(model, "classifier", 0)
+    return OutputModel(model, "classifier", 0)
 
 
 def tiny_causal(classes: int, seed: int = 0, targets=("q_proj", "v_proj")):
@@ -60,7 +60,7 @@ def tiny_causal(classes: int, seed: int = 0, targets=("q_proj", "v_proj")):
     )
     lora = LoraConfig(r=3, lora_alpha=6, target_modules=list(targets), task_type="CAUSAL_LM")
     model = _random_lora(get_peft_model(LlamaForCausalLM(config), lora))
-    return AnswerModel(model, "causal", 0, list(range(5, 5 + classes)))
+    return OutputModel(model, "causal", 0, list(range(5, 5 + classes)))
 
 
 def rows(count: int = 6, seed: int = 3) -> list[Row]:

@@ -134,7 +134,7 @@ def leave_one_out_at_map(grid: Array, mean: Array, variances: Array, labels: Lab
 
 def marginal_likelihood(eigenvalues: Array, squared_norm: float) -> float:
     """Laplace evidence at θ_MAP (Laplace-LoRA, Eq. 13)."""
-    return Evidence([eigenvalues], [squared_norm]).maximise()[0]
+    return Evidence([eigenvalues], [squared_norm]).maximize()[0]
 
 
 def without_initialisation(eigenvalues: Array, squared_norm: float, initial: float) -> float:

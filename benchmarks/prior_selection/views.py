@@ -30,7 +30,7 @@ from lapora.models.batches import Batch
 from lapora.models.batching import BatchFeed, BatchSize
 from lapora.models.loading import load_model
 from lapora.models.lora_layers import find_bayesian_layers
-from lapora.models.outputs import AnswerModel
+from lapora.models.outputs import OutputModel
 from lapora.posterior.eigen import decompose
 from lapora.posterior.gaussian import EigenBlock
 
@@ -57,7 +57,7 @@ class Network:
         folder = (shared / "adapters" if one.shared else FOLDER) / one.name
         loaded = load_model(read_adapter(str(folder)), base_model=str(base_model_folder()), device="cpu")
         self.recipe, self.tokenizer = one, loaded.tokenizer
-        self.answers = AnswerModel(loaded.model, loaded.kind, loaded.pad_token_id, None)
+        self.answers = OutputModel(loaded.model, loaded.kind, loaded.pad_token_id, None)
         self.layers = find_bayesian_layers(loaded.model, "lora")
 
     def encode(self, rows: Sequence[Row]) -> list[_Encoded]:

@@ -40,7 +40,7 @@ from lapora.config import (
     Progress,
 )
 from lapora.models.adapter import local_model
-from lapora.models.in_memory import borrowed
+from lapora.models.in_memory import prepared_for_fit
 from lapora.options import (
     CurvatureOptions,
     EvalOptions,
@@ -55,7 +55,7 @@ from lapora.tasks import Row, Task
 from lapora.workflows.evaluate import run_evaluation
 from lapora.workflows.fit import FitResult, fit_in_memory
 from lapora.workflows.fit import fit as run_fit
-from lapora.workflows.predict import AdapterRoutes, predict_routed, predict_rows
+from lapora.workflows.predict import AdapterPool, predict_routed, predict_rows
 from lapora.workflows.task_model import Session, open_session
 from lapora.workflows.tune_prior import TunedPrior
 from lapora.workflows.tune_prior import tune_prior as run_tune_prior
@@ -139,7 +139,7 @@ class Predictor:
         settings = PredictSettings(name=self.session.posterior.folder.name, logits=logits, **options)
         given = ({"text": row} if isinstance(row, str) else row for row in rows)
         loaded = self.session.loaded
-        with borrowed(loaded.model, loaded.pad_token_id):
+        with prepared_for_fit(loaded.model, loaded.pad_token_id):
             return [RowPrediction.of(record) for record in predict_rows(self.session, settings, given)]
 
 
@@ -312,7 +312,7 @@ def _data(task: str | Path | None, options: Mapping[str, Any]) -> DataSettings:
 class RoutedPredictor:
     """Adapters of one base, opened when they are first asked for; made by :func:`load_many`."""
 
-    def __init__(self, routes: AdapterRoutes, name: str) -> None:
+    def __init__(self, routes: AdapterPool, name: str) -> None:
         self._routes = routes
         self._name = name
 
@@ -381,4 +381,4 @@ def load_many(
         adapter_field=adapter_field,
         adapters_kept=adapters_kept,
     )
-    return RoutedPredictor(AdapterRoutes(model, settings), name)
+    return RoutedPredictor(AdapterPool(model, settings), name)

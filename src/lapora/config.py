@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from lapora.distributed import ALONE, Processes
+from lapora.distributed import SINGLE_PROCESS, Processes
 from lapora.errors import UsageError
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16", "float64"]
-Quantisation = Literal["none", "8bit", "4bit"]
+Quantization = Literal["none", "8bit", "4bit"]
 DeviceMap = Literal["auto", "balanced", "balanced_low_0", "sequential"]
 Structure = Literal["kron", "ekfac", "diag", "lowrank", "full"]
 WeightSharing = Literal["expand", "reduce", "asdl"]
@@ -42,7 +42,7 @@ DEFAULT_SAMPLES = 2048
 
 
 @dataclass(frozen=True)
-class Spread:
+class Placement:
     """How a model larger than a device is spread, by Accelerate.
 
     Attributes:
@@ -71,7 +71,7 @@ class ModelSettings:
         trust_remote_code: Run the code that a base model or tokenizer brings along.
         revision: Branch, tag or commit of an adapter on the Hub.
         fetched: Where an adapter of the Hub was fetched to; set by :func:`lapora.models.adapter.local_model`.
-        processes: Those that share the rows, from :func:`lapora.distributed.join_processes`.
+        processes: Those that share the rows, from :func:`lapora.distributed.init_processes`.
         gradient_checkpointing: Keep of a transformer block its input alone, and run it again in the backward pass.
         device_map: Spread the layers of a model larger than a device over devices, host and disk.
         max_memory: With ``device_map``: ``0=20GiB,cpu=60GiB``.
@@ -80,7 +80,7 @@ class ModelSettings:
 
     adapter: str
     base_model: str | None = None
-    quantize: Quantisation | None = None
+    quantize: Quantization | None = None
     dtype: Dtype | None = None
     device: str = "auto"
     batch_size: int | None = None
@@ -88,7 +88,7 @@ class ModelSettings:
     trust_remote_code: bool = False
     revision: str | None = None
     fetched: Path | None = None
-    processes: Processes = ALONE
+    processes: Processes = SINGLE_PROCESS
     gradient_checkpointing: bool = False
     device_map: DeviceMap | None = None
     max_memory: str | None = None
@@ -100,7 +100,7 @@ class ModelSettings:
         return self.fetched or Path(self.adapter)
 
     @property
-    def spread(self) -> Spread | None:
+    def spread(self) -> Placement | None:
         """How the layers are spread, or None for one device.
 
         Raises:
@@ -112,7 +112,7 @@ class ModelSettings:
             return None
         if self.device != "auto":
             raise UsageError(f"--device-map {self.device_map} chooses devices itself: leave --device {self.device} out")
-        return Spread(self.device_map, self.max_memory, self.offload_dir)
+        return Placement(self.device_map, self.max_memory, self.offload_dir)
 
     @property
     def root(self) -> Path:

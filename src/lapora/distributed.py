@@ -2,7 +2,7 @@
 
 Every process holds the whole model and reads the same rows; a pass gives each a share, and its sums are added
 over all of them afterwards. The first process alone writes, locks and speaks. A run without a launcher is
-:data:`ALONE`, for which everything here does nothing.
+:data:`SINGLE_PROCESS`, for which everything here does nothing.
 """
 
 from __future__ import annotations
@@ -33,57 +33,57 @@ class Processes:
     count = 1
 
     @property
-    def first(self) -> bool:
+    def is_main(self) -> bool:
         """Whether this is the process that writes and speaks."""
         return self.rank == 0
 
-    def share(self, items: Sequence[Item]) -> Sequence[Item]:
+    def shard(self, items: Sequence[Item]) -> Sequence[Item]:
         """This process's part of a sequence: every ``count``-th item, so that like neighbours are dealt out evenly."""
         return items[self.rank :: self.count]
 
-    def only_first(self, manager: AbstractContextManager[None]) -> AbstractContextManager[None]:
+    def on_main(self, manager: AbstractContextManager[None]) -> AbstractContextManager[None]:
         """A context that the first process enters; an error on its way in is everybody's."""
         return manager
 
-    def in_step(self) -> AbstractContextManager[None]:
+    def raise_together(self) -> AbstractContextManager[None]:
         """Work that every process does by itself and that may fail in some: an error of one ends all."""
         return nullcontext()
 
-    def apart(self) -> AbstractContextManager[None]:
+    def on_shard(self) -> AbstractContextManager[None]:
         """Work on this process's share: an error is its own, and says so."""
         return nullcontext()
 
-    def relay(self, items: Generator[Item]) -> Generator[Item]:
+    def broadcast_stream(self, items: Generator[Item]) -> Generator[Item]:
         """What the first process reads, read by all."""
         yield from items
 
-    def gather(self, item: Item) -> list[Item]:
+    def all_gather(self, item: Item) -> list[Item]:
         """The items of all processes, by rank."""
         return [item]
 
-    def sum(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def all_reduce(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Tensors added over the processes by name; one that a process lacks is zero there."""
         return dict(tensors)
 
-    def exchange(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def all_gather_tensors(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Every process's tensors, whose names differ, at all of them."""
         return dict(tensors)
 
-    def join(self, part: Tensor, total: int, dim: int = 0) -> Tensor:
+    def interleave(self, part: Tensor, total: int, dim: int = 0) -> Tensor:
         """Put the shares of ``total`` rows, as :meth:`share` deals them out, together along a dimension."""
         return part
 
 
-ALONE = Processes()
+SINGLE_PROCESS = Processes()
 """A run of a single process."""
 
 
-def launched() -> bool:
+def is_launched() -> bool:
     """Whether a launcher has started this process as one of several."""
     return int(os.environ.get("WORLD_SIZE", "1") or "1") > 1 and "RANK" in os.environ
 
 
-def join_processes(device: str = "auto") -> tuple[Processes, str]:
+def init_processes(device: str = "auto") -> tuple[Processes, str]:
     """Meet the other processes that a launcher has started.
 
     Args:
@@ -95,8 +95,8 @@ def join_processes(device: str = "auto") -> tuple[Processes, str]:
     Raises:
         ProcessError: They cannot meet.
     """
-    if not launched():
-        return ALONE, device
+    if not is_launched():
+        return SINGLE_PROCESS, device
     import torch
 
     on_cpu = device == "cpu" or (device == "auto" and not torch.cuda.is_available())
@@ -132,50 +132,50 @@ class LaunchedProcesses(Processes):
         self.device: torch.device = state.device
 
     @contextmanager
-    def only_first(self, manager: AbstractContextManager[None]) -> Iterator[None]:
+    def on_main(self, manager: AbstractContextManager[None]) -> Iterator[None]:
         """The first process enters; an error on its way in is everybody's."""
-        with self.in_step():
-            if self.first:
+        with self.raise_together():
+            if self.is_main:
                 manager.__enter__()
-        if not self.first:
+        if not self.is_main:
             yield
             return
         with _Entered(manager):
             yield
 
     @contextmanager
-    def in_step(self) -> Iterator[None]:
+    def raise_together(self) -> Iterator[None]:
         """An error of one process ends all; the first that has one says it."""
         own: Exception | None = None
         try:
             yield
         except Exception as error:
             own = error
-        found = self.gather(None if own is None else (str(own), getattr(own, "exit_status", 1)))
+        found = self.all_gather(None if own is None else (str(own), getattr(own, "exit_status", 1)))
         failed = [rank for rank, error in enumerate(found) if error is not None]
         if not failed:
             return
         if isinstance(own, LaporaError):
-            own.said_by = failed[0]
+            own.reporting_rank = failed[0]
         if own is not None:
             raise own
         text, status = found[failed[0]]  # type: ignore[misc]
-        raise ProcessError(text, status, said_by=failed[0])
+        raise ProcessError(text, status, reporting_rank=failed[0])
 
     @contextmanager
-    def apart(self) -> Iterator[None]:
+    def on_shard(self) -> Iterator[None]:
         """An error is this process's own, and says so."""
         try:
             yield
         except LaporaError as error:
-            error.said_by = self.rank
+            error.reporting_rank = self.rank
             if not isinstance(error, ProcessError):
                 error.args = (f"process {self.rank} of {self.count}: {error}", *error.args[1:])
             raise
 
-    def relay(self, items: Generator[Item]) -> Generator[Item]:
+    def broadcast_stream(self, items: Generator[Item]) -> Generator[Item]:
         """What the first process reads, read by all; when it stops, for whatever reason, the others are told."""
-        if not self.first:
+        if not self.is_main:
             while (found := self._broadcast(None)) is not None:
                 try:
                     yield found[0]
@@ -191,7 +191,7 @@ class LaunchedProcesses(Processes):
         finally:
             self._broadcast(None)
 
-    def gather(self, item: Item) -> list[Item]:
+    def all_gather(self, item: Item) -> list[Item]:
         """The items of all processes, by rank."""
         import torch.distributed as dist
 
@@ -200,12 +200,12 @@ class LaunchedProcesses(Processes):
             dist.all_gather_object(found, item)
         return found
 
-    def sum(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def all_reduce(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Tensors added over the processes by name; one that a process lacks is zero there."""
         import torch
         import torch.distributed as dist
 
-        described = self.gather({name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()})
+        described = self.all_gather({name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()})
         shapes = {name: shape for each in described for name, shape in each.items()}
         found = {}
         for name in sorted(shapes):
@@ -219,12 +219,12 @@ class LaunchedProcesses(Processes):
             found[name] = total.to(here if own is not None else self.device)
         return found
 
-    def exchange(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def all_gather_tensors(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Every process's tensors, whose names differ, at all of them."""
         import torch
         import torch.distributed as dist
 
-        described = self.gather({name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()})
+        described = self.all_gather({name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()})
         found = {}
         for rank, each in enumerate(described):
             for name, (shape, dtype) in each.items():
@@ -237,14 +237,14 @@ class LaunchedProcesses(Processes):
                 found[name] = tensors[name] if rank == self.rank else there
         return found
 
-    def join(self, part: Tensor, total: int, dim: int = 0) -> Tensor:
+    def interleave(self, part: Tensor, total: int, dim: int = 0) -> Tensor:
         """Put the shares of ``total`` rows together along a dimension."""
         import torch
 
         shape = list(part.shape)
         shape[dim] = total
         whole = torch.empty(shape, dtype=part.dtype)
-        for rank, each in enumerate(self.gather(part.cpu())):
+        for rank, each in enumerate(self.all_gather(part.cpu())):
             places = torch.arange(rank, total, self.count)
             whole.index_copy_(dim, places, each)
         return whole
@@ -266,7 +266,7 @@ class LaunchedProcesses(Processes):
             raise ProcessError(
                 f"process {self.rank} of {self.count}: another process of this run has ended ({first_line(error)}); "
                 "what it was doing is not done",
-                said_by=self.rank,
+                reporting_rank=self.rank,
             ) from error
 
 

@@ -18,7 +18,7 @@ class LaporaError(Exception):
     """
 
     exit_status: int = 1
-    said_by: int = 0
+    reporting_rank: int = 0
 
 
 class UsageError(LaporaError):
@@ -103,10 +103,10 @@ class ProcessError(LaporaError):
 
     exit_status = 8
 
-    def __init__(self, message: str, exit_status: int = 8, said_by: int = 0) -> None:
+    def __init__(self, message: str, exit_status: int = 8, reporting_rank: int = 0) -> None:
         super().__init__(message)
         self.exit_status = exit_status
-        self.said_by = said_by
+        self.reporting_rank = reporting_rank
 
 
 def first_line(error: BaseException, limit: int = 200) -> str:

@@ -27,7 +27,7 @@ from lapora.errors import UsageError
 from lapora.laplace_torch import kron_laplace as room
 from lapora.laplace_torch.kron_laplace import KroneckerBlock
 from lapora.models.lora_layers import BayesianLayer
-from lapora.models.outputs import AnswerModel
+from lapora.models.outputs import OutputModel
 from lapora.posterior.gaussian import BlockPosterior, EigenBlock
 from lapora.storage.saved import SavedPosterior, posterior_folder
 
@@ -83,7 +83,7 @@ def to_kron_laplace(session: Session) -> KronLaplace:
 
 
 def kron_laplace(
-    answers: AnswerModel,
+    answers: OutputModel,
     layers: Sequence[BayesianLayer],
     blocks: Sequence[EigenBlock],
     prior_precision: float | Sequence[float],

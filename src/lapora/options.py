@@ -24,7 +24,7 @@ from lapora.config import (
     Optimizer,
     PriorMethod,
     PriorStructure,
-    Quantisation,
+    Quantization,
     Structure,
     Subset,
     WeightSharing,
@@ -37,7 +37,7 @@ class ModelOptions(TypedDict, total=False):
     """How the adapter is loaded and run, and where ``laplace/`` is: :class:`lapora.config.ModelSettings`."""
 
     base_model: str | None
-    quantize: Quantisation | None
+    quantize: Quantization | None
     dtype: Dtype | None
     device: str
     batch_size: int | None

@@ -10,7 +10,7 @@ from typing import Annotated, TextIO
 import typer
 
 from lapora._version import __version__
-from lapora.cli.console import complain, say
+from lapora.cli.console import print_error, print_message
 from lapora.cli.evaluate import eval_command
 from lapora.cli.fit import fit_command
 from lapora.cli.others import compare_command, demo_command, inspect_command, push_command, tasks_command
@@ -58,7 +58,7 @@ def _show_warning(
 ) -> None:
     """Lapora's own warnings are lines for people; a library's are no news for them."""
     if issubclass(category, LaporaWarning):
-        say(f"warning: {message}")
+        print_message(f"warning: {message}")
 
 
 def run() -> None:
@@ -72,13 +72,13 @@ def run() -> None:
         # Without its standalone mode Typer returns an exit status instead of ending the process.
         status = app(standalone_mode=False)
     except LaporaError as error:
-        complain(str(error), error.said_by)
+        print_error(str(error), error.reporting_rank)
         sys.exit(error.exit_status)
     except typer.TyperException as error:
         # `lapora` alone has printed its help already, and has no message.
         if message := getattr(error, "format_message", error.__str__)().strip():
-            complain(f"{message} (see --help)")
+            print_error(f"{message} (see --help)")
         sys.exit(UsageError.exit_status)
     if status == INTERRUPTED:
-        complain("interrupted")
+        print_error("interrupted")
     sys.exit(status if isinstance(status, int) else 0)

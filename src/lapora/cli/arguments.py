@@ -10,9 +10,9 @@ from typing import Annotated, Any, get_args, get_type_hints
 
 import typer
 
-from lapora.cli.console import speak_as
-from lapora.config import DeviceMap, Dtype, Link, Method, ModelSettings, Quantisation
-from lapora.distributed import join_processes, launched
+from lapora.cli.console import set_rank
+from lapora.config import DeviceMap, Dtype, Link, Method, ModelSettings, Quantization
+from lapora.distributed import init_processes, is_launched
 from lapora.errors import UsageError
 from lapora.models.adapter import local_model
 
@@ -79,7 +79,7 @@ _SEVERAL = Annotated[
 def _options(
     *,
     base_model: BaseModelOption = None,
-    quantize: Annotated[Quantisation | None, typer.Option(help="Load the base model in 8 or 4 bits.")] = None,
+    quantize: Annotated[Quantization | None, typer.Option(help="Load the base model in 8 or 4 bits.")] = None,
     dtype: Annotated[Dtype | None, typer.Option(help="Type of the base model's weights.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda ...")] = "auto",
     device_map: Annotated[
@@ -171,12 +171,12 @@ def takes_model(*, writes: bool = False) -> Callable[[Callable[..., None]], Call
 
 
 def _models(adapters: list[str], settings: dict[str, Any], *, writes: bool) -> list[ModelSettings]:
-    if settings["device_map"] is not None and launched():
+    if settings["device_map"] is not None and is_launched():
         raise UsageError("--device-map runs in one process, which spreads the model: start it without a launcher")
     if settings["output_dir"] is not None and len({Path(adapter).name for adapter in adapters}) < len(adapters):
         raise UsageError("--output-dir: two adapters have folders of one name; fit them one by one")
-    processes, settings["device"] = join_processes(settings["device"])
-    speak_as(processes.rank)
+    processes, settings["device"] = init_processes(settings["device"])
+    set_rank(processes.rank)
     folder = settings.pop("output_dir")
     found = []
     for adapter in adapters:

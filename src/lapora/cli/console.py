@@ -14,13 +14,13 @@ _stderr = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
 _rank = 0
 
 
-def speak_as(rank: int) -> None:
+def set_rank(rank: int) -> None:
     """Say what this process of a run has to say: all but the first are silent, but for their own errors."""
     global _rank
     _rank = rank
 
 
-def say(message: str) -> None:
+def print_message(message: str) -> None:
     """Print a message for people."""
     if _rank == 0:
         _stderr.print(_plain(message), markup=False)
@@ -37,9 +37,9 @@ def show(renderable: Any) -> None:
         _stderr.print(renderable)
 
 
-def complain(message: str, said_by: int = 0) -> None:
+def print_error(message: str, reporting_rank: int = 0) -> None:
     """Print an error, one line, if it is this process that says it."""
-    if said_by == _rank:
+    if reporting_rank == _rank:
         _stderr.print(f"error: {_plain(message)}", markup=False)
 
 

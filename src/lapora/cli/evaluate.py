@@ -24,7 +24,7 @@ from lapora.cli.arguments import (
     TaskOption,
     takes_model,
 )
-from lapora.cli.console import RowProgress, say
+from lapora.cli.console import RowProgress, print_message
 from lapora.config import DataSettings, EvalSettings, Link, Method, ModelSettings, PriorMethod
 from lapora.errors import UsageError
 
@@ -109,7 +109,7 @@ def eval_command(
             raise UsageError("--prior-method adapted needs --structure full, which --checkpoints does not fit")
         fitting = CheckpointSettings(fit_split, fit_limit, max_length, chat_template, prior_method)
         record = _run_checkpoints(model, data, settings, fitting)
-        if model.processes.first:
+        if model.processes.is_main:
             print_checkpoint_results(record, as_json)
             keep_checkpoints(model, record, plots, report, output)
         return
@@ -123,8 +123,8 @@ def eval_command(
     gates = [parse_gate(condition) for condition in fail_if]
     with RowProgress("eval") as progress:
         done = run_evaluation(model, data, settings, progress)
-    with model.processes.in_step():  # a gate that fails ends the run: not before all is written
-        if model.processes.first:
+    with model.processes.raise_together():  # a gate that fails ends the run: not before all is written
+        if model.processes.is_main:
             print_results(done, as_json)
             if plots or report:
                 keep_results(done, model, plots, report)
@@ -143,18 +143,18 @@ def _run_checkpoints(model: ModelSettings, data: DataSettings, settings: EvalSet
     if not settings.links:
         settings = replace(settings, links=_CHECKPOINT_LINKS)
     with RowProgress("eval") as progress:
-        return evaluate_checkpoints(model, data, settings, fitting, say, progress)
+        return evaluate_checkpoints(model, data, settings, fitting, print_message, progress)
 
 
 def print_results(done: Evaluation, as_json: bool) -> None:
     """The table or the JSON on stdout, remarks on stderr."""
     record = done.record
     if record["excluded"]:
-        say(f"{record['excluded']} rows that tuned the prior or the temperature are left out")
+        print_message(f"{record['excluded']} rows that tuned the prior or the temperature are left out")
     if record["truncated"]:
-        say(f"{record['truncated']} of {record['n']} rows were cut to the greatest length")
+        print_message(f"{record['truncated']} of {record['n']} rows were cut to the greatest length")
     if told := _temperature(record):
-        say(f"temperature {told}")
+        print_message(f"temperature {told}")
     if as_json:
         typer.echo(json.dumps(record))
     else:
@@ -165,7 +165,7 @@ def print_results(done: Evaluation, as_json: bool) -> None:
         shown = [_map_of(done), *[each for each in done.predictions if each.method == "laplace"][:1]]
         print_reliability({each.label: reliability_bins(each.log_p, done.targets) for each in shown})
     for warning in done.warnings:
-        say(warning)
+        print_message(warning)
 
 
 def print_checkpoint_results(record: Mapping[str, Any], as_json: bool) -> None:
@@ -208,7 +208,7 @@ def keep_results(done: Evaluation, model: ModelSettings, plots: Path | None, rep
     pictures = evaluation_pictures(tables, done.targets, list(firsts.values()) or others[:1] or ["map"])
     if plots:
         files = save_pictures(pictures, plots)
-        say(f"{len(files)} pictures: {plots}")
+        print_message(f"{len(files)} pictures: {plots}")
     if report:
         record = done.record
         first = next(iter(done.manifests.values()))
@@ -229,7 +229,7 @@ def keep_results(done: Evaluation, model: ModelSettings, plots: Path | None, rep
             manifests={"results": record, **{f"posterior {name}": found for name, found in done.manifests.items()}},
         )
         write_page(report, page)
-        say(f"report: {report}")
+        print_message(f"report: {report}")
 
 
 def _facts(model: ModelSettings, record: Mapping[str, Any]) -> dict[str, str]:
@@ -250,7 +250,7 @@ def keep_checkpoints(
     pictures = checkpoint_pictures(record)
     folder = plots or model.root / "laplace" / "figures"
     save_pictures(pictures, folder)
-    say(f"{2 * len(pictures)} pictures: {folder}")
+    print_message(f"{2 * len(pictures)} pictures: {folder}")
     if report:
         from lapora.report.page import Page, checkpoint_page_tables, write_page
 
@@ -263,7 +263,7 @@ def keep_checkpoints(
             manifests={"results": record},
         )
         write_page(report, page)
-        say(f"report: {report}")
+        print_message(f"report: {report}")
     if output:
         from lapora.workflows.results import append_result
 

@@ -19,13 +19,13 @@ from lapora.cli.arguments import (
     TaskOption,
     takes_model,
 )
-from lapora.cli.console import RowProgress, complain, on_terminal, say, show
+from lapora.cli.console import RowProgress, on_terminal, print_error, print_message, show
 from lapora.cli.jsonl import write_json_lines
 from lapora.config import DataSettings, Engine, FisherType, FitSettings, ModelSettings, Structure, Subset, WeightSharing
 from lapora.errors import LaporaError, SeveralError, UsageError
 
 if TYPE_CHECKING:
-    from lapora.memory.estimate import Budget
+    from lapora.memory.estimate import MemoryEstimate
     from lapora.workflows.fit import FitResult
 
 
@@ -87,7 +87,7 @@ def fit_command(
     )
     budget = _budget(models[0], data, settings, dry_run, memory, alone=len(models) == 1)
     if dry_run:
-        if as_json and budget is not None and models[0].processes.first:
+        if as_json and budget is not None and models[0].processes.is_main:
             write_json_lines([{"budget": budget.describe()}], "-")
         return
     from lapora.workflows.fit import fit, fit_several
@@ -95,51 +95,51 @@ def fit_command(
     if len(models) == 1:
         with RowProgress("fit") as progress:
             result = fit(models[0], data, settings, progress)
-        _say_what_was_made(result, budget, as_json and models[0].processes.first)
+        _print_result(result, budget, as_json and models[0].processes.is_main)
         return
     failures = []
     for model, found in fit_several(models, data, settings, lambda model: RowProgress(f"fit {model.adapter}")):
         if isinstance(found, LaporaError):
             failures.append(found.exit_status)
-            complain(f"{model.adapter}: {found}", found.said_by)
+            print_error(f"{model.adapter}: {found}", found.reporting_rank)
         else:
-            _say_what_was_made(found, budget, as_json and model.processes.first)
+            _print_result(found, budget, as_json and model.processes.is_main)
     if failures:
         raise SeveralError(
             f"{len(failures)} of {len(models)} adapters were not fitted; the others are done", failures[0]
         )
 
 
-def _say_what_was_made(result: FitResult, budget: Budget | None, as_json: bool) -> None:
+def _print_result(result: FitResult, budget: MemoryEstimate | None, as_json: bool) -> None:
     for note in result.notes:
-        say(f"note: {note}")
+        print_message(f"note: {note}")
     if result.truncated:
-        say(f"{result.truncated} of {result.rows} rows were cut to the greatest length")
+        print_message(f"{result.truncated} of {result.rows} rows were cut to the greatest length")
     if result.log_likelihood is None:
-        say("rows without labels: the evidence is known only up to a constant, which does not move the prior")
-    say(
+        print_message("rows without labels: the evidence is known only up to a constant, which does not move the prior")
+    print_message(
         f"posterior over {result.parameters:,} parameters from {result.rows:,} rows, prior precision "
         f"{result.prior.prior.describe()} by marginal likelihood: {result.folder}"
     )
     if result.kept < 1:
-        say(f"the basis keeps {result.kept:.1%} of the curvature's trace; the rest keeps the prior")
+        print_message(f"the basis keeps {result.kept:.1%} of the curvature's trace; the rest keeps the prior")
     if as_json:
         write_json_lines([{**result.describe(), "budget": None if budget is None else budget.describe()}], "-")
 
 
 def _budget(
     model: ModelSettings, data: DataSettings, settings: FitSettings, dry_run: bool, memory: float | None, alone: bool
-) -> Budget | None:
+) -> MemoryEstimate | None:
     """Print what it will take; before a fit, what stands in the way of reckoning is the fit's own to say.
 
     Of several adapters the first speaks for all: they are of one base, as a rule, and fitted one after the other.
     """
     from lapora.storage.saved import posterior_folder
-    from lapora.workflows.fit import estimate_memory, refuse_to_replace, settle
+    from lapora.workflows.fit import estimate_memory, refuse_to_replace, resolve_settings
 
     if memory is not None and not dry_run:
         raise UsageError("--memory goes with --dry-run")
-    settings = settle(model, settings)
+    settings = resolve_settings(model, settings)
     if alone and not dry_run:
         refuse_to_replace(posterior_folder(model.root, settings.name), settings)
     try:
@@ -148,9 +148,9 @@ def _budget(
         if dry_run:
             raise
         if not isinstance(error, LaporaError):
-            say(f"memory: not reckoned ({type(error).__name__})")
+            print_message(f"memory: not reckoned ({type(error).__name__})")
         return None
-    print_budget(budget, whole=dry_run)
+    print_memory_estimate(budget, whole=dry_run)
     return budget
 
 
@@ -158,7 +158,7 @@ _BLOCK, _PREFIX = re.compile(r"\.\d+\."), "base_model.model."
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
 
-def print_budget(budget: Budget, *, whole: bool) -> None:
+def print_memory_estimate(budget: MemoryEstimate, *, whole: bool) -> None:
     """Print a budget to stderr.
 
     Args:
@@ -169,17 +169,17 @@ def print_budget(budget: Budget, *, whole: bool) -> None:
         show(_table(budget))
     else:
         rows, tokens = budget.batch
-        say(
+        print_message(
             f"memory: weights {size(sum(budget.weights.values()))}, activations {size(budget.activations)} (a batch of "
             f"{rows} x {tokens} tokens), factors {size(budget.factors.sums)}, artifact {size(budget.factors.artifact)}"
         )
-    say(verdict(budget))
+    print_message(verdict(budget))
 
 
-def _table(budget: Budget) -> Table:
+def _table(budget: MemoryEstimate) -> Table:
     rows, tokens = budget.batch
     factors = budget.factors
-    from lapora.memory.estimate import allowance
+    from lapora.memory.estimate import allocator_overhead
 
     table = Table(title=f"memory of this fit on {budget.device}", title_justify="left")
     table.add_column("what")
@@ -195,7 +195,7 @@ def _table(budget: Budget) -> Table:
     table.add_row("workspace", size(factors.deciding), "decompositions, after the pass")
     table.add_row("artifact", size(factors.artifact), "on disk")
     unused = budget.peak_device - sum(budget.weights.values())
-    unused -= round(unused / allowance(budget.device))
+    unused -= round(unused / allocator_overhead(budget.device))
     table.add_row("allocator", size(unused), "held and not in use")
     table.add_section()
     table.add_row(f"peak on {budget.device}", size(budget.peak_device), _free(budget.free_device))
@@ -214,7 +214,7 @@ def _free(free: float | None) -> str:
     return "free: not known here" if free is None else f"{size(free)} free"
 
 
-def verdict(budget: Budget) -> str:
+def verdict(budget: MemoryEstimate) -> str:
     """Whether it fits, and what would make it fit."""
     needed = f"peak {size(budget.peak_device)} on {budget.device}"
     if budget.fits is None:

@@ -26,7 +26,7 @@ _CHUNK = 1 << 18
 
 @contextmanager
 def binary_lines(source: str) -> Iterator[Iterator[bytes | None]]:
-    """Lines of a file, or of standard input for ``-``; see :func:`lines_of`.
+    """Lines of a file, or of standard input for ``-``; see :func:`read_lines`.
 
     Raises:
         DataError: No such file.
@@ -37,19 +37,19 @@ def binary_lines(source: str) -> Iterator[Iterator[bytes | None]]:
         except (AttributeError, OSError, ValueError):  # closed, or not of the system
             yield iter(getattr(sys.stdin, "buffer", io.BytesIO()))
             return
-        yield lines_of(descriptor)
+        yield read_lines(descriptor)
         return
     try:
         descriptor = os.open(source, os.O_RDONLY)
     except OSError as error:
         raise DataError(f"{source}: cannot be read ({error.strerror})") from error
     try:
-        yield lines_of(descriptor)
+        yield read_lines(descriptor)
     finally:
         os.close(descriptor)
 
 
-def lines_of(descriptor: int) -> Iterator[bytes | None]:
+def read_lines(descriptor: int) -> Iterator[bytes | None]:
     """Lines with their ends, and None whenever the writer of a pipe pauses.
 
     No thread reads ahead and nothing is buffered but the line that is not complete yet. Of a line longer than
@@ -125,7 +125,7 @@ def write_json_lines(records: Iterable[Mapping[str, Any]], target: str, source: 
         try:
             for record in records:
                 begun = begun or _empty(descriptor)
-                _hand_on(descriptor, json_text(record).encode("utf-8") + b"\n")
+                _write_line(descriptor, json_text(record).encode("utf-8") + b"\n")
             begun = begun or _empty(descriptor)
         except BrokenPipeError:
             return
@@ -174,7 +174,7 @@ def _empty(descriptor: int) -> bool:
     return True
 
 
-def _hand_on(descriptor: int, line: bytes) -> None:
+def _write_line(descriptor: int, line: bytes) -> None:
     """Write a line whole. Ctrl-C waits for the end of a line that has begun; a second one does not."""
     with _interruption_held_back() as pressed:
         left = memoryview(line)

@@ -18,7 +18,7 @@ from lapora.cli.arguments import (
     OutputDirOption,
     RevisionOption,
 )
-from lapora.cli.console import json_text, say
+from lapora.cli.console import json_text, print_message
 from lapora.config import DataSettings, ModelSettings
 from lapora.errors import UsageError
 from lapora.models.adapter import local_model
@@ -96,7 +96,7 @@ def compare_command(
     else:
         print_comparison(runs, list(dict.fromkeys(metric)))
     if not same_rows(runs):
-        say("note: these runs did not score the same rows: their numbers differ by chance too")
+        print_message("note: these runs did not score the same rows: their numbers differ by chance too")
 
 
 def push_command(
@@ -116,8 +116,8 @@ def push_command(
     model = local_model(ModelSettings(adapter, output_dir=output_dir))
     done = push(model, PushSettings(repository, name, private, revision, scores))
     for note in done.notes:
-        say(f"note: {note}")
-    say(f"{len(done.files)} files: {done.address}")
+        print_message(f"note: {note}")
+    print_message(f"{len(done.files)} files: {done.address}")
 
 
 def demo_command(
@@ -129,6 +129,6 @@ def demo_command(
     from lapora.report import print_evaluation
     from lapora.workflows.demo import run_demo
 
-    record = run_demo(directory, say)
+    record = run_demo(directory, print_message)
     print_evaluation(record)
-    say(f"the files stay in {directory}; try: lapora eval {directory}/adapter --link mc-joint --link probit")
+    print_message(f"the files stay in {directory}; try: lapora eval {directory}/adapter --link mc-joint --link probit")

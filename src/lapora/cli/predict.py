@@ -65,7 +65,7 @@ def predict_command(
         adapter_field=adapter_field,
         adapters_kept=adapters_kept,
     )
-    if not model.processes.first:
+    if not model.processes.is_main:
         deque(predict(model, settings, ()), maxlen=0)  # the first process reads and writes for all
         return
     with binary_lines(source) as lines:

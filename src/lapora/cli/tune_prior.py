@@ -15,7 +15,7 @@ from lapora.cli.arguments import (
     TaskOption,
     takes_model,
 )
-from lapora.cli.console import RowProgress, say
+from lapora.cli.console import RowProgress, print_message
 from lapora.config import DataSettings, Link, ModelSettings, Optimizer, PriorMethod, PriorSettings, PriorStructure
 
 
@@ -46,8 +46,8 @@ def tune_prior_command(
     settings = PriorSettings(name, method, prior, optimizer, lr, steps, link, seed)
     with RowProgress("tune-prior") as progress:
         tuned = tune_prior(model, DataSettings(task, data_dir, split, limit), settings, progress)
-    if as_json and model.processes.first:
+    if as_json and model.processes.is_main:
         typer.echo(json.dumps(tuned.prior))
-    say(tuned.reason)
+    print_message(tuned.reason)
     for note in tuned.notes:
-        say(note)
+        print_message(note)

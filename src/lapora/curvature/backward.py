@@ -24,11 +24,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from lapora.curvature.checkpointing import ReplacedForward, SecondRun, blocks_of
+from lapora.curvature.checkpointing import ForwardOverride, RecomputedBlock, blocks_of
 from lapora.errors import AdapterError
 from lapora.models.batches import Batch
 from lapora.models.lora_layers import BayesianLayer
-from lapora.models.outputs import AnswerModel
+from lapora.models.outputs import OutputModel
 
 Directions = Callable[[Tensor], Tensor]
 """From logits ``(B, C)`` to directions ``(K, B, C)``; K = 0 asks for the forward pass alone."""
@@ -45,7 +45,7 @@ class Observer(Protocol):
     def begin(self, batch: Batch) -> None:
         """A new batch starts."""
 
-    def see_input(self, layer: BayesianLayer, leader: str, inputs: Tensor, mask: Tensor | None) -> Any:
+    def observe_input(self, layer: BayesianLayer, leader: str, inputs: Tensor, mask: Tensor | None) -> Any:
         """The layer's input.
 
         Args:
@@ -58,7 +58,7 @@ class Observer(Protocol):
             What ``see_gradient`` is to be handed, or None when the gradient alone is enough.
         """
 
-    def see_gradient(self, layer: BayesianLayer, kept: Any, gradient: Tensor) -> None:
+    def observe_gradient(self, layer: BayesianLayer, kept: Any, gradient: Tensor) -> None:
         """The gradient of one direction.
 
         Args:
@@ -81,7 +81,7 @@ class _Boundary:
     A block that is to be run again has no output yet.
     """
 
-    output: Tensor | SecondRun
+    output: Tensor | RecomputedBlock
     leaf: Tensor
     upstream: list[Tensor] = field(default_factory=list)
 
@@ -95,13 +95,13 @@ class Linearisation:
         observer: Who sees them.
     """
 
-    def __init__(self, answer_model: AnswerModel, layers: Sequence[BayesianLayer], observer: Observer) -> None:
+    def __init__(self, answer_model: OutputModel, layers: Sequence[BayesianLayer], observer: Observer) -> None:
         self.answer_model = answer_model
         self.layers = list(layers)
         self.observer = observer
         self.forward_calls = 0
         self.backward_calls = 0
-        self._handles: list[RemovableHandle | ReplacedForward] = []
+        self._handles: list[RemovableHandle | ForwardOverride] = []
         self._batch: Batch | None = None
         self._boundaries: list[_Boundary] = []
         self._leaves: list[Tensor] = []
@@ -118,8 +118,8 @@ class Linearisation:
                 self._handles.append(layer.source.register_forward_pre_hook(self._source_hook(layer)))
             self._handles.append(layer.module.register_forward_hook(self._layer_hook(layer)))
         for block in blocks_of(self.answer_model.network, self.layers):
-            if self.answer_model.rerun_blocks:
-                self._handles.append(ReplacedForward(block, self._run_without_graph))
+            if self.answer_model.recompute_blocks:
+                self._handles.append(ForwardOverride(block, self._run_without_graph))
             else:
                 self._handles.append(block.register_forward_hook(self._cut))
         return self
@@ -133,7 +133,7 @@ class Linearisation:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        self._forget()
+        self._evict()
 
     def run(self, batch: Batch, directions: Directions) -> Tensor:
         """Run one batch.
@@ -145,7 +145,7 @@ class Linearisation:
         Returns:
             The logits at the MAP, ``(B, C)``, detached.
         """
-        self._forget()
+        self._evict()
         self._batch = batch
         self.observer.begin(batch)
         try:
@@ -158,7 +158,7 @@ class Linearisation:
             self.observer.end(len(batch), len(along))
             return logits.detach()
         finally:
-            self._forget()
+            self._evict()
 
     def _backward(self, logits: Tensor, along: Tensor) -> None:
         self.backward_calls += len(along)
@@ -167,7 +167,7 @@ class Linearisation:
             boundary = self._boundaries.pop()
             if boundary.upstream:
                 source = boundary.output
-                if isinstance(source, SecondRun):
+                if isinstance(source, RecomputedBlock):
                     self._cross(source.output(), boundary.upstream, source.entries)
                 else:
                     self._cross(source, boundary.upstream)
@@ -220,7 +220,7 @@ class Linearisation:
             self._called.add(layer.name)
             inputs, mask = self.answer_model.token_view(layer, arguments[0].detach(), batch)
             leader = self._leader.get(layer.name, layer.name)
-            kept = self.observer.see_input(layer, leader, _with_bias_input(layer, _wide(inputs)), mask)
+            kept = self.observer.observe_input(layer, leader, _with_bias_input(layer, _wide(inputs)), mask)
             if not output.requires_grad:
                 output.requires_grad_()
                 self._leaves.append(output)
@@ -231,7 +231,7 @@ class Linearisation:
                         f"{layer.name}: the model carries gradients around its blocks, which lapora cannot follow"
                     )
                 self._touched[layer.name] = layer
-                self.observer.see_gradient(layer, kept, self._gradient_view(layer, gradient, batch))
+                self.observer.observe_gradient(layer, kept, self._gradient_view(layer, gradient, batch))
 
             output.register_hook(gradient_hook)
             return output
@@ -266,10 +266,10 @@ class Linearisation:
         hidden = output if isinstance(output, Tensor) else output[0]
         leaf = hidden.detach().requires_grad_()
 
-        self._boundaries.append(_Boundary(SecondRun(forward, arguments, named), leaf))
+        self._boundaries.append(_Boundary(RecomputedBlock(forward, arguments, named), leaf))
         return leaf if isinstance(output, Tensor) else (leaf, *output[1:])
 
-    def _forget(self) -> None:
+    def _evict(self) -> None:
         self._batch = None
         self._boundaries = []
         self._leaves = []

@@ -31,7 +31,7 @@ def blocks_of(network: nn.Module, layers: Sequence[BayesianLayer]) -> list[nn.Mo
     return blocks
 
 
-class SecondRun:
+class RecomputedBlock:
     """A block's forward with what it was given, to be run with a graph.
 
     Attributes:
@@ -57,7 +57,7 @@ class SecondRun:
         return leaf
 
 
-class ReplacedForward:
+class ForwardOverride:
     """Another forward in the place of a module's own, until removed.
 
     Args:

@@ -104,7 +104,7 @@ class KronObserver:
         """Forget what a batch that was not ended has left."""
         self._batch = _BatchSums()
 
-    def see_input(self, layer: BayesianLayer, leader: str, inputs: Tensor, mask: Tensor | None) -> None:
+    def observe_input(self, layer: BayesianLayer, leader: str, inputs: Tensor, mask: Tensor | None) -> None:
         """Add ``Σ a aᵀ``, once per shared input; nothing needs to be kept for the backward pass."""
         if self._leaders.setdefault(layer.name, leader) != leader:
             raise AssertionError(f"{layer.name} shares its input in one batch and not in another")
@@ -122,7 +122,7 @@ class KronObserver:
         self._add(self._batch.inputs, layer.name, features, layer.shape[0])
         self._put_aside(self._batch.inputs, layer.name)
 
-    def see_gradient(self, layer: BayesianLayer, kept: object, gradient: Tensor) -> None:
+    def observe_gradient(self, layer: BayesianLayer, kept: object, gradient: Tensor) -> None:
         """Add ``Σ g gᵀ`` of one Fisher column."""
         rows = gradient.flatten(0, 1) if self.weight_sharing == "expand" else gradient.sum(dim=1)
         self._add(self._batch.gradients, layer.name, rows, layer.shape[1])

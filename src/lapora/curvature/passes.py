@@ -12,13 +12,13 @@ from torch import Tensor
 from lapora.config import FisherType, Progress, WeightSharing
 from lapora.curvature.backward import Directions, Linearisation, Observer
 from lapora.curvature.nystrom import NystromSketch
-from lapora.distributed import ALONE, Processes
+from lapora.distributed import SINGLE_PROCESS, Processes
 from lapora.errors import UsageError
 from lapora.likelihoods.categorical import empirical_columns, exact_columns, monte_carlo_columns
 from lapora.models.batches import Batch
 from lapora.models.batching import BatchFeed, run_batches
 from lapora.models.lora_layers import BayesianLayer, describe_parameter
-from lapora.models.outputs import AnswerModel
+from lapora.models.outputs import OutputModel
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,7 +35,7 @@ class DataPass:
 
 
 def collect(
-    answers: AnswerModel,
+    answers: OutputModel,
     layers: Sequence[BayesianLayer],
     observer: Observer,
     batches: Iterable[Batch],
@@ -44,8 +44,8 @@ def collect(
     fisher: FisherType | Directions = "exact",
     seed: int = 0,
     progress: Progress | None = None,
-    keeper: PassKeeper | None = None,
-    processes: Processes = ALONE,
+    checkpoint: PassCheckpoint | None = None,
+    processes: Processes = SINGLE_PROCESS,
 ) -> DataPass:
     """Show every batch to an observer.
 
@@ -58,7 +58,7 @@ def collect(
         fisher: Which Fisher's columns to differentiate, or any other directions.
         seed: Of the labels drawn by the Monte-Carlo Fisher.
         progress: Told of rows done.
-        keeper: Keeps the sums as the pass goes on, and has those to go on from; the observer must be resumable.
+        checkpoint: Keeps the sums as the pass goes on, and has those to go on from; the observer must be resumable.
         processes: Those that share the rows: in the end the observer of each has the sums of all.
 
     Raises:
@@ -73,18 +73,18 @@ def collect(
     order: list[int] = []
 
     def state() -> PassState:
-        assert isinstance(observer, Resumable)
+        assert isinstance(observer, Checkpointable)
         logits = torch.cat([each.cpu() for each in found])
         return PassState(order, logits, observer.state())
 
-    with processes.in_step():
-        saved = None if keeper is None else keeper.saved()
+    with processes.raise_together():
+        saved = None if checkpoint is None else checkpoint.saved()
     if saved is not None:
-        assert isinstance(observer, Resumable)
+        assert isinstance(observer, Checkpointable)
         observer.restore(saved.observer)
         found, order = [saved.logits], list(saved.order)
         batches = _after(batches, len(order))
-    with processes.apart(), Linearisation(answers, layers, observer) as linearisation:
+    with processes.on_shard(), Linearisation(answers, layers, observer) as linearisation:
 
         def run(batch: Batch) -> Tensor:
             labels = torch.tensor([targets[row] for row in batch.rows]) if labelled else None
@@ -95,14 +95,14 @@ def collect(
             order += batch.rows
             if progress is not None:
                 progress(min(len(order) * processes.count, len(targets)), len(targets))
-            if keeper is not None:
-                keeper.offer(state)
-        if keeper is not None and found:
-            keeper.finish(state)
+            if checkpoint is not None:
+                checkpoint.offer(state)
+        if checkpoint is not None and found:
+            checkpoint.finish(state)
     if processes.count > 1:
-        assert isinstance(observer, Resumable)
-        add_up(processes, observer)
-    logits = _in_order(processes.gather((order, [each.cpu() for each in found])))
+        assert isinstance(observer, Checkpointable)
+        all_reduce_observer(processes, observer)
+    logits = _in_order(processes.all_gather((order, [each.cpu() for each in found])))
     if not labelled or not len(logits):
         return DataPass(logits, None)
     log_p = torch.log_softmax(logits, dim=1)
@@ -164,7 +164,7 @@ class ObserverState:
 
 
 @runtime_checkable
-class Resumable(Protocol):
+class Checkpointable(Protocol):
     """An observer whose sums can be put aside, and added to those of other processes."""
 
     def state(self) -> ObserverState:
@@ -206,16 +206,16 @@ class PassState:
         return cls(order, tensors["logits"], ObserverState(observed, facts))
 
 
-def add_up(processes: Processes, observer: Resumable) -> None:
+def all_reduce_observer(processes: Processes, observer: Checkpointable) -> None:
     """Give the observer the sums of all processes: the same to the last bit in each.
 
     Tensors and numbers are added, by name; whatever else a state holds must be the same where it is there.
     """
     own = observer.state()
     facts: dict[str, Any] = {}
-    for each in processes.gather(own.facts):
+    for each in processes.all_gather(own.facts):
         facts = _added(facts, each)
-    observer.restore(ObserverState(processes.sum(own.tensors), facts))
+    observer.restore(ObserverState(processes.all_reduce(own.tensors), facts))
 
 
 def _added(left: Any, right: Any) -> Any:
@@ -231,7 +231,7 @@ def _added(left: Any, right: Any) -> Any:
     return left
 
 
-class PassKeeper(Protocol):
+class PassCheckpoint(Protocol):
     """Keeps the states of one pass; see :class:`lapora.storage.partial.Checkpoint`."""
 
     def saved(self) -> PassState | None:
@@ -281,10 +281,10 @@ def sums_from_state(state: ObserverState, prefix: str, seed: int) -> dict[str, T
     return found
 
 
-class PassStore(Protocol):
+class CheckpointStore(Protocol):
     """Stores the state of the passes of one fit; see :class:`lapora.storage.partial.Checkpoint`."""
 
-    def next_pass(self, *, keep: bool) -> PassKeeper:
+    def next_pass(self, *, keep: bool) -> PassCheckpoint:
         """Return the storage of the next pass; ``keep`` says that a later pass builds on it."""
 
 
@@ -308,7 +308,7 @@ class CurvatureRun:
         offload: Keep Kronecker sums in the host's memory.
     """
 
-    answers: AnswerModel
+    answers: OutputModel
     layers: Sequence[BayesianLayer]
     batches: Callable[[], Iterable[Batch]]
     targets: Sequence[int | None]
@@ -318,8 +318,8 @@ class CurvatureRun:
     rank: int | None = None
     seed: int = 0
     progress: Progress | None = None
-    checkpoint: PassStore | None = None
-    processes: Processes = ALONE
+    checkpoint: CheckpointStore | None = None
+    processes: Processes = SINGLE_PROCESS
     offload: bool = False
 
     @property
@@ -338,7 +338,7 @@ class CurvatureRun:
             fisher=directions or self.fisher,
             seed=self.seed,
             progress=self.progress,
-            keeper=None if self.checkpoint is None else self.checkpoint.next_pass(keep=another),
+            checkpoint=None if self.checkpoint is None else self.checkpoint.next_pass(keep=another),
             processes=self.processes,
         )
 

@@ -84,7 +84,7 @@ class PerExampleObserver:
         self._inputs, self._readers = {}, {}
         self._gradients = {}
 
-    def see_input(self, layer: BayesianLayer, leader: str, inputs: Tensor, mask: Tensor | None) -> Any:
+    def observe_input(self, layer: BayesianLayer, leader: str, inputs: Tensor, mask: Tensor | None) -> Any:
         """Keep the layer's input, rotated at once where that is cheaper; once for layers that share it."""
         basis = self._bases[layer.name]
         shared = basis.leader == leader
@@ -108,7 +108,7 @@ class PerExampleObserver:
         early = leader is not None and (rows is None or inputs.shape[1] <= rows)
         return _Inputs(inputs @ rotation if early else inputs, rotated=early)
 
-    def see_gradient(self, layer: BayesianLayer, kept: Any, gradient: Tensor) -> None:
+    def observe_gradient(self, layer: BayesianLayer, kept: Any, gradient: Tensor) -> None:
         """Rotate one direction's gradient into the layer's basis."""
         basis = self._bases[layer.name]
         found = _truncated(basis, kept, gradient) if basis.truncated else _complete(basis, kept, gradient)

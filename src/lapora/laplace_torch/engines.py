@@ -28,20 +28,20 @@ from lapora.errors import NumericalError
 from lapora.laplace_torch.network import (
     AdapterNetwork,
     as_inputs,
-    quietly,
     refuse_uncovered_layers,
+    silenced,
     trainable,
 )
 from lapora.models.batches import Batch
 from lapora.models.batching import run_batches
 from lapora.models.lora_layers import BayesianLayer
-from lapora.models.outputs import AnswerModel
+from lapora.models.outputs import OutputModel
 
 Found = tuple[dict[str, KronFactors], float | None]
 
 
 def asdl_factors(
-    answers: AnswerModel,
+    answers: OutputModel,
     layers: Sequence[BayesianLayer],
     batches: Iterable[Batch],
     targets: Sequence[int | None],
@@ -67,7 +67,7 @@ def asdl_factors(
 
 
 def curvlinops_factors(
-    answers: AnswerModel,
+    answers: OutputModel,
     layers: Sequence[BayesianLayer],
     batches: Iterable[Batch],
     targets: Sequence[int | None],
@@ -98,7 +98,7 @@ def curvlinops_factors(
 def _summed(
     engine: str,
     backend_name: str,
-    answers: AnswerModel,
+    answers: OutputModel,
     layers: Sequence[BayesianLayer],
     batches: Iterable[Batch],
     targets: Sequence[int | None],
@@ -109,7 +109,7 @@ def _summed(
     labelled = all(target is not None for target in targets)
     sums: list[list[Tensor]] = []
     log_likelihood, done = 0.0, 0
-    with trainable(layers), quietly():
+    with trainable(layers), silenced():
         backend = _backend(backend_name, AdapterNetwork(answers, layers))
 
         def run(batch: Batch) -> tuple[Tensor, Any]:

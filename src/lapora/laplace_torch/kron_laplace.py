@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from lapora.errors import UsageError
-from lapora.laplace_torch.network import AdapterNetwork, quietly, trainable
+from lapora.laplace_torch.network import AdapterNetwork, silenced, trainable
 from lapora.models.lora_layers import BayesianLayer
-from lapora.models.outputs import AnswerModel
+from lapora.models.outputs import OutputModel
 
 if TYPE_CHECKING:
     from laplace import KronLaplace
@@ -42,7 +42,7 @@ class KroneckerBlock:
 
 def kron_decomposed(blocks: Sequence[KroneckerBlock], precisions: Tensor | None = None) -> KronDecomposed:
     """The blocks as a ``KronDecomposed``, with one prior precision each (by default 0: the curvature alone)."""
-    with quietly():
+    with silenced():
         from laplace.utils.matrix import KronDecomposed
 
     # laplace-torch's own annotations say tuples of one; its code makes and reads lists of two.
@@ -52,7 +52,7 @@ def kron_decomposed(blocks: Sequence[KroneckerBlock], precisions: Tensor | None 
 
 
 def kron_laplace(
-    answers: AnswerModel,
+    answers: OutputModel,
     layers: Sequence[BayesianLayer],
     blocks: Sequence[KroneckerBlock],
     precisions: Sequence[float],
@@ -72,7 +72,7 @@ def kron_laplace(
         rows: N.
         log_likelihood: ``log p(y|X, θ_MAP)``, or 0 where the rows had no labels.
     """
-    with quietly():
+    with silenced():
         from laplace import KronLaplace
         from laplace.utils.matrix import Kron
 
@@ -103,7 +103,7 @@ def kronecker_blocks(source: KronLaplace | KronDecomposed | Kron) -> list[Kronec
     Raises:
         UsageError: The object has not been fitted, is damped, or holds something besides Kronecker products.
     """
-    with quietly():
+    with silenced():
         from laplace import KronLaplace
         from laplace.utils.matrix import Kron
 

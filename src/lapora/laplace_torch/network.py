@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lapora.errors import UsageError
 from lapora.models.batches import Batch
 from lapora.models.lora_layers import BayesianLayer
-from lapora.models.outputs import AnswerModel
+from lapora.models.outputs import OutputModel
 
 
 class AdapterNetwork(nn.Module):
@@ -28,7 +28,7 @@ class AdapterNetwork(nn.Module):
         layers: The Bayesian layers.
     """
 
-    def __init__(self, answers: AnswerModel, layers: Sequence[BayesianLayer]) -> None:
+    def __init__(self, answers: OutputModel, layers: Sequence[BayesianLayer]) -> None:
         super().__init__()
         self.network = answers.network
         self.output_size: int | None = None  # laplace-torch sets and reads it
@@ -106,7 +106,7 @@ def trainable(layers: Sequence[BayesianLayer]) -> Iterator[None]:
 
 
 @contextmanager
-def quietly() -> Iterator[None]:
+def silenced() -> Iterator[None]:
     """Without the warnings of libraries about each other: ASDL uses hooks that torch is about to retire."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

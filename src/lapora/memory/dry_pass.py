@@ -18,7 +18,7 @@ from lapora.curvature.per_example import JacobianObserver, LayerBasis, SecondMom
 from lapora.likelihoods.categorical import class_columns
 from lapora.models.batches import Batch
 from lapora.models.lora_layers import BayesianLayer
-from lapora.models.meta_model import LiveMemory, Skeleton, WeightlessAnswers, empty_batch, without_memory
+from lapora.models.meta_model import LiveMemory, MetaModel, MetaOutputModel, empty_batch, fake_tensors
 
 _FEW, _MORE = 4, 8
 _DIRECTIONS = 2
@@ -32,17 +32,17 @@ class _Leaders:
 
     def begin(self, batch: Batch) -> None: ...
 
-    def see_input(self, layer: BayesianLayer, leader: str, inputs: Tensor, mask: Tensor | None) -> Any:
+    def observe_input(self, layer: BayesianLayer, leader: str, inputs: Tensor, mask: Tensor | None) -> Any:
         self.leaders[layer.name] = leader
 
-    def see_gradient(self, layer: BayesianLayer, kept: Any, gradient: Tensor) -> None: ...
+    def observe_gradient(self, layer: BayesianLayer, kept: Any, gradient: Tensor) -> None: ...
 
     def finish(self, layer: BayesianLayer) -> None: ...
 
     def end(self, rows: int, directions: int) -> None: ...
 
 
-def leaders_of(skeleton: Skeleton, layers: Sequence[BayesianLayer], classes: int) -> dict[str, str]:
+def leaders_of(skeleton: MetaModel, layers: Sequence[BayesianLayer], classes: int) -> dict[str, str]:
     """For every layer, the name of the first that has the same input; of like blocks one is looked at."""
     observer = _Leaders()
     alike = _alike(skeleton, layers)
@@ -62,14 +62,14 @@ def leaders_of(skeleton: Skeleton, layers: Sequence[BayesianLayer], classes: int
 
 
 def batch_memory(
-    skeleton: Skeleton,
+    skeleton: MetaModel,
     layers: Sequence[BayesianLayer],
     structure: Structure,
     shape: tuple[int, int],
     *,
     classes: int,
     directions: int,
-    rerun_blocks: bool = False,
+    recompute_blocks: bool = False,
 ) -> int:
     """The most bytes that a batch holds beside the weights and the sums of a pass.
 
@@ -82,13 +82,13 @@ def batch_memory(
         shape: Rows and tokens of the batch.
         classes: Number of answers C.
         directions: K, gradients of each row.
-        rerun_blocks: Blocks keep their inputs alone.
+        recompute_blocks: Blocks keep their inputs alone.
     """
 
     def most(blocks: int | None, count: int) -> int:
         with _few_blocks(skeleton, layers, blocks) as left:
             observer = _observer(structure, left, classes, count)
-            return _most(skeleton, left, observer, shape, classes, count, rerun=rerun_blocks)
+            return _most(skeleton, left, observer, shape, classes, count, rerun=recompute_blocks)
 
     def of_directions(count: int) -> int:
         found = _alike(skeleton, layers)
@@ -112,7 +112,7 @@ def _observer(structure: Structure, layers: Sequence[BayesianLayer], classes: in
 
 
 def _most(
-    skeleton: Skeleton,
+    skeleton: MetaModel,
     layers: Sequence[BayesianLayer],
     observer: Observer,
     shape: tuple[int, int],
@@ -121,21 +121,21 @@ def _most(
     *,
     rerun: bool,
 ) -> int:
-    with without_memory(skeleton.model):
+    with fake_tensors(skeleton.model):
         tokens = [0] * classes if skeleton.kind == "causal" else None
-        answers = WeightlessAnswers(skeleton.model, skeleton.kind, 0, tokens, rerun_blocks=rerun)
+        answers = MetaOutputModel(skeleton.model, skeleton.kind, 0, tokens, recompute_blocks=rerun)
         batch = empty_batch(*shape)
         with LiveMemory(skeleton.model) as memory, Linearisation(answers, layers, observer) as linearisation:
             linearisation.run(batch, lambda logits: class_columns(logits)[:1].expand(directions, *logits.shape))
         return memory.most
 
 
-def _block_lists(skeleton: Skeleton, layers: Sequence[BayesianLayer]) -> list[nn.ModuleList]:
+def _block_lists(skeleton: MetaModel, layers: Sequence[BayesianLayer]) -> list[nn.ModuleList]:
     blocks = set(blocks_of(cast(nn.Module, skeleton.model.get_base_model()), layers))
     return [each for each in skeleton.model.modules() if isinstance(each, nn.ModuleList) and blocks & set(each)]
 
 
-def _alike(skeleton: Skeleton, layers: Sequence[BayesianLayer]) -> int | None:
+def _alike(skeleton: MetaModel, layers: Sequence[BayesianLayer]) -> int | None:
     """How many blocks there are, if they stand in one list and have the same weights and Bayesian layers."""
     lists = _block_lists(skeleton, layers)
     if len(lists) != 1:
@@ -153,7 +153,7 @@ def _alike(skeleton: Skeleton, layers: Sequence[BayesianLayer]) -> int | None:
 
 @contextmanager
 def _few_blocks(
-    skeleton: Skeleton, layers: Sequence[BayesianLayer], count: int | None
+    skeleton: MetaModel, layers: Sequence[BayesianLayer], count: int | None
 ) -> Iterator[Sequence[BayesianLayer]]:
     """The layers that are left when only the first blocks stand in their list, while this lasts."""
     if count is None:

@@ -15,13 +15,13 @@ from lapora.memory.footprint import Footprint, StructureShape, footprint
 from lapora.models.adapter import Adapter
 from lapora.models.device_map import available_memory
 from lapora.models.lora_layers import find_bayesian_layers
-from lapora.models.meta_model import Skeleton, skeleton_of
+from lapora.models.meta_model import MetaModel, build_meta_model
 
 _ALLOWANCE = {"cpu": 1.6}
 _OTHER_ALLOWANCE = 1.2
 
 
-def allowance(device: str) -> float:
+def allocator_overhead(device: str) -> float:
     """What memory a process holds for each byte of its tensors, the weights left out.
 
     On a CPU it was 1.52 to 1.57 in four fits of a real encoder; that of a GPU's caching allocator is a guess.
@@ -30,7 +30,7 @@ def allowance(device: str) -> float:
 
 
 @dataclass(frozen=True)
-class Budget:
+class MemoryEstimate:
     """Bytes that a fit takes.
 
     Attributes:
@@ -74,7 +74,7 @@ class Budget:
             "factors": {"by_layer": self.factors.by_layer, "total": self.factors.sums},
             "workspace": max(self.factors.passing, self.factors.deciding),
             "artifact": self.factors.artifact,
-            "allowance": allowance(self.device),
+            "allowance": allocator_overhead(self.device),
             "peak": {"device": self.peak_device, "host": self.peak_host},
             "free": {
                 "device": None if self.free_device is None else int(self.free_device),
@@ -86,7 +86,7 @@ class Budget:
 
 
 @dataclass(frozen=True)
-class _Question:
+class _Query:
     """What is reckoned: the user's settings, or others to be tried."""
 
     model: ModelSettings
@@ -102,7 +102,7 @@ def estimate(
     rows: int,
     length: int,
     device_memory: float | None = None,
-) -> Budget:
+) -> MemoryEstimate:
     """Estimate the memory of a fit from the configuration of the base model and the adapter's shapes; loads no weights.
 
     Args:
@@ -119,7 +119,7 @@ def estimate(
     """
     device = _device_type(model.device)
     free_host = available_memory()
-    reckoner = _Reckoner(
+    estimator = _Estimator(
         adapter=adapter,
         device=device,
         classes=classes,
@@ -128,15 +128,15 @@ def estimate(
         free_device=device_memory if device_memory is not None else _free(model.device, device, free_host),
         free_host=free_host,
     )
-    question = _Question(model, settings)
-    found = reckoner.budget(question)
+    question = _Query(model, settings)
+    found = estimator.budget(question)
     if found.fits is not False:
         return found
-    return replace(found, remedies=_remedies(question, reckoner.budget))
+    return replace(found, remedies=_remedies(question, estimator.budget))
 
 
 @dataclass(frozen=True, eq=False)
-class _Reckoner:
+class _Estimator:
     """What does not change from question to question, and what has been found out once."""
 
     adapter: Adapter
@@ -153,9 +153,9 @@ class _Reckoner:
             self._known[key] = find()
         return self._known[key]
 
-    def budget(self, question: _Question) -> Budget:
+    def budget(self, question: _Query) -> MemoryEstimate:
         model, settings = question.model, question.settings
-        skeleton: Skeleton = self._once(("skeleton", model.quantize), lambda: self._skeleton(model))
+        skeleton: MetaModel = self._once(("skeleton", model.quantize), lambda: self._skeleton(model))
         layers = find_bayesian_layers(skeleton.model, settings.subset)
         columns = self.classes - 1 if settings.fisher == "exact" else 1
         batch = min(self.rows, model.batch_size or max(1, TOKEN_BUDGET // self.length)), self.length
@@ -168,11 +168,11 @@ class _Reckoner:
                 batch,
                 classes=self.classes,
                 directions=columns,
-                rerun_blocks=model.gradient_checkpointing,
+                recompute_blocks=model.gradient_checkpointing,
             ),
         )
         # Beside what is seen: an unpacked weight, and a mask of padding.
-        activations += skeleton.dequantised + batch[0] * self.length**2 * skeleton.dtype.itemsize
+        activations += skeleton.dequantized + batch[0] * self.length**2 * skeleton.dtype.itemsize
         sizes = footprint(
             StructureShape(
                 structure=settings.structure,
@@ -188,12 +188,12 @@ class _Reckoner:
             )
         )
         device, host = _peaks(sum(skeleton.weights.values()), self.device, activations, sizes, settings)
-        return Budget(
+        return MemoryEstimate(
             self.device, skeleton.weights, batch, activations, sizes, device, host, self.free_device, self.free_host
         )
 
-    def _skeleton(self, model: ModelSettings) -> Skeleton:
-        return skeleton_of(
+    def _skeleton(self, model: ModelSettings) -> MetaModel:
+        return build_meta_model(
             self.adapter,
             base_model=model.base_model,
             quantize=model.quantize,
@@ -205,7 +205,7 @@ class _Reckoner:
 
 def _peaks(weights: int, device: str, activations: int, sizes: Footprint, settings: FitSettings) -> tuple[int, int]:
     """The most on the device and, for another than the CPU, on the host."""
-    more = allowance(device)
+    more = allocator_overhead(device)
     passing, deciding = activations + sizes.sums + sizes.passing, sizes.sums + sizes.deciding
     if device == "cpu":
         if settings.offload_factors:
@@ -213,9 +213,9 @@ def _peaks(weights: int, device: str, activations: int, sizes: Footprint, settin
         return weights + round(more * max(passing, deciding)), 0
     if settings.offload_factors:
         on_host = max(sizes.host, deciding) + sizes.artifact
-        return weights + round(more * (activations + sizes.passing)), round(allowance("cpu") * on_host)
+        return weights + round(more * (activations + sizes.passing)), round(allocator_overhead("cpu") * on_host)
     if settings.structure == "full":
-        return weights + round(more * activations), round(allowance("cpu") * (sizes.host + sizes.artifact))
+        return weights + round(more * activations), round(allocator_overhead("cpu") * (sizes.host + sizes.artifact))
     return weights + round(more * max(passing, deciding)), sizes.artifact
 
 
@@ -236,22 +236,22 @@ def _free(device: str, kind: str, free_host: float) -> float | None:
     return None
 
 
-def _remedies(question: _Question, asked: Callable[[_Question], Budget]) -> tuple[str, ...]:
+def _remedies(question: _Query, asked: Callable[[_Query], MemoryEstimate]) -> tuple[str, ...]:
     """Options that make it fit: each that does so alone, else those that do so together, the mildest first."""
     model, settings = question.model, question.settings
 
-    def with_model(**changes: Any) -> Callable[[_Question], _Question]:
+    def with_model(**changes: Any) -> Callable[[_Query], _Query]:
         return lambda it: replace(it, model=replace(it.model, **changes))
 
-    def with_settings(**changes: Any) -> Callable[[_Question], _Question]:
+    def with_settings(**changes: Any) -> Callable[[_Query], _Query]:
         return lambda it: replace(it, settings=replace(it.settings, **changes))
 
-    mild: list[tuple[str, Callable[[_Question], _Question]]] = []
+    mild: list[tuple[str, Callable[[_Query], _Query]]] = []
     if model.batch_size != 1:
         mild.append(("--batch-size 1", with_model(batch_size=1)))
     if not model.gradient_checkpointing:
         mild.append(("--gradient-checkpointing", with_model(gradient_checkpointing=True)))
-    strong: list[tuple[str, Callable[[_Question], _Question]]] = []
+    strong: list[tuple[str, Callable[[_Query], _Query]]] = []
     if settings.structure in ("kron", "ekfac") and not settings.offload_factors and _device_type(model.device) != "cpu":
         mild.append(("--offload-factors", with_settings(offload_factors=True)))
     if settings.structure in ("full", "lowrank"):

@@ -9,10 +9,10 @@ from typing import TypeVar
 import torch
 
 from lapora.config import MOST_TOKENS, TOKEN_BUDGET
-from lapora.distributed import ALONE, Processes
+from lapora.distributed import SINGLE_PROCESS, Processes
 from lapora.errors import UsageError
 from lapora.models.batches import Batch, Encoded, collate
-from lapora.models.outputs import AnswerModel
+from lapora.models.outputs import OutputModel
 
 Result = TypeVar("Result")
 
@@ -51,7 +51,7 @@ class BatchSize:
         if 2 * used < _SHARE_OF_MEMORY * free:
             self.tokens *= 2
 
-    def did_not_fit(self, rows: int, length: int) -> None:
+    def report_out_of_memory(self, rows: int, length: int) -> None:
         """A batch ran out of memory: halve the budget, and let it grow no more.
 
         Raises:
@@ -87,10 +87,10 @@ class BatchFeed:
 
     def __init__(
         self,
-        answers: AnswerModel,
+        answers: OutputModel,
         encoded: Sequence[Encoded],
         size: BatchSize,
-        processes: Processes = ALONE,
+        processes: Processes = SINGLE_PROCESS,
         *,
         even: bool = False,
     ) -> None:
@@ -99,7 +99,7 @@ class BatchFeed:
         self._answers = answers
         self._encoded = encoded
         order = sorted(range(len(encoded)), key=lambda row: (-len(encoded[row].input_ids), row))
-        self._order = processes.share(order)
+        self._order = processes.shard(order)
         self._done = 0
 
     def __iter__(self) -> Iterator[Batch]:
@@ -133,7 +133,7 @@ class BatchFeed:
             UsageError: Smaller batches are not allowed, or not possible.
         """
         rows, length = batch.input_ids.shape
-        self.size.did_not_fit(rows, length)
+        self.size.report_out_of_memory(rows, length)
         self._done -= rows
 
     def fitted(self) -> None:

@@ -19,11 +19,11 @@ from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
-from lapora.config import Spread
+from lapora.config import Placement
 from lapora.errors import UsageError
 
 
-def loading_arguments(spread: Spread) -> dict[str, Any]:
+def loading_arguments(spread: Placement) -> dict[str, Any]:
     """What ``from_pretrained`` is told.
 
     Raises:
@@ -80,7 +80,7 @@ def offloads(network: nn.Module) -> bool:
 
 
 @contextmanager
-def unspread(base: nn.Module) -> Iterator[None]:
+def without_placement(base: nn.Module) -> Iterator[None]:
     """Hide from PEFT that the base is spread: it would spread the adapter, too."""
     device_map = base.__dict__.pop("hf_device_map", None)
     try:
@@ -110,7 +110,7 @@ def keep_missing(base: nn.Module, missing: set[str]) -> None:
         add_hook_to_module(module, AlignDevicesHook(execution_device=device))
 
 
-def settle_adapter(model: PeftModel, weights: dict[str, torch.Tensor]) -> None:
+def place_adapter(model: PeftModel, weights: dict[str, torch.Tensor]) -> None:
     """Put the adapter's modules on the devices where the layers beside them are run, and keep them there.
 
     Args:

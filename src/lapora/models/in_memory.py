@@ -13,11 +13,11 @@ from torch import nn
 from lapora.errors import AdapterError, UsageError
 from lapora.models.adapter import Adapter, read_adapter
 from lapora.models.fingerprint import fingerprint_of_tensors
-from lapora.models.loading import LoadedModel, quiet_libraries
+from lapora.models.loading import LoadedModel, silence_libraries
 
 
 @contextmanager
-def borrowed(model: nn.Module, pad_token_id: int) -> Iterator[None]:
+def prepared_for_fit(model: nn.Module, pad_token_id: int) -> Iterator[None]:
     """Put a model into eval mode with nothing that requires a gradient; put everything back, after errors too.
 
     Args:
@@ -59,7 +59,7 @@ def adapter_in_memory(model: object, folder: Path) -> Adapter:
     active = cast(str, model.active_adapter)
     if not isinstance(active, str):
         raise AdapterError(f"{len(active)} adapters are active; a posterior is over one: set_adapter(name)")
-    with quiet_libraries():
+    with silence_libraries():
         model.save_pretrained(str(folder), selected_adapters=[active])
     return read_adapter(folder if active == "default" else folder / active)
 

@@ -18,16 +18,16 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from transformers import logging as transformers_logging
 
-from lapora.config import Dtype, Quantisation, Spread
+from lapora.config import Dtype, Placement, Quantization
 from lapora.errors import AdapterError, UsageError, first_line
 from lapora.models.adapter import Adapter, ModelKind
-from lapora.models.device_map import OwnWeights, keep_missing, loading_arguments, settle_adapter, unspread
+from lapora.models.device_map import OwnWeights, keep_missing, loading_arguments, place_adapter, without_placement
 from lapora.models.fingerprint import digest_in, fingerprint_of_tensors
 from lapora.models.quantization import (
     keep_inputs_whole,
-    quantisation_config,
-    saved_quantisation,
-    settle_quantisation,
+    quantization_config,
+    resolve_quantization,
+    saved_quantization,
 )
 
 
@@ -53,7 +53,7 @@ class LoadedModel:
     kind: ModelKind
     base_model: str
     revision: str | None
-    quantize: Quantisation
+    quantize: Quantization
     dtype: str
     fingerprint: str
     number_of_labels: int | None
@@ -92,13 +92,13 @@ def put_adapter(adapter: Adapter, base: LoadedBase) -> LoadedModel:
     Raises:
         AdapterError: It does not fit, or its tokenizer cannot be loaded.
     """
-    with quiet_libraries():
+    with silence_libraries():
         tokenizer = tokenizer_at(adapter, base.name, base.revision, base.trust_remote_code)
-        with unspread(base.model):
+        with without_placement(base.model):
             model = _load_adapter(adapter, base.model, base.name)
     _refuse_untrained(adapter, model, base.missing)
     if base.spread is not None:
-        settle_adapter(model, load_peft_weights(os.fspath(adapter.path), device="cpu"))
+        place_adapter(model, load_peft_weights(os.fspath(adapter.path), device="cpu"))
     if base.element_type == torch.float64:
         model = model.double()
     if base.quantize == "none" and base.spread is None:
@@ -120,11 +120,11 @@ def put_adapter(adapter: Adapter, base: LoadedBase) -> LoadedModel:
         number_of_labels=getattr(base.model.config, "num_labels", None) if adapter.kind == "classifier" else None,
         weights=base.weights,
     )
-    settle_padding(loaded)
+    resolve_padding(loaded)
     return loaded
 
 
-def settle_padding(loaded: LoadedModel) -> None:
+def resolve_padding(loaded: LoadedModel) -> None:
     """A decoder with a head finds the answer's position by the padding id: it must be the batches' own."""
     if loaded.kind == "classifier":
         cast(Any, loaded.model.get_base_model()).config.get_text_config().pad_token_id = loaded.pad_token_id
@@ -200,10 +200,10 @@ class LoadedBase:
     kind: ModelKind
     name: str
     revision: str | None
-    quantize: Quantisation
+    quantize: Quantization
     element_type: torch.dtype
     device: torch.device
-    spread: Spread | None
+    spread: Placement | None
     weights: Mapping[str, torch.Tensor]
     fingerprint: str
     trust_remote_code: bool
@@ -223,10 +223,10 @@ class Loading(TypedDict, total=False):
     """
 
     base_model: str | None
-    quantize: Quantisation | None
+    quantize: Quantization | None
     dtype: Dtype
     device: str
-    spread: Spread | None
+    spread: Placement | None
     trust_remote_code: bool
 
 
@@ -236,7 +236,7 @@ class ChosenBase(NamedTuple):
     name: str
     revision: str | None
     config: Any
-    quantize: Quantisation
+    quantize: Quantization
     element_type: torch.dtype
 
 
@@ -244,7 +244,7 @@ def choose_base(
     adapter: Adapter,
     *,
     base_model: str | None,
-    quantize: Quantisation | None,
+    quantize: Quantization | None,
     dtype: Dtype,
     device: torch.device,
     trust_remote_code: bool,
@@ -260,7 +260,7 @@ def choose_base(
         raise AdapterError(f"{adapter.path}: the adapter names no base model; give one with --base-model")
     revision = None if base_model else adapter.revision
     config = load_config(name, revision, trust_remote_code)
-    quantize = settle_quantisation(name, quantize, saved_quantisation(name, config))
+    quantize = resolve_quantization(name, quantize, saved_quantization(name, config))
     element_type = element_type_of(dtype, config, device)
     if quantize != "none" and element_type == torch.float64:
         raise UsageError(f"--dtype float64 cannot be combined with --quantize {quantize}")
@@ -271,10 +271,10 @@ def load_base(
     adapter: Adapter,
     *,
     base_model: str | None = None,
-    quantize: Quantisation | None = None,
+    quantize: Quantization | None = None,
     dtype: Dtype = "auto",
     device: str = "auto",
-    spread: Spread | None = None,
+    spread: Placement | None = None,
     trust_remote_code: bool = False,
 ) -> LoadedBase:
     """Load the base model that an adapter asks for; the arguments are those of :class:`Loading`.
@@ -284,7 +284,7 @@ def load_base(
         UsageError: An impossible device or an impossible combination.
     """
     where = resolve_device(device)
-    with quiet_libraries():
+    with silence_libraries():
         chosen = choose_base(
             adapter,
             base_model=base_model,
@@ -364,7 +364,7 @@ def element_type_of(dtype: Dtype, config: Any, device: torch.device) -> torch.dt
 
 
 def _load_base(
-    adapter: Adapter, chosen: ChosenBase, device: torch.device, spread: Spread | None, trust_remote_code: bool
+    adapter: Adapter, chosen: ChosenBase, device: torch.device, spread: Placement | None, trust_remote_code: bool
 ) -> tuple[Any, set[str]]:
     arguments: dict[str, Any] = {
         "config": chosen.config,
@@ -379,7 +379,7 @@ def _load_base(
         arguments.setdefault("device_map", {"": device})
         if getattr(chosen.config, "quantization_config", None) is None:
             whole = adapter.config.get("modules_to_save") or ()
-            arguments["quantization_config"] = quantisation_config(chosen.quantize, chosen.element_type, whole)
+            arguments["quantization_config"] = quantization_config(chosen.quantize, chosen.element_type, whole)
     loader = loader_of(adapter, chosen.config)
     try:
         base, information = loader.from_pretrained(chosen.name, **arguments)
@@ -407,7 +407,7 @@ def load_tokenizer(adapter: Adapter, base_model: str | None = None) -> Any:
     base_name = base_model or adapter.base_model
     if not base_name:
         raise AdapterError(f"{adapter.path}: the adapter names no base model; give one with --base-model")
-    with quiet_libraries():
+    with silence_libraries():
         return tokenizer_at(adapter, base_name, None if base_model else adapter.revision, False)
 
 
@@ -429,7 +429,7 @@ def tokenizer_at(adapter: Adapter, base_name: str, revision: str | None, trust_r
 
 
 @contextmanager
-def quiet_libraries() -> Iterator[None]:
+def silence_libraries() -> Iterator[None]:
     """Keep the libraries' progress bars and load reports off the terminal; what matters becomes an error."""
     verbosity = transformers_logging.get_verbosity()
     bars = transformers_logging.is_progress_bar_enabled()

@@ -21,12 +21,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lapora.config import Dtype, Quantisation
+from lapora.config import Dtype, Quantization
 from lapora.errors import AdapterError, first_line
 from lapora.models.adapter import Adapter, ModelKind
 from lapora.models.batches import Batch
-from lapora.models.loading import ChosenBase, choose_base, loader_of, quiet_libraries
-from lapora.models.outputs import AnswerModel
+from lapora.models.loading import ChosenBase, choose_base, loader_of, silence_libraries
+from lapora.models.outputs import OutputModel
 from lapora.models.quantization import modules_left_whole
 
 # NF4 with double quantisation: 4 bits, and for 64 weights a byte of scale, whose own scale is 4 bytes for 256.
@@ -34,7 +34,7 @@ _BYTES_OF_4_BITS = 0.5 + 1 / 64 + 4 / (64 * 256)
 
 
 @dataclass(frozen=True, eq=False)
-class Skeleton:
+class MetaModel:
     """An adapter on its base model, as shapes.
 
     Attributes:
@@ -48,28 +48,28 @@ class Skeleton:
 
     model: PeftModel
     kind: ModelKind
-    quantize: Quantisation
+    quantize: Quantization
     dtype: torch.dtype
     weights: dict[str, int]
-    dequantised: int
+    dequantized: int
 
 
-def skeleton_of(
+def build_meta_model(
     adapter: Adapter,
     *,
     base_model: str | None = None,
-    quantize: Quantisation | None = None,
+    quantize: Quantization | None = None,
     dtype: Dtype = "auto",
     device: str = "cpu",
     trust_remote_code: bool = False,
-) -> Skeleton:
+) -> MetaModel:
     """Build an adapter on its base model without weights; arguments as of :class:`lapora.models.loading.Loading`.
 
     Raises:
         AdapterError: The base's configuration cannot be read, or the adapter does not fit it.
         UsageError: An impossible combination.
     """
-    with quiet_libraries():
+    with silence_libraries():
         chosen = choose_base(
             adapter,
             base_model=base_model,
@@ -80,8 +80,8 @@ def skeleton_of(
         )
         model = _build(adapter, chosen, trust_remote_code)
     whole = adapter.config.get("modules_to_save") or ()
-    weights, dequantised = _weights(model, chosen.quantize, chosen.element_type, whole)
-    return Skeleton(model, adapter.kind, chosen.quantize, chosen.element_type, weights, dequantised)
+    weights, dequantized = _weights(model, chosen.quantize, chosen.element_type, whole)
+    return MetaModel(model, adapter.kind, chosen.quantize, chosen.element_type, weights, dequantized)
 
 
 def _build(adapter: Adapter, chosen: ChosenBase, trust_remote_code: bool) -> PeftModel:
@@ -122,7 +122,7 @@ def _compare(adapter: Adapter, model: PeftModel, base_name: str) -> None:
 
 
 def _weights(
-    model: PeftModel, quantize: Quantisation, element_type: torch.dtype, whole: Any
+    model: PeftModel, quantize: Quantization, element_type: torch.dtype, whole: Any
 ) -> tuple[dict[str, int], int]:
     left = modules_left_whole(whole)
     quantised: set[int] = set()
@@ -195,7 +195,7 @@ def _identity(tensor: Tensor) -> int:
 
 
 @contextmanager
-def without_memory(model: nn.Module) -> Iterator[None]:
+def fake_tensors(model: nn.Module) -> Iterator[None]:
     """Within this, tensors have no memory, and so have the model's; it must be on the ``meta`` device.
 
     Tensors seem to be on the CPU, so that operations choose the kernels that they would choose there: attention
@@ -222,8 +222,8 @@ def without_memory(model: nn.Module) -> Iterator[None]:
                 store[name] = value
 
 
-class WeightlessAnswers(AnswerModel):
-    """An :class:`AnswerModel` that never looks at a number: no row is padded, and all answers stand last."""
+class MetaOutputModel(OutputModel):
+    """An :class:`OutputModel` that never looks at a number: no row is padded, and all answers stand last."""
 
     def logits(self, batch: Batch) -> Tensor:
         """Logits of the answers, ``(B, C)``."""
@@ -242,6 +242,6 @@ class WeightlessAnswers(AnswerModel):
 
 
 def empty_batch(rows: int, tokens: int) -> Batch:
-    """A batch of that shape; call it within :func:`without_memory`."""
+    """A batch of that shape; call it within :func:`fake_tensors`."""
     ids = torch.zeros(rows, tokens, dtype=torch.long)
     return Batch(ids, torch.zeros_like(ids), None, tuple(range(rows)), has_padding=False)

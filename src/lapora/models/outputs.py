@@ -17,7 +17,7 @@ from lapora.models.device_map import entry_device, offloads
 from lapora.models.lora_layers import BayesianLayer
 
 
-class AnswerModel:
+class OutputModel:
     """The network ``f``: token ids in, C logits out.
 
     A sequence classifier's logits are its own. A causal language model's are those of the answer tokens at
@@ -38,7 +38,7 @@ class AnswerModel:
         pad_token_id: int,
         answer_token_ids: Sequence[int] | None = None,
         *,
-        rerun_blocks: bool = False,
+        recompute_blocks: bool = False,
     ) -> None:
         if kind == "causal" and answer_token_ids is None:
             raise ValueError("a causal model needs the token ids of its answers")
@@ -47,7 +47,7 @@ class AnswerModel:
         self.pad_token_id = pad_token_id
         self.network = cast(nn.Module, model.get_base_model())
         # Where weights come and go, a graph would hold on to those that went.
-        self.rerun_blocks = rerun_blocks or offloads(self.network)
+        self.recompute_blocks = recompute_blocks or offloads(self.network)
         self.device = entry_device(self.network)
         self.answer_token_ids = None if answer_token_ids is None else torch.tensor(answer_token_ids, device=self.device)
         accepted = inspect.signature(self.network.forward).parameters

@@ -13,13 +13,13 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from lapora.config import Quantisation
+from lapora.config import Quantization
 from lapora.errors import AdapterError, UsageError
 
 _HEADS = ("classifier", "lm_head", "score")
 
 
-def quantisation_config(quantize: Quantisation, compute_dtype: torch.dtype, whole: Sequence[str] = ()) -> Any | None:
+def quantization_config(quantize: Quantization, compute_dtype: torch.dtype, whole: Sequence[str] = ()) -> Any | None:
     """Build what transformers needs to load a base model in 8 or 4 bits.
 
     Args:
@@ -52,7 +52,7 @@ def modules_left_whole(whole: Sequence[str] = ()) -> set[str]:
     return {*_HEADS, *whole}
 
 
-def saved_quantisation(base_name: str, config: Any) -> Quantisation:
+def saved_quantization(base_name: str, config: Any) -> Quantization:
     """How a base model's own files are quantised, by the ``quantization_config`` in its configuration.
 
     Raises:
@@ -63,7 +63,7 @@ def saved_quantisation(base_name: str, config: Any) -> Quantisation:
     if saved is None:
         return "none"
     settings = cast("dict[str, Any]", saved if isinstance(saved, dict) else saved.to_dict())
-    found: Quantisation = "8bit" if settings.get("load_in_8bit") else "4bit" if settings.get("load_in_4bit") else "none"
+    found: Quantization = "8bit" if settings.get("load_in_8bit") else "4bit" if settings.get("load_in_4bit") else "none"
     if found == "none":
         method = settings.get("quant_method") or "an unknown method"
         raise AdapterError(
@@ -74,7 +74,7 @@ def saved_quantisation(base_name: str, config: Any) -> Quantisation:
     return found
 
 
-def settle_quantisation(base_name: str, asked: Quantisation | None, saved: Quantisation) -> Quantisation:
+def resolve_quantization(base_name: str, asked: Quantization | None, saved: Quantization) -> Quantization:
     """What a base is loaded in: as asked, and as its files are where nothing is asked.
 
     Raises:

@@ -14,13 +14,13 @@ from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
 from lapora.models.adapter import Adapter
-from lapora.models.loading import LoadedBase, LoadedModel, Loading, load_base, put_adapter, settle_padding
+from lapora.models.loading import LoadedBase, LoadedModel, Loading, load_base, put_adapter, resolve_padding
 
 _Place = tuple[nn.Module, str, nn.Module]
 """A parent, the name of its child, and the adapter's module in the child's place."""
 
 
-class SharedBases:
+class BaseCache:
     """Loads adapters, their bases once; at most one adapter is on a base at a time.
 
     Args:
@@ -52,47 +52,47 @@ class SharedBases:
             self._bases[key] = base  # the last used stands last
         else:
             while len(self._bases) >= self._most:
-                self._forget(next(iter(self._bases)))
+                self._evict(next(iter(self._bases)))
             self.loads += 1
             base = self._bases[key] = load_base(adapter, **how)
-        self._take_off(id(base.model))
+        self._detach(id(base.model))
         try:
             loaded = put_adapter(adapter, base)
         except Exception:
-            _taken_off(base.model)  # whatever of it is on the base, which others use
+            _detached(base.model)  # whatever of it is on the base, which others use
             raise
         self._on[id(base.model)] = loaded
         return loaded
 
-    def put_on(self, loaded: LoadedModel) -> None:
+    def attach(self, loaded: LoadedModel) -> None:
         """Put an adapter that was loaded here on its base again, if another is on it."""
         base = id(loaded.model.get_base_model())
         places = self._places.get(loaded.model)
         if places is None or self._on.get(base) is loaded:
             return
-        self._take_off(base)
+        self._detach(base)
         for parent, name, module in places:
             setattr(parent, name, module)
         self._on[base] = loaded
-        settle_padding(loaded)
+        resolve_padding(loaded)
 
-    def forget(self, loaded: LoadedModel) -> None:
+    def evict(self, loaded: LoadedModel) -> None:
         """Let go of an adapter's weights; its base stays."""
         base = id(loaded.model.get_base_model())
         if self._on.get(base) is loaded:
-            self._take_off(base)
+            self._detach(base)
         self._places.pop(loaded.model, None)
 
-    def _take_off(self, base: int) -> None:
+    def _detach(self, base: int) -> None:
         loaded = self._on.pop(base, None)
         if loaded is not None:
-            self._places[loaded.model] = _taken_off(cast(nn.Module, loaded.model.get_base_model()))
+            self._places[loaded.model] = _detached(cast(nn.Module, loaded.model.get_base_model()))
 
-    def _forget(self, key: tuple[Any, ...]) -> None:
-        self._take_off(id(self._bases.pop(key).model))
+    def _evict(self, key: tuple[Any, ...]) -> None:
+        self._detach(id(self._bases.pop(key).model))
 
 
-def _taken_off(base: nn.Module) -> list[_Place]:
+def _detached(base: nn.Module) -> list[_Place]:
     """Put the base's own modules back in their places."""
     places: list[_Place] = []
     inside = ""

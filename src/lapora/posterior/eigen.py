@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lapora.curvature.kfac import KronFactors, Sum, rank_of_side
 from lapora.curvature.nystrom import NystromSketch
-from lapora.distributed import ALONE, Processes
+from lapora.distributed import SINGLE_PROCESS, Processes
 from lapora.errors import NumericalError
 from lapora.models.lora_layers import BayesianLayer
 from lapora.posterior.gaussian import EigenBlock
@@ -24,7 +24,7 @@ def decompose(
     layers: Sequence[BayesianLayer],
     factors: Mapping[str, KronFactors],
     rank: int | None = None,
-    processes: Processes = ALONE,
+    processes: Processes = SINGLE_PROCESS,
 ) -> list[EigenBlock]:
     """Turn each layer's Kronecker sums into an eigenbasis and ``λ_ij = scale · λ^g_i λ^a_j``.
 
@@ -82,11 +82,11 @@ def _eigen_of_all(sides: Mapping[str, _Side], rank: int | None, processes: Proce
     if processes.count == 1:
         return _eigen_of(sides, rank)
     mine = _dealt_out(sides, processes.count)[processes.rank]
-    with processes.in_step():
+    with processes.raise_together():
         own = _eigen_of({name: sides[name] for name in mine}, rank)
-    values = processes.exchange({name: each.values for name, each in own.items()})
-    vectors = processes.exchange({name: each.vectors for name, each in own.items()})
-    shares = processes.gather({name: each.kept for name, each in own.items()})
+    values = processes.all_gather_tensors({name: each.values for name, each in own.items()})
+    vectors = processes.all_gather_tensors({name: each.vectors for name, each in own.items()})
+    shares = processes.all_gather({name: each.kept for name, each in own.items()})
     kept = {name: share for each in shares for name, share in each.items()}
     found = {}
     for name, (total, _) in sides.items():

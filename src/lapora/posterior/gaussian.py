@@ -76,7 +76,7 @@ class BlockPosterior:
 
     blocks: list[EigenBlock]
 
-    def beside(self, layers: Sequence[BayesianLayer], device: torch.device, dtype: torch.dtype) -> BlockPosterior:
+    def on_device(self, layers: Sequence[BayesianLayer], device: torch.device, dtype: torch.dtype) -> BlockPosterior:
         """As :meth:`EigenBlock.to`, each block on its layer's device, bases that blocks share still shared."""
         moved: dict[int, Tensor] = {}
         blocks = []
@@ -156,7 +156,7 @@ class JointPosterior:
     kept: float = 1.0
     linear_model: dict[str, Tensor] = field(default_factory=dict)
 
-    def beside(self, layers: Sequence[BayesianLayer], device: torch.device, dtype: torch.dtype) -> JointPosterior:
+    def on_device(self, layers: Sequence[BayesianLayer], device: torch.device, dtype: torch.dtype) -> JointPosterior:
         """The posterior with its basis on the model's device and in a type; eigenvalues stay in float64."""
         return replace(self, basis=self.basis.to(device, dtype), joint_eigenvalues=self.joint_eigenvalues.to(device))
 

@@ -86,7 +86,7 @@ class LinearModel:
             raise NumericalError("adapted evidence: the kernel is not positive semi-definite; fit again")
         return objective - 0.5 * float(log_determinant), alpha
 
-    def maximise(self) -> tuple[float, float, str | None]:
+    def maximize(self) -> tuple[float, float, str | None]:
         """The δ of greatest adapted evidence in the range of :mod:`lapora.posterior.marglik`.
 
         The evidence may have several maxima, so every decade is looked at and the best is refined. Where Newton's

@@ -67,7 +67,7 @@ class Evidence:
         """Derivative of the log marginal likelihood in log δ."""
         return -0.5 * (precision * self.squared_norm - self.effective_parameters(precision))
 
-    def maximise(self) -> tuple[float, str | None]:
+    def maximize(self) -> tuple[float, str | None]:
         """The δ of greatest marginal likelihood within [1e-6, 1e8]: the slope's only root, by halving a bracket.
 
         Returns:
@@ -83,7 +83,7 @@ class Evidence:
             low, high = (middle, high) if self.slope(math.exp(middle)) > 0 else (low, middle)
         return math.exp((low + high) / 2), None
 
-    def climb(self, learning_rate: float, steps: int) -> tuple[float, str | None]:
+    def adam(self, learning_rate: float, steps: int) -> tuple[float, str | None]:
         """The paper's way to the same δ: Adam on log δ, from δ = 1.
 
         Args:
@@ -91,7 +91,7 @@ class Evidence:
             steps: How many; the paper takes 1,000.
 
         Returns:
-            As for :meth:`maximise`.
+            As for :meth:`maximize`.
         """
         import torch
 
@@ -133,7 +133,7 @@ class EvidenceMaximum:
         }
 
 
-def maximise_evidence(
+def maximize_evidence(
     eigenvalues: Sequence[NDArray[np.float64]],
     parameters: Sequence[Mapping[str, Any]],
     log_likelihood: float = 0.0,
@@ -162,7 +162,7 @@ def maximise_evidence(
     at_bound: dict[str, str] = {}
     total, effective = log_likelihood, 0.0
     for group, evidence in _evidence_by_group(eigenvalues, parameters, structure).items():
-        precision, bound = evidence.maximise() if optimizer == "exact" else evidence.climb(learning_rate, steps)
+        precision, bound = evidence.maximize() if optimizer == "exact" else evidence.adam(learning_rate, steps)
         precisions[group] = precision
         if bound:
             at_bound[group] = bound
@@ -219,7 +219,7 @@ def _evidence_by_group(
 _BIAS_WORTH_SAYING = 0.05
 
 
-def bias_of_truncation(
+def truncation_bias(
     best: EvidenceMaximum, eigenvalues: Sequence[NDArray[np.float64]], parameters: Sequence[Mapping[str, Any]]
 ) -> list[str]:
     """Say so where the evidence leaves out curvature that would have moved its maximum.

@@ -34,7 +34,7 @@ def fit_ekfac(run: CurvatureRun) -> tuple[Posterior, DataPass]:
     observer = KronObserver(run.weight_sharing, offload=run.offload)
     run.observe(observer, another=True)
     posterior = BlockPosterior(decompose(run.layers, observer.factors(run.layers), processes=run.processes))
-    rotated = posterior.beside(run.layers, run.answers.device, run.working_dtype)
+    rotated = posterior.on_device(run.layers, run.answers.device, run.working_dtype)
     bases = {block.name: block.basis for block in rotated.blocks}
     return _second_moments(run, posterior.blocks, SecondMomentObserver(bases, directions=run.columns))
 
@@ -109,7 +109,7 @@ def fit_full(run: CurvatureRun) -> tuple[Posterior, DataPass]:
         UsageError: ``J`` does not fit in memory; the message says what does.
         NumericalError: The curvature is not finite.
     """
-    with run.processes.in_step():
+    with run.processes.raise_together():
         _refuse_full_that_does_not_fit(run)
     observer = _RowsObserver(run)
     exact = run.fisher == "exact"
@@ -234,7 +234,7 @@ def fit_lowrank(run: CurvatureRun) -> tuple[Posterior, DataPass]:
         UsageError: The sketch does not fit in memory.
     """
     rank = run.rank or DEFAULT_RANK
-    with run.processes.in_step():
+    with run.processes.raise_together():
         _refuse_rank_that_does_not_fit(run, rank)
     observer = _SketchObserver(run, rank)
     data = run.observe(observer)

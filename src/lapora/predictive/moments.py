@@ -20,7 +20,7 @@ from lapora.likelihoods.base import LogitMoments
 from lapora.likelihoods.categorical import class_columns, difference_columns, no_columns
 from lapora.models.batches import Batch
 from lapora.models.lora_layers import BayesianLayer
-from lapora.models.outputs import AnswerModel
+from lapora.models.outputs import OutputModel
 from lapora.posterior.gaussian import BlockPosterior, EigenBlock, JointPosterior, Posterior
 
 _BASIS_ROWS = 64
@@ -166,7 +166,7 @@ class LinearisedPredictor:
 
     def __init__(
         self,
-        answers: AnswerModel,
+        answers: OutputModel,
         layers: Sequence[BayesianLayer],
         posterior: Posterior,
         precisions: Tensor,

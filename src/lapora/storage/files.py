@@ -17,7 +17,7 @@ from filelock import FileLock, Timeout
 from lapora.errors import PosteriorError, first_line
 
 
-def remove_whatever(path: Path) -> None:
+def remove_path(path: Path) -> None:
     """Remove a folder, a file or a link, never what a link leads to; what stays will be in the way of its user."""
     if path.is_symlink() or not path.is_dir():
         path.unlink(missing_ok=True)
@@ -25,7 +25,7 @@ def remove_whatever(path: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def to_disk(path: Path) -> None:
+def fsync_path(path: Path) -> None:
     """Wait until a file, or a folder's entries, are on the disk; some file systems cannot, and need not."""
     try:
         descriptor = os.open(path, os.O_RDONLY)
@@ -61,13 +61,13 @@ def write_json(file: Path, content: Mapping[str, Any]) -> None:
         raise
 
 
-def reason_of(error: Exception) -> str:
+def os_error_reason(error: Exception) -> str:
     """What the system says of an error, in one line."""
     return getattr(error, "strerror", None) or first_line(error)
 
 
 @contextmanager
-def writing(folder: Path) -> Iterator[None]:
+def write_lock(folder: Path) -> Iterator[None]:
     """Hold the lock of a posterior while it is made or changed. Readers need none.
 
     Args:

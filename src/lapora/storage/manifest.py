@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn, get_args
 
 from lapora._version import __version__
-from lapora.config import JOINT_STRUCTURES, FisherType, Quantisation, Structure, Subset, WeightSharing
+from lapora.config import JOINT_STRUCTURES, FisherType, Quantization, Structure, Subset, WeightSharing
 from lapora.errors import PosteriorError
 from lapora.posterior.prior import PriorPrecision
 
@@ -37,12 +37,12 @@ def with_checksums(manifest: Mapping[str, Any]) -> dict[str, Any]:
     return {**manifest, CHECKSUMS: {"prior": _checksum(content.get("prior")), "rest": _rest(content)}}
 
 
-def read_manifest(file: Path, *, prior_matters: bool = True) -> dict[str, Any]:
+def read_manifest(file: Path, *, validate_prior: bool = True) -> dict[str, Any]:
     """Read and check a manifest.
 
     Args:
         file: ``posterior.json``.
-        prior_matters: Whether a damaged prior is refused; ``tune-prior`` replaces it.
+        validate_prior: Whether a damaged prior is refused; ``tune-prior`` replaces it.
 
     Raises:
         PosteriorError: It is missing, of another format, or damaged; the file and the field are named.
@@ -65,7 +65,7 @@ def read_manifest(file: Path, *, prior_matters: bool = True) -> dict[str, Any]:
             f"{file}: the field {CHECKSUMS}.rest is not that of the other fields: the file was changed or damaged "
             f"since fit wrote it; {_AGAIN}"
         )
-    if prior_matters:
+    if validate_prior:
         check_prior(file, manifest)
     return manifest
 
@@ -197,7 +197,7 @@ def _share(value: Any, field: str) -> None:
         raise _Wrong(f"{field} is {value!r}, not between 0 and 1")
 
 
-def _not_negative(value: Any, field: str) -> None:
+def _non_negative(value: Any, field: str) -> None:
     _number(value, field)
     if value < 0:
         raise _Wrong(f"{field} is {value!r}, not 0 or more")
@@ -240,7 +240,7 @@ def _answers(value: Any, field: str) -> None:
 _FIELDS: dict[str, _Check] = {
     "adapter": _digest,
     "base_model": _mapping(
-        "revision", name=_text, quantization=_among(get_args(Quantisation)), dtype=_text, fingerprint=_digest
+        "revision", name=_text, quantization=_among(get_args(Quantization)), dtype=_text, fingerprint=_digest
     ),
     "task": _mapping(task=_text),
     "data": _mapping(split=_text, n=_whole(1), fingerprint=_digest, max_length=_whole(1)),
@@ -249,7 +249,7 @@ _FIELDS: dict[str, _Check] = {
     "fisher": _among(get_args(FisherType)),
     "subset": _among(get_args(Subset)),
     "parameters": _list_of(
-        _mapping(name=_text, shape=_matrix_shape, role=_among(("A", "B", "head")), squared_norm=_not_negative), 1
+        _mapping(name=_text, shape=_matrix_shape, role=_among(("A", "B", "head")), squared_norm=_non_negative), 1
     ),
     "log_likelihood": _or_null(_log_likelihood),
     "tensors": _tensors,

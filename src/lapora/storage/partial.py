@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lapora.curvature.passes import PassState
 from lapora.errors import PosteriorError, first_line
-from lapora.storage.files import reason_of, remove_whatever
+from lapora.storage.files import os_error_reason, remove_path
 
 # Saving may take this share of the time at most, however large the sums are.
 _SHARE_OF_TIME = 0.02
@@ -80,7 +80,7 @@ class Checkpoint:
     def remove(self) -> None:
         """The fit is done."""
         with contextlib.suppress(OSError):
-            remove_whatever(self.folder)
+            remove_path(self.folder)
 
 
 def partial_folder(folder: Path) -> Path:
@@ -132,8 +132,8 @@ class _Pass:
         except (OSError, SafetensorError) as error:
             fresh.unlink(missing_ok=True)
             raise PosteriorError(
-                f"{self._file.parent}: the sums so far cannot be written ({reason_of(error)}); what was saved before "
-                "stands: make room, then fit again with --resume"
+                f"{self._file.parent}: the sums so far cannot be written ({os_error_reason(error)}); what was "
+                "saved before stands: make room, then fit again with --resume"
             ) from error
         self._wrote = True
 

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from lapora.config import JOINT, JOINT_STRUCTURES
 from lapora.errors import NumericalError, PosteriorError, UsageError, first_line
 from lapora.posterior.prior import PriorPrecision
-from lapora.storage.files import reason_of, remove_whatever, to_disk, write_json
+from lapora.storage.files import fsync_path, os_error_reason, remove_path, write_json
 from lapora.storage.manifest import FORMAT_VERSION, check_prior, read_manifest, with_checksums
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def write_posterior(folder: Path, manifest: Mapping[str, Any], posterior: Poster
     """Write a posterior, replacing what stands there.
 
     Everything is written under another name and flushed to the disk before the renames. Hold
-    :func:`lapora.storage.files.writing` around it.
+    :func:`lapora.storage.files.write_lock` around it.
 
     Raises:
         PosteriorError: The folder cannot be written; what stood there is still there.
@@ -80,23 +80,23 @@ def write_posterior(folder: Path, manifest: Mapping[str, Any], posterior: Poster
     }
     fresh, previous = folder.with_name(f".{folder.name}.new"), previous_folder(folder)
     try:
-        remove_whatever(fresh)  # of a fit that was killed
+        remove_path(fresh)  # of a fit that was killed
         fresh.mkdir(parents=True)
         save_file(tensors, fresh / FACTORS_FILE)
-        to_disk(fresh / FACTORS_FILE)
+        fsync_path(fresh / FACTORS_FILE)
         write_json(fresh / MANIFEST_FILE, with_checksums({**manifest, "tensors": described}))
         if folder.exists():
-            remove_whatever(previous)
+            remove_path(previous)
             folder.rename(previous)
         fresh.rename(folder)
-        to_disk(folder.parent)
-        remove_whatever(previous)
+        fsync_path(folder.parent)
+        remove_path(previous)
     except (OSError, SafetensorError) as error:
         if not folder.exists() and previous.exists():
             with contextlib.suppress(OSError):  # it is read under its other name all the same
                 previous.rename(folder)
         raise PosteriorError(
-            f"{folder}: cannot be written ({reason_of(error)}); the old one, if any, stands"
+            f"{folder}: cannot be written ({os_error_reason(error)}); the old one, if any, stands"
         ) from error
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
@@ -111,20 +111,20 @@ class SavedPosterior:
 
     Args:
         folder: ``ADAPTER/laplace/NAME``.
-        prior_matters: Whether a damaged prior is refused; ``tune-prior`` replaces it.
+        validate_prior: Whether a damaged prior is refused; ``tune-prior`` replaces it.
 
     Raises:
         PosteriorError: Missing, of another format, or damaged.
     """
 
-    def __init__(self, folder: Path, *, prior_matters: bool = True) -> None:
+    def __init__(self, folder: Path, *, validate_prior: bool = True) -> None:
         self._named = folder
         for attempt in range(_LOOKS):
             self.folder = folder
             if not folder.exists() and previous_folder(folder).exists():
                 self.folder = previous_folder(folder)  # a fit was ended between its two renames: the old one stands
             try:
-                self.manifest = read_manifest(self.folder / MANIFEST_FILE, prior_matters=prior_matters)
+                self.manifest = read_manifest(self.folder / MANIFEST_FILE, validate_prior=validate_prior)
                 break
             except PosteriorError:
                 if attempt == _LOOKS - 1 or (self.folder / MANIFEST_FILE).is_file():
@@ -142,7 +142,7 @@ class SavedPosterior:
             write_json(self.folder / MANIFEST_FILE, manifest)
         except OSError as error:
             raise PosteriorError(
-                f"{self.folder}: cannot be written ({reason_of(error)}); the old manifest stands"
+                f"{self.folder}: cannot be written ({os_error_reason(error)}); the old manifest stands"
             ) from error
         self.manifest = manifest
 
@@ -183,7 +183,7 @@ class SavedPosterior:
             return self._arrays(names)
         except PosteriorError:  # which a fit that ends between the reading of two files looks like
             try:
-                now = SavedPosterior(self._named, prior_matters=False)
+                now = SavedPosterior(self._named, validate_prior=False)
             except PosteriorError:
                 now = self
             if now.manifest["tensors"] != self.manifest["tensors"]:

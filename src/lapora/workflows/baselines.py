@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from lapora import metrics
-from lapora.config import DataSettings, Dtype, EvalSettings, ModelSettings, Quantisation
+from lapora.config import DataSettings, Dtype, EvalSettings, ModelSettings, Quantization
 from lapora.errors import AdapterError, DataError, UsageError
 from lapora.models.adapter import CONFIG_FILE, Adapter, fetch_adapter, is_hub_id, read_adapter
 from lapora.models.lora_layers import lora_dropout_on, lora_dropouts
-from lapora.models.outputs import AnswerModel
-from lapora.models.shared_base import SharedBases
+from lapora.models.outputs import OutputModel
+from lapora.models.shared_base import BaseCache
 from lapora.workflows.scoring import LabelledRows, Prediction, forward_log_p, read_labelled_rows, row_digest
 from lapora.workflows.task_model import Session, are_training_rows
 
@@ -136,7 +136,7 @@ def ensemble(
         UsageError: No member but ADAPTER itself.
     """
     members = _members(session, paths)
-    bases = SharedBases()
+    bases = BaseCache()
     tables = [[log_map] for log_map in log_maps]
     for member in members:
         for table, log_p in zip(tables, _member_log_p(model, session, member, sets, bases), strict=True):
@@ -162,13 +162,13 @@ def _members(session: Session, paths: Sequence[Path]) -> list[Adapter]:
 
 
 def _member_log_p(
-    model: ModelSettings, session: Session, member: Adapter, sets: Sequence[LabelledRows], bases: SharedBases
+    model: ModelSettings, session: Session, member: Adapter, sets: Sequence[LabelledRows], bases: BaseCache
 ) -> list[Tensor]:
     own = session.loaded
     loaded = bases.load(
         member,
         base_model=own.base_model,
-        quantize=cast(Quantisation, own.quantize),
+        quantize=cast(Quantization, own.quantize),
         dtype=cast(Dtype, own.dtype),
         device=model.device,
         spread=model.spread,
@@ -178,7 +178,7 @@ def _member_log_p(
         raise AdapterError(
             f"--ensemble {member.path}: {loaded.number_of_labels} outputs, and ADAPTER has {own.number_of_labels}"
         )
-    answers = AnswerModel(
+    answers = OutputModel(
         loaded.model, loaded.kind, loaded.pad_token_id, session.posterior.manifest["answers"]["token_ids"]
     )
     there = replace(session, loaded=loaded, answers=answers)

@@ -68,7 +68,7 @@ def evaluate_checkpoints(
     data: DataSettings,
     settings: EvalSettings,
     checkpoints: CheckpointSettings,
-    say: Callable[[str], None],
+    print_message: Callable[[str], None],
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Score every checkpoint.
@@ -78,7 +78,7 @@ def evaluate_checkpoints(
         data: Task, folder and the split to score.
         settings: Links, samples and seed; posteriors are :data:`POSTERIORS`.
         checkpoints: How they are fitted.
-        say: Told what is being done.
+        print_message: Told what is being done.
         progress: Told of rows done.
 
     Returns:
@@ -104,7 +104,7 @@ def evaluate_checkpoints(
             output_dir=None if model.output_dir is None else model.output_dir / folder.name,
         )
         heading = f"checkpoint {step} ({number} of {len(folders)})"
-        one = _one_checkpoint(here, data, settings, checkpoints, rows_key, skipped, heading, say, progress)
+        one = _one_checkpoint(here, data, settings, checkpoints, rows_key, skipped, heading, print_message, progress)
         done.append({"step": step, **one})
     first = done[0]
     return {
@@ -124,7 +124,7 @@ def _one_checkpoint(
     rows_key: str,
     skipped: dict[str, str],
     heading: str,
-    say: Callable[[str], None],
+    print_message: Callable[[str], None],
     progress: Progress | None,
 ) -> dict[str, Any]:
     cache = model.root / "laplace" / CACHE_FILE
@@ -137,31 +137,33 @@ def _one_checkpoint(
     }
     kept = _read_cache(cache)
     known = bool(kept and kept["key"] == _key(model, kept["names"], asked))
-    kept = model.processes.gather(kept if known else None)[0]
+    kept = model.processes.all_gather(kept if known else None)[0]
     if kept:
         skipped |= {name: reason for name, reason in kept["skipped"].items() if name not in skipped}
         for name, reason in kept["skipped"].items():
-            say(f"{heading}: {name} left out: {reason}")
-        say(f"{heading}: done before")
+            print_message(f"{heading}: {name} left out: {reason}")
+        print_message(f"{heading}: done before")
         return dict(kept["record"])
     names = []
     for name, fitting in POSTERIORS.items():
         if name in skipped:
             continue
         try:
-            _fit_and_tune(model, data, settings, checkpoints, fitting, rows_key, f"{heading}: {name}", say, progress)
+            _fit_and_tune(
+                model, data, settings, checkpoints, fitting, rows_key, f"{heading}: {name}", print_message, progress
+            )
         except UsageError as error:
             # A run's checkpoints are alike: what the first has no layer for, none has.
             if fitting.subset != "last-layer":
                 raise
             skipped[name] = str(error)
-            say(f"{heading}: {name} left out: {error}")
+            print_message(f"{heading}: {name} left out: {error}")
             continue
         names.append(name)
-    say(f"{heading}: scoring")
+    print_message(f"{heading}: scoring")
     record = run_evaluation(model, data, replace(settings, names=tuple(names)), progress).record
     found = {"key": _key(model, names, asked), "names": names, "skipped": skipped, "record": record}
-    if model.processes.first:
+    if model.processes.is_main:
         partial = cache.with_name(f".{cache.name}.{os.getpid()}")
         partial.write_text(json.dumps(found), encoding="utf-8")
         partial.replace(cache)
@@ -176,7 +178,7 @@ def _fit_and_tune(
     fitting: FitSettings,
     rows_key: str,
     heading: str,
-    say: Callable[[str], None],
+    print_message: Callable[[str], None],
     progress: Progress | None,
 ) -> None:
     """What is missing of one posterior of one checkpoint.
@@ -193,15 +195,15 @@ def _fit_and_tune(
     note = model.root / "laplace" / f".{name}.made-with"
     wanted = hashlib.sha256(f"{rows_key}{fitting!r}{checkpoints!r}{_base(model)}".encode()).hexdigest()
     made = note.is_file() and note.read_text(encoding="utf-8") == wanted and _usable(model, name)
-    if model.processes.gather(made)[0]:
+    if model.processes.all_gather(made)[0]:
         return
-    if model.processes.first:
+    if model.processes.is_main:
         note.unlink(missing_ok=True)
-    say(f"{heading}: fitting")
+    print_message(f"{heading}: fitting")
     training = DataSettings(data.task, data.data_dir, checkpoints.fit_split, checkpoints.fit_limit)
     fit(model, training, fitting, progress)
     if checkpoints.prior_method != "marglik":
-        say(f"{heading}: tuning the prior")
+        print_message(f"{heading}: tuning the prior")
         tuned = tune_prior(
             model,
             DataSettings(),
@@ -209,8 +211,8 @@ def _fit_and_tune(
             progress,
         )
         for line in (tuned.reason, *tuned.notes):
-            say(f"{heading}: {line}")
-    if model.processes.first:
+            print_message(f"{heading}: {line}")
+    if model.processes.is_main:
         note.write_text(wanted, encoding="utf-8")
 
 

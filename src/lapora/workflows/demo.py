@@ -18,7 +18,7 @@ import yaml
 
 from lapora.config import DataSettings, FitSettings, ModelSettings
 from lapora.errors import UsageError
-from lapora.models.loading import quiet_libraries
+from lapora.models.loading import silence_libraries
 
 _NAMES = ["anna", "boris", "clara", "dmitri", "elena", "farid", "greta", "hugo", "ines", "jonas"]
 _ANIMALS = ["cows", "sheep", "goats", "horses", "geese", "ducks", "hens", "bees"]
@@ -38,12 +38,12 @@ _TASK: dict[str, Any] = {
 }
 
 
-def run_demo(directory: Path, say: Callable[[str], None]) -> dict[str, Any]:
+def run_demo(directory: Path, print_message: Callable[[str], None]) -> dict[str, Any]:
     """Make everything and run the pipeline.
 
     Args:
         directory: Where the files go: ``base/``, ``adapter/``, ``data/``, ``farm.yaml``.
-        say: Told what is being done.
+        print_message: Told what is being done.
 
     Returns:
         The record of ``eval``.
@@ -62,25 +62,25 @@ def run_demo(directory: Path, say: Callable[[str], None]) -> dict[str, Any]:
         (directory / "data" / f"{split}.jsonl").write_text(text, encoding="utf-8")
     (directory / "farm.yaml").write_text(yaml.safe_dump(_TASK, sort_keys=False), encoding="utf-8")
     torch.manual_seed(0)
-    with quiet_libraries():
-        _make_model(directory, splits["train"], say)
+    with silence_libraries():
+        _make_model(directory, splits["train"], print_message)
 
     from lapora.workflows.evaluate import evaluate
     from lapora.workflows.fit import fit
     from lapora.workflows.tune_prior import tune_prior
 
-    say("fitting the posterior ...")
+    print_message("fitting the posterior ...")
     model = ModelSettings(adapter=str(directory / "adapter"))
     data = DataSettings(task=str(directory / "farm.yaml"), data_dir=directory / "data")
     fit(model, data, FitSettings(overwrite=True))
-    say(tune_prior(model).reason)
+    print_message(tune_prior(model).reason)
     return evaluate(model, DataSettings(split="validation"))
 
 
-def _make_model(directory: Path, rows: list[dict[str, Any]], say: Callable[[str], None]) -> None:
-    say("training a small base model on generated text ...")
+def _make_model(directory: Path, rows: list[dict[str, Any]], print_message: Callable[[str], None]) -> None:
+    print_message("training a small base model on generated text ...")
     tokenizer, base = _base_model(directory / "base")
-    say(f"overfitting a LoRA adapter on {_TRAINING_ROWS} rows ...")
+    print_message(f"overfitting a LoRA adapter on {_TRAINING_ROWS} rows ...")
     _adapter(directory, tokenizer, base, rows)
 
 

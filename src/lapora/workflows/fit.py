@@ -15,22 +15,22 @@ from typing import TYPE_CHECKING, Any, cast
 from lapora._version import __version__
 from lapora.config import DEFAULT_RANK, DataSettings, FitSettings, ModelSettings, Progress
 from lapora.curvature.passes import CurvatureRun
-from lapora.distributed import ALONE, Processes
+from lapora.distributed import SINGLE_PROCESS, Processes
 from lapora.errors import DataError, LaporaError, PosteriorError, UsageError
 from lapora.models.adapter import Adapter, read_adapter
 from lapora.models.batching import BatchFeed, BatchSize
 from lapora.models.fingerprint import library_versions
-from lapora.models.in_memory import adapter_in_memory, borrowed, loaded_in_memory
+from lapora.models.in_memory import adapter_in_memory, loaded_in_memory, prepared_for_fit
 from lapora.models.loading import LoadedModel, load_model
 from lapora.models.lora_layers import find_bayesian_layers
-from lapora.models.outputs import AnswerModel
-from lapora.models.shared_base import SharedBases
+from lapora.models.outputs import OutputModel
+from lapora.models.shared_base import BaseCache
 from lapora.posterior.eigen import decompose
 from lapora.posterior.gaussian import BlockPosterior, Posterior
-from lapora.posterior.marglik import EvidenceMaximum, maximise_evidence
+from lapora.posterior.marglik import EvidenceMaximum, maximize_evidence
 from lapora.posterior.structures import fit_structure
 from lapora.storage.compatibility import adapter_settings, base_digests, tokenizer_digest
-from lapora.storage.files import writing
+from lapora.storage.files import write_lock
 from lapora.storage.partial import Checkpoint
 from lapora.storage.saved import FORMAT_VERSION, SavedPosterior, posterior_exists, posterior_folder, write_posterior
 from lapora.tasks import (
@@ -45,10 +45,10 @@ from lapora.tasks import (
     render_all,
     resolve_choices,
 )
-from lapora.workflows.task_model import Session, join_session, naming_examples, read_rows
+from lapora.workflows.task_model import Session, join_session, read_rows, translate_row_errors
 
 if TYPE_CHECKING:
-    from lapora.memory.estimate import Budget
+    from lapora.memory.estimate import MemoryEstimate
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def fit(
     data: DataSettings,
     settings: FitSettings,
     progress: Progress | None = None,
-    bases: SharedBases | None = None,
+    bases: BaseCache | None = None,
 ) -> FitResult:
     """Fit the Laplace posterior of an adapter.
 
@@ -109,13 +109,13 @@ def fit(
         LaporaError: See the table of exit statuses; nothing half-written is left behind.
     """
     processes = model.processes
-    settings = settle(model, settings)
+    settings = resolve_settings(model, settings)
     folder = posterior_folder(model.root, settings.name)
-    with processes.in_step():
+    with processes.raise_together():
         refuse_to_replace(folder, settings)
         read_adapter(model.folder)  # nothing is written where no adapter is
-    with processes.only_first(writing(folder)):
-        with processes.in_step():
+    with processes.on_main(write_lock(folder)):
+        with processes.raise_together():
             prepared = prepare_fit(model, data, settings, bases)
         return _fit(prepared, settings, folder, progress)
 
@@ -139,7 +139,7 @@ def fit_several(
     Yields:
         Each adapter with what was made, or why nothing was.
     """
-    bases = SharedBases()
+    bases = BaseCache()
     for model in models:
         try:
             with progress(model) as told:
@@ -169,11 +169,11 @@ def fit_prepared(
     settings = _resolve_engine(settings)
     folder = posterior_folder(root, settings.name)
     refuse_to_replace(folder, settings)
-    with writing(folder):
+    with write_lock(folder):
         return _fit(prepared, settings, folder, progress)
 
 
-def settle(model: ModelSettings, settings: FitSettings) -> FitSettings:
+def resolve_settings(model: ModelSettings, settings: FitSettings) -> FitSettings:
     """Settings as they will be used.
 
     Raises:
@@ -189,7 +189,7 @@ def settle(model: ModelSettings, settings: FitSettings) -> FitSettings:
 
 def estimate_memory(
     model: ModelSettings, data: DataSettings, settings: FitSettings, *, device_memory: float | None = None
-) -> Budget:
+) -> MemoryEstimate:
     """Estimate the memory of a fit; see :func:`lapora.memory.estimate.estimate`."""
     from lapora.memory.estimate import estimate
 
@@ -220,7 +220,7 @@ def _fit(prepared: PreparedFit, settings: FitSettings, folder: Path, progress: P
     checkpoint = None
     run = prepared.run(settings, progress)
     if settings.engine == "native":
-        with prepared.processes.in_step():
+        with prepared.processes.raise_together():
             checkpoint = Checkpoint(
                 folder,
                 prepared.identity(settings),
@@ -230,10 +230,10 @@ def _fit(prepared: PreparedFit, settings: FitSettings, folder: Path, progress: P
                 rank=prepared.processes.rank,
             )
         run = replace(run, checkpoint=checkpoint)
-    with naming_examples([example.where for example in prepared.examples]):
+    with translate_row_errors([example.where for example in prepared.examples]):
         posterior, log_likelihood = fit_posterior(run, settings)
     parameters = posterior.parameters()
-    prior = maximise_evidence(
+    prior = maximize_evidence(
         [values.cpu().numpy() for values in posterior.eigenvalues], parameters, log_likelihood or 0.0
     )
     manifest = {
@@ -250,15 +250,15 @@ def _fit(prepared: PreparedFit, settings: FitSettings, folder: Path, progress: P
         "log_likelihood": log_likelihood,
         "prior": prior.describe(log_likelihood is not None),
     }
-    with prepared.processes.in_step():  # nobody goes on, or tidies up, before it is written
-        if prepared.processes.first:
+    with prepared.processes.raise_together():  # nobody goes on, or tidies up, before it is written
+        if prepared.processes.is_main:
             write_posterior(folder, manifest, posterior)
     notes = list(prepared.adapter.notes)
     if checkpoint is not None:
-        if prepared.processes.first:
+        if prepared.processes.is_main:
             checkpoint.remove()
         if settings.resume:
-            notes.append(_resumed_note(prepared.processes.gather(checkpoint.resumed_rows), len(prepared.examples)))
+            notes.append(_resumed_note(prepared.processes.all_gather(checkpoint.resumed_rows), len(prepared.examples)))
     return FitResult(
         folder=folder,
         rows=len(prepared.examples),
@@ -355,7 +355,7 @@ class PreparedFit:
 
     adapter: Adapter
     loaded: LoadedModel
-    answers: AnswerModel
+    answers: OutputModel
     task: Task
     choices: tuple[str, ...]
     token_ids: list[int] | None
@@ -435,7 +435,7 @@ class PreparedFit:
 
 
 def prepare_fit(
-    model: ModelSettings, data: DataSettings, settings: FitSettings, bases: SharedBases | None = None
+    model: ModelSettings, data: DataSettings, settings: FitSettings, bases: BaseCache | None = None
 ) -> PreparedFit:
     """Load an adapter and the rows it was trained on.
 
@@ -465,7 +465,7 @@ def prepare_fit(
 
     data = replace(data, split=split)
     prepared = prepare_rows(adapter, load, task, rows, data, settings, model.batch_size, model.processes)
-    prepared.answers.rerun_blocks |= model.gradient_checkpointing
+    prepared.answers.recompute_blocks |= model.gradient_checkpointing
     return prepared
 
 
@@ -477,7 +477,7 @@ def prepare_rows(
     data: DataSettings,
     settings: FitSettings,
     batch_size: int | None,
-    processes: Processes = ALONE,
+    processes: Processes = SINGLE_PROCESS,
 ) -> PreparedFit:
     """Render rows, then load the model, then encode: what is wrong with the rows is said before anything slow.
 
@@ -517,7 +517,7 @@ def prepare_rows(
     return PreparedFit(
         adapter=adapter,
         loaded=loaded,
-        answers=AnswerModel(loaded.model, loaded.kind, loaded.pad_token_id, token_ids),
+        answers=OutputModel(loaded.model, loaded.kind, loaded.pad_token_id, token_ids),
         task=task,
         choices=choices,
         token_ids=token_ids,
@@ -578,7 +578,7 @@ def fit_in_memory(
     with tempfile.TemporaryDirectory(prefix="lapora-") as folder:
         adapter = adapter_in_memory(model, Path(folder))
     loaded = loaded_in_memory(model, tokenizer, adapter)
-    with borrowed(model, loaded.pad_token_id):
+    with prepared_for_fit(model, loaded.pad_token_id):
         prepared = prepare_rows(
             adapter, lambda: loaded, resolved, given, DataSettings(split="train"), settings, batch_size
         )

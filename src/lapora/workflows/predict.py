@@ -16,10 +16,10 @@ from lapora.likelihoods.categorical import log_probabilities, needs_every_class
 from lapora.models.adapter import CONFIG_FILE, fetch_adapter, is_hub_id
 from lapora.models.batches import Batch
 from lapora.models.batching import run_batches
-from lapora.models.shared_base import SharedBases
+from lapora.models.shared_base import BaseCache
 from lapora.predictive.moments import LinearisedPredictor
 from lapora.tasks import EncodedExample, parse_json_line, render
-from lapora.workflows.task_model import Session, open_session, refuse_infinite
+from lapora.workflows.task_model import Session, open_session, require_finite
 
 _WINDOW_BATCHES = 4
 _DEFAULT_WINDOW = 64
@@ -52,7 +52,7 @@ def predict(model: ModelSettings, settings: PredictSettings, lines: Iterable[byt
         NumericalError: The same for a line of which the model makes NaN or infinity.
     """
     if settings.adapters:
-        yield from predict_routed(AdapterRoutes(model, settings), settings, lines)
+        yield from predict_routed(AdapterPool(model, settings), settings, lines)
     else:
         yield from predict_rows(open_session(model, settings.name), settings, lines)
 
@@ -74,18 +74,18 @@ def predict_rows(
         DataError: A bad row; see :func:`predict`.
         NumericalError: The same for a row of which the model makes NaN or infinity.
     """
-    yield from predict_routed(OneRoute(session), settings, rows)
+    yield from predict_routed(SingleAdapter(session), settings, rows)
 
 
 def predict_routed(
-    routes: Routes, settings: PredictSettings, rows: Iterable[bytes | Mapping[str, Any] | None]
+    routes: AdapterSelector, settings: PredictSettings, rows: Iterable[bytes | Mapping[str, Any] | None]
 ) -> Iterator[dict[str, Any]]:
     """Predict each row with the adapter that the routes know of; see :func:`predict`."""
     index = failed = 0
     size = (routes.batch_rows or _DEFAULT_WINDOW // _WINDOW_BATCHES) * _WINDOW_BATCHES * routes.processes.count
     with (
         open_predictor(routes, settings) as opened,
-        closing(routes.processes.relay(_windows(rows, size))) as windows,
+        closing(routes.processes.broadcast_stream(_windows(rows, size))) as windows,
     ):
         for window in windows:
             items: list[_Item] = []
@@ -132,7 +132,7 @@ def _windows(lines: Iterable[_Line | None], size: int) -> Generator[list[tuple[i
         yield window
 
 
-def _read(routes: Routes, number: int, line: _Line) -> _Item:
+def _read(routes: AdapterSelector, number: int, line: _Line) -> _Item:
     where = f"line {number}" if isinstance(line, bytes) else f"row {number - 1}"
     identifier = route = None
     try:
@@ -164,7 +164,7 @@ def _identifier(value: Any, where: str) -> Any:
 
 
 def _predict_window(
-    routes: Routes, opened: OpenPredictor, settings: PredictSettings, items: Sequence[_Item]
+    routes: AdapterSelector, opened: OpenPredictor, settings: PredictSettings, items: Sequence[_Item]
 ) -> list[dict[str, Any] | LaporaError]:
     """What is answered to each line of a window, in order; each adapter has its turn."""
     answers: list[dict[str, Any] | LaporaError] = []
@@ -178,15 +178,15 @@ def _predict_window(
             session = item.route.session
             turns.setdefault(id(session), (session, []))[1].append((position, item.content))
     found: dict[int, dict[str, Any] | LaporaError] = {}
-    with routes.processes.in_step():
+    with routes.processes.raise_together():
         for session, readable in turns.values():
-            good = routes.processes.share(readable)
+            good = routes.processes.shard(readable)
             for position, record in _predict_turn(session, opened.of(session), settings, good):
                 if isinstance(record, NonFiniteRowError):
                     found[position] = NumericalError(f"{items[position].where}: {record.reason}")
                 else:
                     found[position] = record
-    for each in routes.processes.gather(found):
+    for each in routes.processes.all_gather(found):
         for position, answered in each.items():
             answers[position] = answered
     return answers
@@ -228,7 +228,7 @@ def _records(
     session: Session, settings: PredictSettings, predictor: LinearisedPredictor, batch: Batch
 ) -> list[dict[str, Any]]:
     moments = predictor.moments(batch)
-    refuse_infinite(moments.covariance, batch)
+    require_finite(moments.covariance, batch)
     log_p = log_probabilities(settings.link, moments, samples=settings.samples, seed=settings.seed)
     log_map = log_probabilities("map", moments)
     records = []
@@ -269,7 +269,7 @@ class Route:
     adapter: str | None = None
 
 
-class Routes(Protocol):
+class AdapterSelector(Protocol):
     """Knows the adapter of a row.
 
     Attributes:
@@ -287,14 +287,14 @@ class Routes(Protocol):
             LaporaError: There is no such adapter, or it cannot be used.
         """
 
-    def put_on(self, session: Session) -> None:
+    def attach(self, session: Session) -> None:
         """Make the model ready to run a session's adapter."""
 
     def rest(self) -> None:
         """No row is under way: what will hardly be needed may go."""
 
 
-class OneRoute:
+class SingleAdapter:
     """All rows go to one adapter."""
 
     def __init__(self, session: Session) -> None:
@@ -306,14 +306,14 @@ class OneRoute:
         """The one there is."""
         return self._route
 
-    def put_on(self, session: Session) -> None:
+    def attach(self, session: Session) -> None:
         """It is on."""
 
     def rest(self) -> None:
         """Nothing may go."""
 
 
-class AdapterRoutes:
+class AdapterPool:
     """Rows go to the adapter that they name; adapters are opened when the first row asks for them.
 
     Args:
@@ -330,7 +330,7 @@ class AdapterRoutes:
         self.processes = model.processes
         self.batch_rows = model.batch_size
         self._settings = settings
-        self._bases = SharedBases(_MOST_BASES)
+        self._bases = BaseCache(_MOST_BASES)
         self._open: dict[str, Session] = {}
         self._broken: dict[str, LaporaError] = {}
         self._default = Path(model.adapter).name
@@ -367,15 +367,15 @@ class AdapterRoutes:
             self._broken.setdefault(name, _bare(error))
             raise
 
-    def put_on(self, session: Session) -> None:
+    def attach(self, session: Session) -> None:
         """Put the session's adapter on its base."""
-        self._bases.put_on(session.loaded)
+        self._bases.attach(session.loaded)
 
     def rest(self) -> None:
         """Close the adapters that were not asked for longest."""
         while len(self._open) > self._settings.adapters_kept:
             name = next(iter(self._open))
-            self._bases.forget(self._open.pop(name).loaded)
+            self._bases.evict(self._open.pop(name).loaded)
 
     def _session(self, name: str) -> Session:
         if name in self._broken:
@@ -424,7 +424,7 @@ def named_adapters(given: Sequence[str]) -> Iterator[tuple[str, Path, str]]:
 class OpenPredictor:
     """The predictor of the session that was asked for last: the model has one adapter on it at a time."""
 
-    def __init__(self, routes: Routes, settings: PredictSettings) -> None:
+    def __init__(self, routes: AdapterSelector, settings: PredictSettings) -> None:
         self._routes = routes
         self._every_class = needs_every_class(settings.link) or settings.logits
         self._map_only = settings.link == "map" and not settings.logits
@@ -435,7 +435,7 @@ class OpenPredictor:
         """The session's predictor; another session's is closed."""
         if self._session is not session:
             self.close()
-        self._routes.put_on(session)  # a row that was read meanwhile may have put on another
+        self._routes.attach(session)  # a row that was read meanwhile may have put on another
         if self._predictor is None:
             predictor = session.predictor(every_class=self._every_class, map_only=self._map_only)
             self._predictor, self._session = predictor.__enter__(), session
@@ -449,7 +449,7 @@ class OpenPredictor:
 
 
 @contextmanager
-def open_predictor(routes: Routes, settings: PredictSettings) -> Iterator[OpenPredictor]:
+def open_predictor(routes: AdapterSelector, settings: PredictSettings) -> Iterator[OpenPredictor]:
     """An :class:`OpenPredictor` that is closed in the end."""
     opened = OpenPredictor(routes, settings)
     try:

@@ -19,11 +19,11 @@ from lapora.storage.compatibility import answer_differences
 from lapora.tasks import EncodedExample, Example, Task, data_fingerprint, render_all, resolve_choices
 from lapora.workflows.task_model import (
     Session,
-    naming_examples,
-    of_something_else,
+    mismatch_error,
     read_rows,
-    refuse_infinite,
+    require_finite,
     source_of,
+    translate_row_errors,
 )
 
 _LABELS_LOOKED_FOR = 100
@@ -86,7 +86,7 @@ def read_labelled_rows(
     task, rows, split = read_rows(wanted, session.posterior.manifest, default_split)
     choices = resolve_choices(task, rows)
     if differences := answer_differences(session.posterior.manifest, task.task, choices):
-        raise of_something_else(session.posterior, differences)
+        raise mismatch_error(session.posterior, differences)
     kind = session.loaded.kind
     bare = render_all(task, rows[:_LABELS_LOOKED_FOR], kind=kind, choices=session.choices, labels="optional")
     if all(example.target is None for example in bare):
@@ -168,7 +168,7 @@ def score_rows(
     """
     processes = session.processes
     coded = session.encode(rows.examples)
-    mine = processes.share(coded)
+    mine = processes.shard(coded)
     depth = max(1, len(priors))
     shape = (depth, len(mine), len(session.choices))
     log_p: dict[Link, Tensor] = {link: torch.zeros(shape, dtype=torch.float64) for link in ("map", *links)}
@@ -177,13 +177,13 @@ def score_rows(
     map_only = set(links) <= {"map"} and not with_moments
     kept: dict[int, tuple[Tensor, Tensor]] = {}
     with (
-        processes.apart(),
-        naming_examples([example.where for example in processes.share(rows.examples)]),
+        processes.on_shard(),
+        translate_row_errors([example.where for example in processes.shard(rows.examples)]),
         session.predictor(every_class=every_class, map_only=map_only, priors=priors) as predictor,
     ):
         for batch, found in run_batches(session.batches(mine), predictor.moments_under_each_prior):
             for index, moments in enumerate(found):
-                refuse_infinite(moments.covariance, batch)
+                require_finite(moments.covariance, batch)
                 for link, table in log_p.items():
                     table[index, list(batch.rows)] = log_probabilities(link, moments, samples=samples, seed=seed)
                 if with_moments and index == 0:
@@ -192,11 +192,11 @@ def score_rows(
             done += len(batch)
             if progress is not None:
                 progress(min(done * processes.count, len(coded)), len(coded))
-    log_p = {link: processes.join(table, len(coded), dim=1) for link, table in log_p.items()}
+    log_p = {link: processes.interleave(table, len(coded), dim=1) for link, table in log_p.items()}
     truncated = sum(row.truncated for row in coded)
     if not with_moments:
         return ScoredRows(log_p, truncated)
-    found_everywhere = processes.gather([kept[row] for row in range(len(mine))])
+    found_everywhere = processes.all_gather([kept[row] for row in range(len(mine))])
     pairs_in_order = [found_everywhere[row % processes.count][row // processes.count] for row in range(len(coded))]
     mean, covariance = (torch.stack([pair[part] for pair in pairs_in_order]) for part in (0, 1))
     return ScoredRows(log_p, truncated, LogitMoments(mean, covariance))
@@ -206,10 +206,10 @@ def forward_log_p(session: Session, coded: Sequence[EncodedExample]) -> Tensor:
     """Log-probabilities by one forward pass of the network as it stands: ``(N, C)``, float64, in the rows' order."""
     found: dict[int, Tensor] = {}
     feed = BatchFeed(session.answers, coded, session.batch_size, session.processes)
-    with session.processes.apart(), torch.no_grad():
+    with session.processes.on_shard(), torch.no_grad():
         for batch, logits in run_batches(feed, session.answers.logits):
             found |= zip(batch.rows, torch.log_softmax(logits.double(), dim=1).cpu(), strict=True)
-    everywhere = {row: log_p for each in session.processes.gather(found) for row, log_p in each.items()}
+    everywhere = {row: log_p for each in session.processes.all_gather(found) for row, log_p in each.items()}
     return torch.stack([everywhere[row] for row in range(len(coded))])
 
 

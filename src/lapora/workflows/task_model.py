@@ -13,15 +13,15 @@ import torch
 from torch import Tensor
 
 from lapora.config import DataSettings, ModelSettings
-from lapora.distributed import ALONE, Processes
+from lapora.distributed import SINGLE_PROCESS, Processes
 from lapora.errors import AdapterError, DataError, NonFiniteRowError, NumericalError, PosteriorError
 from lapora.models.adapter import Adapter, read_adapter
 from lapora.models.batches import Batch
 from lapora.models.batching import BatchFeed, BatchSize
 from lapora.models.loading import LoadedModel, load_model
 from lapora.models.lora_layers import BayesianLayer, find_bayesian_layers
-from lapora.models.outputs import AnswerModel
-from lapora.models.shared_base import SharedBases
+from lapora.models.outputs import OutputModel
+from lapora.models.shared_base import BaseCache
 from lapora.posterior.gaussian import Posterior
 from lapora.posterior.prior import PriorPrecision
 from lapora.predictive.moments import LinearisedPredictor
@@ -64,7 +64,7 @@ class Session:
 
     posterior: SavedPosterior
     loaded: LoadedModel
-    answers: AnswerModel
+    answers: OutputModel
     layers: list[BayesianLayer]
     gaussian: Posterior
     task: Task
@@ -72,7 +72,7 @@ class Session:
     max_length: int
     batch_size: BatchSize
     chat_template: bool
-    processes: Processes = ALONE
+    processes: Processes = SINGLE_PROCESS
 
     def encode(self, examples: Sequence[Example]) -> list[EncodedExample]:
         """Token ids of examples, cut as ``fit`` cut them."""
@@ -121,7 +121,7 @@ def open_session(
     name: str,
     earlier: Session | None = None,
     data: DataSettings | None = None,
-    bases: SharedBases | None = None,
+    bases: BaseCache | None = None,
 ) -> Session:
     """Load what ``fit`` recorded.
 
@@ -137,7 +137,7 @@ def open_session(
             that differs is named.
         AdapterError: The model cannot be loaded.
     """
-    with model.processes.in_step():
+    with model.processes.raise_together():
         return _open_session(model, name, earlier, data, load_model if bases is None else bases.load)
 
 
@@ -169,13 +169,13 @@ def _open_session(
     except AdapterError as error:
         if not differences:
             raise
-        raise of_something_else(posterior, [*differences, str(error)]) from error
+        raise mismatch_error(posterior, [*differences, str(error)]) from error
     differences += model_differences(posterior.manifest, loaded, layers)
     if differences:
-        raise of_something_else(posterior, differences)
+        raise mismatch_error(posterior, differences)
     warn_of_other_versions(posterior.manifest)
     session = join_session(posterior, loaded, layers, model.batch_size, model.processes)
-    session.answers.rerun_blocks |= model.gradient_checkpointing
+    session.answers.recompute_blocks |= model.gradient_checkpointing
     return session
 
 
@@ -184,18 +184,18 @@ def join_session(
     loaded: LoadedModel,
     layers: list[BayesianLayer],
     batch_size: int | None,
-    processes: Processes = ALONE,
+    processes: Processes = SINGLE_PROCESS,
 ) -> Session:
     """Put a posterior and the model that it belongs to together."""
     gaussian = posterior.gaussian()
-    answers = AnswerModel(loaded.model, loaded.kind, loaded.pad_token_id, posterior.manifest["answers"]["token_ids"])
+    answers = OutputModel(loaded.model, loaded.kind, loaded.pad_token_id, posterior.manifest["answers"]["token_ids"])
     working = torch.float64 if loaded.dtype == "float64" else torch.float32
     return Session(
         posterior=posterior,
         loaded=loaded,
         answers=answers,
         layers=layers,
-        gaussian=gaussian.beside(layers, answers.device, working),
+        gaussian=gaussian.on_device(layers, answers.device, working),
         task=Task.from_dict(posterior.manifest["task"], source=str(posterior.folder)),
         choices=tuple(posterior.manifest["answers"]["choices"]),
         max_length=int(posterior.manifest["data"]["max_length"]),
@@ -219,7 +219,7 @@ def _answers_asked_for(posterior: SavedPosterior, data: DataSettings | None) -> 
     return answer_differences(manifest, task.task, resolve_choices(task, rows))
 
 
-def of_something_else(posterior: SavedPosterior, differences: Sequence[str]) -> PosteriorError:
+def mismatch_error(posterior: SavedPosterior, differences: Sequence[str]) -> PosteriorError:
     """The refusal of a posterior that belongs to something else."""
     return PosteriorError(
         f"{posterior.folder}: fitted to something else: {'; '.join(differences)}; give what it was fitted to, or fit "
@@ -264,7 +264,7 @@ def source_of(manifest: dict[str, Any], data: DataSettings) -> tuple[str, ...]:
 
 
 @contextmanager
-def naming_examples(names: Sequence[str]) -> Iterator[None]:
+def translate_row_errors(names: Sequence[str]) -> Iterator[None]:
     """Name the example in place of its position.
 
     Args:
@@ -279,7 +279,7 @@ def naming_examples(names: Sequence[str]) -> Iterator[None]:
         raise NumericalError(f"{names[error.row]}: {error.reason}") from error
 
 
-def refuse_infinite(covariance: Tensor, batch: Batch) -> None:
+def require_finite(covariance: Tensor, batch: Batch) -> None:
     """Logits may be finite where their gradients are not.
 
     Raises:

@@ -12,9 +12,9 @@ import numpy as np
 
 from lapora.config import DataSettings, ModelSettings, PriorMethod, PriorSettings, Progress
 from lapora.errors import MissingSplitError, UnlabelledError, UsageError
-from lapora.posterior.marglik import EvidenceMaximum, bias_of_truncation, evidence_at, maximise_evidence
+from lapora.posterior.marglik import EvidenceMaximum, evidence_at, maximize_evidence, truncation_bias
 from lapora.posterior.prior import ALL, PriorPrecision
-from lapora.storage.files import writing
+from lapora.storage.files import write_lock
 from lapora.storage.saved import SavedPosterior, posterior_folder
 
 if TYPE_CHECKING:
@@ -64,18 +64,18 @@ def tune_prior(
     if settings.link == "map":
         raise UsageError("--link map has no prior to tune: give the link that you predict with")
     folder = posterior_folder(model.root, settings.name)
-    with model.processes.in_step():
-        SavedPosterior(folder, prior_matters=False)  # nothing is written where no posterior is
-    with model.processes.only_first(writing(folder)):
+    with model.processes.raise_together():
+        SavedPosterior(folder, validate_prior=False)  # nothing is written where no posterior is
+    with model.processes.on_main(write_lock(folder)):
         return _tune(folder, model, data, settings, progress)
 
 
 def _tune(
     folder: Path, model: ModelSettings, data: DataSettings, settings: PriorSettings, progress: Progress | None
 ) -> TunedPrior:
-    posterior = SavedPosterior(folder, prior_matters=False)
-    by_evidence = _maximise(posterior, settings)
-    if not all(model.processes.gather(posterior.prior_is_sound())):
+    posterior = SavedPosterior(folder, validate_prior=False)
+    by_evidence = _maximize(posterior, settings)
+    if not all(model.processes.all_gather(posterior.prior_is_sound())):
         _rewrite(model, posterior, by_evidence.describe(posterior.manifest["log_likelihood"] is not None))
     if settings.method == "adapted":
         tuned = _adapted(posterior, settings)
@@ -89,13 +89,13 @@ def _tune(
 
 
 def _rewrite(model: ModelSettings, posterior: SavedPosterior, prior: dict[str, Any]) -> None:
-    with model.processes.in_step():
-        if model.processes.first:
+    with model.processes.raise_together():
+        if model.processes.is_main:
             posterior.rewrite_manifest({"prior": prior})
 
 
-def _maximise(posterior: SavedPosterior, settings: PriorSettings) -> EvidenceMaximum:
-    return maximise_evidence(
+def _maximize(posterior: SavedPosterior, settings: PriorSettings) -> EvidenceMaximum:
+    return maximize_evidence(
         posterior.eigenvalues(),
         posterior.manifest["parameters"],
         posterior.manifest["log_likelihood"] or 0.0,
@@ -110,7 +110,7 @@ def _unfinished_climb(posterior: SavedPosterior, settings: PriorSettings, climbe
     """Adam's fixed number of steps does not reach every optimum: compare with the exact solve."""
     if settings.optimizer == "exact":
         return []
-    exact = _maximise(posterior, replace(settings, optimizer="exact"))
+    exact = _maximize(posterior, replace(settings, optimizer="exact"))
     gap = exact.log_marginal_likelihood - climbed.log_marginal_likelihood
     if gap < 1e-3:
         return []
@@ -123,7 +123,7 @@ def _unfinished_climb(posterior: SavedPosterior, settings: PriorSettings, climbe
 def _by_evidence(posterior: SavedPosterior, best: EvidenceMaximum, because: str) -> TunedPrior:
     prior = best.describe(posterior.manifest["log_likelihood"] is not None)
     notes = [*_few_answers_note(posterior), *_at_bound_notes(best.at_bound)]
-    bias = bias_of_truncation(best, posterior.eigenvalues(), posterior.manifest["parameters"])
+    bias = truncation_bias(best, posterior.eigenvalues(), posterior.manifest["parameters"])
     reason = f"prior precision {best.prior.describe()} by marginal likelihood{because}"
     return TunedPrior(prior, best.prior, "marglik", reason, [*notes, *bias])
 
@@ -192,7 +192,7 @@ def _adapted(posterior: SavedPosterior, settings: PriorSettings) -> TunedPrior:
         raise UsageError("--method adapted needs labelled rows and --fisher exact in `lapora fit`")
     kernel, prior_mean, labels = (posterior.arrays(names)[name] for name in names)
     model = LinearModel(np.asarray(kernel), np.asarray(prior_mean), np.asarray(labels))
-    precision, evidence, bound = model.maximise()
+    precision, evidence, bound = model.maximize()
     chosen = PriorPrecision("scalar", {ALL: precision})
     parameters = posterior.manifest["parameters"]
     _, effective = evidence_at(chosen, posterior.eigenvalues(), parameters, 0.0)
@@ -289,7 +289,7 @@ def choose_by_validation(
     scores = [metrics.evaluate(table, rows.targets) for table in tables]
     at_map = metrics.evaluate(scored.log_p["map"][0], rows.targets)
     nll = [score["nll"] for score in scores[:-1]]
-    least = least_point(np.log(GRID).tolist(), nll)
+    least = curve_minimum(np.log(GRID).tolist(), nll)
     best = math.exp(least.position)
     prior = PriorPrecision("scalar", {"all": best}) if scalar else by_evidence.scaled(best / smallest)
     nearest = _least(nll)
@@ -328,7 +328,7 @@ def choose_by_validation(
     return ValidationChoice(prior, record, least.at_bound, reason, notes)
 
 
-class LeastPoint(NamedTuple):
+class CurveMinimum(NamedTuple):
     """Where a curve is least.
 
     Attributes:
@@ -342,22 +342,22 @@ class LeastPoint(NamedTuple):
     at_bound: str | None
 
 
-def least_point(positions: Sequence[float], values: Sequence[float]) -> LeastPoint:
+def curve_minimum(positions: Sequence[float], values: Sequence[float]) -> CurveMinimum:
     """The least point of a curve: the vertex of the parabola through its three best neighbouring points."""
     best = _least(values)
     here = float(positions[best]), float(values[best])
     if best in (0, len(positions) - 1):
-        return LeastPoint(*here, "highest" if best else "lowest")
+        return CurveMinimum(*here, "highest" if best else "lowest")
     around = slice(best - 1, best + 2)
     curvature, slope, height = np.polyfit(
         np.asarray(positions[around]) - positions[best], np.asarray(values[around]), 2
     )
     if curvature <= 0:
-        return LeastPoint(*here, None)
+        return CurveMinimum(*here, None)
     limit = positions[best + 1] - positions[best]
     offset = float(np.clip(-slope / (2 * curvature), -limit, limit))
     value = float(curvature * offset**2 + slope * offset + height)
-    return LeastPoint(positions[best] + offset, value, None)
+    return CurveMinimum(positions[best] + offset, value, None)
 
 
 def _least(values: Sequence[float]) -> int:

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from lapora.errors import DataError
 
 # Okabe and Ito's colours, ordered so that neighbours differ in lightness as well.
-_COLOURS = ("#000000", "#E69F00", "#0072B2", "#8C8C8C", "#D55E00", "#56B4E9", "#005F46", "#CC79A7")
+_COLORS = ("#000000", "#E69F00", "#0072B2", "#8C8C8C", "#D55E00", "#56B4E9", "#005F46", "#CC79A7")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 _LINES: tuple[Any, ...] = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)), (0, (7, 2, 1, 2)))
 
@@ -63,14 +63,14 @@ def style() -> Iterator[None]:
 
 def line_style(index: int) -> dict[str, Any]:
     """Colour, marker and line of the method at a position."""
-    each = index % len(_COLOURS)
+    each = index % len(_COLORS)
     return {
-        "color": _COLOURS[each],
+        "color": _COLORS[each],
         "marker": _MARKERS[each],
         "linestyle": _LINES[each],
         "markersize": 4.5,
         "linewidth": 1.3,
-        "markerfacecolor": "white" if each % 2 else _COLOURS[each],
+        "markerfacecolor": "white" if each % 2 else _COLORS[each],
     }
 
 
