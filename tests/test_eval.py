@@ -137,7 +137,7 @@ def test_temperature_reuses_the_rows_that_tuned_the_prior_and_none_is_scored(ada
 
 
 def run_log_map(session, rows):
-    log_p = forward_log_p(replace(session, batch_size=BatchSize(16)), session.model.encode(rows.examples))
+    log_p = forward_log_p(replace(session.model, batch_size=BatchSize(16)), session.model.encode(rows.examples))
     torch.testing.assert_close(log_p, score_rows(session, rows, ["map"], samples=8).log_p["map"][0], atol=1e-5, rtol=0)
     return log_p
 

@@ -25,7 +25,8 @@ from lapora.storage.saved import SavedPosterior
 from lapora.workflows import evaluate as evaluation
 from lapora.workflows.evaluate import evaluate
 from lapora.workflows.fit import fit
-from lapora.workflows.scoring import read_labelled_rows, score_rows
+from lapora.workflows.rows import read_labelled_rows
+from lapora.workflows.scoring import score_rows
 from lapora.workflows.task_model import open_fitted
 from lapora.workflows.tune_prior import GRID, curve_minimum, tune_prior
 from tiny_models import batches, dense_jacobian, rows, tiny_classifier

@@ -88,7 +88,7 @@ def _tune(
 def _rewrite(model: ModelSettings, posterior: SavedPosterior, prior: dict[str, Any]) -> None:
     with model.processes.raise_together():
         if model.processes.is_main:
-            posterior.rewrite_prior(prior)
+            posterior.rewrite_manifest({"prior": prior})
 
 
 def _maximize(posterior: SavedPosterior, settings: PriorSettings) -> EvidenceMaximum:
