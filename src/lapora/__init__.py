@@ -38,6 +38,6 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module 'lapora' has no attribute {name!r}")
-    from lapora import api, routed
+    from lapora import api
 
-    return getattr(routed if name in ("RoutedPredictor", "load_many") else api, name)
+    return getattr(api, name)
