@@ -117,7 +117,7 @@ _EIGEN = 9  # d³ of an eigendecomposition with vectors (tridiagonal form 4/3, i
 
 
 def pass_operations(shape: Shape) -> float:
-    """Operations per row: a forward and K backward passes through blocks and attention, and the head at one position."""
+    """Operations per row: a forward and K backward passes (blocks, attention, and the head at one position)."""
     passes = shape.classes  # 1 + (C - 1)
     linear = 2 * shape.block_weights * shape.tokens
     attention = 4 * shape.tokens**2 * shape.width
