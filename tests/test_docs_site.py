@@ -84,7 +84,7 @@ def test_every_module_of_the_method_is_a_section_of_the_reference():
 
 def test_the_format_page_names_every_field_and_no_other(demo):
     """The fields that the reader knows, and those of a posterior that was really written."""
-    top, parameter, prior = (_fields(part) for part in _page("format.md").split("| field | what it is |")[1:4])
+    top, parameter, prior = (_fields(part) for part in _page("format.md").split("| field | content |")[1:4])
     saved = manifest.read_content(demo / "adapter" / "laplace" / "default" / "posterior.json")
     optional = {name for name, mark in top.items() if mark}
     fields = structs.fields(manifest.Manifest)
