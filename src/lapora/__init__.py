@@ -1,6 +1,6 @@
 """Calibrated probabilities for LoRA fine-tuned language models, by the Laplace approximation.
 
-The functions here are those of :mod:`lapora.api` and :mod:`lapora.api`; they are imported when first used, since
+The functions here are those of :mod:`lapora.api`; they are imported when first used, since
 torch comes with them.
 """
 
