@@ -4,8 +4,8 @@ Run from the project's root::
 
     python docs/figures/architecture.py
 
-The order of the packages is read from the import contract in ``pyproject.toml``. A test compares the file with what this
-program draws.
+The order of the packages is read from the import contract in ``pyproject.toml``. A test compares the file with what
+this program draws.
 """
 
 from __future__ import annotations
