@@ -82,7 +82,7 @@ def draw() -> str:
     """Return the picture as SVG."""
     parts: list[str] = []
     rows = layers()
-    _text(parts, _LEFT, 24, "Packages: each imports only what stands below it", "head")
+    _text(parts, _LEFT, 24, "Packages: imports go down", "head")
     y = 40
     for layer in rows:
         width = (_WIDTH - _GAP * (len(layer) - 1)) / len(layer)
