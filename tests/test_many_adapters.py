@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from lapora.config import DataSettings, FitSettings, ModelSettings, PredictSettings
 from lapora.errors import DataError, LaporaError, UsageError
-from lapora.models import bases as bases_module
+from lapora.models import shared_base as bases_module
 from lapora.models.adapter import read_adapter
 from lapora.models.loading import load_model
 from lapora.models.shared_base import BaseCache
@@ -250,7 +250,7 @@ def test_an_adapter_that_does_not_fit_leaves_nothing_on_the_base(several):
 
 
 def test_a_base_that_had_to_go_still_serves_the_adapters_that_were_on_it(several):
-    shared = BaseCache(most=1)
+    shared = BaseCache(max_bases=1)
     ids = torch.tensor([[3, 4, 5]])
 
     def logits(loaded):

@@ -28,8 +28,8 @@ from lapora.errors import NumericalError
 from lapora.laplace_torch.network import (
     AdapterNetwork,
     as_inputs,
-    refuse_uncovered_layers,
-    silenced,
+    check_layers_supported,
+    silence_warnings,
     trainable,
 )
 from lapora.models.batches import Batch
@@ -105,11 +105,11 @@ def _summed(
     progress: Progress | None,
     options: dict[str, Any],
 ) -> Found:
-    refuse_uncovered_layers(layers, f"--engine {engine}")
+    check_layers_supported(layers, f"--engine {engine}")
     labelled = all(target is not None for target in targets)
     sums: list[list[Tensor]] = []
     log_likelihood, done = 0.0, 0
-    with trainable(layers), silenced():
+    with trainable(layers), silence_warnings():
         backend = _backend(backend_name, AdapterNetwork(answers, layers))
 
         def run(batch: Batch) -> tuple[Tensor, Any]:
@@ -137,7 +137,7 @@ def _summed(
     if shapes != [layer.shape for layer in layers]:
         raise NumericalError(f"--engine {engine} returned factors of other layers than those asked for")
     found = {
-        layer.name: KronFactors(input_sum=inputs, gradient_sum=gradients, count=1, leader=layer.name)
+        layer.name: KronFactors(input_sum=inputs, gradient_sum=gradients, count=1, input_owner=layer.name)
         for layer, (gradients, inputs) in zip(layers, sums, strict=True)
     }
     return found, log_likelihood if labelled else None

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lapora.errors import UsageError
-from lapora.laplace_torch.network import AdapterNetwork, silenced, trainable
+from lapora.laplace_torch.network import AdapterNetwork, silence_warnings, trainable
 from lapora.models.lora_layers import BayesianLayer
 from lapora.models.outputs import OutputModel
 
@@ -42,7 +42,7 @@ class KroneckerBlock:
 
 def kron_decomposed(blocks: Sequence[KroneckerBlock], precisions: Tensor | None = None) -> KronDecomposed:
     """The blocks as a ``KronDecomposed``, with one prior precision each (by default 0: the curvature alone)."""
-    with silenced():
+    with silence_warnings():
         from laplace.utils.matrix import KronDecomposed
 
     # laplace-torch's own annotations say tuples of one; its code makes and reads lists of two.
@@ -72,7 +72,7 @@ def kron_laplace(
         rows: N.
         log_likelihood: ``log p(y|X, θ_MAP)``, or 0 where the rows had no labels.
     """
-    with silenced():
+    with silence_warnings():
         from laplace import KronLaplace
         from laplace.utils.matrix import Kron
 
@@ -103,7 +103,7 @@ def kronecker_blocks(source: KronLaplace | KronDecomposed | Kron) -> list[Kronec
     Raises:
         UsageError: The object has not been fitted, is damped, or holds something besides Kronecker products.
     """
-    with silenced():
+    with silence_warnings():
         from laplace import KronLaplace
         from laplace.utils.matrix import Kron
 

@@ -80,7 +80,7 @@ def as_inputs(batch: Batch) -> dict[str, Any]:
     return inputs if batch.token_type_ids is None else {**inputs, "token_type_ids": batch.token_type_ids}
 
 
-def refuse_uncovered_layers(layers: Sequence[BayesianLayer], what: str) -> None:
+def check_layers_supported(layers: Sequence[BayesianLayer], what: str) -> None:
     """Say that laplace-torch cannot hold a layer's posterior as lapora does.
 
     Raises:
@@ -106,7 +106,7 @@ def trainable(layers: Sequence[BayesianLayer]) -> Iterator[None]:
 
 
 @contextmanager
-def silenced() -> Iterator[None]:
+def silence_warnings() -> Iterator[None]:
     """Without the warnings of libraries about each other: ASDL uses hooks that torch is about to retire."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -24,16 +24,16 @@ _FEW, _MORE = 4, 8
 _DIRECTIONS = 2
 
 
-class _Leaders:
+class _InputOwners:
     """Notes who shares whose input, and keeps nothing."""
 
     def __init__(self) -> None:
-        self.leaders: dict[str, str] = {}
+        self.input_owners: dict[str, str] = {}
 
     def begin(self, batch: Batch) -> None: ...
 
-    def observe_input(self, layer: BayesianLayer, leader: str, inputs: Tensor, mask: Tensor | None) -> Any:
-        self.leaders[layer.name] = leader
+    def observe_input(self, layer: BayesianLayer, input_owner: str, inputs: Tensor, mask: Tensor | None) -> Any:
+        self.input_owners[layer.name] = input_owner
 
     def observe_gradient(self, layer: BayesianLayer, kept: Any, gradient: Tensor) -> None: ...
 
@@ -42,27 +42,27 @@ class _Leaders:
     def end(self, rows: int, directions: int) -> None: ...
 
 
-def leaders_of(skeleton: MetaModel, layers: Sequence[BayesianLayer], classes: int) -> dict[str, str]:
+def input_owners_of(meta_model: MetaModel, layers: Sequence[BayesianLayer], classes: int) -> dict[str, str]:
     """For every layer, the name of the first that has the same input; of like blocks one is looked at."""
-    observer = _Leaders()
-    alike = _alike(skeleton, layers)
-    with _few_blocks(skeleton, layers, None if alike is None else 1) as left:
-        _most(skeleton, left, observer, (1, 2), classes, 1, rerun=False)
-    found = observer.leaders
-    if alike is not None:
-        (blocks,) = _block_lists(skeleton, layers)
-        path = next(name for name, module in skeleton.model.named_modules() if module is blocks)
+    observer = _InputOwners()
+    identical = _count_identical_blocks(meta_model, layers)
+    with _first_blocks(meta_model, layers, None if identical is None else 1) as left:
+        _peak_bytes(meta_model, left, observer, (1, 2), classes, 1, recompute_blocks=False)
+    found = observer.input_owners
+    if identical is not None:
+        (blocks,) = _block_lists(meta_model, layers)
+        path = next(name for name, module in meta_model.model.named_modules() if module is blocks)
         first = f"{path}.0."
-        for name, leader in list(found.items()):
+        for name, input_owner in list(found.items()):
             if name.startswith(first):
-                for index in range(1, alike):
+                for index in range(1, identical):
                     block = f"{path}.{index}."
-                    found[block + name.removeprefix(first)] = block + leader.removeprefix(first)
+                    found[block + name.removeprefix(first)] = block + input_owner.removeprefix(first)
     return found
 
 
 def batch_memory(
-    skeleton: MetaModel,
+    meta_model: MetaModel,
     layers: Sequence[BayesianLayer],
     structure: Structure,
     shape: tuple[int, int],
@@ -76,7 +76,7 @@ def batch_memory(
     Many like blocks are reckoned from fewer, and more than two directions from one and two: the growth is linear.
 
     Args:
-        skeleton: The model.
+        meta_model: The model.
         layers: The Bayesian layers.
         structure: Of the curvature; what its observer keeps of a batch is counted.
         shape: Rows and tokens of the batch.
@@ -86,12 +86,12 @@ def batch_memory(
     """
 
     def most(blocks: int | None, count: int) -> int:
-        with _few_blocks(skeleton, layers, blocks) as left:
+        with _first_blocks(meta_model, layers, blocks) as left:
             observer = _observer(structure, left, classes, count)
-            return _most(skeleton, left, observer, shape, classes, count, rerun=recompute_blocks)
+            return _peak_bytes(meta_model, left, observer, shape, classes, count, recompute_blocks=recompute_blocks)
 
     def of_directions(count: int) -> int:
-        found = _alike(skeleton, layers)
+        found = _count_identical_blocks(meta_model, layers)
         if found is None or found <= _MORE:
             return most(None, count)
         few, more = most(_FEW, count), most(_MORE, count)
@@ -105,39 +105,39 @@ def batch_memory(
 
 def _observer(structure: Structure, layers: Sequence[BayesianLayer], classes: int, directions: int) -> Observer:
     if structure == "kron":
-        return _Leaders()
+        return _InputOwners()
     if structure in ("lowrank", "full"):
         return JacobianObserver(layers, classes)
     return SecondMomentObserver({layer.name: LayerBasis(layer.name) for layer in layers}, directions=directions)
 
 
-def _most(
-    skeleton: MetaModel,
+def _peak_bytes(
+    meta_model: MetaModel,
     layers: Sequence[BayesianLayer],
     observer: Observer,
     shape: tuple[int, int],
     classes: int,
     directions: int,
     *,
-    rerun: bool,
+    recompute_blocks: bool,
 ) -> int:
-    with fake_tensors(skeleton.model):
-        tokens = [0] * classes if skeleton.kind == "causal" else None
-        answers = MetaOutputModel(skeleton.model, skeleton.kind, 0, tokens, recompute_blocks=rerun)
+    with fake_tensors(meta_model.model):
+        tokens = [0] * classes if meta_model.kind == "causal" else None
+        answers = MetaOutputModel(meta_model.model, meta_model.kind, 0, tokens, recompute_blocks=recompute_blocks)
         batch = empty_batch(*shape)
-        with LiveMemory(skeleton.model) as memory, Linearisation(answers, layers, observer) as linearisation:
+        with LiveMemory(meta_model.model) as memory, Linearisation(answers, layers, observer) as linearisation:
             linearisation.run(batch, lambda logits: class_columns(logits)[:1].expand(directions, *logits.shape))
-        return memory.most
+        return memory.peak
 
 
-def _block_lists(skeleton: MetaModel, layers: Sequence[BayesianLayer]) -> list[nn.ModuleList]:
-    blocks = set(blocks_of(cast(nn.Module, skeleton.model.get_base_model()), layers))
-    return [each for each in skeleton.model.modules() if isinstance(each, nn.ModuleList) and blocks & set(each)]
+def _block_lists(meta_model: MetaModel, layers: Sequence[BayesianLayer]) -> list[nn.ModuleList]:
+    blocks = set(blocks_of(cast(nn.Module, meta_model.model.get_base_model()), layers))
+    return [each for each in meta_model.model.modules() if isinstance(each, nn.ModuleList) and blocks & set(each)]
 
 
-def _alike(skeleton: MetaModel, layers: Sequence[BayesianLayer]) -> int | None:
+def _count_identical_blocks(meta_model: MetaModel, layers: Sequence[BayesianLayer]) -> int | None:
     """How many blocks there are, if they stand in one list and have the same weights and Bayesian layers."""
-    lists = _block_lists(skeleton, layers)
+    lists = _block_lists(meta_model, layers)
     if len(lists) != 1:
         return None
     bayesian = {layer.module for layer in layers}
@@ -152,14 +152,14 @@ def _alike(skeleton: MetaModel, layers: Sequence[BayesianLayer]) -> int | None:
 
 
 @contextmanager
-def _few_blocks(
-    skeleton: MetaModel, layers: Sequence[BayesianLayer], count: int | None
+def _first_blocks(
+    meta_model: MetaModel, layers: Sequence[BayesianLayer], count: int | None
 ) -> Iterator[Sequence[BayesianLayer]]:
     """The layers that are left when only the first blocks stand in their list, while this lasts."""
     if count is None:
         yield layers
         return
-    (blocks,) = _block_lists(skeleton, layers)
+    (blocks,) = _block_lists(meta_model, layers)
     whole = dict(blocks._modules)
     gone = {module for block in list(blocks)[count:] for module in block.modules()}
     blocks._modules = dict(list(whole.items())[:count])

@@ -10,7 +10,7 @@ import torch
 
 from lapora.config import TOKEN_BUDGET, FitSettings, ModelSettings
 from lapora.errors import UsageError
-from lapora.memory.dry_pass import batch_memory, leaders_of
+from lapora.memory.dry_pass import batch_memory, input_owners_of
 from lapora.memory.footprint import Footprint, StructureShape, footprint
 from lapora.models.adapter import Adapter
 from lapora.models.device_map import available_memory
@@ -155,14 +155,14 @@ class _Estimator:
 
     def budget(self, question: _Query) -> MemoryEstimate:
         model, settings = question.model, question.settings
-        skeleton: MetaModel = self._once(("skeleton", model.quantize), lambda: self._skeleton(model))
-        layers = find_bayesian_layers(skeleton.model, settings.subset)
+        meta_model: MetaModel = self._once(("meta model", model.quantize), lambda: self._skeleton(model))
+        layers = find_bayesian_layers(meta_model.model, settings.subset)
         columns = self.classes - 1 if settings.fisher == "exact" else 1
         batch = min(self.rows, model.batch_size or max(1, TOKEN_BUDGET // self.length)), self.length
         activations: int = self._once(
             ("batch", settings.structure, batch, model.gradient_checkpointing),
             lambda: batch_memory(
-                skeleton,
+                meta_model,
                 layers,
                 settings.structure,
                 batch,
@@ -172,24 +172,24 @@ class _Estimator:
             ),
         )
         # Beside what is seen: an unpacked weight, and a mask of padding.
-        activations += skeleton.dequantized + batch[0] * self.length**2 * skeleton.dtype.itemsize
+        activations += meta_model.dequantized + batch[0] * self.length**2 * meta_model.dtype.itemsize
         sizes = footprint(
             StructureShape(
                 structure=settings.structure,
                 layers=layers,
-                leaders=self._once(("leaders",), lambda: leaders_of(skeleton, layers, self.classes)),
+                input_owners=self._once(("leaders",), lambda: input_owners_of(meta_model, layers, self.classes)),
                 classes=self.classes,
                 columns=columns,
                 rows=self.rows,
                 rank=settings.rank,
-                item=8 if skeleton.dtype == torch.float64 else 4,
+                item=8 if meta_model.dtype == torch.float64 else 4,
                 offload=settings.offload_factors,
                 threads=torch.get_num_threads() if self.device == "cpu" else 1,
             )
         )
-        device, host = _peaks(sum(skeleton.weights.values()), self.device, activations, sizes, settings)
+        device, host = _peaks(sum(meta_model.weights.values()), self.device, activations, sizes, settings)
         return MemoryEstimate(
-            self.device, skeleton.weights, batch, activations, sizes, device, host, self.free_device, self.free_host
+            self.device, meta_model.weights, batch, activations, sizes, device, host, self.free_device, self.free_host
         )
 
     def _skeleton(self, model: ModelSettings) -> MetaModel:

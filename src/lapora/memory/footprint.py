@@ -23,7 +23,7 @@ class StructureShape:
     Attributes:
         structure: Which.
         layers: The Bayesian layers; shapes are looked at, weights never.
-        leaders: For every layer, the first that has the same input.
+        input_owners: For every layer, the first that has the same input.
         classes: Number of answers C.
         columns: Fisher columns of one row.
         rows: N, for ``full``.
@@ -35,7 +35,7 @@ class StructureShape:
 
     structure: Structure
     layers: Sequence[BayesianLayer]
-    leaders: Mapping[str, str]
+    input_owners: Mapping[str, str]
     classes: int
     columns: int
     rows: int
@@ -115,7 +115,7 @@ def _kronecker(shape: StructureShape) -> Footprint:
     for layer in shape.layers:
         rows, columns = layer.gradient_shape(shape.classes)
         sides = [(rows, columns)]
-        leads = shape.leaders.get(layer.name, layer.name) == layer.name
+        leads = shape.input_owners.get(layer.name, layer.name) == layer.name
         if leads:
             sides.append((columns, layer.shape[0]))
         by_layer[layer.name] = 0

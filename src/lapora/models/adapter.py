@@ -26,7 +26,7 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 _KIND_BY_TASK_TYPE: dict[str, ModelKind] = {"CAUSAL_LM": "causal", "SEQ_CLS": "classifier"}
 
 # Settings of a LoraConfig under which a layer no longer computes  W x + scaling * B A x.
-_UNCOVERED_SETTINGS = {
+_UNSUPPORTED_SETTINGS = {
     "use_dora": "DoRA (use_dora)",
     "use_qalora": "QA-LoRA (use_qalora)",
     "use_bdlora": "block-diagonal LoRA (use_bdlora)",
@@ -96,7 +96,7 @@ def read_adapter(location: str | Path) -> Adapter:
             f"{location}: no such directory; ADAPTER is a folder with {CONFIG_FILE}, or a Hub id (owner/name)"
         )
     config = _read_config(path)
-    _refuse_uncovered(path, config)
+    _check_supported(path, config)
     task_type = config.get("task_type")
     if task_type not in _KIND_BY_TASK_TYPE:
         raise AdapterError(
@@ -139,11 +139,11 @@ def _read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def _refuse_uncovered(path: Path, config: dict[str, Any]) -> None:
+def _check_supported(path: Path, config: dict[str, Any]) -> None:
     peft_type = config.get("peft_type")
     if peft_type != "LORA":
         raise AdapterError(f"{path}: peft_type is {peft_type}; the posterior is defined for LORA alone")
-    found = [name for key, name in _UNCOVERED_SETTINGS.items() if config.get(key)]
+    found = [name for key, name in _UNSUPPORTED_SETTINGS.items() if config.get(key)]
     if found:
         raise AdapterError(f"{path}: {', '.join(found)} is not plain LoRA, and the posterior does not cover it")
 

@@ -40,7 +40,7 @@ class BatchSize:
         """How many rows of up to ``length`` tokens make a batch."""
         return self.rows or max(1, self.tokens // max(1, length))
 
-    def fitted(self, device: torch.device) -> None:
+    def report_success(self, device: torch.device) -> None:
         """A batch went through: double the budget if twice as much would."""
         if not self._may_grow or device.type != "cuda" or self.tokens >= MOST_TOKENS:
             return
@@ -81,7 +81,7 @@ class BatchFeed:
         encoded: The rows' token ids.
         size: How large a batch may be.
         processes: Those that share the rows: this one's are fed, of like lengths as the others'.
-        even: Pad every row to :func:`even_length`, whatever rows are beside it. How far a row is padded decides how
+        bucketed: Pad every row to :func:`bucket_length`, whatever rows are beside it. How far a row is padded decides how
             attention adds up, and so the last digits: these then depend little on the size of the batches.
     """
 
@@ -92,10 +92,10 @@ class BatchFeed:
         size: BatchSize,
         processes: Processes = SINGLE_PROCESS,
         *,
-        even: bool = False,
+        bucketed: bool = False,
     ) -> None:
         self.size = size
-        self._even = even
+        self._bucketed = bucketed
         self._answers = answers
         self._encoded = encoded
         order = sorted(range(len(encoded)), key=lambda row: (-len(encoded[row].input_ids), row))
@@ -106,7 +106,7 @@ class BatchFeed:
         while self._done < len(self._order):
             longest = self._length(self._order[self._done])
             rows = self._order[self._done : self._done + self.size.for_length(longest)]
-            if self._even:
+            if self._bucketed:
                 rows = [row for row in rows if self._length(row) == longest]
             self._done += len(rows)
             yield collate(
@@ -120,13 +120,13 @@ class BatchFeed:
 
     def _length(self, row: int) -> int:
         length = len(self._encoded[row].input_ids)
-        return even_length(length, self._answers.most_positions) if self._even else length
+        return bucket_length(length, self._answers.max_positions) if self._bucketed else length
 
     def skip(self, rows: int) -> None:
         """Leave out the first rows, in the order in which they would come."""
         self._done += rows
 
-    def put_back(self, batch: Batch) -> None:
+    def requeue(self, batch: Batch) -> None:
         """The batch last given did not fit in memory: its rows come again, in halves.
 
         Raises:
@@ -136,12 +136,12 @@ class BatchFeed:
         self.size.report_out_of_memory(rows, length)
         self._done -= rows
 
-    def fitted(self) -> None:
+    def report_success(self) -> None:
         """The batch last given was no trouble."""
-        self.size.fitted(self._answers.device)
+        self.size.report_success(self._answers.device)
 
 
-def even_length(length: int, most: int | None) -> int:
+def bucket_length(length: int, most: int | None) -> int:
     """The next longer of 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160 ...: four in a doubling.
 
     Longer, so that there is always padding: without any, another kernel may be chosen.
@@ -174,12 +174,12 @@ def run_batches(batches: Iterable[Batch], work: Callable[[Batch], Result]) -> It
         if fits:
             assert result is not None
             if isinstance(batches, BatchFeed):
-                batches.fitted()
+                batches.report_success()
             yield batch, result
         else:
             _free_memory()
             assert isinstance(batches, BatchFeed)
-            batches.put_back(batch)
+            batches.requeue(batch)
 
 
 def _attempt(work: Callable[[Batch], Result], batch: Batch, *, forgiving: bool) -> tuple[bool, Result | None]:

@@ -73,7 +73,7 @@ def entry_device(network: nn.Module) -> torch.device:
     return execution_device(cast(Any, network).get_input_embeddings())
 
 
-def offloads(network: nn.Module) -> bool:
+def is_offloaded(network: nn.Module) -> bool:
     """Whether layers rest on the host or the disk and come to a device to be run."""
     places = {str(place) for place in (getattr(network, "hf_device_map", None) or {}).values()}
     return "disk" in places or ("cpu" in places and len(places) > 1)
@@ -131,7 +131,7 @@ def place_adapter(model: PeftModel, weights: dict[str, torch.Tensor]) -> None:
     set_peft_model_state_dict(model, weights)
 
 
-class OwnWeights(Mapping[str, torch.Tensor]):
+class BaseWeights(Mapping[str, torch.Tensor]):
     """The parameters of a base that came from its own files, by name; those on the disk are read when asked for.
 
     Args:

@@ -25,7 +25,7 @@ def fingerprint_of_tensors(tensors: Mapping[str, torch.Tensor]) -> str:
 _PIECE = 1 << 22
 
 
-def digest_in(dtype: str, tensors: Mapping[str, torch.Tensor]) -> str:
+def digest_at_dtype(dtype: str, tensors: Mapping[str, torch.Tensor]) -> str:
     """Digest every element of every tensor as it is when rounded to ``dtype``, the same on every device.
 
     A file in float32 that is loaded in bfloat16 has the digest that it has when loaded in float32 and rounded. Of

@@ -21,10 +21,16 @@ from transformers import logging as transformers_logging
 from lapora.config import Dtype, Placement, Quantization
 from lapora.errors import AdapterError, UsageError, first_line
 from lapora.models.adapter import Adapter, ModelKind
-from lapora.models.device_map import OwnWeights, keep_missing, loading_arguments, place_adapter, without_placement
-from lapora.models.fingerprint import digest_in, fingerprint_of_tensors
+from lapora.models.device_map import (
+    BaseWeights,
+    keep_missing,
+    loading_arguments,
+    place_adapter,
+    without_placement,
+)
+from lapora.models.fingerprint import digest_at_dtype, fingerprint_of_tensors
 from lapora.models.quantization import (
-    keep_inputs_whole,
+    disable_input_rounding,
     quantization_config,
     resolve_quantization,
     saved_quantization,
@@ -61,7 +67,7 @@ class LoadedModel:
 
     def digest(self, dtype: str) -> str:
         """Digest of all of the base's weights, rounded to an element type that is no finer than the model's."""
-        return digest_in(dtype, self.weights)
+        return digest_at_dtype(dtype, self.weights)
 
     @property
     def pad_token_id(self) -> int:
@@ -105,7 +111,7 @@ def put_adapter(adapter: Adapter, base: LoadedBase) -> LoadedModel:
         model = model.to(base.device)
     model.eval()
     if base.quantize != "none":
-        keep_inputs_whole(model)
+        disable_input_rounding(model)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     loaded = LoadedModel(
@@ -296,7 +302,7 @@ def load_base(
         base, missing = _load_base(adapter, chosen, where, spread, trust_remote_code)
         if spread is not None:
             keep_missing(base, missing)
-    weights = OwnWeights(base, missing)
+    weights = BaseWeights(base, missing)
     return LoadedBase(
         model=base,
         missing=missing,

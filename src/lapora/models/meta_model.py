@@ -27,7 +27,7 @@ from lapora.models.adapter import Adapter, ModelKind
 from lapora.models.batches import Batch
 from lapora.models.loading import ChosenBase, choose_base, loader_of, silence_libraries
 from lapora.models.outputs import OutputModel
-from lapora.models.quantization import modules_left_whole
+from lapora.models.quantization import unquantized_modules
 
 # NF4 with double quantisation: 4 bits, and for 64 weights a byte of scale, whose own scale is 4 bytes for 256.
 _BYTES_OF_4_BITS = 0.5 + 1 / 64 + 4 / (64 * 256)
@@ -124,7 +124,7 @@ def _compare(adapter: Adapter, model: PeftModel, base_name: str) -> None:
 def _weights(
     model: PeftModel, quantize: Quantization, element_type: torch.dtype, whole: Any
 ) -> tuple[dict[str, int], int]:
-    left = modules_left_whole(whole)
+    left = unquantized_modules(whole)
     quantised: set[int] = set()
     total: dict[str, int] = defaultdict(int)
     largest = 0
@@ -160,8 +160,8 @@ class LiveMemory(TorchDispatchMode):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.alive = 0
-        self.most = 0
+        self.current = 0
+        self.peak = 0
         self._known = {_identity(each) for each in (*model.parameters(), *model.buffers())}
 
     def __torch_dispatch__(
@@ -181,13 +181,13 @@ class LiveMemory(TorchDispatchMode):
         self._known.add(identity)
         storage = tensor.untyped_storage()
         size = storage.nbytes()
-        self.alive += size
-        self.most = max(self.most, self.alive)
-        weakref.finalize(storage, self._gone, identity, size)
+        self.current += size
+        self.peak = max(self.peak, self.current)
+        weakref.finalize(storage, self._freed, identity, size)
 
-    def _gone(self, identity: int, size: int) -> None:
+    def _freed(self, identity: int, size: int) -> None:
         self._known.discard(identity)
-        self.alive -= size
+        self.current -= size
 
 
 def _identity(tensor: Tensor) -> int:

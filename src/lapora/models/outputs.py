@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lapora.errors import NonFiniteRowError, NumericalError
 from lapora.models.adapter import ModelKind
 from lapora.models.batches import Batch, PaddingSide
-from lapora.models.device_map import entry_device, offloads
+from lapora.models.device_map import entry_device, is_offloaded
 from lapora.models.lora_layers import BayesianLayer
 
 
@@ -47,7 +47,7 @@ class OutputModel:
         self.pad_token_id = pad_token_id
         self.network = cast(nn.Module, model.get_base_model())
         # Where weights come and go, a graph would hold on to those that went.
-        self.recompute_blocks = recompute_blocks or offloads(self.network)
+        self.recompute_blocks = recompute_blocks or is_offloaded(self.network)
         self.device = entry_device(self.network)
         self.answer_token_ids = None if answer_token_ids is None else torch.tensor(answer_token_ids, device=self.device)
         accepted = inspect.signature(self.network.forward).parameters
@@ -55,7 +55,7 @@ class OutputModel:
         self._keeps_positions = kind == "causal" and "logits_to_keep" in accepted
 
     @property
-    def most_positions(self) -> int | None:
+    def max_positions(self) -> int | None:
         """How many positions the network has, where its configuration says."""
         config = getattr(self.network, "config", None)
         text = config.get_text_config() if config is not None else None

@@ -35,7 +35,7 @@ def quantization_config(quantize: Quantization, compute_dtype: torch.dtype, whol
     _need_bitsandbytes(f"--quantize {quantize}")
     from transformers import BitsAndBytesConfig
 
-    skipped = sorted(modules_left_whole(whole))
+    skipped = sorted(unquantized_modules(whole))
     if quantize == "8bit":
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skipped)
     return BitsAndBytesConfig(
@@ -47,7 +47,7 @@ def quantization_config(quantize: Quantization, compute_dtype: torch.dtype, whol
     )
 
 
-def modules_left_whole(whole: Sequence[str] = ()) -> set[str]:
+def unquantized_modules(whole: Sequence[str] = ()) -> set[str]:
     """Names of modules that are never quantised: heads, and what the adapter saves whole."""
     return {*_HEADS, *whole}
 
@@ -90,7 +90,7 @@ def resolve_quantization(base_name: str, asked: Quantization | None, saved: Quan
     return saved
 
 
-def keep_inputs_whole(model: nn.Module) -> None:
+def disable_input_rounding(model: nn.Module) -> None:
     """Let quantised layers on a CPU multiply by the dequantised weight, without rounding their inputs.
 
     Otherwise 8-bit layers round them to integers and, where the CPU has AVX512-BF16, 4-bit layers to bfloat16.

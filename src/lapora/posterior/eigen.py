@@ -42,20 +42,20 @@ def decompose(
     sides: dict[str, _Side] = {}
     for layer in layers:
         found = factors[layer.name]
-        sides.setdefault(f"{found.leader} (inputs)", (found.input_sum, layer.shape[0]))
+        sides.setdefault(f"{found.input_owner} (inputs)", (found.input_sum, layer.shape[0]))
         sides[f"{layer.name} (gradients)"] = (found.gradient_sum, layer.shape[1])
     eigen = _eigen_of_all(sides, rank, processes)
     blocks = []
     for layer in layers:
         layer_factors = factors[layer.name]
-        leader = layer_factors.leader
-        inputs, gradients = eigen[f"{leader} (inputs)"], eigen[f"{layer.name} (gradients)"]
+        input_owner = layer_factors.input_owner
+        inputs, gradients = eigen[f"{input_owner} (inputs)"], eigen[f"{layer.name} (gradients)"]
         blocks.append(
             EigenBlock(
                 name=layer.name,
                 role=layer.role,
                 shape=layer.shape,
-                leader=leader,
+                input_owner=input_owner,
                 input_basis=inputs.vectors,
                 gradient_basis=gradients.vectors,
                 eigenvalues=layer_factors.scale * torch.outer(gradients.values, inputs.values),

@@ -31,7 +31,7 @@ class EigenBlock:
         name: The layer's name.
         role: ``A``, ``B`` or ``head``.
         shape: ``(o, i)`` of the whole weight.
-        leader: Name of the layer whose input basis this block shares.
+        input_owner: Name of the layer whose input basis this block shares.
         input_basis: ``U_a``, ``(i, i')``, columns are eigenvectors; None is the identity.
         gradient_basis: ``U_g``, ``(o', o'')``; ``o' < o`` where only the answers' rows have curvature; None is
             the identity.
@@ -43,7 +43,7 @@ class EigenBlock:
     name: str
     role: Role
     shape: tuple[int, int]
-    leader: str
+    input_owner: str
     input_basis: Tensor | None
     gradient_basis: Tensor | None
     eigenvalues: Tensor
@@ -53,7 +53,7 @@ class EigenBlock:
     @property
     def basis(self) -> LayerBasis:
         """What per-example gradients are rotated into."""
-        return LayerBasis(self.leader, self.input_basis, self.gradient_basis)
+        return LayerBasis(self.input_owner, self.input_basis, self.gradient_basis)
 
     def to(self, device: torch.device, dtype: torch.dtype) -> EigenBlock:
         """The block with its bases on a device and in a type; eigenvalues stay in float64."""
@@ -61,7 +61,7 @@ class EigenBlock:
             self.name,
             self.role,
             self.shape,
-            self.leader,
+            self.input_owner,
             None if self.input_basis is None else self.input_basis.to(device, dtype),
             None if self.gradient_basis is None else self.gradient_basis.to(device, dtype),
             self.eigenvalues.to(device),
@@ -97,7 +97,7 @@ class BlockPosterior:
         """The manifest's ``parameters``."""
         return [
             describe_parameter(block.name, block.role, block.shape, block.squared_norm)
-            | {"input_of": block.leader, "kept": block.kept}
+            | {"input_of": block.input_owner, "kept": block.kept}
             for block in self.blocks
         ]
 
@@ -109,7 +109,7 @@ class BlockPosterior:
             if block.gradient_basis is not None:
                 found[f"{block.name}.gradient_basis"] = block.gradient_basis.float()
             if block.input_basis is not None:
-                found.setdefault(f"{block.leader}.input_basis", block.input_basis.float())
+                found.setdefault(f"{block.input_owner}.input_basis", block.input_basis.float())
         return found
 
     @classmethod
@@ -125,7 +125,7 @@ class BlockPosterior:
                     name=parameter["name"],
                     role=parameter["role"],
                     shape=tuple(parameter["shape"]),
-                    leader=parameter["input_of"],
+                    input_owner=parameter["input_of"],
                     input_basis=tensors.get(f"{parameter['input_of']}.input_basis"),
                     gradient_basis=tensors.get(f"{parameter['name']}.gradient_basis"),
                     eigenvalues=tensors[f"{parameter['name']}.eigenvalues"],
@@ -219,7 +219,7 @@ def check_blocks(posterior: BlockPosterior, structure: str, answers: int, file: 
         # A language-model head, saved whole or as LoRA's B, has curvature in its answers' rows alone.
         sides = (
             (f"{block.name}.gradient_basis", block.gradient_basis, block.shape[0], rows, block.role != "A"),
-            (f"{block.leader}.input_basis", block.input_basis, block.shape[1], columns, False),
+            (f"{block.input_owner}.input_basis", block.input_basis, block.shape[1], columns, False),
         )
         for name, basis, size, found, part in sides:
             if (basis is None) != (structure in BASELESS_STRUCTURES):

@@ -32,9 +32,9 @@ def fit_kron(run: CurvatureRun) -> tuple[Posterior, DataPass]:
 def fit_ekfac(run: CurvatureRun) -> tuple[Posterior, DataPass]:
     """KFAC's eigenbasis, then exact second moments in it: a second pass."""
     observer = KronObserver(run.weight_sharing, offload=run.offload)
-    run.observe(observer, another=True)
+    run.observe(observer, keep_state=True)
     posterior = BlockPosterior(decompose(run.layers, observer.factors(run.layers), processes=run.processes))
-    rotated = posterior.on_device(run.layers, run.answers.device, run.working_dtype)
+    rotated = posterior.on_device(run.layers, run.output_model.device, run.working_dtype)
     bases = {block.name: block.basis for block in rotated.blocks}
     return _second_moments(run, posterior.blocks, SecondMomentObserver(bases, directions=run.columns))
 
@@ -46,7 +46,7 @@ def fit_diag(run: CurvatureRun) -> tuple[Posterior, DataPass]:
             name=layer.name,
             role=layer.role,
             shape=layer.shape,
-            leader=layer.name,
+            input_owner=layer.name,
             input_basis=None,
             gradient_basis=None,
             eigenvalues=torch.zeros(layer.gradient_shape(run.classes), dtype=torch.float64),
@@ -124,7 +124,7 @@ def fit_full(run: CurvatureRun) -> tuple[Posterior, DataPass]:
         # A column of S sums to zero, so it is a combination of differences to the first class.
         weights = exact_columns(data.logits)[:, :, 1:].permute(1, 0, 2)  # (N, C-1 columns, C-1 differences)
         if all(target is not None for target in run.targets):
-            theta = _parameter_vector(run.layers, run.classes, run.answers.answer_token_ids)
+            theta = _parameter_vector(run.layers, run.classes, run.output_model.answer_token_ids)
             differences = data.logits[:, 1:] - data.logits[:, :1]
             linear_model = {
                 "kernel": kernel,

@@ -313,7 +313,7 @@ def fit_posterior(run: CurvatureRun, settings: FitSettings) -> tuple[Posterior, 
         return posterior, data.log_likelihood
     from lapora.laplace_torch import asdl_factors, curvlinops_factors
 
-    rows = (run.answers, run.layers, run.batches(), run.targets)
+    rows = (run.output_model, run.layers, run.batches(), run.targets)
     if settings.weight_sharing == "asdl":
         factors, log_likelihood = asdl_factors(*rows, run.progress)
     else:
@@ -371,7 +371,7 @@ class PreparedFit:
     def run(self, settings: FitSettings, progress: Progress | None = None) -> CurvatureRun:
         """The passes over the data that a structure is made of."""
         return CurvatureRun(
-            answers=self.answers,
+            output_model=self.answers,
             layers=find_bayesian_layers(self.loaded.model, settings.subset),
             batches=lambda: BatchFeed(self.answers, self.encoded, self.batch_size, self.processes),
             targets=[example.target for example in self.examples],

@@ -103,7 +103,7 @@ class Session:
 
     def batches(self, encoded: Sequence[EncodedExample]) -> BatchFeed:
         """Batches of like-long rows, each padded as it would be beside any others, on the model's device."""
-        return BatchFeed(self.answers, encoded, self.batch_size, even=True)
+        return BatchFeed(self.answers, encoded, self.batch_size, bucketed=True)
 
 
 def open_posterior(model: ModelSettings, name: str) -> tuple[Adapter, SavedPosterior]:
