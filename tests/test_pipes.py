@@ -66,7 +66,7 @@ LINES = {
     "null": (b"null\n", "not a JSON object"),
     "two objects": (GOOD + GOOD + b"\n", "Extra data"),
     "a zero byte": (b"\0\n", "not JSON"),
-    "another field": (b'{"question": "a"}\n', "missing story"),
+    "another field": (b'{"question": "a"}\n', "no value for story"),
     "an empty prompt": (b'{"text": "  "}\n', "the rendered text is empty"),
     "too long a line": (b'{"story": "' + b"x" * LONGEST_LINE + b'"}\n', "which is no row"),
 }

@@ -107,7 +107,7 @@ def test_a_row_that_cannot_be_cut_enough_is_named() -> None:
     with pytest.raises(DataError, match="set the task's truncate_field"):
         encode(example_of(ROW, task=no_field), tokenizer, kind="causal", max_length=60, task=no_field)
     numbers = Task.from_dict({**no_field.to_dict(), "truncate_field": "passage"})
-    with pytest.raises(DataError, match="its 'passage' is no text that could be cut"):
+    with pytest.raises(DataError, match="field 'passage' is not text"):
         row = {"passage": list(range(500))}
         encode(example_of(row, task=numbers), tokenizer, kind="causal", max_length=60, task=numbers)
 

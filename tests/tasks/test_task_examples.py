@@ -36,8 +36,8 @@ def test_a_missing_field_is_named_with_its_row() -> None:
     boolq = load_task("boolq")
     with pytest.raises(DataError) as caught:
         render(boolq, {"question": "is it", "id": 3}, kind="causal", index=12)
-    assert "row 12: missing passage, required by task 'boolq'; the row has question, id" in str(caught.value)
-    with pytest.raises(DataError, match="line 13: missing passage, question"):
+    assert "row 12: no value for passage, required by task 'boolq'; the row has question, id" in str(caught.value)
+    with pytest.raises(DataError, match="line 13: no value for passage, question"):
         render(boolq, {}, kind="classifier", where="line 13")
     with pytest.raises(DataError, match="no value for passage"):
         render(boolq, {"question": "is it", "passage": None}, kind="causal")
@@ -56,7 +56,7 @@ def test_a_ready_text_is_taken_as_it_is() -> None:
     assert not render(load_task("ag_news"), {"text": "Stocks fell."}, kind="classifier").ready
     with pytest.raises(DataError, match="the rendered text is empty"):
         render(load_task("boolq"), {"text": " \n"}, kind="causal")
-    with pytest.raises(DataError, match="missing passage"):
+    with pytest.raises(DataError, match="no value for passage"):
         render(load_task("boolq"), {"text": 3}, kind="causal")
 
 

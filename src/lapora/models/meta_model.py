@@ -235,7 +235,7 @@ class MetaOutputModel(OutputModel):
         return found if found.dtype == torch.float64 else found.float()
 
     def _answer_columns(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        if self._keeps_positions:
+        if self._supports_logits_to_keep:
             return torch.zeros(1, dtype=torch.long), torch.zeros(len(batch), dtype=torch.long)
         last = torch.zeros(len(batch), dtype=torch.long)
         return last, last

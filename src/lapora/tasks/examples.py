@@ -92,7 +92,7 @@ def render(
     ready = bool(missing) and isinstance(values.get("text"), str)
     if missing and not ready:
         raise DataError(
-            f"{where}: missing {listed(missing)}, required by task {quoted(task.task)}; the row has "
+            f"{where}: no value for {listed(missing)}, required by task {quoted(task.task)}; the row has "
             f'{listed([str(name) for name in values]) or "no fields"}; add the field, or a ready prompt as "text"'
         )
     if ready:
