@@ -20,7 +20,7 @@ from lapora.config import DataSettings, FitSettings, PriorMethod, PriorSettings
 from lapora.workflows import fit as fitting
 from lapora.workflows.fit import prepare_fit
 from lapora.workflows.scoring import read_labelled_rows, score_rows
-from lapora.workflows.task_model import open_session
+from lapora.workflows.task_model import open_fitted
 from lapora.workflows.tune_prior import tune_prior
 
 SAME_POSTERIOR = {"`full`, adapted evidence": "`full`"}
@@ -79,13 +79,13 @@ def table(chosen: BenchmarkAdapter, folder: Path):
                 result = fitting.fit(model, data, replace(settings, name=name, max_length=chosen.max_length))
                 fit_time = time.perf_counter() - started
             tuned = tune_prior(model, settings=PriorSettings(name=name, method=method))
-            session = open_session(model, name, session)
+            session = open_fitted(model, name, session)
             rows = read_labelled_rows(session, DataSettings(limit=chosen.scored))
             started = time.perf_counter()
             scored = score_rows(session, rows, ["mc-joint"], samples=2048)
             predict_time = time.perf_counter() - started
             if name == "m0":
-                constant = metrics.constant_predictor(rows.targets, len(session.choices))
+                constant = metrics.constant_predictor(rows.targets, len(session.model.choices))
                 yield _row("constant predictor", metrics.evaluate(constant, rows.targets))
                 yield _row("MAP", metrics.evaluate(scored.log_p["map"][0], rows.targets))
             scores = metrics.evaluate(scored.log_p["mc-joint"][0], rows.targets)

@@ -358,7 +358,7 @@ def test_killed_while_overwriting_or_tuning_leaves_the_old_or_the_new(tmp_path, 
         saved = SavedPosterior(folder)
         saved.gaussian()
         found = factors(saved.folder)
-        assert same(found, diag if saved.manifest["structure"] == "diag" else kron)
+        assert same(found, diag if saved.content["structure"] == "diag" else kron)
     fit_tiny(tiny, overwrite=True)
     assert not list(folder.parent.glob(".*"))
 

@@ -179,7 +179,7 @@ def test_a_prior_changed_by_hand_is_refused_and_tuned_again(originals):
         (folder / "posterior.json").write_text(json.dumps(manifest))
         assert "tune-prior" in refusal(folder)
         tune_prior(model_of(originals), settings=PriorSettings(name="kron", method="marglik"))
-        assert SavedPosterior(folder).manifest["prior"] == right
+        assert SavedPosterior(folder).content["prior"] == right
 
 
 def test_what_is_written_otherwise_but_says_the_same_is_read(copied):
@@ -394,7 +394,7 @@ def judge(original: Path, folder: Path, kind: str) -> str:
         saved = SavedPosterior(folder)
         gaussian = saved.gaussian()
         values = saved.eigenvalues()
-        saved.prior.per_layer(saved.manifest["parameters"])
+        saved.prior.per_layer(saved.content["parameters"])
     except LaporaError as error:
         assert error.exit_status in (4, 6) and "\n" not in str(error) and str(folder) in str(error), error
         return "refused"

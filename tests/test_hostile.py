@@ -126,12 +126,12 @@ def test_names_in_a_manifest_are_names_and_never_paths(tiny):
     (tiny / "outside.safetensors").write_bytes((folder / "factors.safetensors").read_bytes())
     before = sorted(path for path in tiny.rglob("*"))
     for name in ("../../../outside", "/etc/passwd", "..\\x"):
-        parameters = [dict(parameter) for parameter in saved.manifest["parameters"]]
+        parameters = [dict(parameter) for parameter in saved.content["parameters"]]
         parameters[0]["name"] = parameters[0]["input_of"] = name
         saved.rewrite_manifest({"parameters": parameters})
         with pytest.raises(LaporaError):
             list(predict(model_of(tiny), PredictSettings(), json_lines(1)))
-        saved.rewrite_manifest({"tensors": {name: next(iter(saved.manifest["tensors"].values()))}})
+        saved.rewrite_manifest({"tensors": {name: next(iter(saved.content["tensors"].values()))}})
         with pytest.raises(LaporaError):
             saved.gaussian()
     assert sorted(path for path in tiny.rglob("*")) == before
@@ -143,7 +143,7 @@ def test_a_split_and_a_task_in_a_manifest_cannot_name_other_files(tiny):
         with pytest.raises(DataError, match="no file name"):
             evaluate(model_of(tiny), DataSettings(split=split))
     saved = SavedPosterior(folder)
-    task = saved.manifest["task"] | {"doc_to_text": "{{ ''.__class__.__mro__ }}"}
+    task = saved.content["task"] | {"doc_to_text": "{{ ''.__class__.__mro__ }}"}
     saved.rewrite_manifest({"task": task})
     with pytest.raises(LaporaError) as caught:
         list(predict(model_of(tiny), PredictSettings(), json_lines(1)))

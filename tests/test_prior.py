@@ -26,7 +26,7 @@ from lapora.workflows import evaluate as evaluation
 from lapora.workflows.evaluate import evaluate
 from lapora.workflows.fit import fit
 from lapora.workflows.scoring import read_labelled_rows, score_rows
-from lapora.workflows.task_model import open_session
+from lapora.workflows.task_model import open_fitted
 from lapora.workflows.tune_prior import GRID, curve_minimum, tune_prior
 from tiny_models import batches, dense_jacobian, rows, tiny_classifier
 
@@ -166,7 +166,7 @@ def refit(demo, adapter, **settings):
 @pytest.mark.parametrize("structure", ["kron", "ekfac", "diag", "lowrank", "full"])
 def test_a_grid_of_priors_in_one_pass_equals_one_pass_for_each(demo, adapter, structure):
     refit(demo, adapter, structure=structure, rank=20 if structure == "lowrank" else None)
-    session = open_session(ModelSettings(adapter=str(adapter)), "default")
+    session = open_fitted(ModelSettings(adapter=str(adapter)), "default")
     labelled = read_labelled_rows(session, DataSettings(limit=20))
     priors = [PriorPrecision("scalar", {"all": delta}) for delta in (0.1, 3.0, 200.0)]
     links = ["mc-joint", "mc-indep", "probit", "bridge"]
@@ -287,7 +287,7 @@ def test_adapted_needs_full_and_a_scalar_prior(demo, adapter):
         tune_prior(model, settings=PriorSettings(method="adapted", structure="kind"))
     tuned = tune_prior(model, settings=PriorSettings(method="adapted"))
     assert tuned.prior["method"] == "adapted"
-    assert SavedPosterior(result.folder).manifest["prior"]["precision"] == tuned.prior["precision"]
+    assert SavedPosterior(result.folder).content["prior"]["precision"] == tuned.prior["precision"]
     assert evaluate(model, DataSettings(limit=20))["results"][2]["nll"] > 0
 
 
@@ -300,8 +300,8 @@ def test_a_biased_evidence_is_said(demo, adapter):
 
 
 def test_a_prior_that_makes_it_worse_is_a_warning_with_its_remedy(demo, adapter):
-    session = open_session(ModelSettings(adapter=str(adapter)), "default")
-    session.posterior.manifest["prior"]["method"] = "marglik"
+    session = open_fitted(ModelSettings(adapter=str(adapter)), "default")
+    session.posterior.content["prior"]["method"] = "marglik"
     labelled = read_labelled_rows(session, DataSettings(limit=100))
     hit = torch.nn.functional.one_hot(labelled.targets, 2).double()
     sure, unsure = torch.log(0.9 * hit + 0.1 * (1 - hit)), torch.log(0.6 * hit + 0.4 * (1 - hit))
@@ -318,10 +318,10 @@ def test_a_prior_that_makes_it_worse_is_a_warning_with_its_remedy(demo, adapter)
 def test_the_remedy_fits_how_the_prior_was_chosen(demo, adapter):
     model = ModelSettings(adapter=str(adapter))
     tune_prior(model, settings=PriorSettings(method="validation"))
-    session = open_session(model, "default")
+    session = open_fitted(model, "default")
     assert "--link probit" in evaluation._remedy(session, "probit", "x")
     assert "said otherwise" in evaluation._remedy(session, "mc-joint", "x")
-    session.posterior.manifest["prior"]["validation"]["map"]["nll"] = 0.0
+    session.posterior.content["prior"]["validation"]["map"]["nll"] = 0.0
     assert "so it was on the rows that tuned the prior" in evaluation._remedy(session, "mc-joint", "x")
 
 
@@ -332,10 +332,10 @@ def test_the_remedy_finds_posterior_and_rows_again(demo, adapter, tmp_path):
     model = ModelSettings(adapter=str(adapter), output_dir=elsewhere)
     tune_prior(model, settings=PriorSettings(method="marglik"))
     options = evaluation.remedy_options(model, DataSettings(data_dir=elsewhere / "data", split="validation"))
-    line = evaluation._remedy(open_session(model, "default"), "probit", options)
+    line = evaluation._remedy(open_fitted(model, "default"), "probit", options)
     _, *arguments = shlex.split(line.partition(": ")[2])
     app(arguments, standalone_mode=False)
-    prior = SavedPosterior(elsewhere / "laplace" / "default").manifest["prior"]
+    prior = SavedPosterior(elsewhere / "laplace" / "default").content["prior"]
     assert prior["method"] == "validation" and prior["validation"]["link"] == "probit"
 
 

@@ -85,32 +85,41 @@ def fit_command(
         save_every=save_every,
         offload_factors=offload_factors,
     )
-    budget = _budget(models[0], data, settings, dry_run, memory, alone=len(models) == 1)
+    if memory is not None and not dry_run:
+        raise UsageError("--memory goes with --dry-run")
+    from lapora.workflows.fit import estimate_memory, fit, fit_several
+
     if dry_run:
-        if as_json and budget is not None and models[0].processes.is_main:
+        free = None if memory is None else memory * 2**30
+        budget = estimate_memory(models[0], data, settings, device_memory=free)
+        print_memory_estimate(budget, whole=True)
+        if as_json and models[0].processes.is_main:
             write_json_lines([{"budget": budget.describe()}], "-")
         return
-    from lapora.workflows.fit import fit, fit_several
+
+    def show_estimate(found: MemoryEstimate) -> None:
+        print_memory_estimate(found, whole=False)
 
     if len(models) == 1:
         with RowProgress("fit") as progress:
-            result = fit(models[0], data, settings, progress)
-        _print_result(result, budget, as_json and models[0].processes.is_main)
+            result = fit(models[0], data, settings, progress, on_estimate=show_estimate)
+        _print_result(result, as_json and models[0].processes.is_main)
         return
     failures = []
-    for model, found in fit_several(models, data, settings, lambda model: RowProgress(f"fit {model.adapter}")):
+    bars = fit_several(models, data, settings, lambda model: RowProgress(f"fit {model.adapter}"), show_estimate)
+    for model, found in bars:
         if isinstance(found, LaporaError):
             failures.append(found.exit_status)
             print_error(f"{model.adapter}: {found}", found.reporting_rank)
         else:
-            _print_result(found, budget, as_json and model.processes.is_main)
+            _print_result(found, as_json and model.processes.is_main)
     if failures:
         raise SeveralError(
             f"{len(failures)} of {len(models)} adapters were not fitted; the others are done", failures[0]
         )
 
 
-def _print_result(result: FitResult, budget: MemoryEstimate | None, as_json: bool) -> None:
+def _print_result(result: FitResult, as_json: bool) -> None:
     for note in result.notes:
         print_message(f"note: {note}")
     if result.truncated:
@@ -124,34 +133,7 @@ def _print_result(result: FitResult, budget: MemoryEstimate | None, as_json: boo
     if result.kept < 1:
         print_message(f"the basis keeps {result.kept:.1%} of the curvature's trace; the rest keeps the prior")
     if as_json:
-        write_json_lines([{**result.describe(), "budget": None if budget is None else budget.describe()}], "-")
-
-
-def _budget(
-    model: ModelSettings, data: DataSettings, settings: FitSettings, dry_run: bool, memory: float | None, alone: bool
-) -> MemoryEstimate | None:
-    """Print what it will take; before a fit, what stands in the way of reckoning is the fit's own to say.
-
-    Of several adapters the first speaks for all: they are of one base, as a rule, and fitted one after the other.
-    """
-    from lapora.storage.saved import posterior_folder
-    from lapora.workflows.fit import estimate_memory, refuse_to_replace, resolve_settings
-
-    if memory is not None and not dry_run:
-        raise UsageError("--memory goes with --dry-run")
-    settings = resolve_settings(model, settings)
-    if alone and not dry_run:
-        refuse_to_replace(posterior_folder(model.root, settings.name), settings)
-    try:
-        budget = estimate_memory(model, data, settings, device_memory=None if memory is None else memory * 2**30)
-    except Exception as error:  # of a model's own code, for one: a budget is no reason not to fit
-        if dry_run:
-            raise
-        if not isinstance(error, LaporaError):
-            print_message(f"memory: not reckoned ({type(error).__name__})")
-        return None
-    print_memory_estimate(budget, whole=dry_run)
-    return budget
+        write_json_lines([result.describe()], "-")
 
 
 _BLOCK, _PREFIX = re.compile(r"\.\d+\."), "base_model.model."

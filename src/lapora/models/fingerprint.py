@@ -57,4 +57,4 @@ def library_versions() -> dict[str, str]:
     """Return the versions of the libraries on which the network's outputs depend."""
     import peft
 
-    return {"torch": torch.__version__, "transformers": transformers.__version__, "peft": peft.__version__}
+    return {"torch": str(torch.__version__), "transformers": transformers.__version__, "peft": peft.__version__}

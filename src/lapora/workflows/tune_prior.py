@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -16,9 +16,6 @@ from lapora.posterior.marglik import EvidenceMaximum, evidence_at, maximize_evid
 from lapora.posterior.prior import ALL, PriorPrecision
 from lapora.storage.files import write_lock
 from lapora.storage.saved import SavedPosterior, posterior_folder
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True)
@@ -76,7 +73,7 @@ def _tune(
     posterior = SavedPosterior(folder, validate_prior=False)
     by_evidence = _maximize(posterior, settings)
     if not all(model.processes.all_gather(posterior.prior_is_sound())):
-        _rewrite(model, posterior, by_evidence.describe(posterior.manifest["log_likelihood"] is not None))
+        _rewrite(model, posterior, by_evidence.describe(posterior.manifest.log_likelihood is not None))
     if settings.method == "adapted":
         tuned = _adapted(posterior, settings)
     elif settings.method == "marglik":
@@ -91,14 +88,14 @@ def _tune(
 def _rewrite(model: ModelSettings, posterior: SavedPosterior, prior: dict[str, Any]) -> None:
     with model.processes.raise_together():
         if model.processes.is_main:
-            posterior.rewrite_manifest({"prior": prior})
+            posterior.rewrite_prior(prior)
 
 
 def _maximize(posterior: SavedPosterior, settings: PriorSettings) -> EvidenceMaximum:
     return maximize_evidence(
         posterior.eigenvalues(),
-        posterior.manifest["parameters"],
-        posterior.manifest["log_likelihood"] or 0.0,
+        posterior.manifest.parameters,
+        posterior.manifest.log_likelihood or 0.0,
         structure=settings.structure,
         optimizer=settings.optimizer,
         learning_rate=settings.learning_rate,
@@ -121,9 +118,9 @@ def _unfinished_climb(posterior: SavedPosterior, settings: PriorSettings, climbe
 
 
 def _by_evidence(posterior: SavedPosterior, best: EvidenceMaximum, because: str) -> TunedPrior:
-    prior = best.describe(posterior.manifest["log_likelihood"] is not None)
+    prior = best.describe(posterior.manifest.log_likelihood is not None)
     notes = [*_few_answers_note(posterior), *_at_bound_notes(best.at_bound)]
-    bias = truncation_bias(best, posterior.eigenvalues(), posterior.manifest["parameters"])
+    bias = truncation_bias(best, posterior.eigenvalues(), posterior.manifest.parameters)
     reason = f"prior precision {best.prior.describe()} by marginal likelihood{because}"
     return TunedPrior(prior, best.prior, "marglik", reason, [*notes, *bias])
 
@@ -137,7 +134,7 @@ def _at_bound_notes(at_bound: dict[str, str]) -> list[str]:
 
 
 def _few_answers_note(posterior: SavedPosterior) -> list[str]:
-    if len(posterior.manifest["answers"]["choices"]) <= 2:
+    if len(posterior.manifest.answers.choices) <= 2:
         return []
     return [
         "with more than two answers the marginal likelihood may choose too wide a posterior for an adapter that is "
@@ -163,12 +160,12 @@ def _by_validation(
         return _by_evidence(posterior, by_evidence, f", for want of validation rows ({error})")
     manifest = posterior.manifest
     evidence, effective = evidence_at(
-        choice.prior, posterior.eigenvalues(), manifest["parameters"], manifest["log_likelihood"] or 0.0
+        choice.prior, posterior.eigenvalues(), manifest.parameters, manifest.log_likelihood or 0.0
     )
     prior = {
         **choice.prior.to_manifest(),
         "method": "validation",
-        "log_marginal_likelihood": evidence if manifest["log_likelihood"] is not None else None,
+        "log_marginal_likelihood": evidence if manifest.log_likelihood is not None else None,
         "effective_parameters": effective,
         "at_bound": {ALL: choice.at_bound} if choice.at_bound else None,
         "validation": choice.record,
@@ -181,20 +178,18 @@ def _adapted(posterior: SavedPosterior, settings: PriorSettings) -> TunedPrior:
 
     from lapora.posterior.linearised_evidence import LinearModel
 
-    if posterior.manifest["structure"] != "full":
-        raise UsageError(
-            f"--method adapted needs a posterior of --structure full, not {posterior.manifest['structure']}"
-        )
+    if posterior.manifest.structure != "full":
+        raise UsageError(f"--method adapted needs a posterior of --structure full, not {posterior.manifest.structure}")
     if settings.structure != "scalar":
         raise UsageError(f"--method adapted chooses one precision: use --prior scalar, not {settings.structure}")
     names = ["linear_model.kernel", "linear_model.prior_mean", "linear_model.labels"]
-    if names[0] not in posterior.manifest["tensors"]:
+    if names[0] not in posterior.tensors:
         raise UsageError("--method adapted needs labelled rows and --fisher exact in `lapora fit`")
     kernel, prior_mean, labels = (posterior.arrays(names)[name] for name in names)
     model = LinearModel(np.asarray(kernel), np.asarray(prior_mean), np.asarray(labels))
     precision, evidence, bound = model.maximize()
     chosen = PriorPrecision("scalar", {ALL: precision})
-    parameters = posterior.manifest["parameters"]
+    parameters = posterior.manifest.parameters
     _, effective = evidence_at(chosen, posterior.eigenvalues(), parameters, 0.0)
     prior = {
         **chosen.to_manifest(),
@@ -262,11 +257,12 @@ def choose_by_validation(
         UsageError: The split that ``fit`` read was asked for.
     """
     from lapora import metrics
-    from lapora.workflows.scoring import row_digest, score_rows, tuning_rows
-    from lapora.workflows.task_model import open_session
+    from lapora.workflows.rows import row_digest, tuning_rows
+    from lapora.workflows.scoring import score_rows
+    from lapora.workflows.task_model import open_fitted
 
-    session = open_session(model, settings.name, data=data)
-    rows = tuning_rows(session, data, settings.seed)
+    fitted = open_fitted(model, settings.name, data=data)
+    rows = tuning_rows(fitted, data, settings.seed)
     scalar = settings.structure == "scalar"
     # With several precisions the grid is that of the smallest, so that its top is MAP for all of them.
     smallest = min(by_evidence.precisions.values())
@@ -277,7 +273,7 @@ def choose_by_validation(
         by_evidence,
     ]
     scored = score_rows(
-        session,
+        fitted,
         rows,
         [settings.link],
         samples=TUNING_SAMPLES,
