@@ -23,7 +23,7 @@ from lapora.config import Placement
 from lapora.errors import UsageError
 
 
-def loading_arguments(placement: Placement) -> dict[str, Any]:
+def device_map_arguments(placement: Placement) -> dict[str, Any]:
     """Return the arguments of ``from_pretrained`` for a placement.
 
     Raises:
@@ -90,7 +90,7 @@ def without_placement(base: nn.Module) -> Iterator[None]:
             cast(Any, base).hf_device_map = device_map
 
 
-def keep_missing(base: nn.Module, missing: set[str]) -> None:
+def initialize_missing(base: nn.Module, missing: set[str]) -> None:
     """Allocate zeros for offloaded weights that are in no file, such as a head that the adapter will provide.
 
     Args:
