@@ -348,7 +348,9 @@ def _load_base(
         arguments.setdefault("device_map", {"": device})
         if getattr(resolved.config, "quantization_config", None) is None:
             modules_to_save = adapter.config.get("modules_to_save") or ()
-            arguments["quantization_config"] = quantization_config(resolved.quantize, resolved.element_type, modules_to_save)
+            arguments["quantization_config"] = quantization_config(
+                resolved.quantize, resolved.element_type, modules_to_save
+            )
     loader = auto_class(adapter, resolved.config)
     try:
         base, information = loader.from_pretrained(resolved.name, **arguments)

@@ -552,8 +552,8 @@ def _rank(settings: FitSettings) -> int | None:
 def _kept(posterior: Posterior) -> float:
     """Return the share of the curvature's trace that the basis holds, the smallest of the layers'."""
     if isinstance(posterior, BlockPosterior):
-        return min(block.kept for block in posterior.blocks)
-    return posterior.kept
+        return min(block.retained_trace for block in posterior.blocks)
+    return posterior.retained_trace
 
 
 def _values(row: Mapping[str, Any] | Row, number: int) -> dict[str, Any]:
