@@ -1,4 +1,4 @@
-"""What a grid of priors costs beside one prediction of the same rows: ``python -m benchmarks.validation_cost``.
+"""Compare the cost of a grid of priors with one prediction of the same rows: ``python -m benchmarks.validation_cost``.
 
 Every structure under mc-joint, and KFAC under every other link.
 """

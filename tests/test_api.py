@@ -17,7 +17,7 @@ import yaml
 from safetensors.torch import load_file
 
 import lapora
-from lapora import api, routed
+from lapora import api
 from lapora.config import DataSettings, EvalSettings, FitSettings, ModelSettings, PredictSettings, PriorSettings
 from lapora.errors import AdapterError, DataError, UsageError
 from lapora.models.adapter import read_adapter
@@ -70,10 +70,7 @@ def test_unknown_names_are_refused():
 
 
 EXAMPLES = [
-    found
-    for module in (api, routed)
-    for found in doctest.DocTestFinder(exclude_empty=True).find(module)
-    if found.examples
+    found for module in (api,) for found in doctest.DocTestFinder(exclude_empty=True).find(module) if found.examples
 ]
 
 

@@ -186,7 +186,7 @@ def test_what_is_written_otherwise_but_says_the_same_is_read(copied):
     manifest, _ = read(copied)
     reordered = dict(reversed(manifest.items()))
     (copied / "posterior.json").write_text(json.dumps(reordered, indent=7, ensure_ascii=True) + "\n\n")
-    assert SavedPosterior(copied).manifest == manifest
+    assert SavedPosterior(copied).content == manifest
 
 
 @pytest.mark.parametrize(
@@ -401,7 +401,7 @@ def judge(original: Path, folder: Path, kind: str) -> str:
     if kind == "fields with fitting checksums":
         return "believed"
     first = SavedPosterior(original)
-    assert saved.manifest == first.manifest
+    assert saved.content == first.content
     for one, other in zip(values, first.eigenvalues(), strict=True):
         np.testing.assert_array_equal(one, other)
     there, here = gaussian.tensors(), first.gaussian().tensors()

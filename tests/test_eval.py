@@ -126,8 +126,8 @@ def test_temperature_reuses_the_rows_that_tuned_the_prior_and_none_is_scored(ada
     assert list(results) == ["map", "temperature"]
     session = open_fitted(model, "default")
     digests = set(session.posterior.content["prior"]["validation"]["rows"])
-    every = read_labelled_rows(session, DataSettings())
-    scored = read_labelled_rows(session, DataSettings(), exclude=digests)
+    every = read_labelled_rows(session.posterior, session.model.kind, DataSettings())
+    scored = read_labelled_rows(session.posterior, session.model.kind, DataSettings(), exclude=digests)
     assert done.record["n"] == len(scored.examples)
     tuning = every.only([i for i, each in enumerate(every.examples) if row_digest(each) in digests])
     # Rows that say the same count each.
@@ -137,7 +137,7 @@ def test_temperature_reuses_the_rows_that_tuned_the_prior_and_none_is_scored(ada
 
 
 def run_log_map(session, rows):
-    log_p = forward_log_p(replace(session, batch_size=BatchSize(16)), session.model.encode(rows.examples))
+    log_p = forward_log_p(replace(session.model, batch_size=BatchSize(16)), session.model.encode(rows.examples))
     torch.testing.assert_close(log_p, score_rows(session, rows, ["map"], samples=8).log_p["map"][0], atol=1e-5, rtol=0)
     return log_p
 
@@ -200,7 +200,7 @@ def test_coverage_is_the_value_for_predict(adapter, demo, tmp_path, capsys):
     threshold = by_label(done)["laplace default (mc-joint)"]["coverage"]["threshold"]
     session = open_fitted(ModelSettings(adapter=str(adapter)), "default")
     digests = set(session.posterior.content["prior"]["validation"]["rows"])
-    rows = read_labelled_rows(session, DataSettings(), exclude=digests)
+    rows = read_labelled_rows(session.posterior, session.model.kind, DataSettings(), exclude=digests)
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(dict(each.row)) + "\n" for each in rows.examples))
     app(
         ["predict", str(adapter), str(tmp_path / "rows.jsonl"), "--abstain-below", str(threshold - 1e-6)],

@@ -43,7 +43,7 @@ def test_without_labels_the_curvature_is_the_same(demo, adapter, tmp_path):
     bare = run(demo, adapter, data_dir=tmp_path / "data", overwrite=True)
     assert bare.log_likelihood is None
     assert SavedPosterior(bare.folder).content["prior"]["log_marginal_likelihood"] is None
-    assert bare.prior.prior.precisions == pytest.approx(labelled.prior.prior.precisions, rel=1e-6)
+    assert bare.evidence.prior.precisions == pytest.approx(labelled.evidence.prior.precisions, rel=1e-6)
     np.testing.assert_allclose(eigenvalues(bare.folder), before, rtol=1e-6)
     with pytest.raises(DataError, match="label"):
         run(demo, adapter, data_dir=tmp_path / "data", overwrite=True, fisher="empirical")
@@ -88,13 +88,13 @@ def test_quantised_bases_fit_and_evaluate(demo, adapter, quantize):
 
 def test_laplace_torchs_engines_from_the_same_command(demo, adapter):
     """On rows of one length curvlinops equals the native engine; ASDL is T times as sure."""
-    native = run(demo, adapter).prior.prior.precisions["all"]
+    native = run(demo, adapter).evidence.prior.precisions["all"]
     curvlinops = run(demo, adapter, overwrite=True, engine="curvlinops")
     assert SavedPosterior(curvlinops.folder).content["engine"] == "curvlinops"
-    assert curvlinops.prior.prior.precisions["all"] == pytest.approx(native, rel=0.05)
+    assert curvlinops.evidence.prior.precisions["all"] == pytest.approx(native, rel=0.05)
     asdl = run(demo, adapter, overwrite=True, weight_sharing="asdl")
     assert SavedPosterior(asdl.folder).content["engine"] == "asdl"
-    assert asdl.prior.prior.precisions["all"] > 2 * native
+    assert asdl.evidence.prior.precisions["all"] > 2 * native
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,8 @@ from lapora import report
 from lapora.config import DataSettings, PredictSettings, PriorSettings
 from lapora.errors import AdapterError, DataError, LaporaError, PosteriorError, UsageError
 from lapora.models.adapter import read_adapter
-from lapora.report import evaluation, overview
+from lapora.report import tables
+from lapora.storage import manifest
 from lapora.storage.saved import SavedPosterior, posterior_folder
 from lapora.tasks import load_task, render
 from lapora.workflows.evaluate import evaluate
@@ -195,28 +196,29 @@ NASTY = "[red]x[/] [/nothing] :bomb: \x1b[2J \x9b31m \u202e"
 
 def test_tables_print_markup_and_escapes_as_text(monkeypatch):
     shown = io.StringIO()
-    for module in (overview, evaluation):
-        monkeypatch.setattr(module, "Console", lambda **_: Console(file=shown, width=300, force_terminal=True))
+    monkeypatch.setattr(tables, "Console", lambda **_: Console(file=shown, width=300, force_terminal=True))
     scores = {"accuracy": 0.5, "ece": 0.1, "nll": 0.7, "brier": 0.5}
     results = [{"method": "map", **scores}, {"method": "laplace", "name": NASTY, "link": "map", **scores}]
     report.print_evaluation({"task": NASTY, "split": NASTY, "n": 1, "results": results})
     task = {"task": NASTY, "kinds": [NASTY], "choices": [NASTY], "metric": NASTY, "hub": NASTY}
     report.print_tasks([task])
     plain = io.StringIO()
-    monkeypatch.setattr(overview, "Console", lambda **_: Console(file=plain, width=300))
+    monkeypatch.setattr(tables, "Console", lambda **_: Console(file=plain, width=300))
     with redirect_stdout(plain):
         report.print_tasks([task])
-    manifest = {
+    base = manifest.BaseModel(name=NASTY, revision=None, quantization="none", dtype=NASTY, fingerprint="0")
+    record = manifest.Manifest(
         **dict.fromkeys(("structure", "weight_sharing", "fisher", "subset"), NASTY),
-        "parameters": [],
-        "base_model": {"name": NASTY, "dtype": NASTY},
-        "task": {"task": NASTY},
-        "answers": {"choices": [NASTY, "b"]},
-        "data": {"n": 1, "split": NASTY},
-        "log_likelihood": None,
-        "prior": {"precision": 1.0, "structure": "scalar", "method": NASTY, "log_marginal_likelihood": None},
-    }
-    report.print_manifest(manifest)
+        format_version=1,
+        adapter="0",
+        base_model=base,
+        task={"task": NASTY},
+        answers=manifest.Answers(choices=[NASTY, "b"], token_ids=None),
+        data=manifest.Data(split=NASTY, n=1, fingerprint="0", max_length=1),
+        parameters=[],
+        log_likelihood=None,
+    )
+    report.print_posterior(record, manifest.Prior(structure="scalar", precision=1.0, method=NASTY))
     for text in (shown.getvalue(), plain.getvalue()):
         assert "[red]x[/] [/nothing] :bomb:" in text
         assert "\x1b[2J" not in text and "\x9b" not in text and "\u202e" not in text

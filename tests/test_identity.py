@@ -141,7 +141,7 @@ def rewrite(tiny: Path, **changes) -> None:
 
 
 def test_parameters_that_are_not_the_adapters(tiny):
-    manifest = SavedPosterior(tiny / "adapter" / "laplace" / "default").manifest
+    manifest = SavedPosterior(tiny / "adapter" / "laplace" / "default").content
     parameters = [dict(parameter) for parameter in manifest["parameters"]]
     parameters[0]["shape"] = parameters[0]["shape"][::-1]
     old = parameters[-1]["name"]
@@ -191,7 +191,7 @@ def test_one_element_anywhere_in_the_base_model_is_enough(tiny):
 
 
 def test_a_posterior_of_an_earlier_version_knows_its_base_by_a_sample(tiny):
-    manifest = SavedPosterior(tiny / "adapter" / "laplace" / "default").manifest
+    manifest = SavedPosterior(tiny / "adapter" / "laplace" / "default").content
     rewrite(tiny, base_model={key: value for key, value in manifest["base_model"].items() if key != "digests"})
     assert len(list(predict(model_of(tiny), PredictSettings(), json_lines(2)))) == 2
     with pytest.warns(LaporaWarning, match="fitted in float32, run in float64"):

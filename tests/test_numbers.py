@@ -129,7 +129,7 @@ def test_hardly_any_data_gives_a_posterior_and_probabilities(tiny, structure, ro
     options = {"rank": 4} if structure == "lowrank" else {}
     result = fit_tiny(tiny, structure=structure, **options)
     assert all((values >= 0).all() for values in SavedPosterior(result.folder).eigenvalues())
-    assert all(math.isfinite(value) and value > 0 for value in result.prior.prior.precisions.values())
+    assert all(math.isfinite(value) and value > 0 for value in result.evidence.prior.precisions.values())
     for record in predict(model_of(tiny), PredictSettings(), json_lines(5)):
         assert sum(record["probabilities"].values()) == pytest.approx(1, abs=1e-6)
 

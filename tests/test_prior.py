@@ -25,7 +25,8 @@ from lapora.storage.saved import SavedPosterior
 from lapora.workflows import evaluate as evaluation
 from lapora.workflows.evaluate import evaluate
 from lapora.workflows.fit import fit
-from lapora.workflows.scoring import read_labelled_rows, score_rows
+from lapora.workflows.rows import read_labelled_rows
+from lapora.workflows.scoring import score_rows
 from lapora.workflows.task_model import open_fitted
 from lapora.workflows.tune_prior import GRID, curve_minimum, tune_prior
 from tiny_models import batches, dense_jacobian, rows, tiny_classifier
@@ -167,7 +168,7 @@ def refit(demo, adapter, **settings):
 def test_a_grid_of_priors_in_one_pass_equals_one_pass_for_each(demo, adapter, structure):
     refit(demo, adapter, structure=structure, rank=20 if structure == "lowrank" else None)
     session = open_fitted(ModelSettings(adapter=str(adapter)), "default")
-    labelled = read_labelled_rows(session, DataSettings(limit=20))
+    labelled = read_labelled_rows(session.posterior, session.model.kind, DataSettings(limit=20))
     priors = [PriorPrecision("scalar", {"all": delta}) for delta in (0.1, 3.0, 200.0)]
     links = ["mc-joint", "mc-indep", "probit", "bridge"]
     together = score_rows(session, labelled, links, samples=256, priors=priors)
@@ -224,7 +225,7 @@ def test_auto_without_other_rows_is_the_marginal_likelihood_said_aloud(demo, ada
     result = fit(model, data, FitSettings(overwrite=True))
     tuned = tune_prior(model)
     assert tuned.method == "marglik"
-    assert tuned.prior["precision"] == pytest.approx(result.prior.prior.precisions["all"])
+    assert tuned.prior["precision"] == pytest.approx(result.evidence.prior.precisions["all"])
     assert "for want of validation rows" in tuned.reason
     with pytest.raises(DataError, match="no labelled rows"):
         tune_prior(model, settings=PriorSettings(method="validation"))
@@ -302,7 +303,7 @@ def test_a_biased_evidence_is_said(demo, adapter):
 def test_a_prior_that_makes_it_worse_is_a_warning_with_its_remedy(demo, adapter):
     session = open_fitted(ModelSettings(adapter=str(adapter)), "default")
     session.posterior.content["prior"]["method"] = "marglik"
-    labelled = read_labelled_rows(session, DataSettings(limit=100))
+    labelled = read_labelled_rows(session.posterior, session.model.kind, DataSettings(limit=100))
     hit = torch.nn.functional.one_hot(labelled.targets, 2).double()
     sure, unsure = torch.log(0.9 * hit + 0.1 * (1 - hit)), torch.log(0.6 * hit + 0.4 * (1 - hit))
     (warning,) = evaluation._warn(session, "mc-joint", labelled, unsure, sure, 1.0, "x")

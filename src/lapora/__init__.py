@@ -1,6 +1,6 @@
 """Calibrated probabilities for LoRA fine-tuned language models, by the Laplace approximation.
 
-The functions here are those of :mod:`lapora.api` and :mod:`lapora.api`; they are imported when first used, since
+The functions here are those of :mod:`lapora.api`; they are imported when first used, since
 torch comes with them.
 """
 
@@ -38,6 +38,6 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module 'lapora' has no attribute {name!r}")
-    from lapora import api, routed
+    from lapora import api
 
-    return getattr(routed if name in ("RoutedPredictor", "load_many") else api, name)
+    return getattr(api, name)

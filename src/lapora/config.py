@@ -19,7 +19,9 @@ Engine = Literal["native", "asdl", "curvlinops"]
 Subset = Literal["lora", "last-layer", "all"]
 FisherType = Literal["exact", "mc", "empirical"]
 PriorMethod = Literal["auto", "marglik", "adapted", "validation"]
+FitPrior = Literal["averaged", "marglik"]
 PriorStructure = Literal["scalar", "kind", "layer"]
+PriorChoice = Literal["scalar", "kind", "layer", "point"]
 Optimizer = Literal["exact", "adam"]
 Link = Literal["mc-joint", "mc-indep", "probit", "bridge", "map"]
 Method = Literal["constant", "map", "temperature", "mc-dropout", "ensemble", "laplace"]
@@ -157,6 +159,8 @@ class FitSettings:
         resume: Go on from what a fit that was ended has saved.
         save_every: Seconds between saves for ``resume``; 0 is every batch.
         offload_factors: Keep Kronecker sums in the host's memory.
+        prior_method: Average over the prior precisions that the training rows tolerate, or choose one by marginal
+            likelihood.
     """
 
     structure: Structure = "kron"
@@ -173,6 +177,7 @@ class FitSettings:
     resume: bool = False
     save_every: float = 60.0
     offload_factors: bool = False
+    prior_method: FitPrior = "averaged"
 
 
 @dataclass(frozen=True)
@@ -192,7 +197,7 @@ class PriorSettings:
 
     name: str = "default"
     method: PriorMethod = "auto"
-    structure: PriorStructure = "scalar"
+    structure: PriorChoice = "scalar"
     optimizer: Optimizer = "exact"
     learning_rate: float = 0.1
     steps: int = 1000

@@ -128,7 +128,7 @@ def _print_result(result: FitResult, as_json: bool) -> None:
         print_message("rows without labels: the evidence is known only up to a constant, which does not move the prior")
     print_message(
         f"posterior over {result.parameters:,} parameters from {result.rows:,} rows, prior precision "
-        f"{result.prior.prior.describe()} by marginal likelihood: {result.folder}"
+        f"{result.evidence.prior.describe()} by marginal likelihood: {result.folder}"
     )
     if result.kept < 1:
         print_message(f"the basis keeps {result.kept:.1%} of the curvature's trace; the rest keeps the prior")

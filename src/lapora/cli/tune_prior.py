@@ -16,7 +16,7 @@ from lapora.cli.arguments import (
     takes_model,
 )
 from lapora.cli.console import RowProgress, print_message
-from lapora.config import DataSettings, Link, ModelSettings, Optimizer, PriorMethod, PriorSettings, PriorStructure
+from lapora.config import DataSettings, Link, ModelSettings, Optimizer, PriorChoice, PriorMethod, PriorSettings
 
 
 @takes_model(writes=True)
@@ -24,7 +24,7 @@ def tune_prior_command(
     model: ModelSettings,
     name: NameOption = "default",
     method: Annotated[PriorMethod, typer.Option(help="How it is chosen.")] = PriorSettings.method,
-    prior: Annotated[PriorStructure, typer.Option(help="One precision, or one per kind or layer.")] = (
+    prior: Annotated[PriorChoice, typer.Option(help="One precision, or one per kind or layer.")] = (
         PriorSettings.structure
     ),
     optimizer: Annotated[

@@ -152,12 +152,13 @@ def threshold_for_coverage(log_p: Tensor, targets: Tensor, coverage: float) -> T
 LOWEST, HIGHEST = 0.01, 100.0
 
 
-def fit_temperature(log_p: Tensor, targets: Tensor) -> float:
-    """Fit the temperature T that minimizes the NLL of ``softmax(log_p / T)``, which is convex in 1/T.
+def fit_temperature(log_p: Tensor, targets: Tensor, *, width: float | None = None) -> float:
+    """Fit the temperature T of ``softmax(log_p / T)``: minimum NLL, or maximum posterior under N(log T; 0, width²).
 
     Args:
         log_p: ``(N, C)`` log-probabilities of held-out rows, not the rows to be scored.
         targets: ``(N,)`` labels, int64.
+        width: Standard deviation of the prior on log T; None is no prior.
 
     Returns:
         T, between 0.01 and 100.
@@ -165,7 +166,8 @@ def fit_temperature(log_p: Tensor, targets: Tensor) -> float:
 
     def nll(log_temperature: float) -> float:
         scaled = torch.log_softmax(log_p / math.exp(log_temperature), dim=1)
-        return float(-scaled.gather(1, targets.unsqueeze(1)).mean())
+        own = float(-scaled.gather(1, targets.unsqueeze(1)).mean())
+        return own if width is None else own + 0.5 * (log_temperature / width) ** 2 / len(targets)
 
     found = minimize_scalar(
         nll, bounds=(math.log(LOWEST), math.log(HIGHEST)), method="bounded", options={"xatol": 1e-6}

@@ -28,6 +28,7 @@ from lapora.config import (
     WeightSharing,
 )
 from lapora.errors import PosteriorError
+from lapora.posterior.averaging import Averaged, TrainingCurve
 from lapora.posterior.prior import PriorPrecision
 
 FORMAT_VERSION = 1
@@ -185,7 +186,7 @@ class Prior(Struct, frozen=True, kw_only=True):
     effective_parameters: float | None = None
     at_bound: dict[str, str] | None = None
     validation: Validation | None = None
-    averaged: Any = None
+    averaged: Averaged | None = None
 
     @property
     def precisions(self) -> PriorPrecision:
@@ -214,6 +215,7 @@ class Manifest(Struct, frozen=True, kw_only=True):
         subset: Which weights are Bayesian.
         parameters: Name, shape, role and squared norm of every Bayesian weight, in order.
         log_likelihood: ``log p(y|X, θ_MAP)`` in nats, or None where a row has no label.
+        training_curve: NLL on training rows over the prior precision, or None without labels.
         engine: Curvature backend.
         rank: Rank asked for, or None.
         kept: Share of the curvature's trace that the basis holds.
@@ -245,6 +247,7 @@ class Manifest(Struct, frozen=True, kw_only=True):
     seed: int = 0
     parameters: list[dict[str, Any]]
     log_likelihood: Annotated[float, Meta(gt=-1e300, le=0.0)] | None
+    training_curve: TrainingCurve | None = None
 
     @property
     def joint(self) -> bool:
@@ -323,6 +326,8 @@ def read_prior(file: Path, content: Mapping[str, Any]) -> Prior:
     try:
         prior = _converted(content["prior"], Prior)
         prior.precisions.per_layer(content["parameters"])
+        if prior.averaged is not None:
+            prior.averaged.check()
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError, _Wrong) as error:
         what = f"no precision for {error}" if isinstance(error, KeyError) else error
         raise PosteriorError(f"{file}: the field prior is damaged ({what}); {_TUNE}") from error

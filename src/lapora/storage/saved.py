@@ -165,13 +165,13 @@ class SavedPosterior:
         """
         return read_prior(self.folder / MANIFEST_FILE, self._content)
 
-    def rewrite_prior(self, prior: Mapping[str, Any]) -> None:
-        """Replace the prior in the manifest, atomically; the factors stay as they are.
+    def rewrite_manifest(self, changes: Mapping[str, Any]) -> None:
+        """Replace fields of the manifest, atomically; the factors stay as they are.
 
         Raises:
             PosteriorError: The manifest cannot be written; the old one is unchanged.
         """
-        content = with_checksums({**self._content, "prior": dict(prior)})
+        content = with_checksums({**self._content, **changes})
         try:
             write_json(self.folder / MANIFEST_FILE, content)
         except OSError as error:
@@ -179,6 +179,7 @@ class SavedPosterior:
                 f"{self.folder}: cannot be written ({os_error_reason(error)}); the old manifest is unchanged"
             ) from error
         self._content = content
+        self.__dict__.pop("manifest", None)
 
     def prior_is_sound(self) -> bool:
         """Return whether the prior is undamaged, and as ``fit`` or ``tune-prior`` wrote it."""

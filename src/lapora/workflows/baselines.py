@@ -19,6 +19,7 @@ from lapora.models.adapter import CONFIG_FILE, Adapter, fetch_adapter, is_hub_id
 from lapora.models.lora_layers import lora_dropout_on, lora_dropouts
 from lapora.models.outputs import OutputModel
 from lapora.models.shared_base import BaseCache
+from lapora.posterior.averaging import TEMPERATURE_WIDTH
 from lapora.workflows.rows import LabelledRows, TuningRows, are_training_rows, read_labelled_rows, row_digest
 from lapora.workflows.scoring import Prediction, forward_log_p
 from lapora.workflows.task_model import Fitted
@@ -72,18 +73,20 @@ def fit_temperature(
             if rows is None:
                 notes = ("the rows that tuned the prior are not in this data: the temperature has rows of its own",)
     if rows is None:
-        rows = read_labelled_rows(fitted, DataSettings(data.task, data.data_dir, split or evaluated))
+        rows = read_labelled_rows(
+            fitted.posterior, fitted.model.kind, DataSettings(data.task, data.data_dir, split or evaluated)
+        )
         if rows.split == evaluated:
             rows = rows.chosen(max(1, len(rows.examples) // 2), settings.seed)
     log_map = forward_log_p(fitted.model, fitted.model.encode(rows.examples))
     digests = frozenset(row_digest(example) for example in rows.examples)
-    value = metrics.fit_temperature(log_map, rows.targets)
+    value = metrics.fit_temperature(log_map, rows.targets, width=TEMPERATURE_WIDTH)
     return Temperature(value, rows.split, len(rows.examples), digests, notes)
 
 
 def _recorded_rows(fitted: Fitted, data: DataSettings, split: str, digests: Collection[str]) -> LabelledRows | None:
     try:
-        rows = read_labelled_rows(fitted, DataSettings(data.task, data.data_dir, split))
+        rows = read_labelled_rows(fitted.posterior, fitted.model.kind, DataSettings(data.task, data.data_dir, split))
     except DataError:
         return None
     found = [index for index, example in enumerate(rows.examples) if row_digest(example) in digests]

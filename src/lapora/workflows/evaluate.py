@@ -23,7 +23,6 @@ from lapora.config import (
     Progress,
 )
 from lapora.errors import DataError, UsageError
-from lapora.likelihoods.categorical import mutual_information
 from lapora.storage.saved import saved_names
 from lapora.tasks import data_fingerprint, load_rows, load_task, render_all, resolve_choices
 from lapora.workflows import baselines
@@ -88,7 +87,7 @@ def run_evaluation(
     notes = [*plan.left_out]
     temperature = _temperature(fitted, plan, data, settings, notes)
     left_out = plan.tuning_digests | (temperature.rows if temperature else frozenset())
-    rows = read_labelled_rows(fitted, data, exclude=left_out)
+    rows = read_labelled_rows(fitted.posterior, fitted.model.kind, data, exclude=left_out)
     if are_training_rows(fitted.posterior.manifest, replace(data, split=rows.split)):
         notes.append(f"note: {rows.split} holds the rows that the adapter was trained on: these scores flatter it")
     sets = [rows, *read_shifted_rows(fitted, settings, data.limit)]
@@ -107,7 +106,7 @@ def run_evaluation(
             predictions = _baselines(model, fitted, sets, log_maps, plan, settings, temperature, notes)
         if "laplace" in plan.methods:
             for found, each in zip(predictions, scored, strict=True):
-                found += _laplace(name, plan.links, each, settings)
+                found += _laplace(name, plan.links, each)
             notes += _warnings(fitted, plan.links, rows, scored[0], remedy_options(model, data))
     record = {
         "task": rows.task.task,
@@ -155,7 +154,7 @@ def _score(
         plan.links if laplace else (),
         samples=settings.samples,
         seed=settings.seed,
-        with_moments=laplace and bool(settings.ood),
+        with_information=laplace and bool(settings.ood),
         progress=progress,
     )
 
@@ -197,13 +196,14 @@ def _baselines(
     return found
 
 
-def _laplace(name: str, links: Sequence[Link], scored: ScoredRows, settings: EvalSettings) -> list[Prediction]:
-    information = None
-    if scored.moments is not None:
-        information = mutual_information(scored.moments, samples=settings.samples, seed=settings.seed)
+def _laplace(name: str, links: Sequence[Link], scored: ScoredRows) -> list[Prediction]:
     return [
         Prediction(
-            "laplace", scored.log_p[link][0], name, link, mutual_information=None if link == "map" else information
+            "laplace",
+            scored.log_p[link][0],
+            name,
+            link,
+            mutual_information=None if link == "map" else scored.information,
         )
         for link in links
     ]

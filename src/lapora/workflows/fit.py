@@ -46,6 +46,7 @@ from lapora.tasks import (
     resolve_choices,
 )
 from lapora.tasks.examples import Labels
+from lapora.workflows.averaging import average_without_rows, describe_averaged, training_curve
 from lapora.workflows.rows import read_rows
 from lapora.workflows.task_model import (
     Fitted,
@@ -119,7 +120,8 @@ class FitResult:
         truncated: Number of rows that were truncated to the maximum length.
         log_likelihood: ``log p(y|X, θ_MAP)`` in nats, or None without labels.
         parameters: Number of Bayesian parameters.
-        prior: The prior precision by marginal likelihood.
+        prior: The manifest's ``prior``.
+        evidence: The prior precision by marginal likelihood.
         kept: Share of the curvature's trace that a truncated basis holds.
         notes: What the user should know.
         memory: The memory estimate, where one was asked for and could be made.
@@ -130,7 +132,8 @@ class FitResult:
     truncated: int
     log_likelihood: float | None
     parameters: int
-    prior: EvidenceMaximum
+    prior: dict[str, Any]
+    evidence: EvidenceMaximum
     kept: float
     notes: tuple[str, ...]
     memory: MemoryEstimate | None = None
@@ -143,7 +146,7 @@ class FitResult:
             "truncated": self.truncated,
             "parameters": self.parameters,
             "log_likelihood": self.log_likelihood,
-            "prior": self.prior.describe(self.log_likelihood is not None),
+            "prior": self.prior,
             "kept": self.kept,
             "notes": list(self.notes),
             "budget": None if self.memory is None else self.memory.describe(),
@@ -439,14 +442,25 @@ def _fit(inputs: FitInputs, settings: FitSettings, folder: Path, progress: Progr
     with translate_row_errors([example.where for example in rows.examples]):
         posterior, log_likelihood = fit_posterior(run, settings)
     parameters = posterior.parameters()
-    prior = maximize_evidence(
-        [values.cpu().numpy() for values in posterior.eigenvalues], parameters, log_likelihood or 0.0
+    eigenvalues = [values.cpu().numpy() for values in posterior.eigenvalues]
+    evidence = maximize_evidence(eigenvalues, parameters, log_likelihood or 0.0)
+    curve = None if settings.prior_method == "marglik" else training_curve(inputs, posterior, run, progress)
+    if curve is None:
+        prior = evidence.describe(log_likelihood is not None)
+    else:
+        prior = describe_averaged(average_without_rows(curve), evidence.prior, eigenvalues, parameters, log_likelihood)
+    manifest = structs.replace(
+        described, parameters=parameters, log_likelihood=log_likelihood, kept=_kept(posterior), training_curve=curve
     )
-    manifest = structs.replace(described, parameters=parameters, log_likelihood=log_likelihood, kept=_kept(posterior))
     with processes.raise_together():  # no process continues, or removes the checkpoint, before it is written
         if processes.is_main:
-            write_posterior(folder, manifest, prior.describe(log_likelihood is not None), posterior)
+            write_posterior(folder, manifest, prior, posterior)
     notes = list(rows.adapter.notes)
+    if curve is None and settings.prior_method != "marglik":
+        notes.append(
+            "without labels the prior precision is that of the marginal likelihood, which may be far too small for "
+            "an adapter that is not overfitted: tune it with labelled rows (lapora tune-prior)"
+        )
     if checkpoint is not None:
         if processes.is_main:
             checkpoint.remove()
@@ -459,6 +473,7 @@ def _fit(inputs: FitInputs, settings: FitSettings, folder: Path, progress: Progr
         log_likelihood=log_likelihood,
         parameters=sum(rows * columns for rows, columns in (parameter["shape"] for parameter in parameters)),
         prior=prior,
+        evidence=evidence,
         kept=_kept(posterior),
         notes=tuple(notes),
     )

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from lapora.config import LONGEST_LINE, ModelSettings, PredictSettings
 from lapora.distributed import Processes
 from lapora.errors import DataError, LaporaError, NonFiniteRowError, NumericalError, UsageError
-from lapora.likelihoods.categorical import log_probabilities, needs_every_class
+from lapora.likelihoods.categorical import averaged_log_probabilities, log_probabilities, needs_every_class
 from lapora.models.adapter import CONFIG_FILE, fetch_adapter, is_hub_id
 from lapora.models.batches import Batch
 from lapora.models.batching import run_batches
@@ -219,10 +219,13 @@ def _alone(
 def _records(
     fitted: Fitted, settings: PredictSettings, predictor: LinearisedPredictor, batch: Batch
 ) -> list[dict[str, Any]]:
-    moments = predictor.moments(batch)
-    require_finite(moments.covariance, batch)
-    log_p = log_probabilities(settings.link, moments, samples=settings.samples, seed=settings.seed)
-    log_map = log_probabilities("map", moments)
+    found = predictor.moments_under_each_prior(batch)
+    for each in found:
+        require_finite(each.covariance, batch)
+    averaging = fitted.averaging
+    log_p = averaged_log_probabilities(settings.link, found, averaging, samples=settings.samples, seed=settings.seed)
+    log_map = log_probabilities("map", found[0])
+    moments = averaging.moments(found) if settings.logits else found[0]
     records = []
     for row in range(len(log_p)):
         p = log_p[row].exp()
@@ -238,6 +241,7 @@ def _records(
             record["logits"] = {
                 "mean": moments.mean[row].double().tolist(),
                 "covariance": moments.covariance[row].tolist(),
+                **({} if averaging.is_single else {"averaged": True}),
             }
         if settings.abstain_below is not None:
             record["abstained"] = record["confidence"] < settings.abstain_below

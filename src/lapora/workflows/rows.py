@@ -26,8 +26,9 @@ from lapora.tasks import (
 )
 
 if TYPE_CHECKING:
+    from lapora.models.adapter import ModelKind
     from lapora.storage.manifest import Manifest
-    from lapora.workflows.task_model import Fitted
+    from lapora.storage.saved import SavedPosterior
 
 _ROWS_SEARCHED_FOR_LABELS = 100
 
@@ -129,12 +130,17 @@ def split_identity(recorded: Manifest, data: DataSettings) -> tuple[str, ...]:
 
 
 def read_labelled_rows(
-    fitted: Fitted, data: DataSettings, default_split: str = "validation", exclude: Collection[str] = ()
+    posterior: SavedPosterior,
+    kind: ModelKind,
+    data: DataSettings,
+    default_split: str = "validation",
+    exclude: Collection[str] = (),
 ) -> LabelledRows:
     """Read the rows of a split with their labels, rendered as ``fit`` rendered its own.
 
     Args:
-        fitted: The fitted adapter.
+        posterior: The saved posterior.
+        kind: The kind of model that reads the rows.
         data: Which rows; None means as ``fit`` recorded it. A limit counts the rows that are not excluded.
         default_split: The split when ``data`` names none.
         exclude: Digests of rows to leave out.
@@ -145,11 +151,11 @@ def read_labelled_rows(
         PosteriorError: The task's answers are not the posterior's.
     """
     wanted = replace(data, limit=None) if exclude else data
-    manifest, kind, answers = fitted.posterior.manifest, fitted.model.kind, fitted.model.choices
+    manifest, answers = posterior.manifest, tuple(posterior.manifest.answers.choices)
     task, rows, split = read_rows(wanted, manifest, default_split)
     choices = resolve_choices(task, rows)
     if differences := answer_differences(manifest, task.task, choices):
-        raise fitted.posterior.mismatch(differences)
+        raise posterior.mismatch(differences)
     bare = render_all(task, rows[:_ROWS_SEARCHED_FOR_LABELS], kind=kind, choices=answers, labels="optional")
     if all(example.target is None for example in bare):
         raise UnlabelledError(f"{split}: the rows have no labels (first {len(bare)} rows); give a split that has them")
@@ -162,7 +168,7 @@ def read_labelled_rows(
     return LabelledRows(task, split, kept, torch.tensor([cast(int, row.target) for row in kept]), excluded)
 
 
-def tuning_rows(fitted: Fitted, data: DataSettings, seed: int) -> LabelledRows:
+def tuning_rows(posterior: SavedPosterior, kind: ModelKind, data: DataSettings, seed: int) -> LabelledRows:
     """Read a seeded half of a labelled split (or as many rows as the limit says) that ``fit`` did not read.
 
     Raises:
@@ -170,26 +176,26 @@ def tuning_rows(fitted: Fitted, data: DataSettings, seed: int) -> LabelledRows:
         UsageError: The split that ``fit`` read was asked for.
         DataError: A row cannot be read.
     """
-    rows = _labelled_split(fitted, data)
+    rows = _labelled_split(posterior, kind, data)
     return rows.chosen(data.limit or max(1, len(rows.examples) // 2), seed)
 
 
-def _labelled_split(fitted: Fitted, data: DataSettings) -> LabelledRows:
+def _labelled_split(posterior: SavedPosterior, kind: ModelKind, data: DataSettings) -> LabelledRows:
     """Read the split asked for, or the first that has labels; never the one that ``fit`` read, under any name."""
-    manifest = fitted.posterior.manifest
+    manifest = posterior.manifest
     if data.split is not None:
         if are_training_rows(manifest, data):
             raise UsageError(
                 f"--split {data.split}: the adapter was trained on these rows; give another split, or --method marglik"
             )
-        return read_labelled_rows(fitted, replace(data, limit=None))
+        return read_labelled_rows(posterior, kind, replace(data, limit=None))
     reasons = []
     for split in ("validation", "test"):
         candidate = replace(data, split=split, limit=None)
         if are_training_rows(manifest, candidate):
             continue
         try:
-            return read_labelled_rows(fitted, candidate)
+            return read_labelled_rows(posterior, kind, candidate)
         except (MissingSplitError, UnlabelledError) as error:
             reasons.append(str(error))
     raise MissingSplitError(f"no labelled rows but those that fit read ({reasons[0] if reasons else 'no other split'})")

@@ -1,8 +1,8 @@
-"""Labelled rows and their log-probabilities under a session's posterior: what tuning and evaluation share."""
+"""Log-probabilities of rows under a posterior, for tuning and evaluation."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,10 +11,18 @@ from torch import Tensor
 
 from lapora.config import Link, Progress, method_label
 from lapora.likelihoods.base import LogitMoments
-from lapora.likelihoods.categorical import log_probabilities, needs_every_class
+from lapora.likelihoods.categorical import (
+    averaged_log_probabilities,
+    averaged_mutual_information,
+    grid_log_probabilities,
+    log_probabilities,
+    needs_every_class,
+)
+from lapora.models.batches import Batch
 from lapora.models.batching import run_batches
 from lapora.posterior.prior import PriorPrecision
-from lapora.tasks import EncodedExample
+from lapora.predictive.moments import LinearisedPredictor
+from lapora.tasks import EncodedExample, Example
 from lapora.workflows.rows import LabelledRows
 from lapora.workflows.task_model import Fitted, TaskModel, require_finite, translate_row_errors
 
@@ -24,14 +32,15 @@ class ScoredRows:
     """Log-probabilities of rows.
 
     Attributes:
-        log_p: By link, ``(D, N, C)`` in float64 under each of D priors; ``map`` is always there.
-        truncated: How many rows were cut to the greatest length.
-        moments: Mean and covariance of the logits under the first prior, where they were asked for.
+        log_p: By link, ``(D, N, C)`` in float64: averaged as saved (D = 1), or under each of D priors asked for.
+            ``map`` is always there.
+        truncated: Number of rows that were truncated to the maximum length.
+        information: Mutual information of answer and weights, ``(N,)`` in nats, where it was asked for.
     """
 
     log_p: dict[Link, Tensor]
     truncated: int
-    moments: LogitMoments | None = None
+    information: Tensor | None = None
 
 
 def score_rows(
@@ -42,55 +51,118 @@ def score_rows(
     samples: int,
     seed: int = 0,
     priors: Sequence[PriorPrecision] = (),
-    with_moments: bool = False,
+    with_information: bool = False,
     progress: Progress | None = None,
 ) -> ScoredRows:
-    """Predict rows by several links, under the saved prior or under several others, in one pass.
+    """Predict rows by several links in one pass, under the saved prior or under several others.
 
     Args:
         fitted: The fitted adapter.
-        rows: What to predict.
-        links: How moments become probabilities.
-        samples: Points of the sampling links.
+        rows: The rows.
+        links: From moments to probabilities.
+        samples: Quasi-Monte-Carlo points of the sampling links.
         seed: Their scrambling.
-        priors: Priors to predict under; by default the saved one.
-        with_moments: Keep the moments of the logits.
-        progress: Told of rows done.
+        priors: Prior precisions to predict under, one by one; by default the saved prior is averaged over.
+        with_information: Compute the mutual information.
+        progress: Progress callback.
     """
     model, processes = fitted.model, fitted.model.processes
     coded = model.encode(rows.examples)
     mine = processes.shard(coded)
-    depth = max(1, len(priors))
-    shape = (depth, len(mine), len(model.choices))
+    shape = (max(1, len(priors)), len(mine), len(model.choices))
     log_p: dict[Link, Tensor] = {link: torch.zeros(shape, dtype=torch.float64) for link in ("map", *links)}
+    information = torch.zeros(len(mine), dtype=torch.float64)
+    predictor = fitted.predictor(
+        every_class=any(needs_every_class(link) for link in links),
+        map_only=set(links) <= {"map"} and not with_information,
+        priors=priors,
+    )
+    for batch, found in run_moments(model, predictor, rows.examples, coded, progress):
+        positions = list(batch.rows)
+        for link, table in log_p.items():
+            if priors:
+                for index, moments in enumerate(found):
+                    table[index, positions] = log_probabilities(link, moments, samples=samples, seed=seed)
+            else:
+                table[0, positions] = averaged_log_probabilities(
+                    link, found, fitted.averaging, samples=samples, seed=seed
+                )
+        if with_information:
+            information[positions] = averaged_mutual_information(found, fitted.averaging, samples=samples, seed=seed)
+    joined = {link: processes.interleave(table, len(coded), dim=1) for link, table in log_p.items()}
+    return ScoredRows(
+        joined,
+        sum(row.truncated for row in coded),
+        processes.interleave(information, len(coded)) if with_information else None,
+    )
+
+
+def label_grid(
+    model: TaskModel,
+    predictor: LinearisedPredictor,
+    examples: Sequence[Example],
+    encoded: Sequence[EncodedExample],
+    labels: Tensor,
+    *,
+    temperatures: Tensor,
+    link: Link,
+    samples: int,
+    seed: int,
+    progress: Progress | None = None,
+) -> Tensor:
+    """Return the log-probability of each row's label under every prior precision and temperature, in one pass.
+
+    Args:
+        model: The adapter with its task.
+        predictor: The linearised predictive under D prior precisions.
+        examples: The N rows.
+        encoded: Their token ids.
+        labels: Their labels, ``(N,)``.
+        temperatures: ``(T,)``.
+        link: From moments to probabilities.
+        samples: Quasi-Monte-Carlo points of the sampling links.
+        seed: Their scrambling.
+        progress: Progress callback.
+
+    Returns:
+        ``(D, T, N)`` in float64.
+    """
+    processes = model.processes
+    own = processes.shard(labels.tolist())
+    parts: dict[int, Tensor] = {}
+    for batch, found in run_moments(model, predictor, examples, encoded, progress):
+        targets = torch.tensor([own[row] for row in batch.rows])
+        table = grid_log_probabilities(link, found, temperatures, targets, samples=samples, seed=seed)
+        parts |= zip(batch.rows, table.unbind(2), strict=True)
+    everywhere = processes.all_gather(parts)
+    return torch.stack(
+        [everywhere[row % processes.count][row // processes.count] for row in range(len(encoded))], dim=2
+    )
+
+
+def run_moments(
+    model: TaskModel,
+    predictor: LinearisedPredictor,
+    examples: Sequence[Example],
+    encoded: Sequence[EncodedExample],
+    progress: Progress | None = None,
+) -> Iterator[tuple[Batch, list[LogitMoments]]]:
+    """Yield the batches of this process's shard with their moments under every prior precision.
+
+    Raises:
+        NumericalError: NaN or infinity; the row is named.
+    """
+    processes = model.processes
     done = 0
-    every_class = any(needs_every_class(link) for link in links)
-    map_only = set(links) <= {"map"} and not with_moments
-    kept: dict[int, tuple[Tensor, Tensor]] = {}
-    with (
-        processes.on_shard(),
-        translate_row_errors([example.where for example in processes.shard(rows.examples)]),
-        fitted.predictor(every_class=every_class, map_only=map_only, priors=priors) as predictor,
-    ):
-        for batch, found in run_batches(model.batches(mine), predictor.moments_under_each_prior):
-            for index, moments in enumerate(found):
+    names = [example.where for example in processes.shard(examples)]
+    with processes.on_shard(), translate_row_errors(names), predictor:
+        for batch, found in run_batches(model.batches(processes.shard(encoded)), predictor.moments_under_each_prior):
+            for moments in found:
                 require_finite(moments.covariance, batch)
-                for link, table in log_p.items():
-                    table[index, list(batch.rows)] = log_probabilities(link, moments, samples=samples, seed=seed)
-                if with_moments and index == 0:
-                    pairs = zip(moments.mean.cpu(), moments.covariance.cpu(), strict=True)
-                    kept |= zip(batch.rows, pairs, strict=True)
+            yield batch, found
             done += len(batch)
             if progress is not None:
-                progress(min(done * processes.count, len(coded)), len(coded))
-    log_p = {link: processes.interleave(table, len(coded), dim=1) for link, table in log_p.items()}
-    truncated = sum(row.truncated for row in coded)
-    if not with_moments:
-        return ScoredRows(log_p, truncated)
-    found_everywhere = processes.all_gather([kept[row] for row in range(len(mine))])
-    pairs_in_order = [found_everywhere[row % processes.count][row // processes.count] for row in range(len(coded))]
-    mean, covariance = (torch.stack([pair[part] for pair in pairs_in_order]) for part in (0, 1))
-    return ScoredRows(log_p, truncated, LogitMoments(mean, covariance))
+                progress(min(done * processes.count, len(encoded)), len(encoded))
 
 
 def forward_log_p(model: TaskModel, coded: Sequence[EncodedExample]) -> Tensor:

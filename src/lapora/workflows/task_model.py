@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, cast
 
 import numpy as np
@@ -14,6 +15,7 @@ from torch import Tensor
 from lapora.config import DataSettings, Dtype, ModelSettings
 from lapora.distributed import SINGLE_PROCESS, Processes
 from lapora.errors import AdapterError, DataError, NonFiniteRowError, NumericalError, UsageError
+from lapora.likelihoods.base import Averaging
 from lapora.models.adapter import Adapter, ModelKind, read_adapter
 from lapora.models.batches import Batch
 from lapora.models.batching import BatchFeed, BatchSize
@@ -30,6 +32,7 @@ from lapora.storage.compatibility import (
     model_differences,
     warn_of_other_versions,
 )
+from lapora.storage.manifest import Prior
 from lapora.storage.saved import SavedPosterior, posterior_folder
 from lapora.tasks import EncodedExample, Example, Task, answer_token_ids, encode_all, render, resolve_choices
 from lapora.workflows.rows import read_rows, resolve_task
@@ -150,12 +153,36 @@ class Fitted:
         gaussian = posterior.gaussian().on_device(layers, model.outputs.device, working)
         return cls(model, posterior, layers, gaussian)
 
+    @cached_property
+    def prior(self) -> Prior:
+        """The saved prior."""
+        return self.posterior.prior
+
+    @cached_property
+    def averaging(self) -> Averaging:
+        """Weights of the saved prior's precisions, in the order of :attr:`priors`, and of its temperatures."""
+        averaged = self.prior.averaged
+        if averaged is None:
+            return Averaging.single()
+        pruned = averaged.pruned()
+        return Averaging(
+            torch.tensor(pruned.temperatures, dtype=torch.float64), torch.tensor(pruned.weights, dtype=torch.float64)
+        )
+
+    @cached_property
+    def priors(self) -> list[PriorPrecision]:
+        """The prior precisions that predictions are averaged over; one, where they are not."""
+        averaged = self.prior.averaged
+        if averaged is None:
+            return [self.prior.precisions]
+        return self.prior.precisions.on_grid(averaged.pruned().grid)
+
     def predictor(
         self, *, every_class: bool, map_only: bool = False, priors: Sequence[PriorPrecision] = ()
     ) -> LinearisedPredictor:
-        """Return the linearised predictive under the saved prior precision, or under several others at once."""
+        """Return the linearised predictive under the saved prior precisions, or under several others at once."""
         parameters = self.posterior.manifest.parameters
-        per_layer = [prior.per_layer(parameters) for prior in priors or [self.posterior.prior.precisions]]
+        per_layer = [prior.per_layer(parameters) for prior in priors or self.priors]
         return LinearisedPredictor(
             self.model.outputs,
             self.layers,
