@@ -21,7 +21,7 @@ from benchmarks import floor as measured
 from benchmarks.models import Subject, random_batches
 from lapora.models.lora_layers import find_bayesian_layers
 from lapora.models.outputs import OutputModel
-from lapora.models.quantization import keep_inputs_whole, quantization_config
+from lapora.models.quantization import disable_input_rounding, quantization_config
 
 SHAPES = {
     "7B": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32},
@@ -81,7 +81,7 @@ def _model(shape: str, quantize: str, device: str) -> PeftModel:
             torch.nn.init.normal_(parameter, std=0.02)
     model = model.eval().requires_grad_(False)
     if quantize != "none":
-        keep_inputs_whole(model)
+        disable_input_rounding(model)
     return model
 
 

@@ -265,7 +265,7 @@ def measure(shape: Shape) -> dict[str, float]:
     weights = sum(each.nbytes for each in it.answers.model.parameters())
     with LiveMemory(it.answers.model) as live:
         once(it.batches[:1])
-    return {"pass": min(a for a, _ in times), "decompose": min(b for _, b in times), "memory": weights + live.most}
+    return {"pass": min(a for a, _ in times), "decompose": min(b for _, b in times), "memory": weights + live.peak}
 
 
 def calibrated(runs: Sequence[tuple[Shape, Mapping[str, float]]]) -> Machine:

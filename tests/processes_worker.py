@@ -41,7 +41,7 @@ def fitted(processes, make, count, name):
     structure, options = CASES[name]
     size = BatchSize(2)
     run = CurvatureRun(
-        answers=answers,
+        output_model=answers,
         layers=layers,
         batches=lambda: BatchFeed(answers, encoded, size, processes),
         targets=[row % 3 for row in range(count)],

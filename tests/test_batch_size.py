@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lapora.config import MOST_TOKENS, TOKEN_BUDGET
 from lapora.errors import UsageError
-from lapora.models.batching import BatchFeed, BatchSize, even_length, run_batches
+from lapora.models.batching import BatchFeed, BatchSize, bucket_length, run_batches
 from lapora.models.lora_layers import find_bayesian_layers
 from lapora.posterior.gaussian import BlockPosterior
 from lapora.posterior.structures import CurvatureRun, fit_structure
@@ -131,18 +131,18 @@ def test_evenly_padded_rows_have_the_same_length_beside_any_others():
         row.input_ids = [1] * length
     padded = [{}, {}, {}]
     for found, size in zip(padded, (BatchSize(1), BatchSize(7), BatchSize(None)), strict=True):
-        for batch in BatchFeed(answers, encoded, size, even=True):
+        for batch in BatchFeed(answers, encoded, size, bucketed=True):
             found |= dict.fromkeys(batch.rows, batch.input_ids.shape[1])
     assert padded[0] == padded[1] == padded[2] and sorted(padded[0]) == list(range(40))
     assert set(padded[0].values()) == {8, 16, 24, 32}  # the model has 32 positions
 
 
-def test_even_lengths():
-    seen = sorted({even_length(length, None) for length in range(300)})
+def test_bucket_lengths():
+    seen = sorted({bucket_length(length, None) for length in range(300)})
     assert seen == [8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320]
     for length in range(1, 513):
-        assert length < even_length(length, None) <= max(length + 8, 1.25 * length)
-        assert length <= even_length(length, 512) <= 512
+        assert length < bucket_length(length, None) <= max(length + 8, 1.25 * length)
+        assert length <= bucket_length(length, 512) <= 512
 
 
 def test_what_cannot_be_halved_is_refused_in_one_line():
@@ -184,13 +184,13 @@ def test_the_budget_doubles_on_a_device_while_twice_as_much_fits(device_memory):
     seen = []
     for _ in range(8):
         device_memory(size.tokens)
-        size.fitted(torch.device("cuda"))
+        size.report_success(torch.device("cuda"))
         seen.append(size.tokens)
     # 9/10 of 7,000 free bytes hold a batch of 3,200 tokens, but not one of 6,400.
     assert seen == [200, 400, 800, 1600, 3200, 3200, 3200, 3200]
     size.report_out_of_memory(rows=32, length=100)
     device_memory(1)
-    size.fitted(torch.device("cuda"))
+    size.report_success(torch.device("cuda"))
     assert size.tokens == 1600  # once it did not fit, it grows no more
 
 
@@ -201,7 +201,7 @@ def test_the_budget_has_an_end_and_a_cpu_or_a_fixed_size_does_not_grow(device_me
         (BatchSize(None), "cpu", TOKEN_BUDGET),
         (BatchSize(4), "cuda", TOKEN_BUDGET),
     ):
-        size.fitted(torch.device(device))
+        size.report_success(torch.device(device))
         assert size.tokens == tokens
 
 

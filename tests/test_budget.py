@@ -21,7 +21,7 @@ from lapora.curvature.kfac import KronObserver
 from lapora.curvature.nystrom import NystromSketch
 from lapora.likelihoods.categorical import class_columns
 from lapora.memory import dry_pass
-from lapora.memory.dry_pass import batch_memory, leaders_of
+from lapora.memory.dry_pass import batch_memory, input_owners_of
 from lapora.memory.estimate import allocator_overhead
 from lapora.memory.footprint import StructureShape, footprint
 from lapora.models.adapter import read_adapter
@@ -103,15 +103,15 @@ def test_sums_are_as_large_as_said(folder, rank):
     observer = KronObserver("expand", rank)
     run.observe(observer)
     held = {}
-    leaders = {}
+    input_owners = {}
     for name, factors in observer.factors(run.layers).items():
-        leaders[name] = factors.leader
-        sums = [factors.gradient_sum] + ([factors.input_sum] if factors.leader == name else [])
+        input_owners[name] = factors.input_owner
+        sums = [factors.gradient_sum] + ([factors.input_sum] if factors.input_owner == name else [])
         held[name] = sum((each.image if isinstance(each, NystromSketch) else each).nbytes for each in sums)
     skeleton = build_meta_model(read_adapter(folder / "adapter"))
     layers = find_bayesian_layers(skeleton.model)
-    assert leaders_of(skeleton, layers, 2) == leaders
-    found = footprint(StructureShape("kron", layers, leaders, 2, 1, 24, rank))
+    assert input_owners_of(skeleton, layers, 2) == input_owners
+    found = footprint(StructureShape("kron", layers, input_owners, 2, 1, 24, rank))
     assert found.by_layer == held
     assert found.sums == sum(held.values())
 
@@ -134,7 +134,7 @@ def test_a_batch_holds_what_its_shape_says(folder, structure, directions, rerun)
     found = batch_memory(
         skeleton, shapes, structure, (8, 32), classes=classes, directions=directions, recompute_blocks=rerun
     )
-    assert found == pytest.approx(memory.most, rel=0.05)
+    assert found == pytest.approx(memory.peak, rel=0.05)
 
 
 def test_many_blocks_are_reckoned_from_fewer(tmp_path, monkeypatch):
@@ -142,9 +142,9 @@ def test_many_blocks_are_reckoned_from_fewer(tmp_path, monkeypatch):
     skeleton = build_meta_model(read_adapter(folder / "adapter"))
     layers = find_bayesian_layers(skeleton.model)
     few = [batch_memory(skeleton, layers, s, (4, 32), classes=2, directions=1) for s in ("kron", "diag")]
-    leaders = leaders_of(skeleton, layers, 2)
-    monkeypatch.setattr(dry_pass, "_alike", lambda *_: None)
-    assert leaders == leaders_of(skeleton, layers, 2)
+    input_owners = input_owners_of(skeleton, layers, 2)
+    monkeypatch.setattr(dry_pass, "_count_identical_blocks", lambda *_: None)
+    assert input_owners == input_owners_of(skeleton, layers, 2)
     for size, structure in zip(few, ("kron", "diag"), strict=True):
         whole = batch_memory(skeleton, layers, structure, (4, 32), classes=2, directions=1)
         assert size == pytest.approx(whole, rel=0.01)
@@ -249,7 +249,7 @@ def test_structures_take_what_the_footprint_says_or_less(folder):
             fit_structure(structure, run)
         budget = estimate_memory(model_of(folder), data_of(folder), settings)
         reckoned = (budget.peak_device - sum(budget.weights.values())) / allocator_overhead("cpu")
-        assert 0.5 < memory.most / reckoned < 1.1
+        assert 0.5 < memory.peak / reckoned < 1.1
 
 
 _FIT = """

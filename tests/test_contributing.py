@@ -75,7 +75,7 @@ NAMED = [
     ("config.py", 'Engine = Literal["native",', ' "doubled",'),
     (
         "workflows/fit.py",
-        "    rows = (run.answers, run.layers, run.batches(), run.targets)\n",
+        "    rows = (run.output_model, run.layers, run.batches(), run.targets)\n",
         '    if settings.engine == "doubled":\n'
         "        from lapora.curvature.doubled import doubled_factors\n\n"
         "        factors, log_likelihood = doubled_factors(*rows)\n"

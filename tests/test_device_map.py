@@ -14,7 +14,7 @@ from transformers import BertConfig, BertForSequenceClassification, BertModel
 from lapora.config import DataSettings, FitSettings, ModelSettings, Placement, PredictSettings
 from lapora.errors import PosteriorError, UsageError
 from lapora.models.adapter import read_adapter
-from lapora.models.device_map import loading_arguments
+from lapora.models.device_map import device_map_arguments
 from lapora.models.loading import load_model
 from lapora.models.shared_base import BaseCache
 from lapora.workflows.fit import fit
@@ -172,10 +172,10 @@ def test_options_that_contradict_each_other(how, message):
 @pytest.mark.parametrize("text", ["cpu", "cpu=much", "gpu=1GiB", "=1GiB"])
 def test_bounds_that_cannot_be_read(text):
     with pytest.raises(UsageError, match="--max-memory"):
-        loading_arguments(Placement("auto", text))
+        device_map_arguments(Placement("auto", text))
 
 
 def test_bounds():
-    found = loading_arguments(Placement("balanced", "0=20GiB, cpu=60GiB"))
+    found = device_map_arguments(Placement("balanced", "0=20GiB, cpu=60GiB"))
     assert found == {"device_map": "balanced", "max_memory": {0: "20GiB", "cpu": "60GiB"}}
     assert json.dumps(found["device_map"])

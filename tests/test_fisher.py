@@ -41,7 +41,7 @@ class Recorder:
     def begin(self, batch):
         pass
 
-    def observe_input(self, layer, leader, inputs, mask):
+    def observe_input(self, layer, input_owner, inputs, mask):
         self.inputs.setdefault(layer.name, []).append(inputs[0].clone())
         return
 
@@ -91,7 +91,7 @@ def test_gradients_are_those_of_plain_autograd(answers, layers):
     stacked = []
 
     class Stack(Recorder):
-        def observe_input(self, layer, leader, inputs, mask):
+        def observe_input(self, layer, input_owner, inputs, mask):
             return inputs
 
         def observe_gradient(self, layer, kept, gradient):
@@ -123,7 +123,7 @@ def test_query_and_value_share_one_input(layers, answers):
     collect(answers, layers, observer, batches(answers, rows(), 3), targets=[None] * 6)
     factors = observer.factors(layers)
     first, second = [layer.name for layer in layers if layer.role == "A"][:2]
-    assert factors[second].leader == first
+    assert factors[second].input_owner == first
     assert factors[second].input_sum is factors[first].input_sum
 
 

@@ -176,7 +176,7 @@ def test_what_laplace_torch_fitted_comes_back():
     for theirs, plain, block in zip(back, bare, ours, strict=True):
         torch.testing.assert_close(plain.eigenvalues, block.eigenvalues, rtol=1e-6, atol=1e-12)
         torch.testing.assert_close(theirs.eigenvalues, 2 * block.eigenvalues, rtol=1e-6, atol=1e-12)
-        assert (theirs.leader, theirs.squared_norm) == (theirs.name, block.squared_norm)
+        assert (theirs.input_owner, theirs.squared_norm) == (theirs.name, block.squared_norm)
     _, covariance = moments(answers, layers, bare, encoded, classes=3)
     close(covariance, moments(answers, layers, ours, encoded, classes=3)[1], answers)
 

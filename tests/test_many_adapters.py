@@ -250,7 +250,7 @@ def test_an_adapter_that_does_not_fit_leaves_nothing_on_the_base(several):
 
 
 def test_a_base_that_had_to_go_still_serves_the_adapters_that_were_on_it(several):
-    shared = BaseCache(most=1)
+    shared = BaseCache(max_bases=1)
     ids = torch.tensor([[3, 4, 5]])
 
     def logits(loaded):

@@ -30,9 +30,9 @@ class Recorder:
     def begin(self, batch):
         pass
 
-    def observe_input(self, layer, leader, inputs, mask):
+    def observe_input(self, layer, input_owner, inputs, mask):
         assert layer.name not in self.inputs
-        self.inputs[layer.name] = (leader, inputs.clone(), mask)
+        self.inputs[layer.name] = (input_owner, inputs.clone(), mask)
         return inputs
 
     def observe_gradient(self, layer, kept, gradient):

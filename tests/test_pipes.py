@@ -52,10 +52,10 @@ LINES = {
     "one megabyte of prompt": (b'{"story": "' + b"cows " * 200_000 + b'"}\n', "more than the 48 of --max-length"),
     "not UTF-8": (b'{"story": "\xff\xfe"}\n', "not UTF-8 at byte 11"),
     "UTF-16": (GOOD.decode().encode("utf-16-le") + b"\n", "not"),
-    "half a surrogate pair": (b'{"story": "\\ud800"}\n', "half of a surrogate pair"),
+    "half a surrogate pair": (b'{"story": "\\ud800"}\n', "an unpaired surrogate"),
     "NaN": (b'{"story": NaN}\n', "NaN is not JSON"),
     "Infinity": (b'{"story": "a", "id": -Infinity}\n', "-Infinity is not JSON"),
-    "a number too large": (b'{"story": "a", "id": 1e999}\n', "too large a number"),
+    "a number too large": (b'{"story": "a", "id": 1e999}\n', "is too large"),
     "a number of 5,000 digits": (b'{"story": "a", "id": ' + b"7" * 5000 + b"}\n", "not JSON"),
     "nested 100,000 deep": (b'{"story": ' + b"[" * 100_000 + b"]" * 100_000 + b"}\n", "nested too deeply"),
     "nested 900 deep, as a field": (b'{"story": ' + b"[" * 900 + b"]" * 900 + b"}\n", None),
@@ -67,7 +67,7 @@ LINES = {
     "two objects": (GOOD + GOOD + b"\n", "Extra data"),
     "a zero byte": (b"\0\n", "not JSON"),
     "another field": (b'{"question": "a"}\n', "no value for story"),
-    "an empty prompt": (b'{"text": "  "}\n', "its text is empty"),
+    "an empty prompt": (b'{"text": "  "}\n', "the rendered text is empty"),
     "too long a line": (b'{"story": "' + b"x" * LONGEST_LINE + b'"}\n', "which is no row"),
 }
 

@@ -35,8 +35,8 @@ def test_layers_of_one_input_may_have_bases_of_their_own(answers, layers):
     """As the engines give them; rotated by another layer's basis, the variance would be off by a third."""
     encoded = rows()
     _, blocks = posterior(answers, layers, encoded)
-    assert any(block.leader != block.name for block in blocks)
-    own = [replace(block, leader=block.name, input_basis=block.input_basis.flip(1)) for block in blocks]
+    assert any(block.input_owner != block.name for block in blocks)
+    own = [replace(block, input_owner=block.name, input_basis=block.input_basis.flip(1)) for block in blocks]
     own = [replace(block, eigenvalues=block.eigenvalues.flip(1)) for block in own]
     classes = answers.logits(next(batches(answers, encoded, 1))).shape[1]
     shared = moments(answers, layers, blocks, encoded, classes=classes, size=1)

@@ -169,7 +169,7 @@ def check_full(answers, layers, encoded, logits, jacobian):
 def check_lowrank(answers, layers, encoded, logits, jacobian):
     """With a rank as great as the GGN's, the sketch is exact."""
     posterior, _ = fit_structure("lowrank", run_of(answers, layers, encoded, rank=len(encoded) * logits.shape[1]))
-    assert posterior.kept == pytest.approx(1.0, abs=1e-5)
+    assert posterior.retained_trace == pytest.approx(1.0, abs=1e-5)
     ggn = dense_ggn(logits, jacobian)
     close(posterior.joint_eigenvalues.sum(), ggn.trace(), answers)
     check_predictive(answers, layers, posterior, encoded, jacobian, ggn)
@@ -204,9 +204,9 @@ def test_a_head_that_reads_one_position_counts_one_token(mixture):
     recorded = {}
 
     class Watch(KronObserver):
-        def observe_input(self, layer, leader, inputs, mask):
+        def observe_input(self, layer, input_owner, inputs, mask):
             recorded.setdefault(layer.name, []).append(inputs if mask is None else inputs[mask].unsqueeze(0))
-            return super().observe_input(layer, leader, inputs, mask)
+            return super().observe_input(layer, input_owner, inputs, mask)
 
     observer = Watch("expand")
     run_of(answers, layers, encoded).observe(observer)
@@ -249,7 +249,7 @@ def test_truncated_kron_is_exact_for_its_curvature_and_bounds_the_variance(answe
         assert float(block.eigenvalues.sum()) <= float(complete.eigenvalues.sum()) * (1 + 1e-4)
         if float(complete.eigenvalues.sum()) > 0:
             kept.append(float(block.eigenvalues.sum() / complete.eigenvalues.sum()))
-            assert block.kept == pytest.approx(kept[-1], rel=1e-3)
+            assert block.retained_trace == pytest.approx(kept[-1], rel=1e-3)
     assert min(kept) < 1
     check_predictive(answers, layers, posterior, encoded, jacobian, curvature)
     _, truncated = moments(answers, layers, posterior, encoded, classes=classes, precision=DELTA)

@@ -1,8 +1,8 @@
-"""The processes of one run, as ``torchrun`` or ``accelerate launch`` starts them: each has a share of the rows.
+"""Data parallelism over processes started by ``torchrun`` or ``accelerate launch``.
 
-Every process holds the whole model and reads the same rows; a pass gives each a share, and its sums are added
-over all of them afterwards. The first process alone writes, locks and speaks. A run without a launcher is
-:data:`SINGLE_PROCESS`, for which everything here does nothing.
+Every process holds the whole model and reads the same rows. A pass runs on each rank's shard, and its sums are
+all-reduced afterwards. Only the main process (rank 0) writes files, takes locks and prints. Without a launcher,
+:data:`SINGLE_PROCESS` makes all collectives no-ops.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ Item = TypeVar("Item")
 
 
 class Processes:
-    """A run of one process, and the base of a run of many.
+    """Collectives of a run of one process, and the base class for several.
 
     Attributes:
-        rank: Which one this is, from 0.
-        count: How many there are.
+        rank: Rank of this process, from 0.
+        count: Number of processes (the world size).
     """
 
     rank = 0
@@ -34,66 +34,72 @@ class Processes:
 
     @property
     def is_main(self) -> bool:
-        """Whether this is the process that writes and speaks."""
+        """Whether this is the main process, which writes files and prints."""
         return self.rank == 0
 
     def shard(self, items: Sequence[Item]) -> Sequence[Item]:
-        """This process's part of a sequence: every ``count``-th item, so that like neighbours are dealt out evenly."""
+        """Return this rank's shard: every ``count``-th item, so that rows sorted by length are split evenly."""
         return items[self.rank :: self.count]
 
     def on_main(self, manager: AbstractContextManager[None]) -> AbstractContextManager[None]:
-        """A context that the first process enters; an error on its way in is everybody's."""
+        """Return a context that is entered on rank 0 only; if entering fails, all ranks raise."""
         return manager
 
     def raise_together(self) -> AbstractContextManager[None]:
-        """Work that every process does by itself and that may fail in some: an error of one ends all."""
+        """Return a context for code that every rank runs; if one rank fails, all ranks raise."""
         return nullcontext()
 
     def on_shard(self) -> AbstractContextManager[None]:
-        """Work on this process's share: an error is its own, and says so."""
+        """Return a context for work on this rank's shard; errors are prefixed with the rank."""
         return nullcontext()
 
     def broadcast_stream(self, items: Generator[Item]) -> Generator[Item]:
-        """What the first process reads, read by all."""
+        """Yield on every rank the items that rank 0 reads."""
         yield from items
 
     def all_gather(self, item: Item) -> list[Item]:
-        """The items of all processes, by rank."""
+        """Return the items of all ranks, in rank order."""
         return [item]
 
     def all_reduce(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Tensors added over the processes by name; one that a process lacks is zero there."""
+        """Sum tensors over the ranks by name; a tensor missing on a rank counts as zero."""
         return dict(tensors)
 
     def all_gather_tensors(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Every process's tensors, whose names differ, at all of them."""
+        """Return the tensors of all ranks; every name occurs on one rank only."""
         return dict(tensors)
 
     def interleave(self, part: Tensor, total: int, dim: int = 0) -> Tensor:
-        """Put the shares of ``total`` rows, as :meth:`share` deals them out, together along a dimension."""
+        """Reassemble ``total`` rows from the shards made by :meth:`shard`.
+
+        Args:
+            part: This rank's shard of the rows.
+            total: Number of rows over all ranks.
+            dim: Dimension of ``part`` that indexes the rows.
+        """
         return part
 
 
 SINGLE_PROCESS = Processes()
-"""A run of a single process."""
+"""The collectives of a run without a launcher."""
 
 
 def is_launched() -> bool:
-    """Whether a launcher has started this process as one of several."""
+    """Return whether a launcher started this process as one of several."""
     return int(os.environ.get("WORLD_SIZE", "1") or "1") > 1 and "RANK" in os.environ
 
 
 def init_processes(device: str = "auto") -> tuple[Processes, str]:
-    """Meet the other processes that a launcher has started.
+    """Initialize the process group of the launcher, if there is one.
 
     Args:
-        device: As asked for. Where it is a GPU by default or by the name ``cuda``, each process gets one of its own.
+        device: The requested device. ``cuda``, or ``auto`` on a machine with GPUs, gives each process its own GPU.
 
     Returns:
-        The processes, and this one's device.
+        The collectives, and this process's device.
 
     Raises:
-        ProcessError: They cannot meet.
+        ProcessError: The process group cannot be initialized.
     """
     if not is_launched():
         return SINGLE_PROCESS, device
@@ -105,13 +111,13 @@ def init_processes(device: str = "auto") -> tuple[Processes, str]:
 
 
 class LaunchedProcesses(Processes):
-    """The processes of a launcher, met through Accelerate.
+    """Collectives over the processes of a launcher, by Accelerate and ``torch.distributed``.
 
     Args:
-        cpu: Talk over gloo, in the host's memory.
+        cpu: Use the gloo backend on the CPU.
 
     Raises:
-        ProcessError: They cannot meet.
+        ProcessError: The process group cannot be initialized.
     """
 
     def __init__(self, *, cpu: bool) -> None:
@@ -122,49 +128,51 @@ class LaunchedProcesses(Processes):
 
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of the number of threads that it sets
-                # One that is done waits for the slowest, however long; one that has died is noticed otherwise.
+                warnings.simplefilter("ignore")  # Accelerate warns about the number of threads that it sets
+                # Ranks may wait for the slowest one for days; a process that died closes its connection.
                 state = PartialState(cpu=cpu, timeout=timedelta(days=7))
         except (RuntimeError, ValueError) as error:
-            raise ProcessError(f"the processes of this run cannot meet ({first_line(error)})") from error
+            raise ProcessError(
+                f"the process group cannot be initialized ({first_line(error)}); check the launcher's options"
+            ) from error
         self.rank: int = state.process_index
         self.count: int = state.num_processes
         self.device: torch.device = state.device
 
     @contextmanager
     def on_main(self, manager: AbstractContextManager[None]) -> Iterator[None]:
-        """The first process enters; an error on its way in is everybody's."""
+        """Enter a context on rank 0 only; if entering fails, all ranks raise."""
         with self.raise_together():
             if self.is_main:
                 manager.__enter__()
         if not self.is_main:
             yield
             return
-        with _Entered(manager):
+        with _ExitOnly(manager):
             yield
 
     @contextmanager
     def raise_together(self) -> Iterator[None]:
-        """An error of one process ends all; the first that has one says it."""
+        """Raise on all ranks if one rank fails; the lowest failed rank reports its error."""
         own: Exception | None = None
         try:
             yield
         except Exception as error:
             own = error
-        found = self.all_gather(None if own is None else (str(own), getattr(own, "exit_status", 1)))
-        failed = [rank for rank, error in enumerate(found) if error is not None]
+        errors = self.all_gather(None if own is None else (str(own), getattr(own, "exit_status", 1)))
+        failed = [rank for rank, error in enumerate(errors) if error is not None]
         if not failed:
             return
         if isinstance(own, LaporaError):
             own.reporting_rank = failed[0]
         if own is not None:
             raise own
-        text, status = found[failed[0]]  # type: ignore[misc]
+        text, status = errors[failed[0]]  # type: ignore[misc]
         raise ProcessError(text, status, reporting_rank=failed[0])
 
     @contextmanager
     def on_shard(self) -> Iterator[None]:
-        """An error is this process's own, and says so."""
+        """Prefix errors with this rank, which reports them."""
         try:
             yield
         except LaporaError as error:
@@ -174,12 +182,12 @@ class LaunchedProcesses(Processes):
             raise
 
     def broadcast_stream(self, items: Generator[Item]) -> Generator[Item]:
-        """What the first process reads, read by all; when it stops, for whatever reason, the others are told."""
+        """Yield on every rank the items that rank 0 reads; the end of the stream, or an error, ends it everywhere."""
         if not self.is_main:
-            while (found := self._broadcast(None)) is not None:
+            while (received := self._broadcast(None)) is not None:
                 try:
-                    yield found[0]
-                except GeneratorExit:  # what ends this process ends the first, which has a word to say
+                    yield received[0]
+                except GeneratorExit:  # drain the broadcasts, so that rank 0 can report its own error
                     while self._broadcast(None) is not None:
                         pass
                     raise
@@ -192,86 +200,85 @@ class LaunchedProcesses(Processes):
             self._broadcast(None)
 
     def all_gather(self, item: Item) -> list[Item]:
-        """The items of all processes, by rank."""
+        """Return the items of all ranks, in rank order."""
         import torch.distributed as dist
 
-        found: list[Any] = [None] * self.count
-        with self._talking():
-            dist.all_gather_object(found, item)
-        return found
+        gathered: list[Any] = [None] * self.count
+        with self._peer_errors():
+            dist.all_gather_object(gathered, item)
+        return gathered
 
     def all_reduce(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Tensors added over the processes by name; one that a process lacks is zero there."""
+        """Sum tensors over the ranks by name; a tensor missing on a rank counts as zero."""
         import torch
         import torch.distributed as dist
 
         described = self.all_gather({name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()})
         shapes = {name: shape for each in described for name, shape in each.items()}
-        found = {}
+        reduced = {}
         for name in sorted(shapes):
             own = tensors.get(name)
             shape, dtype = shapes[name]
             total = torch.zeros(shape, dtype=dtype) if own is None else own
-            here = total.device
+            original_device = total.device
             total = total.to(self.device, copy=True, memory_format=torch.contiguous_format)
-            with self._talking():
+            with self._peer_errors():
                 dist.all_reduce(total)
-            found[name] = total.to(here if own is not None else self.device)
-        return found
+            reduced[name] = total.to(original_device if own is not None else self.device)
+        return reduced
 
     def all_gather_tensors(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Every process's tensors, whose names differ, at all of them."""
+        """Return the tensors of all ranks; every name occurs on one rank only."""
         import torch
         import torch.distributed as dist
 
         described = self.all_gather({name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()})
-        found = {}
+        gathered = {}
         for rank, each in enumerate(described):
             for name, (shape, dtype) in each.items():
                 if rank == self.rank:
-                    there = tensors[name].to(self.device).contiguous()
+                    buffer = tensors[name].to(self.device).contiguous()
                 else:
-                    there = torch.empty(shape, dtype=dtype, device=self.device)
-                with self._talking():
-                    dist.broadcast(there, src=rank)
-                found[name] = tensors[name] if rank == self.rank else there
-        return found
+                    buffer = torch.empty(shape, dtype=dtype, device=self.device)
+                with self._peer_errors():
+                    dist.broadcast(buffer, src=rank)
+                gathered[name] = tensors[name] if rank == self.rank else buffer
+        return gathered
 
     def interleave(self, part: Tensor, total: int, dim: int = 0) -> Tensor:
-        """Put the shares of ``total`` rows together along a dimension."""
+        """Reassemble ``total`` rows from the shards of all ranks; the result is on the CPU."""
         import torch
 
         shape = list(part.shape)
         shape[dim] = total
         whole = torch.empty(shape, dtype=part.dtype)
         for rank, each in enumerate(self.all_gather(part.cpu())):
-            places = torch.arange(rank, total, self.count)
-            whole.index_copy_(dim, places, each)
+            whole.index_copy_(dim, torch.arange(rank, total, self.count), each)
         return whole
 
     def _broadcast(self, item: Any) -> Any:
         import torch.distributed as dist
 
-        carried = [item]
-        with self._talking():
-            dist.broadcast_object_list(carried, src=0)
-        return carried[0]
+        buffer = [item]
+        with self._peer_errors():
+            dist.broadcast_object_list(buffer, src=0)
+        return buffer[0]
 
     @contextmanager
-    def _talking(self) -> Iterator[None]:
-        """Talk to the others: what fails here is that one of them is no more."""
+    def _peer_errors(self) -> Iterator[None]:
+        """Turn the failure of a collective, which means that a peer exited, into a ProcessError."""
         try:
             yield
         except RuntimeError as error:
             raise ProcessError(
-                f"process {self.rank} of {self.count}: another process of this run has ended ({first_line(error)}); "
-                "what it was doing is not done",
+                f"process {self.rank} of {self.count}: another process of this run exited ({first_line(error)}); "
+                "see its own error, then run the command again",
                 reporting_rank=self.rank,
             ) from error
 
 
-class _Entered(AbstractContextManager[None]):
-    """A context that has been entered already."""
+class _ExitOnly(AbstractContextManager[None]):
+    """Exit a context that has already been entered."""
 
     def __init__(self, manager: AbstractContextManager[None]) -> None:
         self._manager = manager

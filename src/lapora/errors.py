@@ -1,7 +1,7 @@
-"""Every error a user can cause or meet, each with the exit status that scripts rely on.
+"""Exception classes, one per exit status, and formatting of values in error messages.
 
-A message is one line: what is wrong, where, and what to do next. An error is raised once and
-printed once, by the command line; nothing logs it on the way.
+A message is one line: what is wrong, where, and what to do. An error is raised once and printed once, by the
+command line; it is not logged in between.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ from collections.abc import Sequence
 
 
 class LaporaError(Exception):
-    """Base of all expected errors.
+    """Base class of all expected errors.
 
     Attributes:
-        exit_status: The process's exit status.
-        said_by: In a run of several processes, the rank of the one that prints the message.
+        exit_status: Exit status of the command line.
+        reporting_rank: Rank of the process that prints the message, in a run of several processes.
     """
 
     exit_status: int = 1
@@ -22,13 +22,13 @@ class LaporaError(Exception):
 
 
 class UsageError(LaporaError):
-    """A wrong option or an impossible combination of options."""
+    """An option is invalid, or options cannot be combined."""
 
     exit_status = 2
 
 
 class AdapterError(LaporaError):
-    """The adapter or its base model cannot be read, or the mathematics does not cover it."""
+    """The adapter or its base model cannot be read or is not supported."""
 
     exit_status = 3
 
@@ -40,31 +40,31 @@ class PosteriorError(LaporaError):
 
 
 class DataError(LaporaError):
-    """A task, a data file, a row or a JSONL line is not what it should be."""
+    """A task, a data file, a row or a JSONL line is invalid."""
 
     exit_status = 5
 
 
 class MissingSplitError(DataError):
-    """There is no such split to be read: no file, or nothing on the Hub."""
+    """The requested split has no local file and is not on the Hub."""
 
 
 class UnlabelledError(DataError):
-    """Rows of which none has a label, where labels are needed."""
+    """None of the rows has a label, and labels are required."""
 
 
 class NumericalError(LaporaError):
-    """NaN, infinity or a matrix that is not positive semi-definite."""
+    """A value is NaN or infinite, or a matrix is not positive semi-definite."""
 
     exit_status = 6
 
 
 class NonFiniteRowError(NumericalError):
-    """What the model makes of one row is NaN or infinite.
+    """The model output for one row is NaN or infinite.
 
     Args:
-        row: Its position in the sequence that the batches were cut from.
-        reason: What is wrong with it, and what to do.
+        row: Position of the row in the sequence that the batches were made from.
+        reason: The problem and its remedy.
     """
 
     def __init__(self, row: int, reason: str) -> None:
@@ -74,17 +74,17 @@ class NonFiniteRowError(NumericalError):
 
 
 class GateError(LaporaError):
-    """An ``eval --fail-if`` gate failed."""
+    """A threshold of ``eval --fail-if`` was violated."""
 
     exit_status = 7
 
 
 class SeveralError(LaporaError):
-    """Some of several things that were asked for could not be done; each has been said.
+    """Several adapters were requested and some failed; each failure has been reported.
 
     Args:
-        message: How many.
-        exit_status: Of the first.
+        message: Number of failures.
+        exit_status: Exit status of the first failure.
     """
 
     def __init__(self, message: str, exit_status: int) -> None:
@@ -93,12 +93,12 @@ class SeveralError(LaporaError):
 
 
 class ProcessError(LaporaError):
-    """A run of several processes ends because of another one of them.
+    """Another process of the same run failed or exited.
 
     Args:
-        message: What the other one met, or that it is no more.
-        exit_status: The other one's.
-        said_by: Rank of the process that prints the message.
+        message: The other process's error, or that it exited.
+        exit_status: Exit status of the other process.
+        reporting_rank: Rank of the process that prints the message.
     """
 
     exit_status = 8
@@ -110,24 +110,27 @@ class ProcessError(LaporaError):
 
 
 def first_line(error: BaseException, limit: int = 200) -> str:
-    """The first line of an error of another library, printable and cut to ``limit`` characters; else its class."""
+    """Return the first line of a third-party error, printable and cut to ``limit`` characters.
+
+    An error without a message gives the name of its class.
+    """
     lines = str(error).strip().splitlines()
     line = (lines[0] if lines else type(error).__name__)[:limit]
     return "".join(character if character.isprintable() else " " for character in line).rstrip(". ")
 
 
 class LaporaWarning(UserWarning):
-    """Something the user should know that is no error; the command line prints it as one line, once."""
+    """A warning that the command line prints as one line, once."""
 
 
 def quoted(value: object, limit: int = 60) -> str:
-    """One line, with control characters escaped and long values cut.
+    """Return the ``repr`` of a value on one line, cut to ``limit`` characters.
 
-    Data decides what is in a value: terminal escapes must not reach a terminal from a message.
+    Values may come from untrusted data: control characters are escaped, so that no terminal escape is printed.
     """
     try:
         shown = repr(value[:limit] if isinstance(value, str) else value)
-    except (RecursionError, ValueError):  # too deep, or a number of too many digits
+    except (RecursionError, ValueError):  # nested too deeply, or an integer with too many digits
         shown = f"a {type(value).__name__}"
     if len(shown) > limit + 2 or (isinstance(value, str) and len(value) > limit):
         shown = shown[:limit] + "..."
@@ -135,11 +138,11 @@ def quoted(value: object, limit: int = 60) -> str:
 
 
 def printable(text: object, limit: int = 200) -> str:
-    """A name as it may be printed without quotes: control characters blanked, cut to ``limit``."""
+    """Return a name with control characters replaced by spaces, cut to ``limit`` characters."""
     return "".join(character if character.isprintable() else " " for character in str(text)[:limit])
 
 
 def listed(names: Sequence[object], limit: int = 8) -> str:
-    """Names separated by commas, the rest counted."""
+    """Join up to ``limit`` names with commas, and count the rest."""
     shown = ", ".join(printable(name, 40) for name in names[:limit])
     return f"{shown} and {len(names) - limit} more" if len(names) > limit else shown

@@ -147,13 +147,13 @@ def from_laplace_torch(
         raise UsageError(
             f"laplace-torch's {len(blocks)} blocks are not those of the {len(layers)} layers given, in their order"
         )
-    leaders: dict[int, str] = {}
+    input_owners: dict[int, str] = {}
     return [
         EigenBlock(
             name=layer.name,
             role=layer.role,
             shape=layer.shape,
-            leader=leaders.setdefault(id(block.input_basis), layer.name),
+            input_owner=input_owners.setdefault(id(block.input_basis), layer.name),
             input_basis=block.input_basis,
             gradient_basis=block.gradient_basis,
             eigenvalues=torch.outer(block.gradient_values.double(), block.input_values.double()),
@@ -181,13 +181,13 @@ def _kronecker_blocks(blocks: Sequence[EigenBlock], device: torch.device, dtype:
     for block in blocks:
         gradient_basis, input_basis = _full_bases(block)
         gradient_values, input_values = _outer_factors(block)
-        if block.leader not in input_bases:
-            input_bases[block.leader] = input_basis.to(device, dtype)
+        if block.input_owner not in input_bases:
+            input_bases[block.input_owner] = input_basis.to(device, dtype)
         found.append(
             KroneckerBlock(
                 gradient_basis=gradient_basis.to(device, dtype),
                 gradient_values=gradient_values.to(device, dtype),
-                input_basis=input_bases[block.leader],
+                input_basis=input_bases[block.input_owner],
                 input_values=input_values.to(device, dtype),
             )
         )

@@ -57,25 +57,25 @@ def test_the_ids_are_what_follows_the_encoded_prompt() -> None:
 
 @pytest.mark.parametrize(("make", "space"), KINDS)
 def test_an_answer_of_several_tokens_is_refused_by_name(make: Callable[..., Any], space: str) -> None:
-    with pytest.raises(DataError, match=r"the answer 'not entailment' is [23] tokens to this tokenizer, not one"):
+    with pytest.raises(DataError, match=r"answer 'not entailment' is [23] tokens in this tokenizer, not one"):
         tokens(make(), ["A", "not entailment"])
 
 
 def test_answers_that_cannot_be_told_apart_are_refused_by_name() -> None:
-    with pytest.raises(DataError, match="the answer 'zebra' is unknown to this tokenizer"):
+    with pytest.raises(DataError, match="answer 'zebra' is not in the tokenizer's vocabulary"):
         tokens(word_level(), ["A", "zebra"])
     lower = byte_level()
     from tokenizers import normalizers
 
     lower.backend_tokenizer.normalizer = normalizers.Lowercase()
-    with pytest.raises(DataError, match=r"the answers 'The' and 'the' are the same token \(\d+\)"):
+    with pytest.raises(DataError, match=r"answers 'The' and 'the' have the same token \(\d+\)"):
         tokens(lower, ["The", "the"])
 
 
 def test_a_merge_across_the_boundary_is_refused_by_name() -> None:
-    with pytest.raises(DataError, match="the answer 'A' merges with the end of the prompt"):
+    with pytest.raises(DataError, match="answer 'A' merges with the end of the prompt"):
         tokens(word_level(), ["A", "B"], ["Answer"], delimiter="")
-    with pytest.raises(DataError, match="the answer 'lse' merges with the end of the prompt"):
+    with pytest.raises(DataError, match="answer 'lse' merges with the end of the prompt"):
         tokens(byte_level(), ["lse", "A"], ["it is Fa"], delimiter="")
 
 
@@ -84,13 +84,13 @@ def test_prompts_that_disagree_are_refused_by_name() -> None:
     prompts = ["Answer: ", "Answer: ", "Answer:\n"]
     with pytest.raises(DataError) as caught:
         tokens(byte_level(), ["A", "B"], prompts, delimiter="", labels=["row 4", "row 5", "row 9"])
-    assert str(caught.value).startswith("row 9: the answer 'A' is token ") and "'Answer:'" in str(caught.value)
-    with pytest.raises(DataError, match="prompt 1: the answer 'A' is merged with the prompt's end there"):
+    assert str(caught.value).startswith("row 9: answer 'A' is token ") and "'Answer:'" in str(caught.value)
+    with pytest.raises(DataError, match="prompt 1: answer 'A' is merged with the end of the prompt"):
         tokens(word_level(), ["A", "B"], ["Answer:", "Answer"], delimiter="")
 
 
 def test_no_prompt_at_all() -> None:
-    with pytest.raises(DataError, match="no prompt to find the answers' tokens with"):
+    with pytest.raises(DataError, match="finding the answers' tokens requires a prompt"):
         tokens(byte_level(), ["A", "B"], [])
 
 

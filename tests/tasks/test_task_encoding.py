@@ -100,14 +100,13 @@ def test_a_row_that_cannot_be_cut_enough_is_named() -> None:
     with pytest.raises(DataError) as caught:
         encoded({**ROW, "question": PASSAGE}, tokenizer, 60)
     count = len(tokenizer(boolq_prompt(PASSAGE, PASSAGE))["input_ids"])
-    assert f"row 7: its prompt has {count} tokens, more than the 60 of --max-length, even without its 'passage'" in str(
-        caught.value
-    )
+    too_long = f"row 7: its prompt has {count} tokens, more than the 60 of --max-length"
+    assert f"{too_long}, even without field 'passage'" in str(caught.value)
     no_field = Task.from_dict({"task": "x", "doc_to_text": "{{passage}} ?", "doc_to_choice": ["A", "B"]})
-    with pytest.raises(DataError, match="name the field that may be cut as the task's truncate_field"):
+    with pytest.raises(DataError, match="set the task's truncate_field"):
         encode(example_of(ROW, task=no_field), tokenizer, kind="causal", max_length=60)
     numbers = Task.from_dict({**no_field.to_dict(), "truncate_field": "passage"})
-    with pytest.raises(DataError, match="its 'passage' is no text that could be cut"):
+    with pytest.raises(DataError, match="field 'passage' is not text"):
         row = {"passage": list(range(500))}
         encode(example_of(row, task=numbers), tokenizer, kind="causal", max_length=60)
 
@@ -162,11 +161,11 @@ def test_a_chat_template_wraps_and_its_end_survives_truncation() -> None:
 
 
 def test_a_chat_template_that_is_not_there_or_raises() -> None:
-    with pytest.raises(DataError, match="this tokenizer has no chat template; leave out --chat-template"):
+    with pytest.raises(DataError, match="the tokenizer has no chat template; omit --chat-template"):
         encoded(ROW, byte_level(), 300, chat_template=True)
     tokenizer = byte_level()
     tokenizer.chat_template = "{{ raise_exception('only assistants') }}"
-    with pytest.raises(DataError, match="only assistants; leave out --chat-template"):
+    with pytest.raises(DataError, match="only assistants; omit --chat-template"):
         encoded(ROW, tokenizer, 300, chat_template=True)
     with pytest.raises(DataError, match="--chat-template is for causal models"):
         encode_all([], word_piece(), kind="classifier", max_length=9, chat_template=True)
@@ -216,7 +215,7 @@ def test_without_a_truncate_field_the_longest_is_cut() -> None:
     single = classified({"sentence": PASSAGE}, 20, load_task("cola"))
     assert single.truncated and len(single.input_ids) == 20
     assert single.input_ids == [*word_piece()(PASSAGE)["input_ids"][:19], result.input_ids[-1]]
-    with pytest.raises(DataError, match="cannot be cut; raise it"):
+    with pytest.raises(DataError, match="cannot be truncated; increase it"):
         classified({"sentence": PASSAGE}, 2, load_task("cola"))
 
 

@@ -36,7 +36,7 @@ def test_a_missing_field_is_named_with_its_row() -> None:
     boolq = load_task("boolq")
     with pytest.raises(DataError) as caught:
         render(boolq, {"question": "is it", "id": 3}, kind="causal", index=12)
-    assert "row 12: no value for passage, which task 'boolq' needs; the row has question, id" in str(caught.value)
+    assert "row 12: no value for passage, required by task 'boolq'; the row has question, id" in str(caught.value)
     with pytest.raises(DataError, match="line 13: no value for passage, question"):
         render(boolq, {}, kind="classifier", where="line 13")
     with pytest.raises(DataError, match="no value for passage"):
@@ -54,23 +54,23 @@ def test_a_ready_text_is_taken_as_it_is() -> None:
     assert render(load_task("arc-c"), {"text": ready}, kind="causal").choices == ("A", "B", "C", "D")
     # A task whose own field is `text` renders it.
     assert not render(load_task("ag_news"), {"text": "Stocks fell."}, kind="classifier").ready
-    with pytest.raises(DataError, match="its text is empty"):
+    with pytest.raises(DataError, match="the rendered text is empty"):
         render(load_task("boolq"), {"text": " \n"}, kind="causal")
-    with pytest.raises(DataError, match="no value for"):
+    with pytest.raises(DataError, match="no value for passage"):
         render(load_task("boolq"), {"text": 3}, kind="causal")
 
 
 def test_a_kind_that_the_task_does_not_serve() -> None:
-    with pytest.raises(DataError, match="task 'rte' serves only classifier models: its YAML has no doc_to_text"):
+    with pytest.raises(DataError, match="task 'rte' supports only classifier models: its YAML has no doc_to_text"):
         render(load_task("rte"), {"sentence1": "a", "sentence2": "b"}, kind="causal")
-    with pytest.raises(DataError, match="serves only causal models: its YAML has no doc_to_inputs"):
+    with pytest.raises(DataError, match="supports only causal models: its YAML has no doc_to_inputs"):
         render(load_task("obqa"), {}, kind="classifier")
 
 
 def test_a_model_with_another_number_of_answers() -> None:
     row = {"question": "q", "passage": "p"}
     assert render(load_task("boolq"), row, kind="classifier", num_choices=2)
-    with pytest.raises(DataError, match=r"task 'boolq' has 2 answers \(False, True\), the model 3"):
+    with pytest.raises(DataError, match=r"task 'boolq' has 2 answers \(False, True\), but the model has 3"):
         render(load_task("boolq"), row, kind="classifier", num_choices=3)
 
 
@@ -109,14 +109,14 @@ def test_labels(doc_to_target: str | int, label: object, expected: int | None) -
 def test_an_unknown_label_is_named_with_the_answers(doc_to_target: str, label: object) -> None:
     task = task_with(doc_to_target=doc_to_target)
     row = {"question": "q", "label": label}
-    with pytest.raises(DataError, match=r"row 5: unknown label .*: the 2 answers are no, yes, by text or by index"):
+    with pytest.raises(DataError, match=r"row 5: unknown label .*; the 2 answers are no, yes \(or an index"):
         render(task, row, kind="causal", index=5)
     assert render(task, row, kind="causal", labels="ignore").target is None
 
 
 def test_a_label_that_is_both_an_answer_and_an_index_is_refused() -> None:
     stars = task_with(doc_to_choice=["1", "2", "3"], doc_to_target="{{label}}")
-    with pytest.raises(DataError, match="the label '1' is an answer, and also an index of another one"):
+    with pytest.raises(DataError, match="label '1' is ambiguous: it is an answer and the index of another one"):
         target_of(stars, label="1")
     assert target_of(stars, label=1) == 1
     assert target_of(replace(stars, doc_to_target="label"), label="1") == 0
@@ -145,11 +145,11 @@ def test_answers_of_the_rows_must_all_be_the_same() -> None:
     letters = {"question": "q", "choices": {"label": ["A", "B"]}}
     digits = {"question": "q", "choices": {"label": ["1", "2"]}}
     assert resolve_choices(task, [letters, letters]) == ("A", "B")
-    with pytest.raises(DataError, match="row 9: its answers are 1, 2, not A, B: all rows must have the same"):
+    with pytest.raises(DataError, match="row 9: its answers are 1, 2, not A, B; all rows must have the same"):
         resolve_choices(task, [Row(3, letters), Row(9, digits)])
     with pytest.raises(DataError, match="row 9: its answers are 1, 2, not A, B"):
         render_all(task, [Row(3, letters), Row(9, digits)], kind="causal", labels="ignore")
-    with pytest.raises(DataError, match="its answers come from the rows, and there is none"):
+    with pytest.raises(DataError, match="its answers are read from rows; give at least one row"):
         resolve_choices(task, [])
     assert resolve_choices(load_task("boolq")) == ("False", "True")
 
@@ -167,13 +167,13 @@ def test_recorded_answers_stand_in_where_a_row_yields_none() -> None:
 @pytest.mark.parametrize(
     ("template", "row", "says"),
     [
-        ("{{ c }}", {"c": "no list"}, "doc_to_choice gives 'no list', which is no list"),
-        ("{{ c }}", {"c": "__import__('os').getcwd()"}, "which is no list"),
-        ("{{ c }}", {"c": "[" * 300}, "which is no list"),
-        ("{{ c }}", {"c": 3}, "doc_to_choice gives 3"),
-        ("{{ c }}", {"c": ["A"]}, "1 answers; at least two"),
-        ("{{ c }}", {"c": ["A", "A"]}, "the answer 'A' stands there twice"),
-        ("{{ c }}", {"c": ["A", None]}, "an answer must be text, not None"),
+        ("{{ c }}", {"c": "no list"}, "doc_to_choice returned 'no list', which is not a list"),
+        ("{{ c }}", {"c": "__import__('os').getcwd()"}, "which is not a list"),
+        ("{{ c }}", {"c": "[" * 300}, "which is not a list"),
+        ("{{ c }}", {"c": 3}, "doc_to_choice returned 3"),
+        ("{{ c }}", {"c": ["A"]}, "at least two answers are required, not 1"),
+        ("{{ c }}", {"c": ["A", "A"]}, "duplicate answer 'A'"),
+        ("{{ c }}", {"c": ["A", None]}, "an answer must be non-empty text, not None"),
     ],
 )
 def test_answers_that_are_no_list(template: str, row: dict[str, Any], says: str) -> None:
@@ -197,7 +197,7 @@ def test_terminal_escapes_do_not_reach_a_message() -> None:
 
 def test_half_a_surrogate_pair_is_refused() -> None:
     for row in ({"text": "ab\ud800"}, {"question": "ab\ud800", "passage": "p"}):
-        with pytest.raises(DataError, match=r"row 3: character \d+ of its text is half of a surrogate pair"):
+        with pytest.raises(DataError, match=r"row 3: character \d+ of the text is an unpaired surrogate"):
             render(load_task("boolq"), row, kind="causal", index=3)
 
 

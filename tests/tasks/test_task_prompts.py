@@ -139,7 +139,7 @@ def test_unknown_arc_label_is_named() -> None:
 
 
 def test_three_choices_are_refused_by_render_too() -> None:
-    with pytest.raises(DataError, match="row 4: task 'arc-c' does not take it"):
+    with pytest.raises(DataError, match="row 4: excluded by keep_if"):
         render(load_task("arc-c"), arc_row(list("ABC"), "A"), kind="causal", index=4)
 
 

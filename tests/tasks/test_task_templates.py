@@ -92,7 +92,7 @@ def test_int_never_makes_zero_of_a_word(given_value: object) -> None:
 )
 def test_what_a_row_lacks_is_named(source: str, says: str) -> None:
     for render in (text, value):
-        with pytest.raises(DataError, match=r"row 0: the template .*does not fit the row") as caught:
+        with pytest.raises(DataError, match=r"row 0: template .*failed on this row") as caught:
             render(source)
         assert says in str(caught.value)
 

@@ -1,1 +1,1 @@
-"""Curvature: per-layer activations and logit gradients, and the Kronecker factors made of them."""
+"""Curvature: per-layer inputs and output gradients, and the sums that approximate the Fisher."""

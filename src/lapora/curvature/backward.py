@@ -1,16 +1,16 @@
-"""One forward pass and K backward passes, seen layer by layer.
+"""One forward pass and K backward passes, with a layer's inputs and output gradients passed to an observer.
 
-This is the engine under both ``fit`` and ``predict``. For K directions ``v_k`` in logit space it hands an
-observer, for every Bayesian layer, the layer's input ``a_t`` and the gradient ``g_t`` of ``v_kᵀ f`` with
-respect to the layer's output, and forgets both as soon as the observer has seen them.
+``fit`` and ``predict`` both use it. For K directions ``v_k`` in logit space and every Bayesian layer, the observer
+gets the layer's input ``a_t`` and the gradient ``g_t`` of ``v_kᵀ f`` with respect to the layer's output. Neither is
+stored here.
 
-The backward pass is cut at the transformer blocks. Each block is crossed by all K directions before the
-next is begun, so that an observer can join the K gradients of one layer (as a logit covariance must) and
-drop them, without the model being run K times and without gradients of all layers standing in memory.
-No weight gradients are computed, and the pass ends at the lowest Bayesian layer.
+The backward pass is cut at the transformer blocks. All K directions go through one block before the next block
+starts, so that an observer can combine the K gradients of one layer (a logit covariance needs all of them) and free
+them: the model runs forward once, and gradients of only one block are in memory. No weight gradients are
+computed, and the pass ends at the lowest Bayesian layer.
 
-With ``rerun_blocks`` set on the answer model, blocks keep their inputs alone and are run again by the backward pass;
-their layers are then shown during that second run.
+With ``recompute_blocks`` set on the output model (gradient checkpointing), a block stores its inputs only and is
+recomputed in the backward pass; hooks on its layers then run during the recomputation.
 """
 
 from __future__ import annotations
@@ -31,54 +31,54 @@ from lapora.models.lora_layers import BayesianLayer
 from lapora.models.outputs import OutputModel
 
 Directions = Callable[[Tensor], Tensor]
-"""From logits ``(B, C)`` to directions ``(K, B, C)``; K = 0 asks for the forward pass alone."""
+"""Maps logits ``(B, C)`` to directions ``(K, B, C)``; K = 0 runs the forward pass only."""
 
 
 class Observer(Protocol):
-    """Sees a layer's inputs and output gradients, one layer at a time.
+    """Receives the inputs and output gradients of one layer at a time.
 
-    For every batch of B rows, T tokens and K directions: ``begin``; ``see_input`` once per layer, before its gradients;
-    for one layer after another, ``see_gradient`` K times and ``finish`` once; ``end``. A batch that runs out of
-    memory is begun again, smaller, and was never ended: what it has left must be forgotten in ``begin``.
+    For every batch of B rows, T tokens and K directions the calls are ``begin``; ``observe_input`` once per layer,
+    before its gradients; for each layer in turn ``observe_gradient`` K times and ``finish`` once; ``end``. A batch
+    that runs out of memory never reaches ``end``: ``begin``, called for the smaller batch, must discard its sums.
     """
 
     def begin(self, batch: Batch) -> None:
-        """A new batch starts."""
+        """Start a batch, and discard the sums of an unfinished one."""
 
-    def observe_input(self, layer: BayesianLayer, leader: str, inputs: Tensor, mask: Tensor | None) -> Any:
-        """The layer's input.
+    def observe_input(self, layer: BayesianLayer, input_owner: str, inputs: Tensor, mask: Tensor | None) -> Any:
+        """Process the input of a layer.
 
         Args:
             layer: The layer.
-            leader: Name of the first layer that has this very input (q, k and v projections share one).
-            inputs: ``(B, T, in_features)``, in float32 at least.
-            mask: ``(B, T)``, true at real tokens, or None when all are real.
+            input_owner: Name of the first layer with the same input tensor (q, k and v projections share one).
+            inputs: ``(B, T, in_features)``, float32 or float64.
+            mask: ``(B, T)``, true at real tokens, or None without padding.
 
         Returns:
-            What ``see_gradient`` is to be handed, or None when the gradient alone is enough.
+            A value to pass to ``observe_gradient``, or None if the gradient is sufficient.
         """
 
-    def observe_gradient(self, layer: BayesianLayer, kept: Any, gradient: Tensor) -> None:
-        """The gradient of one direction.
+    def observe_gradient(self, layer: BayesianLayer, saved: Any, gradient: Tensor) -> None:
+        """Process the output gradient of one direction.
 
         Args:
             layer: The layer.
-            kept: What ``see_input`` returned.
-            gradient: ``(B, T, out_features)``, in float32 at least, zero at padding.
+            saved: The value returned by ``observe_input``.
+            gradient: ``(B, T, out_features)``, float32 or float64, zero at padding.
         """
 
     def finish(self, layer: BayesianLayer) -> None:
-        """All K directions of this layer have been seen."""
+        """Finish a layer after its K directions."""
 
     def end(self, rows: int, directions: int) -> None:
-        """The batch of ``rows`` examples is done, all layers and directions."""
+        """Finish a batch of ``rows`` examples, after all layers and directions."""
 
 
 @dataclass
 class _Boundary:
-    """Where the backward pass is cut: a block's output, and the leaf that the next block reads.
+    """Cut of the graph after a block: the block's output, and the leaf tensor that the next block reads.
 
-    A block that is to be run again has no output yet.
+    A block to be recomputed has no output yet.
     """
 
     output: Tensor | RecomputedBlock
@@ -87,16 +87,16 @@ class _Boundary:
 
 
 class Linearisation:
-    """Hooks on a model's Bayesian layers; a context manager.
+    """Context manager that hooks a model's Bayesian layers.
 
     Args:
-        answer_model: The network.
-        layers: The Bayesian layers to be seen.
-        observer: Who sees them.
+        output_model: The network.
+        layers: The Bayesian layers to observe.
+        observer: Receives their inputs and output gradients.
     """
 
-    def __init__(self, answer_model: OutputModel, layers: Sequence[BayesianLayer], observer: Observer) -> None:
-        self.answer_model = answer_model
+    def __init__(self, output_model: OutputModel, layers: Sequence[BayesianLayer], observer: Observer) -> None:
+        self.output_model = output_model
         self.layers = list(layers)
         self.observer = observer
         self.forward_calls = 0
@@ -106,22 +106,22 @@ class Linearisation:
         self._boundaries: list[_Boundary] = []
         self._leaves: list[Tensor] = []
         self._last_source: tuple[Tensor, str] | None = None
-        self._leader: dict[str, str] = {}
-        self._touched: dict[str, BayesianLayer] = {}
-        self._seen: set[str] = set()
+        self._input_owner: dict[str, str] = {}
+        self._open: dict[str, BayesianLayer] = {}
+        self._finished: set[str] = set()
         self._called: set[str] = set()
-        self._blind = False
+        self._hooks_disabled = False
 
     def __enter__(self) -> Linearisation:
         for layer in self.layers:
             if layer.source is not layer.module:
                 self._handles.append(layer.source.register_forward_pre_hook(self._source_hook(layer)))
             self._handles.append(layer.module.register_forward_hook(self._layer_hook(layer)))
-        for block in blocks_of(self.answer_model.network, self.layers):
-            if self.answer_model.recompute_blocks:
+        for block in blocks_of(self.output_model.network, self.layers):
+            if self.output_model.recompute_blocks:
                 self._handles.append(ForwardOverride(block, self._run_without_graph))
             else:
-                self._handles.append(block.register_forward_hook(self._cut))
+                self._handles.append(block.register_forward_hook(self._cut_graph))
         return self
 
     def __exit__(
@@ -133,24 +133,28 @@ class Linearisation:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        self._evict()
+        self._reset()
 
     def run(self, batch: Batch, directions: Directions) -> Tensor:
-        """Run one batch.
+        """Run one batch forward, and backward along all directions.
 
         Args:
-            batch: The rows.
-            directions: Which combinations of logits to differentiate.
+            batch: B rows.
+            directions: Linear combinations of the logits to differentiate.
 
         Returns:
-            The logits at the MAP, ``(B, C)``, detached.
+            Logits at the MAP, ``(B, C)``, detached.
+
+        Raises:
+            AdapterError: The model runs a layer twice, or carries gradients around its blocks.
+            NonFiniteRowError: A logit is NaN or infinite.
         """
-        self._evict()
+        self._reset()
         self._batch = batch
         self.observer.begin(batch)
         try:
             with torch.enable_grad():
-                logits = self.answer_model.logits(batch)
+                logits = self.output_model.logits(batch)
             self.forward_calls += 1
             along = directions(logits.detach()).to(logits.dtype)
             if len(along) and logits.requires_grad:
@@ -158,28 +162,30 @@ class Linearisation:
             self.observer.end(len(batch), len(along))
             return logits.detach()
         finally:
-            self._evict()
+            self._reset()
 
     def _backward(self, logits: Tensor, along: Tensor) -> None:
         self.backward_calls += len(along)
-        self._cross(logits, list(along))
+        self._backward_through_block(logits, list(along))
         while self._boundaries:
             boundary = self._boundaries.pop()
             if boundary.upstream:
                 source = boundary.output
                 if isinstance(source, RecomputedBlock):
-                    self._cross(source.output(), boundary.upstream, source.entries)
+                    self._backward_through_block(source.output(), boundary.upstream, source.entries)
                 else:
-                    self._cross(source, boundary.upstream)
+                    self._backward_through_block(source, boundary.upstream)
 
-    def _cross(self, output: Tensor, gradients: list[Tensor], entries: Sequence[tuple[Tensor, Tensor]] = ()) -> None:
-        """Take all directions through one block, then let the observer close its layers."""
+    def _backward_through_block(
+        self, output: Tensor, gradients: list[Tensor], entries: Sequence[tuple[Tensor, Tensor]] = ()
+    ) -> None:
+        """Run the backward pass of one block for all directions, then finish its layers."""
         for index, gradient in enumerate(gradients):
-            more = index < len(gradients) - 1
-            output.backward(gradient, retain_graph=more)
-            for entered, leaf in entries:
+            retain = index < len(gradients) - 1
+            output.backward(gradient, retain_graph=retain)
+            for block_input, leaf in entries:
                 if leaf.grad is not None:
-                    entered.backward(leaf.grad, retain_graph=more)
+                    block_input.backward(leaf.grad, retain_graph=retain)
                     leaf.grad = None
             for boundary in self._boundaries:
                 if boundary.leaf.grad is None:
@@ -191,47 +197,49 @@ class Linearisation:
                 boundary.leaf.grad = None
             for leaf in self._leaves:
                 leaf.grad = None
-        for layer in self._touched.values():
+        for layer in self._open.values():
             self.observer.finish(layer)
-        self._seen |= self._touched.keys()
-        self._touched = {}
+        self._finished |= self._open.keys()
+        self._open = {}
 
     def _source_hook(self, layer: BayesianLayer) -> Callable[..., None]:
         def hook(module: nn.Module, arguments: tuple[Any, ...]) -> None:
-            if self._blind:
+            if self._hooks_disabled:
                 return
             source = arguments[0]
             if self._last_source is None or not _same_storage(self._last_source[0], source):
                 self._last_source = (source, layer.name)
-            self._leader[layer.name] = self._last_source[1]
+            self._input_owner[layer.name] = self._last_source[1]
 
         return hook
 
     def _layer_hook(self, layer: BayesianLayer) -> Callable[..., Tensor | None]:
         def hook(module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> Tensor | None:
             batch = self._batch
-            if batch is None or self._blind:
+            if batch is None or self._hooks_disabled:
                 return None
             if layer.name in self._called:
                 raise AdapterError(
-                    f"{layer.name}: the model runs this layer more than once in a pass (shared weights), "
-                    "which the posterior does not cover"
+                    f"{layer.name}: the model runs this layer more than once per forward pass (shared weights), "
+                    "which is not supported; use an adapter on layers that run once"
                 )
             self._called.add(layer.name)
-            inputs, mask = self.answer_model.token_view(layer, arguments[0].detach(), batch)
-            leader = self._leader.get(layer.name, layer.name)
-            kept = self.observer.observe_input(layer, leader, _with_bias_input(layer, _wide(inputs)), mask)
+            inputs, mask = self.output_model.token_view(layer, arguments[0].detach(), batch)
+            input_owner = self._input_owner.get(layer.name, layer.name)
+            features = _with_bias_input(layer, _at_least_float32(inputs))
+            saved = self.observer.observe_input(layer, input_owner, features, mask)
             if not output.requires_grad:
                 output.requires_grad_()
                 self._leaves.append(output)
 
             def gradient_hook(gradient: Tensor) -> None:
-                if layer.name in self._seen:
+                if layer.name in self._finished:
                     raise AdapterError(
-                        f"{layer.name}: the model carries gradients around its blocks, which lapora cannot follow"
+                        f"{layer.name}: the model carries gradients around its transformer blocks, which is not "
+                        "supported; use a base model whose blocks run one after another"
                     )
-                self._touched[layer.name] = layer
-                self.observer.observe_gradient(layer, kept, self._gradient_view(layer, gradient, batch))
+                self._open[layer.name] = layer
+                self.observer.observe_gradient(layer, saved, self._gradient_view(layer, gradient, batch))
 
             output.register_hook(gradient_hook)
             return output
@@ -239,13 +247,13 @@ class Linearisation:
         return hook
 
     def _gradient_view(self, layer: BayesianLayer, gradient: Tensor, batch: Batch) -> Tensor:
-        view, mask = self.answer_model.token_view(layer, gradient, batch)
+        view, mask = self.output_model.token_view(layer, gradient, batch)
         if layer.answer_rows_only:
-            view = view[..., cast(Tensor, self.answer_model.answer_token_ids).to(view.device)]
-        view = _wide(view)
+            view = view[..., cast(Tensor, self.output_model.answer_token_ids).to(view.device)]
+        view = _at_least_float32(view)
         return view if mask is None else view.masked_fill(~mask.unsqueeze(-1), 0.0)
 
-    def _cut(self, module: nn.Module, arguments: tuple[Any, ...], output: Any) -> Any:
+    def _cut_graph(self, module: nn.Module, arguments: tuple[Any, ...], output: Any) -> Any:
         hidden = output if isinstance(output, Tensor) else output[0]
         if self._batch is None or not hidden.requires_grad:
             return None
@@ -253,29 +261,30 @@ class Linearisation:
         self._boundaries.append(_Boundary(hidden, leaf))
         return leaf if isinstance(output, Tensor) else (leaf, *output[1:])
 
-    def _run_without_graph(self, forward: Callable[..., Any], arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
-        """Run a block unseen, keeping what it was given, for the backward pass to run it again."""
+    def _run_without_graph(
+        self, forward: Callable[..., Any], arguments: tuple[Any, ...], keywords: dict[str, Any]
+    ) -> Any:
+        """Run a block without a graph, and store its inputs for recomputation."""
         if self._batch is None or not torch.is_grad_enabled():
-            return forward(*arguments, **named)
-        self._blind = True
+            return forward(*arguments, **keywords)
+        self._hooks_disabled = True
         try:
             with torch.no_grad():
-                output = forward(*arguments, **named)
+                output = forward(*arguments, **keywords)
         finally:
-            self._blind = False
+            self._hooks_disabled = False
         hidden = output if isinstance(output, Tensor) else output[0]
         leaf = hidden.detach().requires_grad_()
-
-        self._boundaries.append(_Boundary(RecomputedBlock(forward, arguments, named), leaf))
+        self._boundaries.append(_Boundary(RecomputedBlock(forward, arguments, keywords), leaf))
         return leaf if isinstance(output, Tensor) else (leaf, *output[1:])
 
-    def _evict(self) -> None:
+    def _reset(self) -> None:
         self._batch = None
         self._boundaries = []
         self._leaves = []
         self._last_source = None
-        self._touched = {}
-        self._seen = set()
+        self._open = {}
+        self._finished = set()
         self._called = set()
 
 
@@ -287,8 +296,8 @@ def _same_storage(first: Tensor, second: Tensor) -> bool:
     return same and layouts[0] == layouts[1]
 
 
-def _wide(values: Tensor) -> Tensor:
-    """Sums are taken in float32 at least, whatever the model runs in."""
+def _at_least_float32(values: Tensor) -> Tensor:
+    """Convert half precision to float32, in which sums are accumulated."""
     return values if values.dtype in (torch.float32, torch.float64) else values.float()
 
 

@@ -1,7 +1,7 @@
-"""Transformer blocks, and blocks that are run again when the backward pass comes to them.
+"""Gradient checkpointing by transformer block.
 
-Such a block keeps its inputs alone (gradient checkpointing; Chen et al. 2016, "Training deep nets with sublinear
-memory cost"): it runs once without a graph, and once more with one.
+A block runs once without a graph and stores its inputs only; the backward pass recomputes it with a graph. Source:
+Chen et al. 2016, "Training deep nets with sublinear memory cost".
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from lapora.models.lora_layers import BayesianLayer
 
 
 def blocks_of(network: nn.Module, layers: Sequence[BayesianLayer]) -> list[nn.Module]:
-    """The outermost repeated blocks that hold Bayesian layers: the items of the model's ModuleLists."""
+    """Return the transformer blocks with Bayesian layers: the items of the model's outermost ModuleLists."""
     bayesian = {layer.module for layer in layers}
     blocks: list[nn.Module] = []
     inside: set[nn.Module] = set()
@@ -32,22 +32,27 @@ def blocks_of(network: nn.Module, layers: Sequence[BayesianLayer]) -> list[nn.Mo
 
 
 class RecomputedBlock:
-    """A block's forward with what it was given, to be run with a graph.
+    """A block's forward function and stored inputs, to be recomputed with a graph.
+
+    Args:
+        forward: The block's forward function.
+        arguments: Its positional arguments.
+        keywords: Its keyword arguments.
 
     Attributes:
-        entries: What carried gradients into the block, and the leaf that stands in its place in this run.
+        entries: Pairs of an input that requires a gradient and the leaf tensor that replaces it.
     """
 
-    def __init__(self, forward: Callable[..., Any], arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
-        self._forward, self._given = forward, (arguments, named)
+    def __init__(self, forward: Callable[..., Any], arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        self._forward, self._inputs = forward, (arguments, keywords)
         self.entries: list[tuple[Tensor, Tensor]] = []
 
     def output(self) -> Tensor:
-        """Run the block."""
-        arguments, named = tree_map(self._entry, self._given)
+        """Recompute the block's hidden states, with a graph."""
+        arguments, keywords = tree_map(self._entry, self._inputs)
         with torch.enable_grad():
-            found = self._forward(*arguments, **named)
-        return found if isinstance(found, Tensor) else found[0]
+            output = self._forward(*arguments, **keywords)
+        return output if isinstance(output, Tensor) else output[0]
 
     def _entry(self, value: Any) -> Any:
         if not isinstance(value, Tensor) or not value.requires_grad:
@@ -58,22 +63,22 @@ class RecomputedBlock:
 
 
 class ForwardOverride:
-    """Another forward in the place of a module's own, until removed.
+    """Replace a module's forward function until :meth:`remove` is called.
 
     Args:
         module: The module.
-        run: Called with the module's own forward, its arguments and its named arguments.
+        run: Called with the original forward function, the positional and the keyword arguments.
     """
 
     def __init__(self, module: nn.Module, run: Callable[..., Any]) -> None:
         self._module = module
-        self._own = module.__dict__.get("forward")  # set where something else has wrapped it
+        self._original = module.__dict__.get("forward")  # set if another library has wrapped it (accelerate)
         forward = module.forward
-        module.forward = lambda *arguments, **named: run(forward, arguments, named)
+        module.forward = lambda *arguments, **keywords: run(forward, arguments, keywords)
 
     def remove(self) -> None:
-        """Put the module's own forward back."""
-        if self._own is None:
+        """Restore the module's forward function."""
+        if self._original is None:
             del self._module.forward
         else:
-            self._module.forward = self._own
+            self._module.forward = self._original

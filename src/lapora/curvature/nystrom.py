@@ -1,9 +1,9 @@
-"""Low-rank eigendecomposition of a sum of outer products that is seen once, row by row, and never stored.
+"""Single-pass randomized Nyström approximation of ``M = Σ x xᵀ``, without storing M.
 
-The randomised Nyström approximation of a positive semi-definite matrix M keeps ``Y = M Ω`` for a random
-``Ω`` with (nearly) orthonormal columns, which needs one pass and 2dl numbers. It never exceeds M, so that a posterior
-made of it is never too narrow. Source: Tropp, Yurtsever, Udell, Cevher 2017, "Fixed-rank approximation of a
-positive-semidefinite matrix from streaming data", Algorithm 3.
+The sketch ``Y = M Ω``, with a random ``Ω`` ``(d, l)`` of (nearly) orthonormal columns, takes one pass over the rows
+and 2dl numbers. The approximation is never larger than M (in the Loewner order), so that its posterior covariance is
+never too small. Source: Tropp, Yurtsever, Udell, Cevher 2017, "Fixed-rank approximation of a positive-semidefinite
+matrix from streaming data", Algorithm 3.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from lapora.errors import NumericalError
 
 _WELL_CONDITIONED = 4
 ROWS_AT_A_TIME = 8192
-"""Of a sketch, in float64 when it is decomposed."""
+"""Number of rows of a sketch that are converted to float64 at a time."""
 
 
 class NystromSketch:
-    """``Y = Σ x xᵀ Ω`` and the trace of ``Σ x xᵀ``, of rows x of length d.
+    """Sketch ``Y = Σ x xᵀ Ω`` and trace of ``Σ x xᵀ``, for rows x of length d.
 
     Args:
-        dimension: d.
-        width: l, columns of the sketch; more than the rank wanted makes the leading directions more exact.
-        seed: Of Ω.
-        like: A tensor with the type and device to work in.
+        dimension: Length d of the rows.
+        width: Number of columns l; oversampling (l above the rank) makes the leading eigenpairs more accurate.
+        seed: Random seed of Ω.
+        like: A tensor with the dtype and device of the sketch.
     """
 
     def __init__(self, dimension: int, width: int, *, seed: int, like: Tensor) -> None:
@@ -37,7 +37,7 @@ class NystromSketch:
         gaussian = torch.randn(dimension, width, generator=generator, dtype=torch.float32).to(like.device)
         if dimension < _WELL_CONDITIONED * width:
             gaussian = torch.linalg.qr(gaussian.double()).Q
-        else:  # long random columns are orthogonal enough
+        else:  # random columns with d >> l are nearly orthogonal
             gaussian = gaussian / math.sqrt(dimension)
         self.test_matrix = gaussian.to(like.dtype)
         self.image = torch.zeros_like(self.test_matrix)
@@ -48,35 +48,35 @@ class NystromSketch:
         self.image.addmm_(rows.T, rows @ self.test_matrix)
         self.trace += float(rows.square().sum(dtype=torch.float64))
 
-    def another(self) -> NystromSketch:
-        """An empty sketch with the same Ω, whose sums may be merged into this one's."""
+    def empty_copy(self) -> NystromSketch:
+        """Return an empty sketch with the same Ω, which can be merged into this one."""
         sketch = NystromSketch.__new__(NystromSketch)
         sketch.test_matrix, sketch.image, sketch.trace = self.test_matrix, torch.zeros_like(self.test_matrix), 0.0
         return sketch
 
-    def on_host(self) -> NystromSketch:
-        """The same sums in the host's memory, Ω left where rows are added."""
-        sketch = self.another()
+    def to_cpu(self) -> NystromSketch:
+        """Return a copy with Y in CPU memory; Ω stays on the device of the rows."""
+        sketch = self.empty_copy()
         sketch.image, sketch.trace = self.image.cpu(), self.trace
         return sketch
 
     def merge(self, other: NystromSketch) -> None:
-        """Add what another sketch with the same Ω has seen."""
+        """Add another sketch with the same Ω."""
         self.image += other.image.to(self.image.device)
         self.trace += other.trace
 
     def leading(self, rank: int) -> tuple[Tensor, Tensor]:
-        """The leading eigenpairs of the approximation. Ends the sketch: its memory is worked in.
+        """Compute the leading eigenpairs of the approximation; overwrites the sketch.
 
         Args:
-            rank: How many, at most the sketch's width.
+            rank: Number of eigenpairs, at most the sketch's width.
 
         Returns:
-            Eigenvalues ``(k,)``, falling, in float64, and eigenvectors ``(d, k)`` in the rows' type; ``k <= rank``,
-            less where the matrix has no more directions.
+            Eigenvalues ``(k,)``, descending, in float64, and eigenvectors ``(d, k)`` in the rows' dtype; ``k`` is
+            below ``rank`` if the matrix has a lower rank.
 
         Raises:
-            NumericalError: The rows held NaN or infinity.
+            NumericalError: The rows contain NaN or infinity.
         """
         if not bool(torch.isfinite(self.image).all()):
             raise NumericalError("the curvature is not finite; try --dtype float32")
@@ -84,16 +84,16 @@ class NystromSketch:
         norm = math.sqrt(sum(float(image.square().sum()) for image, _ in self._chunks()))
         if norm == 0.0:
             return self._double(0), self._double(len(self.image), 0)
-        # The shift makes the core positive definite; it is taken off the eigenvalues again.
+        # The shift makes the core positive definite; it is subtracted from the eigenvalues below.
         accuracy = torch.finfo(self.image.dtype).eps
         shift = accuracy * norm
         core = self._double(width, width)
         for image, test in self._chunks():
             core += test.T @ image + shift * (test.T @ test)
         values, vectors = torch.linalg.eigh((core + core.T) / 2)
-        kept = values > 0.5 * shift
-        root = vectors[:, kept] / values[kept].sqrt()
-        # half halfᵀ is the approximation; it takes the image's place.
+        positive = values > 0.5 * shift
+        root = vectors[:, positive] / values[positive].sqrt()
+        # half halfᵀ is the approximation; half overwrites the image to save memory.
         gram = self._double(root.shape[1], root.shape[1])
         for start, (image, test) in zip(range(0, len(self.image), ROWS_AT_A_TIME), self._chunks(), strict=True):
             half = (image + shift * test) @ root
@@ -101,13 +101,13 @@ class NystromSketch:
             self.image[start : start + ROWS_AT_A_TIME, : root.shape[1]] = half.to(self.image.dtype)
         squares, right = torch.linalg.eigh(gram)
         squares, right = squares.flip(0), right.flip(1)
-        found = (squares - shift).clamp(min=0.0)
-        count = min(rank, int((found > 10 * accuracy * float(found[0])).sum())) if len(found) else 0
+        eigenvalues = (squares - shift).clamp(min=0.0)
+        count = min(rank, int((eigenvalues > 10 * accuracy * float(eigenvalues[0])).sum())) if len(eigenvalues) else 0
         combination = (right[:, :count] / squares[:count].sqrt()).to(self.image.dtype)
-        return found[:count], self.image[:, : root.shape[1]] @ combination
+        return eigenvalues[:count], self.image[:, : root.shape[1]] @ combination
 
     def _chunks(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Image and test matrix a few rows at a time, in float64."""
+        """Yield row chunks of Y and Ω in float64."""
         for start in range(0, len(self.image), ROWS_AT_A_TIME):
             rows = slice(start, start + ROWS_AT_A_TIME)
             yield self.image[rows].double(), self.test_matrix[rows].to(self.image.device).double()

@@ -1,4 +1,4 @@
-"""One pass over the data: every batch shown to an observer of the curvature."""
+"""One pass over the data, with every batch given to an observer, and its checkpoints."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from lapora.models.outputs import OutputModel
 
 @dataclass(frozen=True, eq=False)
 class DataPass:
-    """What a pass found besides the curvature.
+    """Outputs of a pass besides the curvature.
 
     Attributes:
-        logits: At the MAP, ``(N, C)`` in float64, in the rows' order.
-        log_likelihood: ``log p(y|X, θ_MAP)`` in nats, or None where a row has no label.
+        logits: Logits at the MAP, ``(N, C)`` in float64, in the order of the rows.
+        log_likelihood: ``log p(y|X, θ_MAP)`` in nats, or None if a row has no label.
     """
 
     logits: Tensor
@@ -35,7 +35,7 @@ class DataPass:
 
 
 def collect(
-    answers: OutputModel,
+    output_model: OutputModel,
     layers: Sequence[BayesianLayer],
     observer: Observer,
     batches: Iterable[Batch],
@@ -47,34 +47,38 @@ def collect(
     checkpoint: PassCheckpoint | None = None,
     processes: Processes = SINGLE_PROCESS,
 ) -> DataPass:
-    """Show every batch to an observer.
+    """Run every batch, with its inputs and output gradients given to an observer.
 
     Args:
-        answers: The network.
+        output_model: The network.
         layers: The Bayesian layers.
-        observer: Who sees them.
-        batches: All rows, each once; this process's share where there are several.
-        targets: Label of each row.
-        fisher: Which Fisher's columns to differentiate, or any other directions.
-        seed: Of the labels drawn by the Monte-Carlo Fisher.
-        progress: Told of rows done.
-        checkpoint: Keeps the sums as the pass goes on, and has those to go on from; the observer must be resumable.
-        processes: Those that share the rows: in the end the observer of each has the sums of all.
+        observer: Accumulates the curvature.
+        batches: All rows, each once; with several processes, this rank's shard.
+        targets: Label of each row, or None.
+        fisher: Fisher estimator, or a function that returns other directions to differentiate.
+        seed: Random seed of the labels drawn by the Monte-Carlo Fisher.
+        progress: Progress callback: rows done, rows in total.
+        checkpoint: Stores the sums during the pass, and resumes from stored ones; requires a
+            :class:`Checkpointable` observer.
+        processes: The processes that share the rows; the sums are all-reduced at the end.
+
+    Returns:
+        The logits and the log-likelihood of all rows.
 
     Raises:
-        UsageError: The empirical Fisher without labels.
+        UsageError: ``fisher`` is ``empirical``, and a row has no label.
     """
-    # A number for each row, whatever batch or process it is in.
+    # One uniform number per row, so that sampled labels do not depend on batches or ranks.
     uniform = torch.rand(len(targets), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     labelled = all(target is not None for target in targets)
     if fisher == "empirical" and not labelled:
         raise UsageError("--fisher empirical needs a label in every row; use --fisher exact")
-    found: list[Tensor] = []
+    all_logits: list[Tensor] = []
     order: list[int] = []
 
     def state() -> PassState:
         assert isinstance(observer, Checkpointable)
-        logits = torch.cat([each.cpu() for each in found])
+        logits = torch.cat([each.cpu() for each in all_logits])
         return PassState(order, logits, observer.state())
 
     with processes.raise_together():
@@ -82,55 +86,55 @@ def collect(
     if saved is not None:
         assert isinstance(observer, Checkpointable)
         observer.restore(saved.observer)
-        found, order = [saved.logits], list(saved.order)
-        batches = _after(batches, len(order))
-    with processes.on_shard(), Linearisation(answers, layers, observer) as linearisation:
+        all_logits, order = [saved.logits], list(saved.order)
+        batches = _skip_rows(batches, len(order))
+    with processes.on_shard(), Linearisation(output_model, layers, observer) as linearisation:
 
         def run(batch: Batch) -> Tensor:
             labels = torch.tensor([targets[row] for row in batch.rows]) if labelled else None
             return linearisation.run(batch, _columns(fisher, labels, uniform[list(batch.rows)]))
 
         for batch, logits in run_batches(batches, run):
-            found.append(logits.double())
+            all_logits.append(logits.double())
             order += batch.rows
             if progress is not None:
                 progress(min(len(order) * processes.count, len(targets)), len(targets))
             if checkpoint is not None:
                 checkpoint.offer(state)
-        if checkpoint is not None and found:
+        if checkpoint is not None and all_logits:
             checkpoint.finish(state)
     if processes.count > 1:
         assert isinstance(observer, Checkpointable)
         all_reduce_observer(processes, observer)
-    logits = _in_order(processes.all_gather((order, [each.cpu() for each in found])))
+    logits = _in_row_order(processes.all_gather((order, [each.cpu() for each in all_logits])))
     if not labelled or not len(logits):
         return DataPass(logits, None)
     log_p = torch.log_softmax(logits, dim=1)
     return DataPass(logits, float(log_p.gather(1, torch.tensor(targets).unsqueeze(1)).sum()))
 
 
-def _after(batches: Iterable[Batch], rows: int) -> Iterable[Batch]:
-    """The batches that are left when so many rows are done."""
+def _skip_rows(batches: Iterable[Batch], rows: int) -> Iterable[Batch]:
+    """Skip the rows that a resumed pass has already done."""
     if isinstance(batches, BatchFeed):
         batches.skip(rows)
         return batches
-    return _without(batches, rows)
+    return _skip_batches(batches, rows)
 
 
-def _without(batches: Iterable[Batch], rows: int) -> Iterator[Batch]:
+def _skip_batches(batches: Iterable[Batch], rows: int) -> Iterator[Batch]:
     for batch in batches:
         if rows <= 0:
             yield batch
         rows -= len(batch)
 
 
-def _in_order(parts: Sequence[tuple[list[int], list[Tensor]]]) -> Tensor:
-    """Logits of all rows, ``(N, C)``, from the orders in which processes came to them."""
+def _in_row_order(parts: Sequence[tuple[list[int], list[Tensor]]]) -> Tensor:
+    """Combine each rank's row indices and logits into the logits of all rows, ``(N, C)``."""
     order = [row for rows, _ in parts for row in rows]
-    found = [logits for _, each in parts for logits in each]
-    if not found:
+    all_logits = [logits for _, each in parts for logits in each]
+    if not all_logits:
         return torch.zeros(0, 0, dtype=torch.float64)
-    stacked = torch.cat(found)
+    stacked = torch.cat(all_logits)
     logits = torch.empty_like(stacked)
     logits[torch.tensor(order, dtype=torch.long)] = stacked
     return logits
@@ -152,11 +156,11 @@ _OBSERVER = "observer."
 
 @dataclass(frozen=True, eq=False)
 class ObserverState:
-    """What an observer has summed up.
+    """The accumulated sums of an observer.
 
     Attributes:
-        tensors: By name.
-        facts: Whatever JSON can hold exactly, floats included.
+        tensors: Tensors by name.
+        facts: Other values, as JSON stores them exactly (floats included).
     """
 
     tensors: dict[str, Tensor]
@@ -165,23 +169,23 @@ class ObserverState:
 
 @runtime_checkable
 class Checkpointable(Protocol):
-    """An observer whose sums can be put aside, and added to those of other processes."""
+    """An observer whose sums can be checkpointed and all-reduced."""
 
     def state(self) -> ObserverState:
-        """All sums so far; the tensors are the observer's own, not copies."""
+        """Return all sums so far; the tensors are not copied."""
 
     def restore(self, state: ObserverState) -> None:
-        """Go on from sums; the tensors are on the model's device."""
+        """Replace the sums; the tensors are on the model's device."""
 
 
 @dataclass(frozen=True, eq=False)
 class PassState:
-    """A pass over the data, cut between two batches.
+    """State of a pass between two batches.
 
     Attributes:
-        order: The rows seen, in that order.
-        logits: Theirs, ``(rows, C)`` in float64.
-        observer: The curvature so far.
+        order: Indices of the rows done, in the order in which they were run.
+        logits: Their logits, ``(rows, C)`` in float64.
+        observer: The sums so far.
     """
 
     order: list[int]
@@ -189,7 +193,7 @@ class PassState:
     observer: ObserverState
 
     def tensors(self) -> dict[str, Tensor]:
-        """Everything that is not JSON, by name."""
+        """Return all tensors of the state by name; the rest is ``observer.facts``."""
         return {
             "order": torch.tensor(self.order, dtype=torch.long),
             "logits": self.logits,
@@ -198,58 +202,58 @@ class PassState:
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor], facts: dict[str, Any]) -> PassState:
-        """Read back what :meth:`tensors` gave."""
-        observed = {
+        """Rebuild a state from the values of :meth:`tensors` and the observer's facts."""
+        observer_tensors = {
             name.removeprefix(_OBSERVER): tensor for name, tensor in tensors.items() if name.startswith(_OBSERVER)
         }
         order = tensors["order"].tolist()
-        return cls(order, tensors["logits"], ObserverState(observed, facts))
+        return cls(order, tensors["logits"], ObserverState(observer_tensors, facts))
 
 
 def all_reduce_observer(processes: Processes, observer: Checkpointable) -> None:
-    """Give the observer the sums of all processes: the same to the last bit in each.
+    """Sum the states of all ranks into the observer; the result is bitwise equal on all ranks.
 
-    Tensors and numbers are added, by name; whatever else a state holds must be the same where it is there.
+    Tensors and numbers are summed by name; other values must be equal on the ranks that have them.
     """
     own = observer.state()
     facts: dict[str, Any] = {}
     for each in processes.all_gather(own.facts):
-        facts = _added(facts, each)
+        facts = _summed_facts(facts, each)
     observer.restore(ObserverState(processes.all_reduce(own.tensors), facts))
 
 
-def _added(left: Any, right: Any) -> Any:
+def _summed_facts(left: Any, right: Any) -> Any:
     if isinstance(left, dict):
-        found = dict(left)
+        summed = dict(left)
         for key, value in right.items():
-            found[key] = _added(found[key], value) if key in found else value
-        return found
+            summed[key] = _summed_facts(summed[key], value) if key in summed else value
+        return summed
     if isinstance(left, int | float):
         return left + right
     if left != right:
-        raise AssertionError(f"the processes disagree: {left} and {right}")
+        raise AssertionError(f"ranks have different values: {left} and {right}")
     return left
 
 
 class PassCheckpoint(Protocol):
-    """Keeps the states of one pass; see :class:`lapora.storage.partial.Checkpoint`."""
+    """Stores the state of one pass; see :class:`lapora.storage.partial.Checkpoint`."""
 
     def saved(self) -> PassState | None:
-        """The state to go on from, if there is one."""
+        """Return the state to resume from, or None."""
 
     def offer(self, take: Callable[[], PassState]) -> None:
-        """A batch is done: keep the state, if it is time."""
+        """Store the state after a batch, if the last checkpoint is old enough."""
 
     def finish(self, take: Callable[[], PassState]) -> None:
-        """The pass is done."""
+        """Store the state at the end of the pass."""
 
 
 def sums_state(sums: Mapping[str, Tensor | NystromSketch], prefix: str) -> ObserverState:
-    """Sums, whole or sketched, as a state. A sketch's test matrix is drawn again from its seed.
+    """Return sums as an observer state, without the sketches' test matrices (they are redrawn from their seed).
 
     Args:
-        sums: By layer.
-        prefix: Of their names in the state, so that several kinds of sums have room in one.
+        sums: Full or sketched sums by layer name.
+        prefix: Prefix of the tensor names, so that one state can hold several kinds of sums.
     """
     tensors = {
         f"{prefix}.{name}": total.image if isinstance(total, NystromSketch) else total for name, total in sums.items()
@@ -259,10 +263,10 @@ def sums_state(sums: Mapping[str, Tensor | NystromSketch], prefix: str) -> Obser
 
 
 def sums_from_state(state: ObserverState, prefix: str, seed: int) -> dict[str, Tensor | NystromSketch]:
-    """Read back what :func:`sums_state` gave, under the same prefix; ``seed`` is that of the sketches."""
+    """Rebuild the sums stored by :func:`sums_state` under ``prefix``; ``seed`` is the seed of the sketches."""
     traces = state.facts[f"{prefix}.traces"]
-    found: dict[str, Tensor | NystromSketch] = {}
-    sketches: dict[tuple[int, ...], NystromSketch] = {}  # of one shape they share a test matrix
+    sums: dict[str, Tensor | NystromSketch] = {}
+    sketches: dict[tuple[int, ...], NystromSketch] = {}  # sketches of one shape share a test matrix
     for key, tensor in state.tensors.items():
         if not key.startswith(f"{prefix}."):
             continue
@@ -271,44 +275,44 @@ def sums_from_state(state: ObserverState, prefix: str, seed: int) -> dict[str, T
             shape = tuple(tensor.shape)
             if shape not in sketches:
                 sketches[shape] = NystromSketch(*shape, seed=seed, like=tensor)
-            sketch = sketches[shape].another()
-            # Into the sketch's own memory: in another layout products are rounded otherwise.
+            sketch = sketches[shape].empty_copy()
+            # copy_ keeps the memory layout: products of another layout round differently.
             sketch.image.copy_(tensor)
             sketch.trace = float(traces[name])
-            found[name] = sketch
+            sums[name] = sketch
         else:
-            found[name] = tensor
-    return found
+            sums[name] = tensor
+    return sums
 
 
 class CheckpointStore(Protocol):
     """Stores the state of the passes of one fit; see :class:`lapora.storage.partial.Checkpoint`."""
 
     def next_pass(self, *, keep: bool) -> PassCheckpoint:
-        """Return the storage of the next pass; ``keep`` says that a later pass builds on it."""
+        """Return the storage of the next pass; ``keep`` retains it for a later pass that builds on it."""
 
 
 @dataclass(frozen=True)
 class CurvatureRun:
-    """A model and its rows, ready to be passed over.
+    """A model, its training rows and the settings of the curvature.
 
     Attributes:
-        answers: The network.
+        output_model: The network.
         layers: The Bayesian layers.
-        batches: Gives the batches, afresh each time.
-        targets: Label of each row.
+        batches: Returns a new iterator over the batches.
+        targets: Label of each row, or None.
         classes: Number of answers C.
-        fisher: Which Fisher.
+        fisher: Fisher estimator.
         weight_sharing: ``expand`` or ``reduce``, for the Kronecker structures.
-        rank: Of ``kron`` and ``lowrank``; None is the structure's own default.
-        seed: Of whatever is random.
-        progress: Told of rows done, from the start again for every pass.
-        checkpoint: Keeps the sums on disk as they grow.
-        processes: Those that share the rows.
-        offload: Keep Kronecker sums in the host's memory.
+        rank: Rank of ``kron`` or ``lowrank``; None is the structure's default.
+        seed: Random seed.
+        progress: Progress callback: rows done, rows in total; restarts at zero for every pass.
+        checkpoint: Stores the sums of interrupted passes.
+        processes: The processes that share the rows.
+        offload: Keep Kronecker sums in CPU memory.
     """
 
-    answers: OutputModel
+    output_model: OutputModel
     layers: Sequence[BayesianLayer]
     batches: Callable[[], Iterable[Batch]]
     targets: Sequence[int | None]
@@ -324,13 +328,21 @@ class CurvatureRun:
 
     @property
     def columns(self) -> int:
-        """Fisher columns of one example: C-1 exact ones, or a single one."""
+        """Number of Fisher columns per example: C-1 for the exact Fisher, else 1."""
         return self.classes - 1 if self.fisher == "exact" else 1
 
-    def observe(self, observer: Observer, directions: Directions | None = None, *, another: bool = False) -> DataPass:
-        """One pass; ``another`` says that a further one builds on it."""
+    def observe(
+        self, observer: Observer, directions: Directions | None = None, *, keep_state: bool = False
+    ) -> DataPass:
+        """Run one pass over the rows.
+
+        Args:
+            observer: Accumulates the curvature.
+            directions: Replaces the Fisher columns as the directions to differentiate.
+            keep_state: Retain the checkpoint of the finished pass, because a later pass builds on it.
+        """
         return collect(
-            self.answers,
+            self.output_model,
             self.layers,
             observer,
             self.batches(),
@@ -338,20 +350,20 @@ class CurvatureRun:
             fisher=directions or self.fisher,
             seed=self.seed,
             progress=self.progress,
-            checkpoint=None if self.checkpoint is None else self.checkpoint.next_pass(keep=another),
+            checkpoint=None if self.checkpoint is None else self.checkpoint.next_pass(keep=keep_state),
             processes=self.processes,
         )
 
     @property
     def parameters(self) -> int:
-        """How many weights can have a gradient."""
+        """Number P of weights that can have a nonzero gradient."""
         return sum(rows * columns for rows, columns in (layer.gradient_shape(self.classes) for layer in self.layers))
 
     @property
     def working_dtype(self) -> torch.dtype:
-        """Type of sums over rows: float64 where the adapter's weights are, else float32."""
+        """Dtype of sums over rows: float64 if the adapter's weights are float64, else float32."""
         return torch.float64 if self.layers[0].module.weight.dtype == torch.float64 else torch.float32
 
     def describe_parameters(self) -> list[dict[str, object]]:
-        """The manifest's entries of the layers' weights, in order."""
+        """Return the manifest's ``parameters``, one entry per layer in order."""
         return [describe_parameter(layer.name, layer.role, layer.shape, layer.squared_norm) for layer in self.layers]

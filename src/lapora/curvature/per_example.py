@@ -1,11 +1,11 @@
-"""Per-example gradients of one layer at a time, in a basis of the caller's choice.
+"""Per-example gradients, one layer at a time, in a given basis.
 
-``R = U_gᵀ G U_a`` with ``G = Σ_t g_t a_tᵀ``, the gradient of one logit combination in one layer of one
-example. Gradients of a layer are handed on as soon as all its directions are there, and dropped.
+``R = U_gᵀ G U_a`` with ``G = Σ_t g_t a_tᵀ``, the gradient of one linear combination of logits with respect to one
+layer's weight, for one example. The K gradients of a layer are passed on together, then freed.
 
-A basis may be the whole space (square, or the identity) or a subspace (rectangular). For a subspace the part
-of G outside it is handed on as well, computed by projecting inputs and gradients rather than as a difference
-of squares, which would cancel in float32.
+A basis is complete (square, or the identity) or spans a subspace (rectangular). For a subspace, the component of G
+outside it is returned too. It is computed by projecting inputs and gradients: a difference of squared norms would
+cancel in float32.
 """
 
 from __future__ import annotations
@@ -24,31 +24,31 @@ from lapora.models.lora_layers import BayesianLayer
 
 @dataclass(frozen=True, eq=False)
 class LayerBasis:
-    """Orthonormal columns for both sides of a weight W (o x i); None is the identity.
+    """Orthonormal bases for both sides of a weight W ``(o, i)``; None is the identity.
 
     Attributes:
-        leader: Name of the layer whose input basis this layer shares.
+        input_owner: Name of the layer whose input basis this layer shares.
         inputs: ``U_a``, ``(i, i')``, or None.
-        gradients: ``U_g``, ``(o', o'')``, or None; ``o' < o`` where only the answers' rows have a gradient.
+        gradients: ``U_g``, ``(o', o'')``, or None; ``o' < o`` if only the rows of the answers have a gradient.
     """
 
-    leader: str
+    input_owner: str
     inputs: Tensor | None = None
     gradients: Tensor | None = None
 
     @property
     def truncated(self) -> bool:
-        """Whether either side spans a subspace only."""
+        """Whether a side spans only a subspace."""
         return any(side is not None and side.shape[1] < side.shape[0] for side in (self.inputs, self.gradients))
 
 
 @dataclass(frozen=True, eq=False)
 class LayerGradient:
-    """One direction's gradient in one layer, for B examples.
+    """Gradients of one direction with respect to one layer's weight, for B examples.
 
     Attributes:
         inside: ``R``, ``(B, o'', i')``.
-        outside: Orthogonal pieces of the rest, each ``(B, ., .)``; none where the basis is complete.
+        outside: Mutually orthogonal components outside the basis, each ``(B, ., .)``; empty for a complete basis.
     """
 
     inside: Tensor
@@ -56,45 +56,45 @@ class LayerGradient:
 
 
 class PerExampleObserver:
-    """Joins the K gradients of each layer and hands them to :meth:`join`; a base class of observers.
+    """Base class of observers that need the K gradients of each layer together; see :meth:`join`.
 
-    See :class:`lapora.curvature.backward.Observer`.
+    Implements :class:`lapora.curvature.backward.Observer`.
 
     Args:
         bases: Basis of each layer, by name, on the model's device.
-        directions: K, how many directions a batch will have; decides which rotation is cheaper.
+        directions: Number of directions K per batch; decides which order of products is cheaper.
     """
 
     def __init__(self, bases: Mapping[str, LayerBasis], *, directions: int = 1) -> None:
         self._bases = bases
         self._directions = directions
-        self._followers: dict[str, int] = {}
+        self._layers_per_input: dict[str, int] = {}
         for basis in bases.values():
-            self._followers[basis.leader] = self._followers.get(basis.leader, 0) + 1
+            self._layers_per_input[basis.input_owner] = self._layers_per_input.get(basis.input_owner, 0) + 1
         self._inputs: dict[str, Any] = {}
         self._readers: dict[str, set[str]] = {}
         self._gradients: dict[str, list[LayerGradient]] = {}
 
     def join(self, layer: BayesianLayer, gradients: Sequence[LayerGradient]) -> None:
-        """Take in all K gradients of one layer; each kind of observer does something else with them."""
+        """Process the K gradients of one layer; implemented by subclasses."""
         raise NotImplementedError
 
     def begin(self, batch: Batch) -> None:
-        """Forget the last batch."""
+        """Discard the previous batch."""
         self._inputs, self._readers = {}, {}
         self._gradients = {}
 
-    def observe_input(self, layer: BayesianLayer, leader: str, inputs: Tensor, mask: Tensor | None) -> Any:
-        """Keep the layer's input, rotated at once where that is cheaper; once for layers that share it."""
+    def observe_input(self, layer: BayesianLayer, input_owner: str, inputs: Tensor, mask: Tensor | None) -> Any:
+        """Save the layer's input, rotated if that is cheaper; once for all layers that share it."""
         basis = self._bases[layer.name]
-        shared = basis.leader == leader
-        key = leader if shared else layer.name
+        shared = basis.input_owner == input_owner
+        key = input_owner if shared else layer.name
         if key not in self._inputs:
-            self._inputs[key] = self._prepare(basis, inputs, leader if shared else None)
+            self._inputs[key] = self._prepare(basis, inputs, input_owner if shared else None)
         self._readers.setdefault(key, set()).add(layer.name)
         return self._inputs[key]
 
-    def _prepare(self, basis: LayerBasis, inputs: Tensor, leader: str | None) -> _Inputs:
+    def _prepare(self, basis: LayerBasis, inputs: Tensor, input_owner: str | None) -> _Inputs:
         rotation = basis.inputs
         if rotation is None:
             return _Inputs(inputs, rotated=True)
@@ -102,68 +102,73 @@ class PerExampleObserver:
             coordinates = inputs @ rotation
             complete = rotation.shape[1] == rotation.shape[0]
             return _Inputs(coordinates, True, None if complete else inputs - coordinates @ rotation.T)
-        # Either the T tokens are rotated once, or every direction's gradient rows of every follower.
+        # Rotate either the T tokens once, or the gradient rows of every direction of every layer with this input.
         sides = basis.gradients
-        rows = None if sides is None else len(sides) * self._directions * self._followers.get(leader or "", 1)
-        early = leader is not None and (rows is None or inputs.shape[1] <= rows)
+        sharing = self._layers_per_input.get(input_owner or "", 1)
+        rows = None if sides is None else len(sides) * self._directions * sharing
+        early = input_owner is not None and (rows is None or inputs.shape[1] <= rows)
         return _Inputs(inputs @ rotation if early else inputs, rotated=early)
 
-    def observe_gradient(self, layer: BayesianLayer, kept: Any, gradient: Tensor) -> None:
+    def observe_gradient(self, layer: BayesianLayer, saved: Any, gradient: Tensor) -> None:
         """Rotate one direction's gradient into the layer's basis."""
         basis = self._bases[layer.name]
-        found = _truncated(basis, kept, gradient) if basis.truncated else _complete(basis, kept, gradient)
-        self._gradients.setdefault(layer.name, []).append(found)
+        rotated = _truncated(basis, saved, gradient) if basis.truncated else _complete(basis, saved, gradient)
+        self._gradients.setdefault(layer.name, []).append(rotated)
 
     def finish(self, layer: BayesianLayer) -> None:
-        """Hand on the layer's K gradients, and drop them; and its input, if no other layer has need of it."""
+        """Pass the layer's K gradients to :meth:`join`; free them, and the input after its last layer."""
         self.join(layer, self._gradients.pop(layer.name))
-        for key in (layer.name, self._bases[layer.name].leader):
+        for key in (layer.name, self._bases[layer.name].input_owner):
             readers = self._readers.get(key, set())
             readers.discard(layer.name)
             if not readers:
                 self._inputs.pop(key, None)
 
     def end(self, rows: int, directions: int) -> None:
-        """Nothing is left to do where layers are independent."""
+        """Do nothing: layers are independent."""
 
 
 @dataclass(frozen=True, eq=False)
 class _Inputs:
-    """A layer's input ``(B, T, i')``, whether it is in the basis already, and what lies outside the basis."""
+    """A layer's input ``(B, T, i')``, whether it is already rotated, and its component outside the basis."""
 
     tokens: Tensor
     rotated: bool
     outside: Tensor | None = None
 
 
-def _complete(basis: LayerBasis, kept: _Inputs, gradient: Tensor) -> LayerGradient:
-    tokens, columns = gradient.shape[1], kept.tokens.shape[2]
+def _complete(basis: LayerBasis, saved: _Inputs, gradient: Tensor) -> LayerGradient:
+    tokens, columns = gradient.shape[1], saved.tokens.shape[2]
     rotation = basis.gradients
     if rotation is None:
-        inside = gradient.transpose(1, 2) @ kept.tokens
-    elif tokens <= columns:  # fewer tokens than columns: rotate the gradient's tokens
-        inside = (gradient @ rotation).transpose(1, 2) @ kept.tokens
-    else:  # one product for all examples: a batched product of a matrix with narrow ones is several times slower
-        inside = ((kept.tokens.transpose(1, 2) @ gradient) @ rotation).transpose(1, 2)
-    return LayerGradient(inside if kept.rotated or basis.inputs is None else inside @ basis.inputs)
+        inside = gradient.transpose(1, 2) @ saved.tokens
+    elif tokens <= columns:  # fewer tokens than columns: rotate the gradient of each token
+        inside = (gradient @ rotation).transpose(1, 2) @ saved.tokens
+    else:  # one large product: a batched product with narrow matrices is several times slower
+        inside = ((saved.tokens.transpose(1, 2) @ gradient) @ rotation).transpose(1, 2)
+    return LayerGradient(inside if saved.rotated or basis.inputs is None else inside @ basis.inputs)
 
 
-def _truncated(basis: LayerBasis, kept: _Inputs, gradient: Tensor) -> LayerGradient:
+def _truncated(basis: LayerBasis, saved: _Inputs, gradient: Tensor) -> LayerGradient:
     rotation = basis.gradients
     coordinates = gradient if rotation is None else gradient @ rotation
     pieces = []
-    if kept.outside is not None:
-        pieces.append(coordinates.transpose(1, 2) @ kept.outside)
+    if saved.outside is not None:
+        pieces.append(coordinates.transpose(1, 2) @ saved.outside)
     if rotation is not None and rotation.shape[1] < rotation.shape[0]:
         rest = (gradient - coordinates @ rotation.T).transpose(1, 2)
-        pieces.append(rest @ kept.tokens)
-        if kept.outside is not None:
-            pieces.append(rest @ kept.outside)
-    return LayerGradient(coordinates.transpose(1, 2) @ kept.tokens, tuple(pieces))
+        pieces.append(rest @ saved.tokens)
+        if saved.outside is not None:
+            pieces.append(rest @ saved.outside)
+    return LayerGradient(coordinates.transpose(1, 2) @ saved.tokens, tuple(pieces))
 
 
 class SecondMomentObserver(PerExampleObserver):
-    """Adds up ``Σ_ns R_ns²`` elementwise: EKFAC's eigenvalues in a Kronecker eigenbasis, diag's in none.
+    """Accumulates ``Σ_ns R_ns²`` elementwise: EKFAC's eigenvalues, or with identity bases the diagonal.
+
+    Args:
+        bases: Basis of each layer, by name.
+        directions: Number of Fisher columns per example.
 
     Source: George et al. 2018, "Fast approximate natural gradient descent in a Kronecker-factored eigenbasis".
     """
@@ -174,71 +179,71 @@ class SecondMomentObserver(PerExampleObserver):
         self._batch: dict[str, Tensor] = {}
 
     def begin(self, batch: Batch) -> None:
-        """Forget the last batch, and what it has left if it was not ended."""
+        """Discard the previous batch, and the sums of an unfinished one."""
         super().begin(batch)
         self._batch = {}
 
     def join(self, layer: BayesianLayer, gradients: Sequence[LayerGradient]) -> None:
-        """The batch's squares, summed over examples in float64."""
+        """Sum the batch's squared gradients over examples and directions, in float64."""
         total = sum(gradient.inside.square().sum(dim=0, dtype=torch.float64) for gradient in gradients)
         assert isinstance(total, Tensor)
         self._batch[layer.name] = total
 
     def end(self, rows: int, directions: int) -> None:
-        """Add the batch's sums to the pass's."""
-        for name, found in self._batch.items():
-            total = self._sums.setdefault(name, found)
-            if total is not found:
-                total += found.to(total.device)
+        """Add the sums of the batch to those of the pass."""
+        for name, batch_sum in self._batch.items():
+            total = self._sums.setdefault(name, batch_sum)
+            if total is not batch_sum:
+                total += batch_sum.to(total.device)
         self._batch = {}
 
     def state(self) -> ObserverState:
-        """The sums."""
+        """Return the sums."""
         return ObserverState(dict(self._sums))
 
     def restore(self, state: ObserverState) -> None:
-        """Go on from what :meth:`state` gave."""
+        """Restore a state returned by :meth:`state`."""
         self._sums = dict(state.tensors)
 
     def second_moments(self, layer: BayesianLayer) -> Tensor | None:
-        """``(o'', i')`` in float64, or None for a layer that no logit depends on."""
+        """Return ``Σ_ns R_ns²``, ``(o'', i')`` in float64, or None if no logit depends on the layer."""
         return self._sums.get(layer.name)
 
 
 class JacobianObserver(PerExampleObserver):
-    """Keeps a batch's gradients of all layers, for structures that know of correlations between layers.
+    """Collects a batch's gradients of all layers into a Jacobian, for structures with cross-layer terms.
 
     Args:
         layers: The layers, in the order of the Jacobian's columns.
-        classes: Number of answers: a layer that writes vocabulary logits has a gradient in their rows alone.
+        classes: Number of answers C; a layer that outputs vocabulary logits has a gradient only in their C rows.
     """
 
     def __init__(self, layers: Sequence[BayesianLayer], classes: int) -> None:
         super().__init__({layer.name: LayerBasis(layer.name) for layer in layers})
-        self._places: dict[str, slice] = {}
+        self._columns: dict[str, slice] = {}
         start = 0
         for layer in layers:
             rows, columns = layer.gradient_shape(classes)
-            self._places[layer.name] = slice(start, start + rows * columns)
+            self._columns[layer.name] = slice(start, start + rows * columns)
             start += rows * columns
         self.parameters = start
         self._jacobian: Tensor | None = None
 
     def begin(self, batch: Batch) -> None:
-        """Forget the last batch."""
+        """Discard the previous batch."""
         super().begin(batch)
         self._jacobian = None
 
     def join(self, layer: BayesianLayer, gradients: Sequence[LayerGradient]) -> None:
-        """Put them in their columns."""
+        """Copy the layer's gradients into its columns of the Jacobian."""
         if self._jacobian is None:
             first = gradients[0].inside
             self._jacobian = first.new_zeros(len(gradients), len(first), self.parameters)
         for index, gradient in enumerate(gradients):
-            self._jacobian[index, :, self._places[layer.name]] = gradient.inside.flatten(1)
+            self._jacobian[index, :, self._columns[layer.name]] = gradient.inside.flatten(1)
 
     def jacobian(self, rows: int, directions: int) -> Tensor:
-        """Gradients of the batch just run: ``(K, B, P)``; a layer that no logit depends on has zeros."""
+        """Return the Jacobian of the last batch, ``(K, B, P)``; a layer without influence on the logits has zeros."""
         if self._jacobian is None:
             return torch.zeros(directions, rows, self.parameters)
         return self._jacobian

@@ -1,8 +1,7 @@
-"""The one room that knows laplace-torch and its backends, ASDL and curvlinops.
+"""Interface to laplace-torch and its backends, ASDL and curvlinops; the only package that imports them.
 
-``engines`` runs their Kronecker factors over an adapter; ``kron_laplace`` hands an adapter's posterior to
-laplace-torch's own classes. Everything here works on layers and tensors: what a saved posterior is, is known
-one level up, by :mod:`lapora.interop`.
+``engines`` computes their Kronecker factors for an adapter; ``kron_laplace`` converts curvature to and from
+laplace-torch's classes. The package works on layers and tensors; :mod:`lapora.interop` handles saved posteriors.
 """
 
 from lapora.laplace_torch.engines import asdl_factors, curvlinops_factors

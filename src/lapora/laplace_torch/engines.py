@@ -1,17 +1,17 @@
-"""laplace-torch's own Kronecker factors of an adapter, for reproduction and comparison.
+"""Kronecker factors computed by laplace-torch's backends, for reproduction and comparison.
 
-With N rows, sequences of T positions each and no padding, in the terms of :mod:`lapora.curvature.kfac`:
+With N rows of T positions each and no padding, in the notation of :mod:`lapora.curvature.kfac`:
 
-* ``asdl`` (``AsdlGGN``, the paper's stack) gives ``1/N · (Σ a aᵀ) ⊗ (Σ g gᵀ)``: KFAC-expand times T.
-* ``curvlinops`` (``CurvlinopsGGN``, laplace-torch's default) divides a batch's ``Σ a aᵀ`` by its rows and its
-  positions, which laplace-torch turns into ``1/(N T)``: KFAC-expand itself. With ``kfac_approx="reduce"`` it
-  gives KFAC-reduce itself.
+* ``asdl`` (``AsdlGGN``, used by the paper) returns ``1/N · (Σ a aᵀ) ⊗ (Σ g gᵀ)``: KFAC-expand times T.
+* ``curvlinops`` (``CurvlinopsGGN``, laplace-torch's default) divides a batch's ``Σ a aᵀ`` by its rows and
+  positions, which laplace-torch rescales to ``1/(N T)``: KFAC-expand. With ``kfac_approx="reduce"`` it returns
+  KFAC-reduce.
 
-Both sum the factors of the batches, A with A and B with B; since both divide by N, not by the batch, how equally
-long rows are cut into batches does not matter. What does is padding: to both libraries it is a position like
-any other, so its inputs enter ``Σ a aᵀ``, and in curvlinops also T, which is the batch's. Even without padding,
-curvlinops' expand is ``1/N Σ_n 1/T_n Σ_t a_nt a_ntᵀ``, a mean over rows, where lapora takes one over tokens.
-The factors are handed on as they come, unscaled.
+Both sum the two factors over batches and divide by N, so that for rows of equal length the batch size does not
+matter. Padding does: neither library masks it, so that its inputs are included in ``Σ a aᵀ``, and in curvlinops
+also in T, the padded length of the batch. Without padding, curvlinops' expand is still
+``1/N Σ_n 1/T_n Σ_t a_nt a_ntᵀ``, a mean over rows, where lapora takes the mean over tokens. The factors are returned
+as computed, without rescaling.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from lapora.errors import NumericalError
 from lapora.laplace_torch.network import (
     AdapterNetwork,
     as_inputs,
-    refuse_uncovered_layers,
-    silenced,
+    check_layers_supported,
+    silence_warnings,
     trainable,
 )
 from lapora.models.batches import Batch
@@ -37,90 +37,91 @@ from lapora.models.batching import run_batches
 from lapora.models.lora_layers import BayesianLayer
 from lapora.models.outputs import OutputModel
 
-Found = tuple[dict[str, KronFactors], float | None]
+EngineResult = tuple[dict[str, KronFactors], float | None]
 
 
 def asdl_factors(
-    answers: OutputModel,
+    output_model: OutputModel,
     layers: Sequence[BayesianLayer],
     batches: Iterable[Batch],
     targets: Sequence[int | None],
     progress: Progress | None = None,
-) -> Found:
+) -> EngineResult:
     """Sum laplace-torch's ``AsdlGGN.kron`` over the batches.
 
     Args:
-        answers: The network.
-        layers: LoRA factors; ASDL takes no others here.
+        output_model: The network.
+        layers: LoRA factors; other layers are not supported by ASDL.
         batches: The rows.
-        targets: Their labels, for the log-likelihood alone.
-        progress: Told of rows done.
+        targets: Their labels, only for the log-likelihood.
+        progress: Progress callback: rows done, rows in total.
 
     Returns:
-        The factors of each layer, with the scaling that ASDL gives them, and ``log p(y|X, θ_MAP)``.
+        The factors of each layer, with ASDL's scaling, and ``log p(y|X, θ_MAP)`` in nats, or None without labels.
 
     Raises:
         UsageError: A layer is not a LoRA factor, or is read at the answer's position only.
-        NumericalError: The logits do not depend on a layer, or the factors are not those of the layers.
+        NumericalError: The logits do not depend on a layer, or the factors have other shapes than the layers.
     """
-    return _summed("asdl", "AsdlGGN", answers, layers, batches, targets, progress, {})
+    return _summed("asdl", "AsdlGGN", output_model, layers, batches, targets, progress, {})
 
 
 def curvlinops_factors(
-    answers: OutputModel,
+    output_model: OutputModel,
     layers: Sequence[BayesianLayer],
     batches: Iterable[Batch],
     targets: Sequence[int | None],
     weight_sharing: Literal["expand", "reduce"] = "expand",
     progress: Progress | None = None,
-) -> Found:
+) -> EngineResult:
     """Sum laplace-torch's ``CurvlinopsGGN.kron`` over the batches.
 
     Args:
-        answers: The network.
-        layers: LoRA factors; curvlinops takes no others here.
+        output_model: The network.
+        layers: LoRA factors; other layers are not supported by curvlinops.
         batches: The rows.
-        targets: Their labels, for the log-likelihood alone.
+        targets: Their labels, only for the log-likelihood.
         weight_sharing: curvlinops' ``kfac_approx``.
-        progress: Told of rows done.
+        progress: Progress callback: rows done, rows in total.
 
     Returns:
-        The factors of each layer, with the scaling that laplace-torch gives them, and ``log p(y|X, θ_MAP)``.
+        The factors of each layer, with laplace-torch's scaling, and ``log p(y|X, θ_MAP)`` in nats, or None without
+        labels.
 
     Raises:
         UsageError: A layer is not a LoRA factor, or is read at the answer's position only.
-        NumericalError: The logits do not depend on a layer, or the factors are not those of the layers.
+        NumericalError: The logits do not depend on a layer, or the factors have other shapes than the layers.
     """
     options = {"kfac_approx": weight_sharing}
-    return _summed("curvlinops", "CurvlinopsGGN", answers, layers, batches, targets, progress, options)
+    return _summed("curvlinops", "CurvlinopsGGN", output_model, layers, batches, targets, progress, options)
 
 
 def _summed(
     engine: str,
     backend_name: str,
-    answers: OutputModel,
+    output_model: OutputModel,
     layers: Sequence[BayesianLayer],
     batches: Iterable[Batch],
     targets: Sequence[int | None],
     progress: Progress | None,
     options: dict[str, Any],
-) -> Found:
-    refuse_uncovered_layers(layers, f"--engine {engine}")
+) -> EngineResult:
+    check_layers_supported(layers, f"--engine {engine}")
     labelled = all(target is not None for target in targets)
     sums: list[list[Tensor]] = []
     log_likelihood, done = 0.0, 0
-    with trainable(layers), silenced():
-        backend = _backend(backend_name, AdapterNetwork(answers, layers))
+    with trainable(layers), silence_warnings():
+        backend = _backend(backend_name, AdapterNetwork(output_model, layers))
 
         def run(batch: Batch) -> tuple[Tensor, Any]:
             labels = torch.tensor([cast(int, targets[row]) if labelled else 0 for row in batch.rows])
             try:
-                return backend.kron(as_inputs(batch), labels.to(answers.device), N=len(targets), **options)
+                return backend.kron(as_inputs(batch), labels.to(output_model.device), N=len(targets), **options)
             except RuntimeError as error:
                 if "not have been used in the graph" not in str(error):
                     raise
                 raise NumericalError(
-                    f"--engine {engine}: a LoRA layer has no part in the logits, and this engine needs all to have; "
+                    f"--engine {engine}: the logits do not depend on every LoRA layer, as this engine requires; "
                     "use --engine native"
                 ) from error
 
@@ -135,12 +136,14 @@ def _summed(
                 progress(done, len(targets))
     shapes = [tuple(len(factor) for factor in pair) for pair in sums]
     if shapes != [layer.shape for layer in layers]:
-        raise NumericalError(f"--engine {engine} returned factors of other layers than those asked for")
-    found = {
-        layer.name: KronFactors(input_sum=inputs, gradient_sum=gradients, count=1, leader=layer.name)
+        raise NumericalError(
+            f"--engine {engine}: the factors have other shapes than the LoRA layers; use --engine native"
+        )
+    sums_by_layer = {
+        layer.name: KronFactors(input_sum=inputs, gradient_sum=gradients, count=1, input_owner=layer.name)
         for layer, (gradients, inputs) in zip(layers, sums, strict=True)
     }
-    return found, log_likelihood if labelled else None
+    return sums_by_layer, log_likelihood if labelled else None
 
 
 def _backend(name: str, network: AdapterNetwork) -> Any:

@@ -1,4 +1,4 @@
-"""The adapter as laplace-torch wants a model: a dictionary of tensors in, logits out."""
+"""Wrap an adapter as a model for laplace-torch: a dictionary of tensors in, logits out."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from lapora.models.outputs import OutputModel
 
 
 class AdapterNetwork(nn.Module):
-    """The network to answer logits, with the Bayesian weights as its only parameters.
+    """The network to the logits of the answers, with the Bayesian weights as its only parameters.
 
-    laplace-torch takes a model's parameters in the order in which the model lists them, and its first one for
-    the type and device of everything. Here they are the layers' weights, in the layers' order: a frozen base
-    in another type or order does not matter.
+    laplace-torch uses a model's parameters in the order of ``parameters()``, and the first one's dtype and device for
+    everything. Only the layers' weights are listed here, in the layers' order, so that the dtype and the order of the
+    frozen base do not matter.
 
     Args:
-        answers: The network.
+        output_model: The network.
         layers: The Bayesian layers.
     """
 
-    def __init__(self, answers: OutputModel, layers: Sequence[BayesianLayer]) -> None:
+    def __init__(self, output_model: OutputModel, layers: Sequence[BayesianLayer]) -> None:
         super().__init__()
-        self.network = answers.network
-        self.output_size: int | None = None  # laplace-torch sets and reads it
-        self._logits = answers.logits
-        self._device = answers.device
+        self.network = output_model.network
+        self.output_size: int | None = None  # set and read by laplace-torch
+        self._logits = output_model.logits
+        self._device = output_model.device
         names = {id(parameter): name for name, parameter in super().named_parameters()}
         weights = [cast(nn.Parameter, layer.module.weight) for layer in layers]
         self._bayesian = {names[id(weight)]: weight for weight in weights}
@@ -41,16 +41,16 @@ class AdapterNetwork(nn.Module):
     def named_parameters(
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
     ) -> Iterator[tuple[str, nn.Parameter]]:
-        """Names and Bayesian weights, in the layers' order."""
+        """Return the names and Bayesian weights, in the order of the layers."""
         start = f"{prefix}." if prefix else ""
         return ((start + name, weight) for name, weight in self._bayesian.items() if recurse)
 
     def forward(self, data: Mapping[str, Any]) -> Tensor:
-        """Logits of the answers.
+        """Compute the logits of the answers.
 
         Args:
-            data: What :func:`as_inputs` makes, or what a tokenizer returns: ``input_ids`` and, where there is
-                padding, ``attention_mask``, ``(B, T)`` each; other keys but ``token_type_ids`` are ignored.
+            data: The result of :func:`as_inputs` or of a tokenizer: ``input_ids`` and, with padding,
+                ``attention_mask``, ``(B, T)`` each, and optionally ``token_type_ids``; other keys are ignored.
 
         Returns:
             ``(B, C)``.
@@ -71,7 +71,7 @@ class AdapterNetwork(nn.Module):
 
 
 def as_inputs(batch: Batch) -> dict[str, Any]:
-    """A batch as the dictionary that laplace-torch passes around."""
+    """Convert a batch to the dictionary that laplace-torch passes to the model."""
     inputs: dict[str, Any] = {
         "input_ids": batch.input_ids,
         "attention_mask": batch.attention_mask,
@@ -80,34 +80,38 @@ def as_inputs(batch: Batch) -> dict[str, Any]:
     return inputs if batch.token_type_ids is None else {**inputs, "token_type_ids": batch.token_type_ids}
 
 
-def refuse_uncovered_layers(layers: Sequence[BayesianLayer], what: str) -> None:
-    """Say that laplace-torch cannot hold a layer's posterior as lapora does.
+def check_layers_supported(layers: Sequence[BayesianLayer], what: str) -> None:
+    """Check that laplace-torch supports all layers.
+
+    Args:
+        layers: The Bayesian layers.
+        what: The option or function, for the error message.
 
     Raises:
-        UsageError: A layer is part of a head, or writes vocabulary logits.
+        UsageError: A layer is part of a head, or outputs vocabulary logits.
     """
     if any(layer.role == "head" or layer.answer_rows_only for layer in layers):
-        raise UsageError(f"{what} covers LoRA inside the body alone: use --subset lora, without LoRA on lm_head")
+        raise UsageError(f"{what} supports only LoRA layers below the head; use --subset lora, without LoRA on lm_head")
 
 
 @contextmanager
 def trainable(layers: Sequence[BayesianLayer]) -> Iterator[None]:
-    """Let the layers' weights require gradients for a while; laplace-torch finds its parameters by that."""
+    """Make the layers' weights require gradients within the context; laplace-torch selects its parameters by it."""
     weights = [layer.module.weight for layer in layers]
-    before = [weight.requires_grad for weight in weights]
+    originals = [weight.requires_grad for weight in weights]
     for weight in weights:
         weight.requires_grad_(True)
     try:
         yield
     finally:
-        for weight, required in zip(weights, before, strict=True):
+        for weight, required in zip(weights, originals, strict=True):
             weight.requires_grad_(required)
             weight.grad = None
 
 
 @contextmanager
-def silenced() -> Iterator[None]:
-    """Without the warnings of libraries about each other: ASDL uses hooks that torch is about to retire."""
+def silence_warnings() -> Iterator[None]:
+    """Silence library warnings, such as those about ASDL's deprecated torch hooks."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield

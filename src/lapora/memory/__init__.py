@@ -1,1 +1,1 @@
-"""Memory estimate of a fit, from a model without weights."""
+"""Memory estimate of a fit, without loading weights."""

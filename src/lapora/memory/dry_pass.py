@@ -1,6 +1,6 @@
-"""What one batch of a pass holds in memory, found by running it on tensors that have shapes alone.
+"""Peak memory of one batch, measured by running it on fake tensors (shapes without data).
 
-The very code of the pass runs: the model, the cuts at its blocks, the directions, the observer.
+The code of a real pass runs: the model, the cuts of its graph, the directions and the observer.
 """
 
 from __future__ import annotations
@@ -24,45 +24,53 @@ _FEW, _MORE = 4, 8
 _DIRECTIONS = 2
 
 
-class _Leaders:
-    """Notes who shares whose input, and keeps nothing."""
+class _InputOwners:
+    """Observer that records the owner of each layer's input and stores no tensors."""
 
     def __init__(self) -> None:
-        self.leaders: dict[str, str] = {}
+        self.input_owners: dict[str, str] = {}
 
     def begin(self, batch: Batch) -> None: ...
 
-    def observe_input(self, layer: BayesianLayer, leader: str, inputs: Tensor, mask: Tensor | None) -> Any:
-        self.leaders[layer.name] = leader
+    def observe_input(self, layer: BayesianLayer, input_owner: str, inputs: Tensor, mask: Tensor | None) -> Any:
+        self.input_owners[layer.name] = input_owner
 
-    def observe_gradient(self, layer: BayesianLayer, kept: Any, gradient: Tensor) -> None: ...
+    def observe_gradient(self, layer: BayesianLayer, saved: Any, gradient: Tensor) -> None: ...
 
     def finish(self, layer: BayesianLayer) -> None: ...
 
     def end(self, rows: int, directions: int) -> None: ...
 
 
-def leaders_of(skeleton: MetaModel, layers: Sequence[BayesianLayer], classes: int) -> dict[str, str]:
-    """For every layer, the name of the first that has the same input; of like blocks one is looked at."""
-    observer = _Leaders()
-    alike = _alike(skeleton, layers)
-    with _few_blocks(skeleton, layers, None if alike is None else 1) as left:
-        _most(skeleton, left, observer, (1, 2), classes, 1, rerun=False)
-    found = observer.leaders
-    if alike is not None:
-        (blocks,) = _block_lists(skeleton, layers)
-        path = next(name for name, module in skeleton.model.named_modules() if module is blocks)
+def input_owners_of(meta_model: MetaModel, layers: Sequence[BayesianLayer], classes: int) -> dict[str, str]:
+    """Return for every layer the name of the first layer with the same input.
+
+    If all transformer blocks are identical, only the first one runs.
+
+    Args:
+        meta_model: The model.
+        layers: The Bayesian layers.
+        classes: Number of answers C.
+    """
+    observer = _InputOwners()
+    identical = _count_identical_blocks(meta_model, layers)
+    with _first_blocks(meta_model, layers, None if identical is None else 1) as remaining:
+        _peak_bytes(meta_model, remaining, observer, (1, 2), classes, 1, recompute_blocks=False)
+    owners = observer.input_owners
+    if identical is not None:
+        (blocks,) = _block_lists(meta_model, layers)
+        path = next(name for name, module in meta_model.model.named_modules() if module is blocks)
         first = f"{path}.0."
-        for name, leader in list(found.items()):
+        for name, input_owner in list(owners.items()):
             if name.startswith(first):
-                for index in range(1, alike):
+                for index in range(1, identical):
                     block = f"{path}.{index}."
-                    found[block + name.removeprefix(first)] = block + leader.removeprefix(first)
-    return found
+                    owners[block + name.removeprefix(first)] = block + input_owner.removeprefix(first)
+    return owners
 
 
 def batch_memory(
-    skeleton: MetaModel,
+    meta_model: MetaModel,
     layers: Sequence[BayesianLayer],
     structure: Structure,
     shape: tuple[int, int],
@@ -71,31 +79,34 @@ def batch_memory(
     directions: int,
     recompute_blocks: bool = False,
 ) -> int:
-    """The most bytes that a batch holds beside the weights and the sums of a pass.
+    """Estimate the peak memory of a batch in bytes, without the weights and the sums of a pass.
 
-    Many like blocks are reckoned from fewer, and more than two directions from one and two: the growth is linear.
+    Memory is linear in the number of identical blocks and of directions: many blocks are extrapolated from few, and
+    more than two directions from one and two.
 
     Args:
-        skeleton: The model.
+        meta_model: The model.
         layers: The Bayesian layers.
-        structure: Of the curvature; what its observer keeps of a batch is counted.
+        structure: Curvature structure; the tensors that its observer stores for a batch are included.
         shape: Rows and tokens of the batch.
         classes: Number of answers C.
-        directions: K, gradients of each row.
-        recompute_blocks: Blocks keep their inputs alone.
+        directions: Number of directions K, gradients per row.
+        recompute_blocks: Blocks store only their inputs (gradient checkpointing).
     """
 
-    def most(blocks: int | None, count: int) -> int:
-        with _few_blocks(skeleton, layers, blocks) as left:
-            observer = _observer(structure, left, classes, count)
-            return _most(skeleton, left, observer, shape, classes, count, rerun=recompute_blocks)
+    def peak(blocks: int | None, count: int) -> int:
+        with _first_blocks(meta_model, layers, blocks) as remaining:
+            observer = _observer(structure, remaining, classes, count)
+            return _peak_bytes(
+                meta_model, remaining, observer, shape, classes, count, recompute_blocks=recompute_blocks
+            )
 
     def of_directions(count: int) -> int:
-        found = _alike(skeleton, layers)
-        if found is None or found <= _MORE:
-            return most(None, count)
-        few, more = most(_FEW, count), most(_MORE, count)
-        return more + (found - _MORE) * (more - few) // (_MORE - _FEW)
+        blocks = _count_identical_blocks(meta_model, layers)
+        if blocks is None or blocks <= _MORE:
+            return peak(None, count)
+        few, more = peak(_FEW, count), peak(_MORE, count)
+        return more + (blocks - _MORE) * (more - few) // (_MORE - _FEW)
 
     if directions <= _DIRECTIONS:
         return of_directions(directions)
@@ -105,39 +116,39 @@ def batch_memory(
 
 def _observer(structure: Structure, layers: Sequence[BayesianLayer], classes: int, directions: int) -> Observer:
     if structure == "kron":
-        return _Leaders()
+        return _InputOwners()
     if structure in ("lowrank", "full"):
         return JacobianObserver(layers, classes)
     return SecondMomentObserver({layer.name: LayerBasis(layer.name) for layer in layers}, directions=directions)
 
 
-def _most(
-    skeleton: MetaModel,
+def _peak_bytes(
+    meta_model: MetaModel,
     layers: Sequence[BayesianLayer],
     observer: Observer,
     shape: tuple[int, int],
     classes: int,
     directions: int,
     *,
-    rerun: bool,
+    recompute_blocks: bool,
 ) -> int:
-    with fake_tensors(skeleton.model):
-        tokens = [0] * classes if skeleton.kind == "causal" else None
-        answers = MetaOutputModel(skeleton.model, skeleton.kind, 0, tokens, recompute_blocks=rerun)
+    with fake_tensors(meta_model.model):
+        tokens = [0] * classes if meta_model.kind == "causal" else None
+        output_model = MetaOutputModel(meta_model.model, meta_model.kind, 0, tokens, recompute_blocks=recompute_blocks)
         batch = empty_batch(*shape)
-        with LiveMemory(skeleton.model) as memory, Linearisation(answers, layers, observer) as linearisation:
+        with LiveMemory(meta_model.model) as memory, Linearisation(output_model, layers, observer) as linearisation:
             linearisation.run(batch, lambda logits: class_columns(logits)[:1].expand(directions, *logits.shape))
-        return memory.most
+        return memory.peak
 
 
-def _block_lists(skeleton: MetaModel, layers: Sequence[BayesianLayer]) -> list[nn.ModuleList]:
-    blocks = set(blocks_of(cast(nn.Module, skeleton.model.get_base_model()), layers))
-    return [each for each in skeleton.model.modules() if isinstance(each, nn.ModuleList) and blocks & set(each)]
+def _block_lists(meta_model: MetaModel, layers: Sequence[BayesianLayer]) -> list[nn.ModuleList]:
+    blocks = set(blocks_of(cast(nn.Module, meta_model.model.get_base_model()), layers))
+    return [each for each in meta_model.model.modules() if isinstance(each, nn.ModuleList) and blocks & set(each)]
 
 
-def _alike(skeleton: MetaModel, layers: Sequence[BayesianLayer]) -> int | None:
-    """How many blocks there are, if they stand in one list and have the same weights and Bayesian layers."""
-    lists = _block_lists(skeleton, layers)
+def _count_identical_blocks(meta_model: MetaModel, layers: Sequence[BayesianLayer]) -> int | None:
+    """Return the number of blocks if they are in one list with the same shapes and Bayesian layers, else None."""
+    lists = _block_lists(meta_model, layers)
     if len(lists) != 1:
         return None
     bayesian = {layer.module for layer in layers}
@@ -152,18 +163,18 @@ def _alike(skeleton: MetaModel, layers: Sequence[BayesianLayer]) -> int | None:
 
 
 @contextmanager
-def _few_blocks(
-    skeleton: MetaModel, layers: Sequence[BayesianLayer], count: int | None
+def _first_blocks(
+    meta_model: MetaModel, layers: Sequence[BayesianLayer], count: int | None
 ) -> Iterator[Sequence[BayesianLayer]]:
-    """The layers that are left when only the first blocks stand in their list, while this lasts."""
+    """Truncate the model to its first blocks within the context; yields the remaining Bayesian layers."""
     if count is None:
         yield layers
         return
-    (blocks,) = _block_lists(skeleton, layers)
-    whole = dict(blocks._modules)
-    gone = {module for block in list(blocks)[count:] for module in block.modules()}
-    blocks._modules = dict(list(whole.items())[:count])
+    (blocks,) = _block_lists(meta_model, layers)
+    original = dict(blocks._modules)
+    removed = {module for block in list(blocks)[count:] for module in block.modules()}
+    blocks._modules = dict(list(original.items())[:count])
     try:
-        yield [layer for layer in layers if layer.module not in gone]
+        yield [layer for layer in layers if layer.module not in removed]
     finally:
-        blocks._modules = whole
+        blocks._modules = original

@@ -1,4 +1,4 @@
-"""The memory that ``fit`` will need, reckoned before anything large is loaded."""
+"""Estimate of the memory of ``fit``, made before anything large is loaded."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 from lapora.config import TOKEN_BUDGET, FitSettings, ModelSettings
 from lapora.errors import AdapterError, LaporaError, UsageError, first_line
-from lapora.memory.dry_pass import batch_memory, leaders_of
+from lapora.memory.dry_pass import batch_memory, input_owners_of
 from lapora.memory.footprint import Footprint, StructureShape, footprint
 from lapora.models.adapter import Adapter
 from lapora.models.device_map import available_memory
@@ -22,28 +22,28 @@ _OTHER_ALLOWANCE = 1.2
 
 
 def allocator_overhead(device: str) -> float:
-    """What memory a process holds for each byte of its tensors, the weights left out.
+    """Return the ratio of process memory to tensor memory, without the weights.
 
-    On a CPU it was 1.52 to 1.57 in four fits of a real encoder; that of a GPU's caching allocator is a guess.
+    Measured on a CPU as 1.52 to 1.57, in four fits of a real encoder; the value for GPUs is an assumption.
     """
     return _ALLOWANCE.get(device, _OTHER_ALLOWANCE)
 
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes that a fit takes.
+    """Estimated memory of a fit, in bytes.
 
     Attributes:
-        device: Where the model is to run: ``cpu``, ``cuda`` ...
-        weights: By the type in which they are held.
-        batch: Rows and tokens of the batch reckoned with.
-        activations: What that batch holds at most.
-        factors: The curvature's sums, and its workspace and file.
-        peak_device: The most on the device at a time, with what its allocator holds unused.
-        peak_host: The most on the host at a time, for a device that is not the CPU.
-        free_device: What is free there; None where it is not known.
-        free_host: What is free on the host.
-        remedies: What would make it fit, the mildest first; empty where it fits.
+        device: Type of the target device: ``cpu``, ``cuda`` ...
+        weights: Weights, by storage type.
+        batch: Rows and tokens of the assumed batch.
+        activations: Peak memory of that batch.
+        factors: Sums of the curvature, their workspace and file.
+        peak_device: Peak memory on the device, unused memory of the allocator included.
+        peak_host: Peak memory on the host, if the device is not the CPU.
+        free_device: Free memory on the device, or None if unknown.
+        free_host: Free memory on the host.
+        remedies: Options that would make the fit possible, mildest first; empty if it fits.
     """
 
     device: str
@@ -59,13 +59,13 @@ class MemoryEstimate:
 
     @property
     def fits(self) -> bool | None:
-        """Whether it fits; None where the device's memory is not known."""
+        """Whether the fit is possible, or None if the device's memory is unknown."""
         if self.device != "cpu" and self.peak_host > self.free_host:
             return False
         return None if self.free_device is None else self.peak_device <= self.free_device
 
     def describe(self) -> dict[str, Any]:
-        """For JSON: sizes in bytes."""
+        """Return the estimate as JSON values, sizes in bytes."""
         return {
             "device": self.device,
             "weights": self.weights,
@@ -87,7 +87,7 @@ class MemoryEstimate:
 
 @dataclass(frozen=True)
 class _Query:
-    """What is reckoned: the user's settings, or others to be tried."""
+    """Settings to estimate: the user's, or alternatives."""
 
     model: ModelSettings
     settings: FitSettings
@@ -128,12 +128,12 @@ def estimate(
         free_device=device_memory if device_memory is not None else _free(model.device, device, free_host),
         free_host=free_host,
     )
-    question = _Query(model, settings)
+    query = _Query(model, settings)
     try:
-        found = estimator.budget(question)
+        found = estimator.budget(query)
         if found.fits is not False:
             return found
-        return replace(found, remedies=_remedies(question, estimator.budget))
+        return replace(found, remedies=_remedies(query, estimator.budget))
     except LaporaError:
         raise
     except Exception as error:  # raised by the model's own code, which was not written for tensors without data
@@ -145,7 +145,7 @@ def estimate(
 
 @dataclass(frozen=True, eq=False)
 class _Estimator:
-    """What does not change from question to question, and what has been found out once."""
+    """Inputs common to all queries, and a cache of intermediate results."""
 
     adapter: Adapter
     device: str
@@ -154,23 +154,23 @@ class _Estimator:
     length: int
     free_device: float | None
     free_host: float
-    _known: dict[tuple[Any, ...], Any] = field(default_factory=dict)
+    _cache: dict[tuple[Any, ...], Any] = field(default_factory=dict)
 
-    def _once(self, key: tuple[Any, ...], find: Callable[[], Any]) -> Any:
-        if key not in self._known:
-            self._known[key] = find()
-        return self._known[key]
+    def _cached(self, key: tuple[Any, ...], compute: Callable[[], Any]) -> Any:
+        if key not in self._cache:
+            self._cache[key] = compute()
+        return self._cache[key]
 
-    def budget(self, question: _Query) -> MemoryEstimate:
-        model, settings = question.model, question.settings
-        skeleton: MetaModel = self._once(("skeleton", model.quantize), lambda: self._skeleton(model))
-        layers = find_bayesian_layers(skeleton.model, settings.subset)
+    def budget(self, query: _Query) -> MemoryEstimate:
+        model, settings = query.model, query.settings
+        meta_model: MetaModel = self._cached(("meta model", model.quantize), lambda: self._build_meta_model(model))
+        layers = find_bayesian_layers(meta_model.model, settings.subset)
         columns = self.classes - 1 if settings.fisher == "exact" else 1
         batch = min(self.rows, model.batch_size or max(1, TOKEN_BUDGET // self.length)), self.length
-        activations: int = self._once(
+        activations: int = self._cached(
             ("batch", settings.structure, batch, model.gradient_checkpointing),
             lambda: batch_memory(
-                skeleton,
+                meta_model,
                 layers,
                 settings.structure,
                 batch,
@@ -179,45 +179,45 @@ class _Estimator:
                 recompute_blocks=model.gradient_checkpointing,
             ),
         )
-        # Beside what is seen: an unpacked weight, and a mask of padding.
-        activations += skeleton.dequantized + batch[0] * self.length**2 * skeleton.dtype.itemsize
+        # Not in the dry pass: one dequantized weight, and the attention mask of padded rows.
+        activations += meta_model.dequantized + batch[0] * self.length**2 * meta_model.dtype.itemsize
         sizes = footprint(
             StructureShape(
                 structure=settings.structure,
                 layers=layers,
-                leaders=self._once(("leaders",), lambda: leaders_of(skeleton, layers, self.classes)),
+                input_owners=self._cached(("input owners",), lambda: input_owners_of(meta_model, layers, self.classes)),
                 classes=self.classes,
                 columns=columns,
                 rows=self.rows,
                 rank=settings.rank,
-                item=8 if skeleton.dtype == torch.float64 else 4,
+                item=8 if meta_model.dtype == torch.float64 else 4,
                 offload=settings.offload_factors,
                 threads=torch.get_num_threads() if self.device == "cpu" else 1,
             )
         )
-        device, host = _peaks(sum(skeleton.weights.values()), self.device, activations, sizes, settings)
+        device, host = _peaks(sum(meta_model.weights.values()), self.device, activations, sizes, settings)
         return MemoryEstimate(
-            self.device, skeleton.weights, batch, activations, sizes, device, host, self.free_device, self.free_host
+            self.device, meta_model.weights, batch, activations, sizes, device, host, self.free_device, self.free_host
         )
 
-    def _skeleton(self, model: ModelSettings) -> MetaModel:
+    def _build_meta_model(self, model: ModelSettings) -> MetaModel:
         return build_meta_model(self.adapter, model, self.device)
 
 
 def _peaks(weights: int, device: str, activations: int, sizes: Footprint, settings: FitSettings) -> tuple[int, int]:
-    """The most on the device and, for another than the CPU, on the host."""
-    more = allocator_overhead(device)
+    """Return the peak memory on the device, and on the host if the device is not the CPU."""
+    overhead = allocator_overhead(device)
     passing, deciding = activations + sizes.sums + sizes.passing, sizes.sums + sizes.deciding
     if device == "cpu":
         if settings.offload_factors:
             passing = activations + sizes.host + sizes.passing
-        return weights + round(more * max(passing, deciding)), 0
+        return weights + round(overhead * max(passing, deciding)), 0
     if settings.offload_factors:
         on_host = max(sizes.host, deciding) + sizes.artifact
-        return weights + round(more * (activations + sizes.passing)), round(allocator_overhead("cpu") * on_host)
+        return weights + round(overhead * (activations + sizes.passing)), round(allocator_overhead("cpu") * on_host)
     if settings.structure == "full":
-        return weights + round(more * activations), round(allocator_overhead("cpu") * (sizes.host + sizes.artifact))
-    return weights + round(more * max(passing, deciding)), sizes.artifact
+        return weights + round(overhead * activations), round(allocator_overhead("cpu") * (sizes.host + sizes.artifact))
+    return weights + round(overhead * max(passing, deciding)), sizes.artifact
 
 
 def _device_type(device: str) -> str:
@@ -226,7 +226,7 @@ def _device_type(device: str) -> str:
     try:
         return torch.device(device).type
     except RuntimeError as error:
-        raise UsageError(f"--device {device}: no such kind of device") from error
+        raise UsageError(f"--device {device}: unknown type of device; use cpu, cuda or auto") from error
 
 
 def _free(device: str, kind: str, free_host: float) -> float | None:
@@ -237,15 +237,15 @@ def _free(device: str, kind: str, free_host: float) -> float | None:
     return None
 
 
-def _remedies(question: _Query, asked: Callable[[_Query], MemoryEstimate]) -> tuple[str, ...]:
-    """Options that make it fit: each that does so alone, else those that do so together, the mildest first."""
-    model, settings = question.model, question.settings
+def _remedies(query: _Query, estimate_of: Callable[[_Query], MemoryEstimate]) -> tuple[str, ...]:
+    """Return options that make the fit possible: each sufficient one, else a combination, mildest first."""
+    model, settings = query.model, query.settings
 
     def with_model(**changes: Any) -> Callable[[_Query], _Query]:
-        return lambda it: replace(it, model=replace(it.model, **changes))
+        return lambda base: replace(base, model=replace(base.model, **changes))
 
     def with_settings(**changes: Any) -> Callable[[_Query], _Query]:
-        return lambda it: replace(it, settings=replace(it.settings, **changes))
+        return lambda base: replace(base, settings=replace(base.settings, **changes))
 
     mild: list[tuple[str, Callable[[_Query], _Query]]] = []
     if model.batch_size != 1:
@@ -263,17 +263,17 @@ def _remedies(question: _Query, asked: Callable[[_Query], MemoryEstimate]) -> tu
         strong.append(("--structure diag", with_settings(structure="diag", rank=None, offload_factors=False)))
     if model.quantize in (None, "none"):
         strong.append(("--quantize 4bit", with_model(quantize="4bit")))
-    alone = [name for name, change in [*mild, *strong] if asked(change(question)).fits is not False]
-    if alone:
-        return tuple(alone)
+    sufficient = [name for name, change in [*mild, *strong] if estimate_of(change(query)).fits is not False]
+    if sufficient:
+        return tuple(sufficient)
     names: list[str] = []
-    least = asked(question)
+    best = estimate_of(query)
     for name, change in [*mild, *[each for each in strong if each[0].startswith("--quantize")]]:
-        candidate = change(question)
-        found = asked(candidate)
-        if found.peak_device < least.peak_device and found.peak_host <= found.free_host:
-            question, least = candidate, found
+        candidate = change(query)
+        found = estimate_of(candidate)
+        if found.peak_device < best.peak_device and found.peak_host <= found.free_host:
+            query, best = candidate, found
             names.append(name)
-        if least.fits is not False:
+        if best.fits is not False:
             return (" ".join(names),)
     return ()

@@ -1,4 +1,4 @@
-"""What a structure of the curvature takes in memory and on disk, from the shapes of its layers alone."""
+"""Memory and disk space of a curvature structure, from the shapes of its layers."""
 
 from __future__ import annotations
 
@@ -12,30 +12,30 @@ from lapora.models.lora_layers import BayesianLayer
 
 _DOUBLE = 8
 _FLOAT = 4
-# What an eigendecomposition in float64 works in, in copies of its matrix: the matrix, the vectors, LAPACK's own (2 n²).
+# Workspace of an eigendecomposition in float64, in copies of the matrix: matrix, eigenvectors and LAPACK's 2 n².
 _EIGEN_COPIES = 4
 
 
 @dataclass(frozen=True)
 class StructureShape:
-    """What decides the size of a structure's sums.
+    """Inputs that determine the size of a structure's sums.
 
     Attributes:
-        structure: Which.
-        layers: The Bayesian layers; shapes are looked at, weights never.
-        leaders: For every layer, the first that has the same input.
+        structure: Curvature structure.
+        layers: The Bayesian layers; only shapes are read.
+        input_owners: For every layer, the name of the first layer with the same input.
         classes: Number of answers C.
-        columns: Fisher columns of one row.
-        rows: N, for ``full``.
-        rank: As asked for.
-        item: Bytes of a number in a sum: 4, or 8 where the model runs in float64.
-        offload: Kronecker sums are kept on the host.
-        threads: Decompositions that run at a time.
+        columns: Number of Fisher columns per row.
+        rows: Number of rows N, for ``full``.
+        rank: The requested rank, or None.
+        item: Bytes per element of a sum: 4, or 8 if the model runs in float64.
+        offload: Kronecker sums are in CPU memory.
+        threads: Number of decompositions that run in parallel.
     """
 
     structure: Structure
     layers: Sequence[BayesianLayer]
-    leaders: Mapping[str, str]
+    input_owners: Mapping[str, str]
     classes: int
     columns: int
     rows: int
@@ -46,21 +46,21 @@ class StructureShape:
 
     @property
     def parameters(self) -> int:
-        """How many weights can have a gradient."""
+        """Number P of weights that can have a nonzero gradient."""
         return sum(rows * columns for rows, columns in (layer.gradient_shape(self.classes) for layer in self.layers))
 
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes.
+    """Memory of a structure, in bytes.
 
     Attributes:
-        by_layer: The sums of each layer; a shared input is counted under the first layer that has it.
-        sums: All of them.
-        passing: Beside the sums during a pass: a batch's own sums before they are added, random matrices of sketches.
-        deciding: Beside the sums while they are decomposed: bases, workspace.
-        host: Of all that, what is on the host whatever the device.
-        artifact: The posterior on disk.
+        by_layer: Sums of each layer; a shared input is counted for the first layer with it.
+        sums: Total of all layers.
+        passing: Additional memory during a pass: a batch's sums before they are added, test matrices of sketches.
+        deciding: Additional memory during decomposition: bases and workspace.
+        host: Part of the above that is in CPU memory on any device.
+        artifact: Size of the posterior on disk.
     """
 
     by_layer: dict[str, int]
@@ -72,7 +72,7 @@ class Footprint:
 
 
 def footprint(shape: StructureShape) -> Footprint:
-    """Reckon a structure's memory."""
+    """Compute the memory of a structure."""
     if shape.structure in ("kron", "ekfac"):
         return _kronecker(shape)
     parameters = shape.parameters
@@ -95,53 +95,53 @@ def footprint(shape: StructureShape) -> Footprint:
     jacobian_rows = shape.rows * shape.columns
     jacobian = jacobian_rows * parameters * shape.item
     kernel = jacobian_rows**2 * _DOUBLE
-    kept = min(jacobian_rows, parameters)
-    basis = kept * parameters * shape.item
+    retained = min(jacobian_rows, parameters)
+    basis = retained * parameters * shape.item
     share = {name: size // _DOUBLE * jacobian_rows * shape.item for name, size in by_layer.items()}
-    artifact = kept * (parameters * _FLOAT + _DOUBLE) + kernel + shape.rows * shape.classes * _DOUBLE
+    artifact = retained * (parameters * _FLOAT + _DOUBLE) + kernel + shape.rows * shape.classes * _DOUBLE
     return Footprint(share, jacobian, 0, 4 * kernel + basis, jacobian + 4 * kernel + basis, artifact)
 
 
 def _sketch_workspace(dimension: int, width: int) -> int:
-    """Small decompositions, and the sketch and what is made of it in float64, a few thousand rows at a time."""
+    """Return the workspace of decomposing a sketch: matrices of its width, and row chunks in float64."""
     return (_EIGEN_COPIES * width + 4 * min(dimension, SKETCH_ROWS)) * width * _DOUBLE
 
 
 def _kronecker(shape: StructureShape) -> Footprint:
     rank = shape.rank if shape.structure == "kron" else None
     by_layer: dict[str, int] = {}
-    random: dict[tuple[int, int], int] = {}
+    test_matrices: dict[tuple[int, int], int] = {}
     largest_side = largest_eigen = bases = moments = artifact = 0
     for layer in shape.layers:
         rows, columns = layer.gradient_shape(shape.classes)
         sides = [(rows, columns)]
-        leads = shape.leaders.get(layer.name, layer.name) == layer.name
-        if leads:
+        owns_input = shape.input_owners.get(layer.name, layer.name) == layer.name
+        if owns_input:
             sides.append((columns, layer.shape[0]))
         by_layer[layer.name] = 0
         for dimension, other in sides:
-            kept = rank_of_side(dimension, other, rank)
-            width = min(2 * kept, dimension)
+            retained = rank_of_side(dimension, other, rank)
+            width = min(2 * retained, dimension)
             size = dimension * width * shape.item
             by_layer[layer.name] += size
             largest_side = max(largest_side, size)
-            if dimension > 2 * kept:
-                random[dimension, width] = size
-                bases += dimension * kept * shape.item
+            if dimension > 2 * retained:
+                test_matrices[dimension, width] = size
+                bases += dimension * retained * shape.item
                 largest_eigen = max(largest_eigen, size + _sketch_workspace(dimension, width))
             else:
-                bases += dimension**2 * _DOUBLE  # columns that are left out are not freed before all is written
+                bases += dimension**2 * _DOUBLE  # dropped columns are freed only after saving
                 largest_eigen = max(largest_eigen, _EIGEN_COPIES * dimension**2 * _DOUBLE)
-            artifact += dimension * kept * _FLOAT
+            artifact += dimension * retained * _FLOAT
         values = rank_of_side(rows, columns, rank) * rank_of_side(columns, layer.shape[0], rank) * _DOUBLE
         moments += values
         artifact += values
     total = sum(by_layer.values())
-    passing = total + sum(random.values())
+    passing = total + sum(test_matrices.values())
     deciding = bases + moments + shape.threads * largest_eigen
     if shape.structure == "ekfac":
-        deciding += bases // 2 + moments  # bases in the model's type, and a batch's moments
+        deciding += bases // 2 + moments  # bases in the model's dtype, and a batch's second moments
     if shape.offload:
-        # The device holds one side at a time; the host the sums, a batch's sums, and the decompositions.
-        return Footprint(by_layer, total, sum(random.values()) + 2 * largest_side, deciding, 2 * total, artifact)
+        # The device holds one side at a time; the host holds the sums, a batch's sums and the decompositions.
+        return Footprint(by_layer, total, sum(test_matrices.values()) + 2 * largest_side, deciding, 2 * total, artifact)
     return Footprint(by_layer, total, passing, deciding, 0, artifact)

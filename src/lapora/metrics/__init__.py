@@ -1,4 +1,4 @@
-"""How good probabilities are: scores, their bootstrap intervals, calibration and selective prediction."""
+"""Metrics of class probabilities: scores, bootstrap intervals, calibration and selective prediction."""
 
 from lapora.metrics.bins import Bin, reliability_bins
 from lapora.metrics.bootstrap import Interval, intervals, paired_interval

@@ -1,4 +1,4 @@
-"""The bins of a reliability diagram."""
+"""Bins of a reliability diagram."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from lapora.metrics.weighted import ECE_BINS, equal_width_bins
 
 @dataclass(frozen=True)
 class Bin:
-    """The rows whose top probability lies in one bin.
+    """One bin of confidence, the top probability.
 
     Attributes:
-        low: Lower edge, which belongs to the bin.
-        high: Upper edge.
+        low: Lower edge, inclusive.
+        high: Upper edge, exclusive except for the last bin.
         count: Number of rows.
-        confidence: Their mean top probability, or None in an empty bin.
-        accuracy: Their share of right rows, or None in an empty bin.
+        confidence: Mean confidence, or None for an empty bin.
+        accuracy: Accuracy, or None for an empty bin.
     """
 
     low: float
@@ -30,17 +30,17 @@ class Bin:
     accuracy: float | None
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return the bin as JSON values."""
         return asdict(self)
 
 
 def reliability_bins(log_p: Tensor, targets: Tensor, bins: int = ECE_BINS) -> list[Bin]:
-    """Cut rows by top probability into equal-width bins: those of the ECE.
+    """Compute count, mean confidence and accuracy in equal-width bins of confidence, as used by the ECE.
 
     Args:
         log_p: ``(N, C)`` log-probabilities, float64.
-        targets: ``(N,)`` labels.
-        bins: How many.
+        targets: ``(N,)`` labels, int64.
+        bins: Number of bins.
     """
     confidence, predicted = log_p.exp().max(dim=1)
     right = (predicted == targets).double()

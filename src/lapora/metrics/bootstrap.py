@@ -1,4 +1,4 @@
-"""Percentile bootstrap over rows (Efron 1979): of each score, and of its difference to another method's."""
+"""Percentile bootstrap over rows (Efron 1979), for scores and for paired differences between methods."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _CHUNK_ELEMENTS = 4_000_000
 
 
 class Interval(NamedTuple):
-    """The 2.5 and 97.5 % quantiles of a bootstrap."""
+    """A 95 % interval: the 2.5 % and 97.5 % quantiles of a bootstrap."""
 
     low: float
     high: float
@@ -30,28 +30,28 @@ def intervals(
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> tuple[dict[str, dict[str, Interval]], dict[str, dict[str, Interval]]]:
-    """95 % intervals of every score of several methods, all on the same resamples.
+    """Compute 95 % intervals of all scores of several methods, on the same resamples.
 
     Args:
-        tables: ``(N, C)`` log-probabilities of each method.
-        targets: ``(N,)`` labels.
-        reference: The method that differences are taken to, paired row by row.
+        tables: ``(N, C)`` log-probabilities of each method, float64.
+        targets: ``(N,)`` labels, int64.
+        reference: Method to which paired differences are computed.
         with_mcc: Add the Matthews correlation coefficient.
-        resamples: How many.
-        seed: Of the resampling.
+        resamples: Number of resamples.
+        seed: Random seed.
 
     Returns:
-        By method and score: the intervals, and those of the differences to ``reference`` (empty without one). A
-        score that is undefined in more than a twentieth of the resamples has none.
+        Intervals of the scores by method and score, and intervals of the differences to ``reference`` (empty without
+        one). Scores undefined in more than 5 % of the resamples are left out.
     """
     generator = torch.Generator().manual_seed(seed)
     count = len(targets)
     scorers = {key: WeightedScores(log_p, targets, with_mcc=with_mcc) for key, log_p in tables.items()}
     drawn: dict[str, list[dict[str, Tensor]]] = {key: [] for key in tables}
-    left = resamples
-    while left > 0:
-        size = min(left, max(1, _CHUNK_ELEMENTS // count))
-        left -= size
+    remaining = resamples
+    while remaining > 0:
+        size = min(remaining, max(1, _CHUNK_ELEMENTS // count))
+        remaining -= size
         chosen = torch.randint(count, (size, count), generator=generator)
         weights = torch.zeros(size, count, dtype=torch.float64)
         weights.scatter_add_(1, chosen, torch.ones(size, count, dtype=torch.float64))
@@ -82,12 +82,12 @@ def _intervals_of(scores: Mapping[str, Tensor]) -> dict[str, Interval]:
 
 
 def paired_interval(differences: Tensor, *, resamples: int = 2000, seed: int = 0) -> tuple[float, float]:
-    """A 95 % bootstrap interval of the mean of paired differences.
+    """Compute the 95 % bootstrap interval of the mean of paired differences.
 
     Args:
-        differences: ``(N,)``, in the score's own unit.
-        resamples: How many.
-        seed: Of the resampling.
+        differences: ``(N,)``, in the unit of the score.
+        resamples: Number of resamples.
+        seed: Random seed.
     """
     generator = torch.Generator().manual_seed(seed)
     means = [

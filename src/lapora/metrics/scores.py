@@ -15,22 +15,22 @@ from lapora.metrics.weighted import ADAPTIVE_BINS, ECE_BINS, WeightedScores
 __all__ = ["ADAPTIVE_BINS", "ECE_BINS", "HIGHER_IS_BETTER", "constant_predictor", "evaluate", "row_entropy", "row_nll"]
 
 HIGHER_IS_BETTER = frozenset({"accuracy", "mcc", "auroc"})
-"""Of the others, less is better."""
+"""Scores of which higher values are better; lower values of all others are better."""
 
 
 def evaluate(log_p: Tensor, targets: Tensor, *, with_mcc: bool = False) -> dict[str, float]:
-    """Score probabilities against labels.
+    """Compute the scores of probabilities against labels.
 
     Args:
         log_p: ``(N, C)`` log-probabilities, float64.
-        targets: ``(N,)`` int64.
+        targets: ``(N,)`` labels, int64.
         with_mcc: Add the Matthews correlation coefficient.
 
     Returns:
         ``accuracy``, ``ece`` (15 equal-width bins of the top probability; Guo et al. 2017), ``nll`` (nats per
         row, from log-probabilities), ``brier`` (sum over classes), ``mcc`` on request, ``adaptive_ece`` (15
-        bins of equal mass), ``auroc`` (of the top probability for being right; NaN where every row is right,
-        or wrong) and ``aurc`` (area under the risk-coverage curve).
+        bins of equal mass), ``auroc`` (of confidence for detecting correct rows; NaN if all rows are correct or all
+        are wrong) and ``aurc`` (area under the risk-coverage curve).
     """
     from torchmetrics.functional.classification import (
         multiclass_accuracy,
@@ -43,7 +43,7 @@ def evaluate(log_p: Tensor, targets: Tensor, *, with_mcc: bool = False) -> dict[
     weighted = WeightedScores(log_p, targets)(torch.ones(1, len(targets), dtype=torch.float64))
     scores = {
         "accuracy": float(multiclass_accuracy(log_p, targets, classes, average="micro")),
-        # torchmetrics gives a probability of exactly one a bin of its own: keep it in the last.
+        # torchmetrics puts a probability of exactly one in an extra bin: clamp it into the last bin.
         "ece": float(
             multiclass_calibration_error(p.clamp(max=1.0 - 1e-12), targets, classes, n_bins=ECE_BINS, norm="l1")
         ),
@@ -56,11 +56,11 @@ def evaluate(log_p: Tensor, targets: Tensor, *, with_mcc: bool = False) -> dict[
 
 
 def constant_predictor(targets: Tensor, classes: int) -> Tensor:
-    """Log-probabilities of always predicting the class frequencies of these very rows.
+    """Return the log-probabilities of a constant predictor: the class frequencies of these rows.
 
     Args:
-        targets: ``(N,)`` int64.
-        classes: C.
+        targets: ``(N,)`` labels, int64.
+        classes: Number of classes C.
 
     Returns:
         ``(N, C)``, float64.
@@ -70,26 +70,28 @@ def constant_predictor(targets: Tensor, classes: int) -> Tensor:
 
 
 def row_nll(log_p: Tensor, targets: Tensor) -> Tensor:
-    """NLL of every row, in nats, ``(N,)``, of log-probabilities ``(N, C)`` and labels ``(N,)``."""
+    """Compute the NLL of every row in nats, ``(N,)``, from log-probabilities ``(N, C)`` and labels ``(N,)``."""
     return -log_p.gather(1, targets.unsqueeze(1)).squeeze(1)
 
 
 def row_entropy(log_p: Tensor) -> Tensor:
-    """Entropy of every row's probabilities, in nats: ``(N,)``."""
+    """Compute the entropy of every row in nats, ``(N,)``, from log-probabilities ``(N, C)``."""
     return torch.special.entr(log_p.exp()).sum(dim=-1)
 
 
 def auroc(positive: Tensor, negative: Tensor) -> float | None:
-    """Chance that a positive row's score exceeds a negative one's, a tie counted half (Mann & Whitney 1947).
+    """Compute the AUROC: the probability that a positive score exceeds a negative one, ties counted half.
 
-    Ranks rather than torchmetrics, which passes scores outside [0, 1] through a sigmoid: an entropy may exceed one.
+    Uses ranks instead of torchmetrics, which applies a sigmoid to scores outside [0, 1], such as entropies.
 
     Args:
         positive: ``(M,)`` scores.
         negative: ``(N,)`` scores.
 
     Returns:
-        None where either is empty.
+        The AUROC, or None if either is empty.
+
+    Source: Mann and Whitney 1947.
     """
     if not len(positive) or not len(negative):
         return None
@@ -99,31 +101,31 @@ def auroc(positive: Tensor, negative: Tensor) -> float | None:
 
 
 def risk_coverage(log_p: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """The risk-coverage curve: rows are taken from the most confident on, rows of equal confidence together.
+    """Compute the risk-coverage curve: rows are accepted by descending confidence, ties together.
 
     Args:
         log_p: ``(N, C)`` log-probabilities, float64.
-        targets: ``(N,)`` labels.
+        targets: ``(N,)`` labels, int64.
 
     Returns:
-        Coverage and error rate at every distinct confidence, ``(G,)`` each, coverage rising to one.
+        Coverage and error rate at each of the G distinct confidences, ``(G,)`` each, coverage ascending to one.
     """
     confidence, predicted = log_p.exp().max(dim=1)
     order = confidence.argsort(descending=True)
     wrong = (predicted != targets).double()[order].cumsum(0)
-    taken = torch.arange(1, len(order) + 1, dtype=torch.float64)
+    accepted = torch.arange(1, len(order) + 1, dtype=torch.float64)
     ordered = confidence[order]
     last = torch.cat([ordered[1:] != ordered[:-1], torch.tensor([True])])
-    return (taken / len(order))[last], (wrong / taken)[last]
+    return (accepted / len(order))[last], (wrong / accepted)[last]
 
 
 class Threshold(NamedTuple):
-    """A threshold on the confidence: rows below it are abstained from.
+    """A confidence threshold for abstention: rows below it are rejected.
 
     Attributes:
-        threshold: Its value.
-        coverage: Share of rows that reach it.
-        accuracy: Share of right rows among these.
+        threshold: Confidence.
+        coverage: Share of accepted rows.
+        accuracy: Accuracy of accepted rows.
     """
 
     threshold: float
@@ -132,19 +134,19 @@ class Threshold(NamedTuple):
 
 
 def threshold_for_coverage(log_p: Tensor, targets: Tensor, coverage: float) -> Threshold:
-    """The highest threshold that keeps at least a share of the rows.
+    """Find the highest threshold at which at least a share of the rows is accepted.
 
     Args:
         log_p: ``(N, C)`` log-probabilities, float64.
-        targets: ``(N,)`` labels.
-        coverage: The share wanted, in (0, 1].
+        targets: ``(N,)`` labels, int64.
+        coverage: Share of accepted rows, in (0, 1].
     """
     confidence, predicted = log_p.exp().max(dim=1)
     needed = max(1, math.ceil(coverage * len(confidence) - 1e-9))
     threshold = confidence.sort(descending=True).values[needed - 1]
-    kept = confidence >= threshold
-    right = (predicted == targets)[kept].double()
-    return Threshold(float(threshold), float(kept.double().mean()), float(right.mean()))
+    accepted = confidence >= threshold
+    right = (predicted == targets)[accepted].double()
+    return Threshold(float(threshold), float(accepted.double().mean()), float(right.mean()))
 
 
 LOWEST, HIGHEST = 0.01, 100.0
@@ -154,12 +156,12 @@ def fit_temperature(log_p: Tensor, targets: Tensor, *, width: float | None = Non
     """Fit the temperature T of ``softmax(log_p / T)``: minimum NLL, or maximum posterior under N(log T; 0, width²).
 
     Args:
-        log_p: ``(N, C)`` log-probabilities of rows that will not be scored.
-        targets: ``(N,)`` their labels.
+        log_p: ``(N, C)`` log-probabilities of held-out rows, not the rows to be scored.
+        targets: ``(N,)`` labels, int64.
         width: Standard deviation of the prior on log T; None is no prior.
 
     Returns:
-        T, within 0.01 and 100.
+        T, between 0.01 and 100.
     """
 
     def nll(log_temperature: float) -> float:

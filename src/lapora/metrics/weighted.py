@@ -1,8 +1,8 @@
-"""Every score as a function of row weights: what the bootstrap resamples, and the scores that torchmetrics lacks.
+"""Scores as functions of row weights, for the bootstrap and for scores that torchmetrics lacks.
 
-A bootstrap resample is a count per row, so R resamples are a matrix ``(R, N)`` and a score becomes a few matrix
-products. Rows are ordered by confidence once; rows of the same confidence form a group that is never split, so
-that no score depends on the order in which equal rows are given.
+A bootstrap resample is a count per row, so R resamples are a matrix ``(R, N)`` and a score takes a few matrix
+products. Rows are sorted by confidence once; rows of equal confidence form a group that is never split, so that no
+score depends on the order of the rows.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ ADAPTIVE_BINS = 15
 
 
 def equal_width_bins(confidence: Tensor, bins: int = ECE_BINS) -> Tensor:
-    """Bin of each confidence, ``(N,)``: the bin k of ``[k/bins, (k+1)/bins)``, one belonging to the last."""
+    """Return the bin of each confidence, ``(N,)``; bin k is ``[k/bins, (k+1)/bins)``, and the last includes 1."""
     edges = torch.linspace(0, 1, bins + 1, dtype=torch.float32).to(confidence.dtype)
     return (torch.bucketize(confidence, edges, right=True) - 1).clamp(0, bins - 1)
 
 
 class WeightedScores:
-    """The scores of one method's probabilities under any row weights.
+    """Scores of one method's probabilities as a function of row weights.
 
     Args:
         log_p: ``(N, C)`` log-probabilities, float64.
-        targets: ``(N,)`` int64.
+        targets: ``(N,)`` labels, int64.
         with_mcc: Add the Matthews correlation coefficient.
     """
 
@@ -52,13 +52,13 @@ class WeightedScores:
         self._right_ordered = self._right[self._order]
 
     def __call__(self, weights: Tensor) -> dict[str, Tensor]:
-        """Scores under each of R weightings.
+        """Compute the scores for each of R weightings.
 
         Args:
-            weights: ``(R, N)`` float64, not negative: how often each row is taken.
+            weights: ``(R, N)`` float64, nonnegative: count of each row.
 
         Returns:
-            ``(R,)`` each; AUROC is NaN where all rows are right, or all wrong.
+            ``(R,)`` for each score; AUROC is NaN if all rows are correct or all are wrong.
         """
         total = weights.sum(dim=1)
         accuracy, nll, brier = (weights @ self._means / total.unsqueeze(1)).unbind(dim=1)
@@ -83,23 +83,23 @@ class WeightedScores:
 
 
 def _matthews(confusion: Tensor) -> Tensor:
-    """Multi-class MCC (Gorodkin 2004) of ``(R, C, C)`` counts, 0 where it is not defined."""
-    truth, guessed, total = confusion.sum(dim=2), confusion.sum(dim=1), confusion.sum(dim=(1, 2))
-    agreement = confusion.diagonal(dim1=1, dim2=2).sum(dim=1) * total - (truth * guessed).sum(dim=1)
-    spread = (total.square() - truth.square().sum(dim=1)) * (total.square() - guessed.square().sum(dim=1))
-    return torch.where(spread > 0, agreement / spread.clamp(min=1e-300).sqrt(), torch.zeros_like(total))
+    """Compute the multi-class MCC (Gorodkin 2004) of ``(R, C, C)`` counts, 0 where undefined."""
+    actual, predicted, total = confusion.sum(dim=2), confusion.sum(dim=1), confusion.sum(dim=(1, 2))
+    covariance = confusion.diagonal(dim1=1, dim2=2).sum(dim=1) * total - (actual * predicted).sum(dim=1)
+    variances = (total.square() - actual.square().sum(dim=1)) * (total.square() - predicted.square().sum(dim=1))
+    return torch.where(variances > 0, covariance / variances.clamp(min=1e-300).sqrt(), torch.zeros_like(total))
 
 
 def _equal_mass(mass: Tensor, gap: Tensor, bins: int = ADAPTIVE_BINS) -> Tensor:
-    """ECE with bins of equal mass (adaptive ECE; Nguyen & O'Connor 2015, Nixon et al. 2019).
+    """Compute the ECE with bins of equal mass (adaptive ECE; Nguyen and O'Connor 2015, Nixon et al. 2019).
 
-    The sum of (right - confidence) as a function of the mass below, straight inside a group of equal confidence,
-    is cut into equal parts: a group across an edge is shared out.
+    The cumulative sum of (correct - confidence) is interpolated linearly within groups of equal confidence, so that a
+    group across a bin edge is split proportionally.
 
     Args:
-        mass: ``(R, G)`` rows of each group, in ascending confidence.
-        gap: ``(R, G)`` sums of right - confidence.
-        bins: How many bins.
+        mass: ``(R, G)`` number of rows per group, ascending confidence.
+        gap: ``(R, G)`` sum of correct - confidence per group.
+        bins: Number of bins.
     """
     zero = mass.new_zeros(len(mass), 1)
     below, summed = torch.cat([zero, mass.cumsum(1)], 1), torch.cat([zero, gap.cumsum(1)], 1)
@@ -112,7 +112,7 @@ def _equal_mass(mass: Tensor, gap: Tensor, bins: int = ADAPTIVE_BINS) -> Tensor:
 
 
 def _rank_auroc(positive: Tensor, negative: Tensor) -> Tensor:
-    """Chance that a positive row stands above a negative one, half for a tie: ``(R, G)`` counts, ascending."""
+    """Compute the AUROC from ``(R, G)`` counts of positive and negative rows per group, ascending confidence."""
     below = negative.cumsum(1) - negative
     pairs = positive.sum(1) * negative.sum(1)
     wins = (positive * (below + 0.5 * negative)).sum(1)
@@ -120,7 +120,10 @@ def _rank_auroc(positive: Tensor, negative: Tensor) -> Tensor:
 
 
 def _area_under_risk(mass: Tensor, wrong: Tensor) -> Tensor:
-    """Mean error rate of the rows at least as confident as a row, over rows (Geifman & El-Yaniv 2017)."""
+    """Compute the AURC: for each row the error rate of rows at least as confident, averaged over rows.
+
+    Source: Geifman and El-Yaniv 2017.
+    """
     accepted = mass.flip(1).cumsum(1)
     risk = wrong.flip(1).cumsum(1) / accepted.clamp(min=1e-300)
     return (mass.flip(1) * risk).sum(1) / accepted[:, -1]

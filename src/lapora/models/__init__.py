@@ -1,6 +1,6 @@
-"""The fine-tuned model: adapter files, base model, Bayesian layers, batches and answer logits."""
+"""Fine-tuned models: adapter files, base model, Bayesian layers, batches and logits of the answers."""
 
 import logging
 
-# On some CPUs bitsandbytes says, whenever PEFT imports it, that it lacks a faster kernel: no news for the user.
+# Silence bitsandbytes' message about a missing CPU kernel, logged whenever PEFT imports it.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)

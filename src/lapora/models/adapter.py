@@ -1,6 +1,6 @@
-"""A PEFT adapter on disk: what it is, and whether the mathematics covers it.
+"""Read a PEFT adapter from disk or the Hub, and check that it is supported.
 
-Nothing here loads the base model; reading an adapter is cheap and happens before anything slow.
+The base model is not loaded: reading an adapter is fast and comes before anything slow.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 _KIND_BY_TASK_TYPE: dict[str, ModelKind] = {"CAUSAL_LM": "causal", "SEQ_CLS": "classifier"}
 
 # Settings of a LoraConfig under which a layer no longer computes  W x + scaling * B A x.
-_UNCOVERED_SETTINGS = {
+_UNSUPPORTED_SETTINGS = {
     "use_dora": "DoRA (use_dora)",
     "use_qalora": "QA-LoRA (use_qalora)",
     "use_bdlora": "block-diagonal LoRA (use_bdlora)",
@@ -40,15 +40,15 @@ _UNCOVERED_SETTINGS = {
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter directory that has been read and found to be covered.
+    """A supported adapter, as read from its directory.
 
     Attributes:
         path: The directory.
         config: The parsed ``adapter_config.json``.
-        kind: What the adapter's ``task_type`` makes of the model.
-        sha256: Digest of the weights file: the identity of a posterior's mean.
-        shapes: Shape of every tensor in the weights file, by its key.
-        notes: What lapora leaves out by choice, for the user to read.
+        kind: Kind of model, from the adapter's ``task_type``.
+        sha256: Digest of the weights file, which identifies the posterior mean.
+        shapes: Shape of every tensor in the weights file, by key.
+        notes: Trained parameters that the posterior does not include, in words.
     """
 
     path: Path
@@ -60,16 +60,16 @@ class Adapter:
 
     @property
     def base_model(self) -> str | None:
-        """Name or path of the base model that the adapter records."""
+        """Name or path of the base model in the adapter's configuration."""
         return self.config.get("base_model_name_or_path")
 
     @property
     def revision(self) -> str | None:
-        """Revision of the base model that the adapter records."""
+        """Revision of the base model in the adapter's configuration."""
         return self.config.get("revision")
 
     def number_of_labels(self) -> int | None:
-        """Rows of the saved classification head, or None where the adapter saves none."""
+        """Return the number of outputs of the saved classification head, or None without one."""
         heads = [
             shape
             for key, shape in self.shapes.items()
@@ -85,32 +85,30 @@ def read_adapter(location: str | Path) -> Adapter:
         location: A directory with ``adapter_config.json`` and ``adapter_model.safetensors``.
 
     Returns:
-        The adapter, its weights digested but not loaded.
+        The adapter, with a digest of its weights but without loading them.
 
     Raises:
         AdapterError: The directory is not a PEFT adapter, or its method is not plain LoRA on linear layers.
     """
     path = Path(location)
     if not path.is_dir():
-        raise AdapterError(
-            f"{location}: no such directory; ADAPTER is a folder with {CONFIG_FILE}, or a Hub id (owner/name)"
-        )
+        raise AdapterError(f"{location}: no such directory; give a folder with {CONFIG_FILE}, or a Hub id (owner/name)")
     config = _read_config(path)
-    _refuse_uncovered(path, config)
+    _check_supported(path, config)
     task_type = config.get("task_type")
     if task_type not in _KIND_BY_TASK_TYPE:
         raise AdapterError(
-            f"{path / CONFIG_FILE}: task_type is {task_type!r}; lapora covers CAUSAL_LM and SEQ_CLS "
+            f"{path / CONFIG_FILE}: task_type {task_type!r} is not supported; it must be CAUSAL_LM or SEQ_CLS "
             "(set it, if the adapter is one of these)"
         )
     weights = path / WEIGHTS_FILE
     if not weights.is_file():
         if (path / "adapter_model.bin").is_file():
             raise AdapterError(
-                f"{path}: only adapter_model.bin (a pickle, which lapora does not open); "
+                f"{path}: only adapter_model.bin, a pickle, which lapora never opens; "
                 "load it with peft and save it again to get adapter_model.safetensors"
             )
-        raise AdapterError(f"{path}: {WEIGHTS_FILE} is missing; save the adapter with save_pretrained")
+        raise AdapterError(f"{path}: missing {WEIGHTS_FILE}; save the adapter with save_pretrained")
     return Adapter(
         path=path,
         config=config,
@@ -127,33 +125,33 @@ def _read_config(path: Path) -> dict[str, Any]:
         if (path / "config.json").is_file():
             raise AdapterError(
                 f"{path}: a full model, not an adapter (config.json but no {CONFIG_FILE}); "
-                "a merged adapter has no LoRA weights left: give the adapter as it was before merging"
+                "merged adapters are not supported: give the adapter as it was before merging"
             )
-        raise AdapterError(f"{path}: {CONFIG_FILE} is missing; ADAPTER is a folder that peft has saved")
+        raise AdapterError(f"{path}: missing {CONFIG_FILE}; give a folder saved by peft")
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, OSError, RecursionError) as error:
-        raise AdapterError(f"{file}: cannot be read as JSON ({error})") from error
+        raise AdapterError(f"{file}: cannot be read as JSON ({error}); save the adapter again") from error
     if not isinstance(config, dict):
-        raise AdapterError(f"{file}: not a JSON object")
+        raise AdapterError(f"{file}: not a JSON object; save the adapter again")
     return config
 
 
-def _refuse_uncovered(path: Path, config: dict[str, Any]) -> None:
+def _check_supported(path: Path, config: dict[str, Any]) -> None:
     peft_type = config.get("peft_type")
     if peft_type != "LORA":
-        raise AdapterError(f"{path}: peft_type is {peft_type}; the posterior is defined for LORA alone")
-    found = [name for key, name in _UNCOVERED_SETTINGS.items() if config.get(key)]
+        raise AdapterError(f"{path}: peft_type {peft_type} is not supported; only LORA is")
+    found = [name for key, name in _UNSUPPORTED_SETTINGS.items() if config.get(key)]
     if found:
-        raise AdapterError(f"{path}: {', '.join(found)} is not plain LoRA, and the posterior does not cover it")
+        raise AdapterError(f"{path}: {', '.join(found)} is not supported; only plain LoRA is")
 
 
 def _notes(config: dict[str, Any]) -> tuple[str, ...]:
     notes = []
     if config.get("bias", "none") != "none" or config.get("lora_bias"):
-        notes.append("the adapter's biases are kept at their trained values; the posterior leaves them out")
+        notes.append("the adapter's biases stay fixed at their trained values: the posterior does not include them")
     if config.get("trainable_token_indices"):
-        notes.append("trained token embeddings are kept at their values; the posterior leaves them out")
+        notes.append("trained token embeddings stay fixed: the posterior does not include them")
     return tuple(notes)
 
 
@@ -169,10 +167,12 @@ def _tensor_shapes(file: Path) -> dict[str, tuple[int, ...]]:
         with safe_open(file, framework="numpy") as tensors:
             return {key: tuple(tensors.get_slice(key).get_shape()) for key in tensors.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
-        raise AdapterError(f"{file}: damaged or not a safetensors file ({error})") from error
+        raise AdapterError(
+            f"{file}: corrupt, or not a safetensors file ({error}); save or download it again"
+        ) from error
 
 
-_WANTED = [
+_DOWNLOADED_FILES = [
     CONFIG_FILE,
     WEIGHTS_FILE,
     "added_tokens.json",
@@ -189,39 +189,42 @@ _WANTED = [
 
 
 def is_hub_id(location: str) -> bool:
-    """Whether a location names a repository on the Hub: ``owner/name``, and no such folder here."""
+    """Return whether a location is a Hub repository: ``owner/name``, and not a local folder."""
     return bool(re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", location)) and not Path(location).exists()
 
 
 def local_model(model: ModelSettings, *, writes: bool = False) -> ModelSettings:
-    """The settings with the adapter's files at hand: those of a Hub id are fetched first.
+    """Return the settings with the adapter's local folder; an adapter on the Hub is downloaded.
 
     Args:
-        model: Its ``adapter`` is a folder or a Hub id.
-        writes: Whether the command writes a posterior, which needs a place that is not the cache.
+        model: Settings whose ``adapter`` is a folder or a Hub id.
+        writes: Whether the command writes a posterior, which requires a folder outside the Hub's cache.
 
     Raises:
         AdapterError: The Hub has no such adapter, or cannot be reached.
-        UsageError: A revision of a folder, or nowhere to write.
+        UsageError: A revision is given for a folder, or ``output_dir`` is required and missing.
     """
     if not is_hub_id(model.adapter):
         if model.revision is not None:
-            raise UsageError(f"--revision goes with an adapter on the Hub, and {model.adapter} is a folder")
+            raise UsageError(f"--revision requires an adapter on the Hub; {model.adapter} is a folder")
         return model
     if writes and model.output_dir is None:
-        raise UsageError(f"{model.adapter}: an adapter on the Hub; say where the posterior goes with --output-dir DIR")
+        raise UsageError(
+            f"{model.adapter}: an adapter on the Hub; give a folder for the posterior with --output-dir DIR"
+        )
     return replace(model, fetched=fetch_adapter(model.adapter, model.revision))
 
 
 def fetch_adapter(repository: str, revision: str | None = None) -> Path:
-    """The folder in the cache that holds an adapter's files, fetched where they are not there yet.
+    """Download an adapter from the Hub, and return its folder in the cache.
 
     Args:
         repository: ``owner/name``.
         revision: Branch, tag or commit; None is the default branch.
 
     Raises:
-        AdapterError: Not found, not allowed, or not reachable and not in the cache.
+        AdapterError: The repository is not found, access is denied, or the Hub is unreachable and the files are not
+            cached.
     """
     from huggingface_hub import snapshot_download
     from huggingface_hub.utils import disable_progress_bars
@@ -229,12 +232,12 @@ def fetch_adapter(repository: str, revision: str | None = None) -> Path:
     if not sys.stderr.isatty():
         disable_progress_bars()
     with hub_errors(repository, revision):
-        return Path(snapshot_download(repository, revision=revision, allow_patterns=_WANTED))
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=_DOWNLOADED_FILES))
 
 
 @contextmanager
 def hub_errors(repository: str, revision: str | None = None) -> Iterator[None]:
-    """Say what the Hub's client met in one line, with what to do.
+    """Convert the errors of the Hub's client into one-line errors with a remedy.
 
     Raises:
         AdapterError: For every error of the client.
@@ -253,28 +256,26 @@ def hub_errors(repository: str, revision: str | None = None) -> Iterator[None]:
     try:
         yield
     except GatedRepoError as error:
-        raise AdapterError(
-            f"{repository}: gated on the Hub; ask for access on its page, then give a token in HF_TOKEN"
-        ) from error
+        raise AdapterError(f"{repository}: gated on the Hub; request access on its page, then set HF_TOKEN") from error
     except RepositoryNotFoundError as error:
         raise AdapterError(
-            f"{repository}: no such directory, and not found on the Hub; check the name, and for a private one HF_TOKEN"
+            f"{repository}: no such directory, and not found on the Hub; check the name, and HF_TOKEN if it is private"
         ) from error
     except RevisionNotFoundError as error:
         raise AdapterError(f"{repository}: the Hub has no revision {revision}; give another --revision") from error
     except HFValidationError as error:
-        raise AdapterError(f"{repository}: no such directory, and no name that the Hub could have") from error
+        raise AdapterError(f"{repository}: no such directory, and not a valid Hub id; check the name") from error
     except HfHubHTTPError as error:
         status = error.response.status_code
         if status in (401, 403):
             raise AdapterError(
-                f"{repository}: the Hub does not allow it (status {status}); give a token that may in HF_TOKEN"
+                f"{repository}: access denied by the Hub (status {status}); set HF_TOKEN to a token with access"
             ) from error
-        raise AdapterError(f"{repository}: the Hub answered with status {status}; try again later") from error
+        raise AdapterError(f"{repository}: the Hub returned status {status}; try again later") from error
     except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
         if is_offline_mode():
             raise AdapterError(
-                f"{repository}: no such directory, and not whole in the Hub's cache, which alone is looked at offline; "
+                f"{repository}: no such directory, and not completely in the Hub's cache (HF_HUB_OFFLINE is set); "
                 "unset HF_HUB_OFFLINE, or give a folder"
             ) from error
         raise AdapterError(

@@ -1,4 +1,4 @@
-"""Batches of token ids, padded and masked."""
+"""Padded batches of token ids with attention masks."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ PaddingSide = Literal["left", "right"]
 
 
 class Encoded(Protocol):
-    """What a batch is made from: one row's token ids."""
+    """One encoded row, as collated into batches."""
 
     @property
     def input_ids(self) -> list[int]:
@@ -21,18 +21,18 @@ class Encoded(Protocol):
 
     @property
     def token_type_ids(self) -> list[int] | None:
-        """Segment ids, where the model takes them."""
+        """Segment ids, or None."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Token ids of B rows, padded to T.
+    """Token ids of B rows, padded to T tokens.
 
     Attributes:
         input_ids: ``(B, T)`` int64.
         attention_mask: ``(B, T)`` int64, one at real tokens.
         token_type_ids: ``(B, T)`` int64, or None.
-        rows: Position of each row in the sequence that the batches were cut from.
+        rows: Position of each row in the sequence that the batches were made from.
         has_padding: Whether any position is padding.
     """
 
@@ -46,7 +46,7 @@ class Batch:
         return len(self.rows)
 
     def last_positions(self) -> Tensor:
-        """Position of each row's last real token, ``(B,)``, whichever side the padding is on."""
+        """Return the position of each row's last real token, ``(B,)``, for either padding side."""
         positions = torch.arange(self.attention_mask.shape[1], device=self.attention_mask.device)
         return (self.attention_mask * positions).argmax(dim=1)
 
@@ -60,15 +60,15 @@ def collate(
     device: torch.device | str = "cpu",
     pad_to: int | None = None,
 ) -> Batch:
-    """Pad rows to one length.
+    """Pad rows to one length and stack them.
 
     Args:
-        encoded: The rows' token ids.
+        encoded: B encoded rows.
         rows: Their positions in the caller's sequence.
-        pad_token_id: The id written at padding; it is masked, so any valid id gives the same result.
-        padding_side: Where the padding goes.
-        device: Where the tensors are made.
-        pad_to: Least T; by default the longest row's length.
+        pad_token_id: Id at padding positions; these are masked, so any valid id gives the same result.
+        padding_side: ``left`` or ``right``.
+        device: Device of the tensors.
+        pad_to: Minimum T; by default the length of the longest row.
     """
     length = max(pad_to or 0, *(len(row.input_ids) for row in encoded))
     ids = torch.full((len(encoded), length), pad_token_id, dtype=torch.long)

@@ -1,4 +1,4 @@
-"""Rows fed to a model in batches as large as fit: sorted by length, grown where memory allows, halved where it ends."""
+"""Batches sorted by length, whose size grows while memory allows and is halved after running out of memory."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from lapora.models.outputs import OutputModel
 
 Result = TypeVar("Result")
 
-_SHARE_OF_MEMORY = 0.9
+_MEMORY_FRACTION = 0.9
 _CPU_ALLOCATOR = "DefaultCPUAllocator"
 
 
 class BatchSize:
-    """How many rows a batch has: a fixed number, or as many as a budget of tokens holds.
+    """Number of rows per batch: fixed, or limited by a token budget.
 
-    The budget is learnt as batches are run, and serves every pass that is given this object. On a CUDA device it
-    doubles while twice the last batch would fit in memory; on a CPU larger batches are no faster, and it stays.
+    The budget is adapted as batches run, and carries over to later passes that use this object. On a CUDA device it
+    doubles while twice the last batch would fit in memory; on a CPU it stays, since larger batches are no faster.
 
     Args:
-        rows: Rows per batch, or None for the budget.
-        tokens: The first budget: greatest B x T of a batch, padding included (one row may exceed it).
+        rows: Rows per batch, or None for the token budget.
+        tokens: Initial budget: maximum B x T of a batch, padding included (a single row may exceed it).
     """
 
     def __init__(self, rows: int | None, tokens: int = TOKEN_BUDGET) -> None:
@@ -37,29 +37,34 @@ class BatchSize:
         self._may_grow = rows is None
 
     def for_length(self, length: int) -> int:
-        """How many rows of up to ``length`` tokens make a batch."""
+        """Return the number of rows per batch, for rows of up to ``length`` tokens."""
         return self.rows or max(1, self.tokens // max(1, length))
 
-    def fitted(self, device: torch.device) -> None:
-        """A batch went through: double the budget if twice as much would."""
+    def report_success(self, device: torch.device) -> None:
+        """Double the budget after a batch that fit, if twice its memory would fit too."""
         if not self._may_grow or device.type != "cuda" or self.tokens >= MOST_TOKENS:
             return
         resident = torch.cuda.memory_allocated(device)
         used = torch.cuda.max_memory_allocated(device) - resident
         torch.cuda.reset_peak_memory_stats(device)
         free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - resident
-        if 2 * used < _SHARE_OF_MEMORY * free:
+        if 2 * used < _MEMORY_FRACTION * free:
             self.tokens *= 2
 
     def report_out_of_memory(self, rows: int, length: int) -> None:
-        """A batch ran out of memory: halve the budget, and let it grow no more.
+        """Halve the budget after a batch that ran out of memory, and stop its growth.
+
+        Args:
+            rows: Rows of the batch.
+            length: Tokens per row, padding included.
 
         Raises:
-            UsageError: The rows of a batch are fixed, or there was one alone.
+            UsageError: The batch size is fixed, or the batch had a single row.
         """
         if self.rows is not None:
             raise UsageError(
-                f"a batch of {rows} rows of {length} tokens does not fit in memory; use --batch-size auto, or less"
+                f"a batch of {rows} rows of {length} tokens does not fit in memory; use --batch-size auto or a smaller "
+                "number"
             )
         if rows == 1:
             raise UsageError(
@@ -71,32 +76,32 @@ class BatchSize:
 
 
 class BatchFeed:
-    """One pass over rows, in batches of like length; iterate it once.
+    """One pass over rows in batches of similar length; can be iterated once.
 
-    The longest rows come first, so that a batch that does not fit is met at once. Every row comes exactly once,
-    but for those of a batch that is put back.
+    The longest rows come first, so that running out of memory happens at the start. Every row is yielded exactly
+    once, except for the rows of a requeued batch.
 
     Args:
-        answers: The network that will read them.
-        encoded: The rows' token ids.
-        size: How large a batch may be.
-        processes: Those that share the rows: this one's are fed, of like lengths as the others'.
-        even: Pad every row to :func:`even_length`, whatever rows are beside it. How far a row is padded decides how
-            attention adds up, and so the last digits: these then depend little on the size of the batches.
+        output_model: The network; gives padding id, padding side and device.
+        encoded: The encoded rows.
+        size: Batch size.
+        processes: The processes that share the rows; this rank's shard is yielded.
+        bucketed: Pad every row to :func:`bucket_length`, independent of the other rows of its batch. The padded
+            length determines the summation order in attention, so that results then hardly depend on the batch size.
     """
 
     def __init__(
         self,
-        answers: OutputModel,
+        output_model: OutputModel,
         encoded: Sequence[Encoded],
         size: BatchSize,
         processes: Processes = SINGLE_PROCESS,
         *,
-        even: bool = False,
+        bucketed: bool = False,
     ) -> None:
         self.size = size
-        self._even = even
-        self._answers = answers
+        self._bucketed = bucketed
+        self._output_model = output_model
         self._encoded = encoded
         order = sorted(range(len(encoded)), key=lambda row: (-len(encoded[row].input_ids), row))
         self._order = processes.shard(order)
@@ -106,94 +111,94 @@ class BatchFeed:
         while self._done < len(self._order):
             longest = self._length(self._order[self._done])
             rows = self._order[self._done : self._done + self.size.for_length(longest)]
-            if self._even:
+            if self._bucketed:
                 rows = [row for row in rows if self._length(row) == longest]
             self._done += len(rows)
             yield collate(
                 [self._encoded[row] for row in rows],
                 rows,
-                pad_token_id=self._answers.pad_token_id,
-                padding_side=self._answers.padding_side,
-                device=self._answers.device,
+                pad_token_id=self._output_model.pad_token_id,
+                padding_side=self._output_model.padding_side,
+                device=self._output_model.device,
                 pad_to=longest,
             )
 
     def _length(self, row: int) -> int:
         length = len(self._encoded[row].input_ids)
-        return even_length(length, self._answers.most_positions) if self._even else length
+        return bucket_length(length, self._output_model.max_positions) if self._bucketed else length
 
     def skip(self, rows: int) -> None:
-        """Leave out the first rows, in the order in which they would come."""
+        """Skip the first ``rows`` rows, in the order in which they would be yielded."""
         self._done += rows
 
-    def put_back(self, batch: Batch) -> None:
-        """The batch last given did not fit in memory: its rows come again, in halves.
+    def requeue(self, batch: Batch) -> None:
+        """Requeue the rows of the last batch, which ran out of memory, in smaller batches.
 
         Raises:
-            UsageError: Smaller batches are not allowed, or not possible.
+            UsageError: The batch size is fixed, or the batch had a single row.
         """
         rows, length = batch.input_ids.shape
         self.size.report_out_of_memory(rows, length)
         self._done -= rows
 
-    def fitted(self) -> None:
-        """The batch last given was no trouble."""
-        self.size.fitted(self._answers.device)
+    def report_success(self) -> None:
+        """Report that the last batch fit in memory."""
+        self.size.report_success(self._output_model.device)
 
 
-def even_length(length: int, most: int | None) -> int:
-    """The next longer of 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160 ...: four in a doubling.
+def bucket_length(length: int, limit: int | None) -> int:
+    """Return the next longer bucket of 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160 ... (four per doubling).
 
-    Longer, so that there is always padding: without any, another kernel may be chosen.
+    Strictly longer, so that there is always padding: without padding torch may choose another attention kernel.
 
     Args:
         length: Tokens of a row.
-        most: Positions that the model has, or None.
+        limit: Number of positions of the model, or None.
     """
     step = 1 << (max(length.bit_length(), 6) - 3)
     longer = (length // step + 1) * step
-    return longer if most is None else max(length, min(longer, most))
+    return longer if limit is None else max(length, min(longer, limit))
 
 
 def run_batches(batches: Iterable[Batch], work: Callable[[Batch], Result]) -> Iterator[tuple[Batch, Result]]:
-    """Do something with every batch; what a feed gave and did not fit is done again in smaller batches.
+    """Run a function on every batch; batches of a feed that run out of memory are requeued in smaller batches.
 
     Args:
-        batches: A :class:`BatchFeed`, or batches as they are to be.
-        work: What is done. It may be called again for rows for which it ran out of memory: until it returns
-            it must have changed nothing that lasts.
+        batches: A :class:`BatchFeed`, or fixed batches.
+        work: The function. It may be called again for rows for which it ran out of memory, so it must not have side
+            effects before it returns.
 
     Yields:
-        Each batch and what was made of it.
+        Each batch and the function's result.
 
     Raises:
-        UsageError: It does not fit, and cannot be made smaller.
+        UsageError: A batch does not fit in memory and cannot be made smaller.
     """
     for batch in batches:
-        fits, result = _attempt(work, batch, forgiving=isinstance(batches, BatchFeed))
+        fits, result = _attempt(work, batch, may_retry=isinstance(batches, BatchFeed))
         if fits:
             assert result is not None
             if isinstance(batches, BatchFeed):
-                batches.fitted()
+                batches.report_success()
             yield batch, result
         else:
             _free_memory()
             assert isinstance(batches, BatchFeed)
-            batches.put_back(batch)
+            batches.requeue(batch)
 
 
-def _attempt(work: Callable[[Batch], Result], batch: Batch, *, forgiving: bool) -> tuple[bool, Result | None]:
-    # A function of its own: the error, and the tensors that its traceback holds, are gone when it returns.
+def _attempt(work: Callable[[Batch], Result], batch: Batch, *, may_retry: bool) -> tuple[bool, Result | None]:
+    # A separate function, so that the error and the tensors in its traceback are freed when it returns.
     try:
         return True, work(batch)
     except (RuntimeError, MemoryError) as error:
-        if forgiving and is_out_of_memory(error):
+        if may_retry and is_out_of_memory(error):
             return False, None
         raise
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory, of a device or of the machine, has come to its end."""
+    """Return whether an error means that the device or the host is out of memory."""
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or _CPU_ALLOCATOR in str(error)
 
 

@@ -1,7 +1,7 @@
-"""Models larger than a device: layers spread over devices, the host and the disk by Accelerate.
+"""Models larger than one device: Accelerate places layers on several devices, in CPU memory and on disk.
 
-The base's layers stay where Accelerate puts them; what rests on the host or the disk comes to a device for as long as
-it is run. The adapter's own modules, and every sum and factor of a layer, stay on the device where that layer is run.
+Offloaded layers are copied to a device while they run. The adapter's modules, and the sums and factors of a layer,
+stay on the device on which the layer runs (its execution device).
 """
 
 from __future__ import annotations
@@ -23,25 +23,25 @@ from lapora.config import Placement
 from lapora.errors import UsageError
 
 
-def loading_arguments(spread: Placement) -> dict[str, Any]:
-    """What ``from_pretrained`` is told.
+def device_map_arguments(placement: Placement) -> dict[str, Any]:
+    """Return the arguments of ``from_pretrained`` for a placement.
 
     Raises:
-        UsageError: A bound of memory that cannot be read.
+        UsageError: ``max_memory`` cannot be parsed.
     """
-    arguments: dict[str, Any] = {"device_map": spread.device_map}
-    if spread.max_memory:
-        arguments["max_memory"] = _bounds(spread.max_memory)
-    if spread.offload_dir is not None:
-        arguments["offload_folder"] = str(spread.offload_dir)
+    arguments: dict[str, Any] = {"device_map": placement.device_map}
+    if placement.max_memory:
+        arguments["max_memory"] = _parse_max_memory(placement.max_memory)
+    if placement.offload_dir is not None:
+        arguments["offload_folder"] = str(placement.offload_dir)
     return arguments
 
 
-def _bounds(text: str) -> dict[int | str, str]:
-    """``0=20GiB,cpu=60GiB`` as Accelerate takes it."""
+def _parse_max_memory(text: str) -> dict[int | str, str]:
+    """Parse ``0=20GiB,cpu=60GiB`` to Accelerate's ``max_memory``."""
     from accelerate.utils import convert_file_size_to_int
 
-    found: dict[int | str, str] = {}
+    limits: dict[int | str, str] = {}
     for part in text.split(","):
         device, _, size = (piece.strip() for piece in part.partition("="))
         try:
@@ -49,13 +49,13 @@ def _bounds(text: str) -> dict[int | str, str]:
         except ValueError as error:
             raise UsageError(f"--max-memory {text}: {part!r} is not DEVICE=SIZE, as in 0=20GiB,cpu=60GiB") from error
         if device != "cpu" and not device.isdigit():
-            raise UsageError(f"--max-memory {text}: {device!r} is neither a GPU's number nor cpu")
-        found[int(device) if device.isdigit() else device] = size
-    return found
+            raise UsageError(f"--max-memory {text}: {device!r} is neither a GPU's index nor cpu")
+        limits[int(device) if device.isdigit() else device] = size
+    return limits
 
 
 def execution_device(module: nn.Module) -> torch.device:
-    """Where a module's products are computed, wherever its weights rest meanwhile."""
+    """Return the device on which a module runs, which may differ from where its weights are stored."""
     hook = getattr(module, "_hf_hook", None)
     device = getattr(hook, "execution_device", None)
     if device is not None:
@@ -67,21 +67,21 @@ def execution_device(module: nn.Module) -> torch.device:
 
 
 def entry_device(network: nn.Module) -> torch.device:
-    """Where token ids go."""
+    """Return the device of the input embeddings, to which token ids must be moved."""
     if getattr(network, "hf_device_map", None) is None:
         return next(network.parameters()).device
     return execution_device(cast(Any, network).get_input_embeddings())
 
 
-def offloads(network: nn.Module) -> bool:
-    """Whether layers rest on the host or the disk and come to a device to be run."""
-    places = {str(place) for place in (getattr(network, "hf_device_map", None) or {}).values()}
-    return "disk" in places or ("cpu" in places and len(places) > 1)
+def is_offloaded(network: nn.Module) -> bool:
+    """Return whether layers are offloaded to CPU memory or disk and copied to a device to run."""
+    locations = {str(location) for location in (getattr(network, "hf_device_map", None) or {}).values()}
+    return "disk" in locations or ("cpu" in locations and len(locations) > 1)
 
 
 @contextmanager
 def without_placement(base: nn.Module) -> Iterator[None]:
-    """Hide from PEFT that the base is spread: it would spread the adapter, too."""
+    """Hide the base's device map from PEFT, which would apply it to the adapter too."""
     device_map = base.__dict__.pop("hf_device_map", None)
     try:
         yield
@@ -90,11 +90,11 @@ def without_placement(base: nn.Module) -> Iterator[None]:
             cast(Any, base).hf_device_map = device_map
 
 
-def keep_missing(base: nn.Module, missing: set[str]) -> None:
-    """Take weights that no file has (a head that the adapter brings) from the disk, where they have no value.
+def initialize_missing(base: nn.Module, missing: set[str]) -> None:
+    """Allocate zeros for offloaded weights that are in no file, such as a head that the adapter will provide.
 
     Args:
-        base: A spread base.
+        base: A base model with a device map.
         missing: Names of the tensors.
     """
     for path in {name.rpartition(".")[0] for name in missing}:
@@ -102,7 +102,7 @@ def keep_missing(base: nn.Module, missing: set[str]) -> None:
         if not any(parameter.is_meta for parameter in module.parameters(recurse=False)):
             continue
         device = execution_device(module)
-        cast(Any, module)._hf_hook.original_devices = {}  # there is nothing to put back
+        cast(Any, module)._hf_hook.original_devices = {}  # no values to restore
         remove_hook_from_module(module)
         module.to_empty(device=device, recurse=False)
         for parameter in module.parameters(recurse=False):
@@ -111,11 +111,11 @@ def keep_missing(base: nn.Module, missing: set[str]) -> None:
 
 
 def place_adapter(model: PeftModel, weights: dict[str, torch.Tensor]) -> None:
-    """Put the adapter's modules on the devices where the layers beside them are run, and keep them there.
+    """Move the adapter's modules to the execution devices of their layers, without offloading.
 
     Args:
-        model: With an adapter that PEFT has put where the base's weights rest, which is nowhere for those on the disk.
-        weights: The adapter's own.
+        model: PEFT model with an adapter that is where the base's weights are stored (``meta`` for those on disk).
+        weights: The adapter's weights.
     """
     for module in model.modules():
         if isinstance(module, LoraLayer):
@@ -131,25 +131,25 @@ def place_adapter(model: PeftModel, weights: dict[str, torch.Tensor]) -> None:
     set_peft_model_state_dict(model, weights)
 
 
-class OwnWeights(Mapping[str, torch.Tensor]):
-    """The parameters of a base that came from its own files, by name; those on the disk are read when asked for.
+class BaseWeights(Mapping[str, torch.Tensor]):
+    """Mapping of a base model's parameters by name; parameters offloaded to disk are read on access.
 
     Args:
         base: The base model, without an adapter.
-        missing: Names that its files do not have.
+        missing: Names of parameters that are not in the base's files; they are left out.
     """
 
     def __init__(self, base: nn.Module, missing: set[str]) -> None:
         self._parameters = {name: value for name, value in base.named_parameters() if name not in missing}
-        self._resting = {
-            name: _resting(base, name) for name, parameter in self._parameters.items() if parameter.is_meta
+        self._offloaded = {
+            name: _offloaded(base, name) for name, parameter in self._parameters.items() if parameter.is_meta
         }
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        found = self._parameters[name]
-        if not found.is_meta:
-            return found
-        weights, key = self._resting[name]
+        parameter = self._parameters[name]
+        if not parameter.is_meta:
+            return parameter
+        weights, key = self._offloaded[name]
         return weights[key]
 
     def __iter__(self) -> Iterator[str]:
@@ -159,13 +159,13 @@ class OwnWeights(Mapping[str, torch.Tensor]):
         return len(self._parameters)
 
 
-def _resting(base: nn.Module, name: str) -> tuple[Mapping[str, torch.Tensor], str]:
+def _offloaded(base: nn.Module, name: str) -> tuple[Mapping[str, torch.Tensor], str]:
     path, _, key = name.rpartition(".")
     return cast(Any, base.get_submodule(path))._hf_hook.weights_map, key
 
 
 def available_memory() -> float:
-    """Bytes that this process may still take, a container's limit included."""
+    """Return the available memory of the host in bytes, the cgroup limit included."""
     free = float(psutil.virtual_memory().available)
     limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
     try:

@@ -1,4 +1,4 @@
-"""What a base model is known by: digests of its weights, and the libraries that run it."""
+"""Identity of a base model: digests of its weights, and library versions."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import transformers
 
 
 def fingerprint_of_tensors(tensors: Mapping[str, torch.Tensor]) -> str:
-    """Digest the first, middle and last elements of every tensor, whatever their order."""
+    """Compute the SHA-256 of the first, middle and last elements of every tensor, sorted by name."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
         parameter = tensors[name]
@@ -22,21 +22,25 @@ def fingerprint_of_tensors(tensors: Mapping[str, torch.Tensor]) -> str:
     return digest.hexdigest()
 
 
-_PIECE = 1 << 22
+_CHUNK = 1 << 22
 
 
-def digest_in(dtype: str, tensors: Mapping[str, torch.Tensor]) -> str:
-    """Digest every element of every tensor as it is when rounded to ``dtype``, the same on every device.
+def digest_at_dtype(dtype: str, tensors: Mapping[str, torch.Tensor]) -> str:
+    """Compute the SHA-256 of all elements of all tensors, rounded to ``dtype``; equal on every device.
 
-    A file in float32 that is loaded in bfloat16 has the digest that it has when loaded in float32 and rounded. Of
-    each piece of a tensor the bits are added up as whole numbers, which is exact in any order, and as fast as memory.
+    The digest of a float32 file loaded in bfloat16 equals that of the same file loaded in float32 and rounded here.
+    The bits of each chunk are summed as integers: exact in any order, and as fast as reading memory.
+
+    Args:
+        dtype: Name of the element type, such as ``bfloat16``.
+        tensors: Tensors by name.
     """
     digest = hashlib.sha256()
     for name in sorted(tensors):
         parameter = tensors[name]
         digest.update(f"{name}{tuple(parameter.shape)}".encode())
-        for piece in parameter.detach().reshape(-1).split(_PIECE):
-            rounded = piece.to(getattr(torch, dtype))
+        for chunk in parameter.detach().reshape(-1).split(_CHUNK):
+            rounded = chunk.to(getattr(torch, dtype))
             digest.update(f" {_sum_of_bits(rounded)}".encode())
             digest.update(torch.cat([rounded[:8], rounded[-8:]]).cpu().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
@@ -50,7 +54,7 @@ def _sum_of_bits(values: torch.Tensor) -> int:
 
 
 def library_versions() -> dict[str, str]:
-    """Versions of the libraries that decide what the network computes."""
+    """Return the versions of the libraries on which the network's outputs depend."""
     import peft
 
     return {"torch": str(torch.__version__), "transformers": transformers.__version__, "peft": peft.__version__}

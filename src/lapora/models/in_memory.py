@@ -1,4 +1,4 @@
-"""A PEFT model that its owner goes on training: used as it stands, and left exactly as it was found."""
+"""Use a PEFT model in memory, during training, and restore its state afterwards."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ from lapora.models.loading import LoadedModel, silence_libraries
 
 @contextmanager
 def prepared_for_fit(model: nn.Module, pad_token_id: int) -> Iterator[None]:
-    """Put a model into eval mode with nothing that requires a gradient; put everything back, after errors too.
+    """Set a model to eval mode and freeze its parameters, and restore its state on exit.
 
     Args:
         model: The model.
-        pad_token_id: What batches are padded with: a decoder with a head finds the answer's position by it.
+        pad_token_id: Padding id of the batches, by which a decoder with a classification head finds the last token.
     """
     training = {module: module.training for module in model.modules()}
     required = {parameter: parameter.requires_grad for parameter in model.parameters()}
     text_config = cast(Any, model).config.get_text_config()
-    padded_with = text_config.pad_token_id
+    original_pad_token_id = text_config.pad_token_id
     try:
         model.eval()
         model.requires_grad_(False)
         text_config.pad_token_id = pad_token_id
         yield
     finally:
-        text_config.pad_token_id = padded_with
+        text_config.pad_token_id = original_pad_token_id
         for parameter, requires_grad in required.items():
             parameter.requires_grad_(requires_grad)
         for module, was_training in training.items():
@@ -42,37 +42,37 @@ def prepared_for_fit(model: nn.Module, pad_token_id: int) -> Iterator[None]:
 
 
 def adapter_in_memory(model: object, folder: Path) -> Adapter:
-    """Save a model's active adapter, and read it: an adapter in memory is held to what one on disk is.
+    """Save a model's active adapter and read it back, with the same checks as for an adapter on disk.
 
     Args:
         model: A PEFT model.
         folder: An empty folder.
 
     Raises:
-        AdapterError: No PEFT model, or one that the posterior does not cover.
+        AdapterError: The object is not a PEFT model, or its adapter is not supported.
     """
     if not isinstance(model, PeftModel):
         raise AdapterError(
-            f"a {type(model).__name__} is not a PEFT model; give what get_peft_model returned, out of any wrapper "
+            f"a {type(model).__name__} is not a PEFT model; pass the model returned by get_peft_model, unwrapped "
             "(accelerator.unwrap_model)"
         )
     active = cast(str, model.active_adapter)
     if not isinstance(active, str):
-        raise AdapterError(f"{len(active)} adapters are active; a posterior is over one: set_adapter(name)")
+        raise AdapterError(f"{len(active)} adapters are active; activate one with set_adapter(name)")
     with silence_libraries():
         model.save_pretrained(str(folder), selected_adapters=[active])
     return read_adapter(folder if active == "default" else folder / active)
 
 
 def loaded_in_memory(model: PeftModel, tokenizer: Any, adapter: Adapter) -> LoadedModel:
-    """Describe a model in memory as if it had been loaded.
+    """Return the description of a model in memory that :func:`lapora.models.loading.load_model` would give.
 
     Raises:
-        UsageError: The base is quantised.
+        UsageError: The base model is quantized.
     """
     base = cast(Any, model.get_base_model())
     if getattr(base, "is_quantized", False):
-        raise UsageError("the base model is quantised: save the adapter, and fit from its folder with --quantize")
+        raise UsageError("the base model is quantized; save the adapter, and fit from its folder with --quantize")
     weights = {
         name.replace(".base_layer.", "."): parameter
         for name, parameter in base.named_parameters()

@@ -1,4 +1,4 @@
-"""Loading an adapter on its base model, ready to be linearised."""
+"""Load an adapter on its base model, frozen and in eval mode."""
 
 from __future__ import annotations
 
@@ -21,10 +21,16 @@ from transformers import logging as transformers_logging
 from lapora.config import Dtype, ModelSettings, Placement, Quantization
 from lapora.errors import AdapterError, UsageError, first_line
 from lapora.models.adapter import Adapter, ModelKind
-from lapora.models.device_map import OwnWeights, keep_missing, loading_arguments, place_adapter, without_placement
-from lapora.models.fingerprint import digest_in, fingerprint_of_tensors
+from lapora.models.device_map import (
+    BaseWeights,
+    device_map_arguments,
+    initialize_missing,
+    place_adapter,
+    without_placement,
+)
+from lapora.models.fingerprint import digest_at_dtype, fingerprint_of_tensors
 from lapora.models.quantization import (
-    keep_inputs_whole,
+    disable_input_rounding,
     quantization_config,
     resolve_quantization,
     saved_quantization,
@@ -37,15 +43,15 @@ class LoadedModel:
 
     Attributes:
         model: The PEFT model; no parameter requires a gradient.
-        tokenizer: The adapter's own tokenizer where it saves one, else the base model's.
+        tokenizer: The adapter's tokenizer if it has one, else the base model's.
         kind: ``causal`` or ``classifier``.
-        base_model: Name or path that the base was loaded from.
-        revision: Its revision, or None.
-        quantize: How the base is quantised.
-        dtype: Element type of the base's unquantised weights, such as ``float32``.
-        fingerprint: Digest of a sample of every base tensor: another base gives another fingerprint.
-        number_of_labels: Outputs of a classification head, or None for a causal model.
-        weights: The base's own weights, by name; none where they are quantised.
+        base_model: Name or path of the base model.
+        revision: Revision of the base model, or None.
+        quantize: Quantization of the base.
+        dtype: Element type of the base's unquantized weights, such as ``float32``.
+        fingerprint: Digest of a sample of every base tensor, which identifies the base.
+        number_of_labels: Number of outputs of a classification head, or None for a causal model.
+        weights: The base's weights by name; empty if quantized.
     """
 
     model: PeftModel
@@ -60,12 +66,12 @@ class LoadedModel:
     weights: Mapping[str, torch.Tensor] = field(default_factory=dict, repr=False)
 
     def digest(self, dtype: str) -> str:
-        """Digest of all of the base's weights, rounded to an element type that is no finer than the model's."""
-        return digest_in(dtype, self.weights)
+        """Compute the digest of all base weights, rounded to an element type not more precise than the model's."""
+        return digest_at_dtype(dtype, self.weights)
 
     @property
     def pad_token_id(self) -> int:
-        """The id that batches are padded with; padding is masked, so end-of-text serves where none is set."""
+        """Padding id: the tokenizer's, else its end-of-text id (padding is masked), else 0."""
         for candidate in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id):
             if candidate is not None:
                 return int(candidate)
@@ -81,31 +87,35 @@ def load_model(adapter: Adapter, how: ModelSettings) -> LoadedModel:
 
     Raises:
         AdapterError: The base cannot be loaded, or the adapter does not fit it.
-        UsageError: An impossible device or an impossible combination.
+        UsageError: The device is not available, or options cannot be combined.
     """
-    return put_adapter(adapter, load_base(adapter, how))
+    return attach_adapter(adapter, load_base(adapter, how))
 
 
-def put_adapter(adapter: Adapter, base: LoadedBase) -> LoadedModel:
-    """Put an adapter on a base that has none.
+def attach_adapter(adapter: Adapter, base: LoadedBase) -> LoadedModel:
+    """Attach an adapter to a base model without one.
+
+    Args:
+        adapter: The adapter, as read from its directory.
+        base: The base model.
 
     Raises:
-        AdapterError: It does not fit, or its tokenizer cannot be loaded.
+        AdapterError: The adapter does not fit the base, or its tokenizer cannot be loaded.
     """
     with silence_libraries():
         tokenizer = tokenizer_at(adapter, base.name, base.revision, base.trust_remote_code)
         with without_placement(base.model):
             model = _load_adapter(adapter, base.model, base.name)
-    _refuse_untrained(adapter, model, base.missing)
-    if base.spread is not None:
+    _check_all_initialized(adapter, model, base.missing)
+    if base.placement is not None:
         place_adapter(model, load_peft_weights(os.fspath(adapter.path), device="cpu"))
     if base.element_type == torch.float64:
         model = model.double()
-    if base.quantize == "none" and base.spread is None:
+    if base.quantize == "none" and base.placement is None:
         model = model.to(base.device)
     model.eval()
     if base.quantize != "none":
-        keep_inputs_whole(model)
+        disable_input_rounding(model)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     loaded = LoadedModel(
@@ -125,7 +135,7 @@ def put_adapter(adapter: Adapter, base: LoadedBase) -> LoadedModel:
 
 
 def resolve_padding(loaded: LoadedModel) -> None:
-    """A decoder with a head finds the answer's position by the padding id: it must be the batches' own."""
+    """Set the padding id in a classifier's configuration, by which a decoder with a head finds the last token."""
     if loaded.kind == "classifier":
         cast(Any, loaded.model.get_base_model()).config.get_text_config().pad_token_id = loaded.pad_token_id
 
@@ -141,32 +151,32 @@ def _load_adapter(adapter: Adapter, base: nn.Module, base_name: str) -> PeftMode
         ) from error
     except (ValueError, TypeError, KeyError) as error:
         raise AdapterError(
-            f"{adapter.path}: peft cannot put it on base model {base_name} ({first_line(error)})"
+            f"{adapter.path}: peft cannot attach it to base model {base_name} ({first_line(error)})"
         ) from error
     expected = get_peft_model_state_dict(model, save_embedding_layers=False)
     absent = sorted(set(expected) - set(adapter.shapes))
-    # peft saves embeddings, and an output layer that has LoRA, whole beside their LoRA weights, and loads them back.
-    kept = set(model.state_dict())
-    whole = {k for k in adapter.shapes if "embed" in k or (k.endswith(".base_layer.weight") and k in kept)}
-    surplus = sorted(set(adapter.shapes) - set(expected) - whole)
-    if absent or surplus:
+    # peft also saves embeddings, and an output layer with LoRA, in full, and loads them back.
+    state = set(model.state_dict())
+    full = {k for k in adapter.shapes if "embed" in k or (k.endswith(".base_layer.weight") and k in state)}
+    unexpected = sorted(set(adapter.shapes) - set(expected) - full)
+    if absent or unexpected:
         raise AdapterError(
             f"{adapter.path}: the adapter does not fit base model {base_name}: "
-            f"{len(absent)} tensors it should have are missing {absent[:4]}, "
-            f"{len(surplus)} that it has fit nowhere {surplus[:4]}"
+            f"{len(absent)} missing tensors {absent[:4]}, "
+            f"{len(unexpected)} unexpected tensors {unexpected[:4]}; check --base-model"
         )
     return cast(PeftModel, model)
 
 
-def _refuse_untrained(adapter: Adapter, model: PeftModel, missing: set[str]) -> None:
-    """Refuse weights that neither the base nor the adapter has: they would be random."""
+def _check_all_initialized(adapter: Adapter, model: PeftModel, missing: set[str]) -> None:
+    """Reject a model with weights that neither the base's files nor the adapter contain: they would be random."""
     saved = {key.removeprefix("base_model.model.") for key in adapter.shapes}
-    unexplained = sorted(key for key in missing if key not in saved)
-    tied = {name for name, _ in model.get_base_model().named_parameters()}
-    random = [key for key in unexplained if key in tied or _wrapped(key) in tied]
+    uninitialized = sorted(key for key in missing if key not in saved)
+    parameters = {name for name, _ in model.get_base_model().named_parameters()}  # tied weights occur once
+    random = [key for key in uninitialized if key in parameters or _wrapped(key) in parameters]
     if random:
         raise AdapterError(
-            f"{adapter.path}: neither the base model nor the adapter has {', '.join(random[:4])}"
+            f"{adapter.path}: neither the base model nor the adapter contains {', '.join(random[:4])}"
             f"{' ...' if len(random) > 4 else ''}; save the trained head with the adapter (modules_to_save)"
         )
 
@@ -182,17 +192,17 @@ class LoadedBase:
 
     Attributes:
         model: The base model.
-        missing: Tensors that its files do not have: an adapter must bring them.
-        kind: What it was loaded as.
-        name: Name or path that it was loaded from.
-        revision: Its revision, or None.
-        quantize: How it is quantised.
-        element_type: Type of its unquantised weights.
-        device: Where it is, unless spread.
-        spread: How its layers are spread over devices, or None.
-        weights: Its own weights, by name; none where they are quantised.
+        missing: Names of tensors that are not in its files; the adapter must contain them.
+        kind: ``causal`` or ``classifier``.
+        name: Name or path.
+        revision: Revision, or None.
+        quantize: Quantization.
+        element_type: Dtype of its unquantized weights.
+        device: Its device, without a placement.
+        placement: Placement of its layers on devices, CPU memory and disk, or None.
+        weights: Its weights by name; empty if quantized.
         fingerprint: Digest of a sample of every tensor.
-        trust_remote_code: Whether the repository's own code may run.
+        trust_remote_code: Whether the repository's Python code may run.
     """
 
     model: Any
@@ -203,14 +213,14 @@ class LoadedBase:
     quantize: Quantization
     element_type: torch.dtype
     device: torch.device
-    spread: Placement | None
+    placement: Placement | None
     weights: Mapping[str, torch.Tensor]
     fingerprint: str
     trust_remote_code: bool
 
 
-class ChosenBase(NamedTuple):
-    """The base model that an adapter asks for, settled before any weight is read."""
+class ResolvedBase(NamedTuple):
+    """Name, configuration, quantization and dtype of a base model, resolved before any weight is read."""
 
     name: str
     revision: str | None
@@ -219,12 +229,12 @@ class ChosenBase(NamedTuple):
     element_type: torch.dtype
 
 
-def choose_base(adapter: Adapter, how: ModelSettings, device: torch.device) -> ChosenBase:
-    """Resolve which base model is loaded, and in which type; reads its configuration alone.
+def resolve_base(adapter: Adapter, how: ModelSettings, device: torch.device) -> ResolvedBase:
+    """Resolve which base model is loaded, and in which type; reads only its configuration.
 
     Raises:
-        AdapterError: There is no base, or its configuration cannot be read.
-        UsageError: An impossible combination.
+        AdapterError: No base model is given, or its configuration cannot be read.
+        UsageError: Options cannot be combined.
     """
     name = how.base_model or adapter.base_model
     if not name:
@@ -235,11 +245,11 @@ def choose_base(adapter: Adapter, how: ModelSettings, device: torch.device) -> C
     element_type = element_type_of(how.dtype or "auto", config, device)
     if quantize != "none" and element_type == torch.float64:
         raise UsageError(f"--dtype float64 cannot be combined with --quantize {quantize}")
-    return ChosenBase(name, revision, config, quantize, element_type)
+    return ResolvedBase(name, revision, config, quantize, element_type)
 
 
 def load_base(adapter: Adapter, how: ModelSettings) -> LoadedBase:
-    """Load the base model that an adapter asks for.
+    """Load the base model of an adapter, or the one given.
 
     Args:
         adapter: The adapter, as read from its directory.
@@ -247,36 +257,36 @@ def load_base(adapter: Adapter, how: ModelSettings) -> LoadedBase:
 
     Raises:
         AdapterError: The base cannot be loaded.
-        UsageError: An impossible device or an impossible combination.
+        UsageError: The device is not available, or options cannot be combined.
     """
-    where = resolve_device(how.device)
+    device = resolve_device(how.device)
     with silence_libraries():
-        chosen = choose_base(adapter, how, where)
-        base, missing = _load_base(adapter, chosen, where, how)
+        resolved = resolve_base(adapter, how, device)
+        base, missing = _load_base(adapter, resolved, device, how)
         if how.spread is not None:
-            keep_missing(base, missing)
-    weights = OwnWeights(base, missing)
+            initialize_missing(base, missing)
+    weights = BaseWeights(base, missing)
     return LoadedBase(
         model=base,
         missing=missing,
         kind=adapter.kind,
-        name=str(chosen.name),
-        revision=chosen.revision,
-        quantize=chosen.quantize,
-        element_type=chosen.element_type,
-        device=where,
-        spread=how.spread,
-        weights=weights if chosen.quantize == "none" else {},
+        name=str(resolved.name),
+        revision=resolved.revision,
+        quantize=resolved.quantize,
+        element_type=resolved.element_type,
+        device=device,
+        placement=how.spread,
+        weights=weights if resolved.quantize == "none" else {},
         fingerprint=fingerprint_of_tensors(weights),
         trust_remote_code=how.trust_remote_code,
     )
 
 
 def resolve_device(device: str) -> torch.device:
-    """Turn ``auto`` into the GPU where there is one.
+    """Return the device for a name; ``auto`` is the GPU if there is one, else the CPU.
 
     Raises:
-        UsageError: No such device, or not available here.
+        UsageError: The device does not exist on this machine.
     """
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -285,15 +295,15 @@ def resolve_device(device: str) -> torch.device:
         torch.empty(1, device=resolved)
     except (RuntimeError, AssertionError) as error:
         reason = first_line(error)
-        raise UsageError(f"--device {device}: not available on this machine ({reason})") from error
+        raise UsageError(f"--device {device}: not available on this machine ({reason}); use --device auto") from error
     return resolved
 
 
 def load_config(base_name: str, revision: str | None, trust_remote_code: bool) -> Any:
-    """A base model's configuration.
+    """Load the configuration of a base model.
 
     Raises:
-        AdapterError: It cannot be read.
+        AdapterError: The configuration cannot be read.
     """
     try:
         return AutoConfig.from_pretrained(base_name, revision=revision, trust_remote_code=trust_remote_code)
@@ -303,17 +313,17 @@ def load_config(base_name: str, revision: str | None, trust_remote_code: bool) -
 
 def _base_error(base_name: str, error: Exception) -> AdapterError:
     reason = first_line(error, 160)
-    looked = "no such folder, and " if not Path(base_name).is_dir() else ""
+    no_folder = "no such folder, and " if not Path(base_name).is_dir() else ""
     if isinstance(error, UnpicklingError):
-        reason = "its weights are a pickle of more than tensors, which could run any code and is not opened"
+        reason = "its weights are a pickle with objects other than tensors, which could run code and is not opened"
     return AdapterError(
-        f"base model {base_name}: {looked}it cannot be loaded ({reason}); "
+        f"base model {base_name}: {no_folder}it cannot be loaded ({reason}); "
         "give a local folder with --base-model, or check the name and the network"
     )
 
 
 def element_type_of(dtype: Dtype, config: Any, device: torch.device) -> torch.dtype:
-    """Type of a base's weights; ``auto`` is float32 on a CPU and the base's own on a GPU."""
+    """Return the dtype of a base's weights; ``auto`` is float32 on a CPU and the base's own dtype on a GPU."""
     if dtype != "auto":
         return cast(torch.dtype, getattr(torch, dtype))
     own = getattr(config.get_text_config(), "dtype", None)
@@ -322,31 +332,35 @@ def element_type_of(dtype: Dtype, config: Any, device: torch.device) -> torch.dt
     return cast(torch.dtype, getattr(torch, own) if isinstance(own, str) else own)
 
 
-def _load_base(adapter: Adapter, chosen: ChosenBase, device: torch.device, how: ModelSettings) -> tuple[Any, set[str]]:
+def _load_base(
+    adapter: Adapter, resolved: ResolvedBase, device: torch.device, how: ModelSettings
+) -> tuple[Any, set[str]]:
     arguments: dict[str, Any] = {
-        "config": chosen.config,
-        "revision": chosen.revision,
-        "dtype": chosen.element_type,
+        "config": resolved.config,
+        "revision": resolved.revision,
+        "dtype": resolved.element_type,
         "trust_remote_code": how.trust_remote_code,
         "output_loading_info": True,
     }
     if how.spread is not None:
-        arguments |= loading_arguments(how.spread)
-    if chosen.quantize != "none":
+        arguments |= device_map_arguments(how.spread)
+    if resolved.quantize != "none":
         arguments.setdefault("device_map", {"": device})
-        if getattr(chosen.config, "quantization_config", None) is None:
-            whole = adapter.config.get("modules_to_save") or ()
-            arguments["quantization_config"] = quantization_config(chosen.quantize, chosen.element_type, whole)
-    loader = loader_of(adapter, chosen.config)
+        if getattr(resolved.config, "quantization_config", None) is None:
+            modules_to_save = adapter.config.get("modules_to_save") or ()
+            arguments["quantization_config"] = quantization_config(
+                resolved.quantize, resolved.element_type, modules_to_save
+            )
+    loader = auto_class(adapter, resolved.config)
     try:
-        base, information = loader.from_pretrained(chosen.name, **arguments)
+        base, information = loader.from_pretrained(resolved.name, **arguments)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, UnpicklingError, SafetensorError) as error:
-        raise _base_error(chosen.name, error) from error
+        raise _base_error(resolved.name, error) from error
     return base, set(information["missing_keys"])
 
 
-def loader_of(adapter: Adapter, config: Any) -> Any:
-    """The class that loads an adapter's kind of base; a classifier's ``config`` is told how many labels there are."""
+def auto_class(adapter: Adapter, config: Any) -> Any:
+    """Return transformers' auto class for the kind of model; sets ``config.num_labels`` of a classifier."""
     if adapter.kind != "classifier":
         return AutoModelForCausalLM
     labels = adapter.number_of_labels()
@@ -356,10 +370,10 @@ def loader_of(adapter: Adapter, config: Any) -> Any:
 
 
 def load_tokenizer(adapter: Adapter, base_model: str | None = None) -> Any:
-    """The adapter's tokenizer alone, without the model.
+    """Load the adapter's tokenizer without the model.
 
     Raises:
-        AdapterError: It cannot be loaded, or the adapter names no base model.
+        AdapterError: The tokenizer cannot be loaded, or there is no base model in the adapter's configuration.
     """
     base_name = base_model or adapter.base_model
     if not base_name:
@@ -369,10 +383,10 @@ def load_tokenizer(adapter: Adapter, base_model: str | None = None) -> Any:
 
 
 def tokenizer_at(adapter: Adapter, base_name: str, revision: str | None, trust_remote_code: bool) -> Any:
-    """The tokenizer beside the adapter, or else of the base at a revision.
+    """Load the tokenizer in the adapter's folder, else that of the base at a revision.
 
     Raises:
-        AdapterError: It cannot be loaded.
+        AdapterError: The tokenizer cannot be loaded.
     """
     own = any((adapter.path / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))
     source, at = (adapter.path, None) if own else (base_name, revision)
@@ -380,14 +394,14 @@ def tokenizer_at(adapter: Adapter, base_name: str, revision: str | None, trust_r
         return AutoTokenizer.from_pretrained(source, revision=at, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise AdapterError(
-            f"{source}: its tokenizer cannot be loaded ({first_line(error, 160)}); save the tokenizer beside the "
-            "adapter"
+            f"{source}: its tokenizer cannot be loaded ({first_line(error, 160)}); save the tokenizer in the "
+            "adapter's folder"
         ) from error
 
 
 @contextmanager
 def silence_libraries() -> Iterator[None]:
-    """Keep the libraries' progress bars and load reports off the terminal; what matters becomes an error."""
+    """Silence third-party progress bars, warnings and load reports."""
     verbosity = transformers_logging.get_verbosity()
     bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()

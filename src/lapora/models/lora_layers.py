@@ -1,7 +1,7 @@
-"""The linear layers that the posterior covers: every lora_A and lora_B, and on request the head.
+"""Find the Bayesian layers of a model: every lora_A and lora_B, and optionally the classification head.
 
-Each LoRA factor is treated as a linear layer of its own (Laplace-LoRA, section 3): lora_A maps d_in to r,
-lora_B maps r to d_out.
+Each LoRA factor is treated as a linear layer of its own (Laplace-LoRA, section 3): lora_A maps d_in to r, lora_B maps
+r to d_out.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ Role = Literal["A", "B", "head"]
 
 @dataclass(frozen=True, eq=False)
 class BayesianLayer:
-    """One linear layer W (out_features x in_features) with a Gaussian over its weight.
+    """A linear layer W (out_features x in_features) with a Gaussian posterior over its weight.
 
     Attributes:
-        name: The weight's key in the adapter file, less ``.weight``.
+        name: Key of the weight in the adapter file, without ``.weight``.
         role: ``A``, ``B`` (the two LoRA factors) or ``head``.
-        module: The layer itself.
-        source: The module whose input decides which layers share one input (q, k and v do).
-        reads_answer_only: The layer belongs to a head, of which only the answer's position counts.
-        answer_rows_only: The layer writes vocabulary logits, of which only the C answers have a gradient.
-        bias_as_input: The layer's bias is Bayesian too, as the weight of one more, constant, input.
+        module: The linear layer.
+        source: Module whose input identifies layers with a shared input (q, k and v projections).
+        reads_answer_only: The layer is part of a head, and only the answer's position is used.
+        answer_rows_only: The layer outputs vocabulary logits, and only the C rows of the answers have a gradient.
+        bias_as_input: The bias is Bayesian too, as the weight of an additional constant input.
     """
 
     name: str
@@ -47,12 +47,12 @@ class BayesianLayer:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Rows and columns of W, the bias counted as a column."""
+        """Rows and columns of W, with the bias as a column."""
         rows, columns = self.module.weight.shape
         return rows, columns + int(self.bias_as_input)
 
     def gradient_shape(self, classes: int) -> tuple[int, int]:
-        """Rows and columns of W that can have a gradient, with C answers."""
+        """Return the number of rows and columns of W that can have a gradient, with C answers."""
         rows, columns = self.shape
         return (classes if self.answer_rows_only else rows), columns
 
@@ -66,7 +66,7 @@ class BayesianLayer:
 
 
 def find_bayesian_layers(model: PeftModel, subset: Subset = "lora") -> list[BayesianLayer]:
-    """List the layers that ``subset`` names, in the model's own order.
+    """Return the Bayesian layers of a subset, in the order of the model's modules.
 
     Args:
         model: A PEFT model with one active LoRA adapter.
@@ -74,8 +74,8 @@ def find_bayesian_layers(model: PeftModel, subset: Subset = "lora") -> list[Baye
             or LoRA on the language-model head) or ``all`` (LoRA and every linear layer of the head).
 
     Raises:
-        AdapterError: LoRA on something that is not a linear layer, a LoRA variant, or a merged adapter.
-        UsageError: ``last-layer`` or ``all`` of a model that has nothing of the kind.
+        AdapterError: LoRA on a module that is not a linear layer, a LoRA variant, or a merged adapter.
+        UsageError: ``last-layer`` or ``all`` for a model without a saved head or LoRA on the output layer.
     """
     adapter_name = cast(str, model.active_adapter)
     output_path = _output_layer_path(model)
@@ -86,7 +86,7 @@ def find_bayesian_layers(model: PeftModel, subset: Subset = "lora") -> list[Baye
             in_head = path == output_path or any(path.startswith(head + ".") for head in head_paths)
             layers += _factors(path, module, adapter_name, in_head, writes_vocabulary=path == output_path)
     if not layers:
-        raise AdapterError("the adapter has no LoRA layers on this base model")
+        raise AdapterError("the adapter has no LoRA layers on this base model; check --base-model")
     if subset == "lora":
         return layers
     heads = [layer for path in head_paths for layer in _head_layers(model, path, adapter_name, path == output_path)]
@@ -102,14 +102,14 @@ def find_bayesian_layers(model: PeftModel, subset: Subset = "lora") -> list[Baye
 
 
 def _output_layer_path(model: PeftModel) -> str | None:
-    """Path of the language-model head, or None for a model without one (a sequence classifier)."""
+    """Return the path of the language-model head, or None for a sequence classifier."""
     base = cast(Any, model.get_base_model())
     output = base.get_output_embeddings()
     return next((path for path, module in model.named_modules() if output is not None and module is output), None)
 
 
 def _saved_head_paths(model: PeftModel) -> list[str]:
-    """Modules saved whole with the adapter, those of the transformer blocks left out: they read every token."""
+    """Return the paths of ``modules_to_save`` outside the transformer blocks."""
     blocks = [f"{path}." for path, module in model.named_modules() if isinstance(module, nn.ModuleList)]
     return [
         path
@@ -122,14 +122,14 @@ def _factors(
     path: str, module: LoraLayer, adapter_name: str, in_head: bool, writes_vocabulary: bool
 ) -> list[BayesianLayer]:
     if module.merged:
-        raise AdapterError(f"{path}: the adapter is merged into its base; unmerge it, or load it unmerged")
+        raise AdapterError(f"{path}: merged adapters are not supported; call unmerge_adapter, or load it unmerged")
     if adapter_name in module.lora_variant:
         variant = type(module.lora_variant[adapter_name]).__name__
-        raise AdapterError(f"{path}: {variant} is not plain LoRA, and the posterior does not cover it")
+        raise AdapterError(f"{path}: {variant} is not supported; only plain LoRA is")
     pair = [module.lora_A[adapter_name], module.lora_B[adapter_name]] if adapter_name in module.lora_A else []
     if not pair or not all(type(factor) is nn.Linear for factor in pair):
         target = type(module.get_base_layer()).__name__
-        raise AdapterError(f"{path}: LoRA on a {target}; the posterior covers LoRA on linear layers alone")
+        raise AdapterError(f"{path}: LoRA on a {target} is not supported; only LoRA on linear layers is")
     first, second = cast("list[nn.Linear]", pair)
     return [
         BayesianLayer(f"{path}.lora_A", "A", first, cast(nn.Module, module), reads_answer_only=in_head),
@@ -159,7 +159,7 @@ def _head_layers(model: PeftModel, path: str, adapter_name: str, writes_vocabula
 
 
 def lora_dropouts(model: nn.Module) -> list[nn.Dropout]:
-    """The adapter's own ``lora_dropout`` layers that drop anything."""
+    """Return the adapter's ``lora_dropout`` layers with a nonzero probability."""
     return [
         module
         for name, module in model.named_modules()
@@ -169,7 +169,7 @@ def lora_dropouts(model: nn.Module) -> list[nn.Dropout]:
 
 @contextmanager
 def lora_dropout_on(model: nn.Module, seed: int) -> Iterator[None]:
-    """Let the adapter's dropout draw, from a seed; the caller's random state is left as it was."""
+    """Enable the adapter's dropout with a random seed; the global random state is restored."""
     layers = lora_dropouts(model)
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     with torch.random.fork_rng(devices=devices):
@@ -184,5 +184,5 @@ def lora_dropout_on(model: nn.Module, seed: int) -> Iterator[None]:
 
 
 def describe_parameter(name: str, role: Role, shape: tuple[int, int], squared_norm: float) -> dict[str, Any]:
-    """One entry of the manifest's ``parameters``."""
+    """Return one entry of the manifest's ``parameters``."""
     return {"name": name, "shape": list(shape), "role": role, "squared_norm": squared_norm}

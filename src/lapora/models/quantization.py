@@ -1,8 +1,8 @@
-"""Quantised base models, by bitsandbytes.
+"""Quantized base models, by bitsandbytes.
 
-Gradients pass through a quantised layer as through a linear layer with the dequantised weight, in 4 and in 8 bits.
-LLM.int8 rounds a layer's inputs too, and which columns it spares depends on the whole batch; on a CPU, where that
-saves nothing, its inputs are left as they are.
+The gradient of a quantized layer, in 4 or 8 bits, is that of a linear layer with the dequantized weight. LLM.int8 also
+rounds a layer's inputs, except for outlier columns that depend on the whole batch; on a CPU, where this saves nothing,
+input rounding is disabled.
 """
 
 from __future__ import annotations
@@ -19,23 +19,25 @@ from lapora.errors import AdapterError, UsageError
 _HEADS = ("classifier", "lm_head", "score")
 
 
-def quantization_config(quantize: Quantization, compute_dtype: torch.dtype, whole: Sequence[str] = ()) -> Any | None:
-    """Build what transformers needs to load a base model in 8 or 4 bits.
+def quantization_config(
+    quantize: Quantization, compute_dtype: torch.dtype, modules_to_save: Sequence[str] = ()
+) -> Any | None:
+    """Return the quantization config for ``from_pretrained``, or None without quantization.
 
     Args:
-        quantize: ``none``, ``8bit`` (LLM.int8) or ``4bit`` (NF4 with double quantisation, as QLoRA uses).
-        compute_dtype: Type of the dequantised products in 4 bits.
-        whole: Modules that the adapter saves whole: they are left as they are, like every head.
+        quantize: ``none``, ``8bit`` (LLM.int8) or ``4bit`` (NF4 with double quantization, as in QLoRA).
+        compute_dtype: Dtype of matrix products in 4 bits.
+        modules_to_save: The adapter's ``modules_to_save``; like every head, they are not quantized.
 
     Raises:
-        UsageError: bitsandbytes cannot be imported on this machine.
+        UsageError: bitsandbytes cannot be imported.
     """
     if quantize == "none":
         return None
-    _need_bitsandbytes(f"--quantize {quantize}")
+    _require_bitsandbytes(f"--quantize {quantize}")
     from transformers import BitsAndBytesConfig
 
-    skipped = sorted(modules_left_whole(whole))
+    skipped = sorted(unquantized_modules(modules_to_save))
     if quantize == "8bit":
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skipped)
     return BitsAndBytesConfig(
@@ -47,17 +49,17 @@ def quantization_config(quantize: Quantization, compute_dtype: torch.dtype, whol
     )
 
 
-def modules_left_whole(whole: Sequence[str] = ()) -> set[str]:
-    """Names of modules that are never quantised: heads, and what the adapter saves whole."""
-    return {*_HEADS, *whole}
+def unquantized_modules(modules_to_save: Sequence[str] = ()) -> set[str]:
+    """Return the names of modules that are never quantized: heads and the adapter's ``modules_to_save``."""
+    return {*_HEADS, *modules_to_save}
 
 
 def saved_quantization(base_name: str, config: Any) -> Quantization:
-    """How a base model's own files are quantised, by the ``quantization_config`` in its configuration.
+    """Return the quantization of a base model's files, from its configuration's ``quantization_config``.
 
     Raises:
-        AdapterError: By another method than bitsandbytes.
-        UsageError: bitsandbytes cannot be imported on this machine.
+        AdapterError: The method is not bitsandbytes.
+        UsageError: bitsandbytes cannot be imported.
     """
     saved = getattr(config, "quantization_config", None)
     if saved is None:
@@ -67,34 +69,34 @@ def saved_quantization(base_name: str, config: Any) -> Quantization:
     if found == "none":
         method = settings.get("quant_method") or "an unknown method"
         raise AdapterError(
-            f"base model {base_name}: quantised by {method}, and lapora covers bitsandbytes alone; "
-            "give the unquantised base with --base-model, and --quantize 4bit or 8bit if it is too large"
+            f"base model {base_name}: quantization by {method} is not supported, only by bitsandbytes; "
+            "give the unquantized base with --base-model, and --quantize 4bit or 8bit if it is too large"
         )
-    _need_bitsandbytes(f"base model {base_name}, which is quantised to {found.removesuffix('bit')} bits,")
+    _require_bitsandbytes(f"base model {base_name}, which is quantized to {found.removesuffix('bit')} bits,")
     return found
 
 
-def resolve_quantization(base_name: str, asked: Quantization | None, saved: Quantization) -> Quantization:
-    """What a base is loaded in: as asked, and as its files are where nothing is asked.
+def resolve_quantization(base_name: str, requested: Quantization | None, saved: Quantization) -> Quantization:
+    """Resolve the quantization to load a base model in: the requested one, else that of its files.
 
     Raises:
         UsageError: The two contradict each other.
     """
     if saved == "none":
-        return asked or "none"
-    if asked not in (None, saved):
+        return requested or "none"
+    if requested not in (None, saved):
         raise UsageError(
-            f"--quantize {asked}: base model {base_name} is saved in {saved.removesuffix('bit')} bits already; leave "
-            "--quantize out, or give the unquantised base with --base-model"
+            f"--quantize {requested}: base model {base_name} is already quantized to {saved.removesuffix('bit')} bits; "
+            "omit --quantize, or give the unquantized base with --base-model"
         )
     return saved
 
 
-def keep_inputs_whole(model: nn.Module) -> None:
-    """Let quantised layers on a CPU multiply by the dequantised weight, without rounding their inputs.
+def disable_input_rounding(model: nn.Module) -> None:
+    """Make quantized layers on a CPU multiply by the dequantized weight, without rounding their inputs.
 
-    Otherwise 8-bit layers round them to integers and, where the CPU has AVX512-BF16, 4-bit layers to bfloat16.
-    bitsandbytes leaves them whole for layers in training mode, which has no other meaning for them.
+    By default 8-bit layers round inputs to int8, and on CPUs with AVX512-BF16 4-bit layers round them to bfloat16.
+    bitsandbytes does not round in training mode, which has no other effect on these layers.
     """
     import bitsandbytes
 
@@ -103,8 +105,8 @@ def keep_inputs_whole(model: nn.Module) -> None:
             module.train(module.weight.device.type == "cpu")
 
 
-def _need_bitsandbytes(what: str) -> None:
+def _require_bitsandbytes(what: str) -> None:
     try:
         import bitsandbytes  # noqa: F401
     except ImportError as error:
-        raise UsageError(f"{what} needs bitsandbytes, which cannot be imported: {error}") from error
+        raise UsageError(f"{what} requires bitsandbytes, which cannot be imported: {error}; install it") from error

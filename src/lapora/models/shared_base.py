@@ -1,7 +1,7 @@
-"""Base models that stay loaded while one adapter after another is put on them and taken off again.
+"""Cache of base models to which adapters are attached in turn.
 
-A LoRA adapter is a few modules that stand around, or in the place of, the base's own. Taking it off puts those back;
-putting it on again is as many assignments, and nothing is read or copied.
+A LoRA adapter replaces or wraps a few modules of the base. Detaching it restores the base's modules; attaching it
+again replaces them again, without reading or copying weights.
 """
 
 from __future__ import annotations
@@ -15,31 +15,37 @@ from torch import nn
 
 from lapora.config import ModelSettings
 from lapora.models.adapter import Adapter
-from lapora.models.loading import LoadedBase, LoadedModel, load_base, put_adapter, resolve_padding
+from lapora.models.loading import LoadedBase, LoadedModel, attach_adapter, load_base, resolve_padding
 
-_Place = tuple[nn.Module, str, nn.Module]
-"""A parent, the name of its child, and the adapter's module in the child's place."""
+_Replacement = tuple[nn.Module, str, nn.Module]
+"""A parent module, the name of its child, and the adapter's module that replaces the child."""
 
 
 class BaseCache:
-    """Loads adapters, their bases once; at most one adapter is on a base at a time.
+    """Loads adapters, and every base only once; at most one adapter is attached to a base at a time.
 
     Args:
-        most: How many bases are kept.
+        max_bases: Maximum number of bases in memory; the least recently used one is evicted.
+
+    Attributes:
+        loads: Number of bases loaded so far.
     """
 
-    def __init__(self, most: int = 1) -> None:
-        self._most = most
+    def __init__(self, max_bases: int = 1) -> None:
+        self._max_bases = max_bases
         self._bases: dict[tuple[Any, ...], LoadedBase] = {}
-        self._on: dict[int, LoadedModel] = {}
-        self._places: WeakKeyDictionary[nn.Module, list[_Place]] = WeakKeyDictionary()
+        self._attached: dict[int, LoadedModel] = {}
+        self._replacements: WeakKeyDictionary[nn.Module, list[_Replacement]] = WeakKeyDictionary()
         self.loads = 0
 
     def load(self, adapter: Adapter, how: ModelSettings) -> LoadedModel:
-        """As :func:`lapora.models.loading.load_model`; the adapter is on its base, and whichever was on it is off."""
+        """Load an adapter and attach it to its base, detaching any other adapter.
+
+        Arguments and errors are those of :func:`lapora.models.loading.load_model`.
+        """
         if _changes_base(adapter):
             self.loads += 1
-            return put_adapter(adapter, load_base(adapter, how))
+            return attach_adapter(adapter, load_base(adapter, how))
         key = (
             how.base_model or adapter.base_model,
             None if how.base_model else adapter.revision,
@@ -49,52 +55,52 @@ class BaseCache:
         )
         base = self._bases.pop(key, None)
         if base is not None:
-            self._bases[key] = base  # the last used stands last
+            self._bases[key] = base  # the most recently used base is last
         else:
-            while len(self._bases) >= self._most:
+            while len(self._bases) >= self._max_bases:
                 self._evict(next(iter(self._bases)))
             self.loads += 1
             base = self._bases[key] = load_base(adapter, how)
         self._detach(id(base.model))
         try:
-            loaded = put_adapter(adapter, base)
+            loaded = attach_adapter(adapter, base)
         except Exception:
-            _detached(base.model)  # whatever of it is on the base, which others use
+            _detach_modules(base.model)  # other adapters use this base
             raise
-        self._on[id(base.model)] = loaded
+        self._attached[id(base.model)] = loaded
         return loaded
 
     def attach(self, loaded: LoadedModel) -> None:
-        """Put an adapter that was loaded here on its base again, if another is on it."""
+        """Attach an adapter loaded here to its base again, if another one is attached."""
         base = id(loaded.model.get_base_model())
-        places = self._places.get(loaded.model)
-        if places is None or self._on.get(base) is loaded:
+        replacements = self._replacements.get(loaded.model)
+        if replacements is None or self._attached.get(base) is loaded:
             return
         self._detach(base)
-        for parent, name, module in places:
+        for parent, name, module in replacements:
             setattr(parent, name, module)
-        self._on[base] = loaded
+        self._attached[base] = loaded
         resolve_padding(loaded)
 
     def evict(self, loaded: LoadedModel) -> None:
-        """Let go of an adapter's weights; its base stays."""
+        """Evict an adapter's weights; its base stays in memory."""
         base = id(loaded.model.get_base_model())
-        if self._on.get(base) is loaded:
+        if self._attached.get(base) is loaded:
             self._detach(base)
-        self._places.pop(loaded.model, None)
+        self._replacements.pop(loaded.model, None)
 
     def _detach(self, base: int) -> None:
-        loaded = self._on.pop(base, None)
+        loaded = self._attached.pop(base, None)
         if loaded is not None:
-            self._places[loaded.model] = _detached(cast(nn.Module, loaded.model.get_base_model()))
+            self._replacements[loaded.model] = _detach_modules(cast(nn.Module, loaded.model.get_base_model()))
 
     def _evict(self, key: tuple[Any, ...]) -> None:
         self._detach(id(self._bases.pop(key).model))
 
 
-def _detached(base: nn.Module) -> list[_Place]:
-    """Put the base's own modules back in their places."""
-    places: list[_Place] = []
+def _detach_modules(base: nn.Module) -> list[_Replacement]:
+    """Restore the base's own modules, and return the adapter's."""
+    replacements: list[_Replacement] = []
     inside = ""
     for path, module in list(base.named_modules()):
         if (inside and path.startswith(inside)) or not isinstance(module, LoraLayer | ModulesToSaveWrapper):
@@ -103,17 +109,18 @@ def _detached(base: nn.Module) -> list[_Place]:
         parent_path, _, name = path.rpartition(".")
         parent = base.get_submodule(parent_path)
         own = module.get_base_layer() if isinstance(module, LoraLayer) else module.original_module
-        places.append((parent, name, cast(nn.Module, module)))
+        replacements.append((parent, name, cast(nn.Module, module)))
         setattr(parent, name, own)
     if hasattr(base, "peft_config"):
         del base.peft_config
-    return places
+    return replacements
 
 
 def _changes_base(adapter: Adapter) -> bool:
-    """Whether loading the adapter writes into the base's own tensors: biases, embeddings, anything saved whole."""
-    whole = tuple(adapter.config.get("modules_to_save") or ())
+    """Return whether loading the adapter overwrites tensors of the base, such as biases or embeddings."""
+    modules_to_save = tuple(adapter.config.get("modules_to_save") or ())
     return any(
-        not any(part in key for part in (".lora_A.", ".lora_B.")) and not any(f".{name}." in key for name in whole)
+        not any(part in key for part in (".lora_A.", ".lora_B."))
+        and not any(f".{name}." in key for name in modules_to_save)
         for key in adapter.shapes
     )

@@ -1,4 +1,4 @@
-"""The structures of the curvature by name; each is a function in a module of its own kind."""
+"""Curvature structures by name: kron, ekfac, diag, full and lowrank."""
 
 from __future__ import annotations
 
@@ -23,30 +23,36 @@ from lapora.posterior.gaussian import BlockPosterior, EigenBlock, JointPosterior
 
 
 def fit_kron(run: CurvatureRun) -> tuple[Posterior, DataPass]:
-    """KFAC: ``A ⊗ G`` of each layer, in its eigenbasis; one pass."""
+    """Fit KFAC in one pass: a Kronecker product per layer, in its eigenbasis.
+
+    See :mod:`lapora.curvature.kfac`.
+    """
     observer = KronObserver(run.weight_sharing, run.rank, run.seed, offload=run.offload)
     data = run.observe(observer)
     return BlockPosterior(decompose(run.layers, observer.factors(run.layers), run.rank, run.processes)), data
 
 
 def fit_ekfac(run: CurvatureRun) -> tuple[Posterior, DataPass]:
-    """KFAC's eigenbasis, then exact second moments in it: a second pass."""
+    """Fit EKFAC in two passes: KFAC's eigenbasis, then the exact second moments in it.
+
+    See :class:`lapora.curvature.per_example.SecondMomentObserver`.
+    """
     observer = KronObserver(run.weight_sharing, offload=run.offload)
-    run.observe(observer, another=True)
+    run.observe(observer, keep_state=True)
     posterior = BlockPosterior(decompose(run.layers, observer.factors(run.layers), processes=run.processes))
-    rotated = posterior.on_device(run.layers, run.answers.device, run.working_dtype)
+    rotated = posterior.on_device(run.layers, run.output_model.device, run.working_dtype)
     bases = {block.name: block.basis for block in rotated.blocks}
     return _second_moments(run, posterior.blocks, SecondMomentObserver(bases, directions=run.columns))
 
 
 def fit_diag(run: CurvatureRun) -> tuple[Posterior, DataPass]:
-    """The curvature's diagonal: a sum of squared gradients for each weight."""
+    """Fit the diagonal of the curvature in one pass: ``Σ_ns G_ns²`` elementwise."""
     blocks = [
         EigenBlock(
             name=layer.name,
             role=layer.role,
             shape=layer.shape,
-            leader=layer.name,
+            input_owner=layer.name,
             input_basis=None,
             gradient_basis=None,
             eigenvalues=torch.zeros(layer.gradient_shape(run.classes), dtype=torch.float64),
@@ -74,7 +80,7 @@ def _second_moments(
 
 
 class _RowsObserver(JacobianObserver):
-    """Keeps every row of the Jacobian: ``(N, K, P)``, in the order of the rows."""
+    """Stores the Jacobian of all rows, ``(N, K, P)``, in the order of the rows."""
 
     def __init__(self, run: CurvatureRun) -> None:
         super().__init__(run.layers, run.classes)
@@ -82,35 +88,35 @@ class _RowsObserver(JacobianObserver):
         self._batch_rows: tuple[int, ...] = ()
 
     def begin(self, batch: Batch) -> None:
-        """Note whose rows these are."""
+        """Discard the previous batch, and record the batch's row positions."""
         super().begin(batch)
         self._batch_rows = batch.rows
 
     def end(self, rows: int, directions: int) -> None:
-        """Keep the batch's rows."""
+        """Store the batch's rows."""
         self.rows[list(self._batch_rows)] = self.jacobian(rows, directions).transpose(0, 1).to(self.rows)
 
     def state(self) -> ObserverState:
-        """The rows."""
+        """Return the rows."""
         return ObserverState({"rows": self.rows})
 
     def restore(self, state: ObserverState) -> None:
-        """Go on from what :meth:`state` gave."""
+        """Restore a state returned by :meth:`state`."""
         self.rows = state.tensors["rows"].to(self.rows)
 
 
 def fit_full(run: CurvatureRun) -> tuple[Posterior, DataPass]:
-    """The exact GGN over all weights, in the dual: only ``K = J Jᵀ`` is decomposed, N(C-1) square.
+    """Fit the exact GGN over all weights in the dual: only ``K = J Jᵀ``, N(C-1) square, is decomposed.
 
-    With the exact Fisher the C-1 logit differences are differentiated and weighted afterwards, since adapted
-    evidence needs them unweighted, and no weight can be divided out of a saturated row.
+    With the exact Fisher, the C-1 logit differences are differentiated and weighted afterwards: the adapted evidence
+    uses unweighted Jacobians, and dividing out the weights of a saturated row is impossible.
 
     Raises:
-        UsageError: ``J`` does not fit in memory; the message says what does.
+        UsageError: ``J`` does not fit in memory; the message suggests alternatives.
         NumericalError: The curvature is not finite.
     """
     with run.processes.raise_together():
-        _refuse_full_that_does_not_fit(run)
+        _check_memory_of_full(run)
     observer = _RowsObserver(run)
     exact = run.fisher == "exact"
     data = run.observe(observer, difference_columns if exact else None)
@@ -121,10 +127,10 @@ def fit_full(run: CurvatureRun) -> tuple[Posterior, DataPass]:
     linear_model: dict[str, Tensor] = {}
     weights = None
     if exact:
-        # A column of S sums to zero, so it is a combination of differences to the first class.
+        # Each column of S sums to zero, so it is a combination of differences to the first class.
         weights = exact_columns(data.logits)[:, :, 1:].permute(1, 0, 2)  # (N, C-1 columns, C-1 differences)
         if all(target is not None for target in run.targets):
-            theta = _parameter_vector(run.layers, run.classes, run.answers.answer_token_ids)
+            theta = _parameter_vector(run.layers, run.classes, run.output_model.answer_token_ids)
             differences = data.logits[:, 1:] - data.logits[:, :1]
             linear_model = {
                 "kernel": kernel,
@@ -133,8 +139,8 @@ def fit_full(run: CurvatureRun) -> tuple[Posterior, DataPass]:
             }
         kernel = _weighted(_weighted(kernel, weights).T, weights)
     values, vectors = torch.linalg.eigh((kernel + kernel.T) / 2)
-    kept = values > max(1e-12 * float(values[-1]), 1e-10)
-    values, vectors = values[kept].flip(0), vectors[:, kept].flip(1)
+    positive = values > max(1e-12 * float(values[-1]), 1e-10)
+    values, vectors = values[positive].flip(0), vectors[:, positive].flip(1)
     if weights is not None:
         vectors = _weighted_back(vectors, weights)
     basis = _rows_to_basis(jacobian, vectors / values.sqrt())
@@ -145,11 +151,11 @@ _CHUNK = 4096
 
 
 def _gram(rows: Tensor) -> Tensor:
-    """``J Jᵀ`` in float64, a few columns at a time."""
+    """Compute ``J Jᵀ`` in float64, in chunks of columns."""
     total = torch.zeros(len(rows), len(rows), dtype=torch.float64)
     for columns in rows.split(_CHUNK, dim=1):
-        wide = columns.double()
-        total.addmm_(wide, wide.T)
+        chunk = columns.double()
+        total.addmm_(chunk, chunk.T)
     return total
 
 
@@ -159,18 +165,18 @@ def _product(rows: Tensor, vector: Tensor) -> Tensor:
 
 
 def _weighted(matrix: Tensor, weights: Tensor) -> Tensor:
-    """Rows ``(N·D, M)`` of differences turned into rows ``(N·S, M)`` of Fisher columns."""
+    """Multiply by S: rows ``(N·D, M)`` of logit differences become rows ``(N·S, M)`` of Fisher columns."""
     examples, columns, differences = weights.shape
     return torch.bmm(weights, matrix.reshape(examples, differences, -1)).reshape(examples * columns, -1)
 
 
 def _weighted_back(vectors: Tensor, weights: Tensor) -> Tensor:
-    """``Sᵀ V``: so that ``Vᵀ (S J) = (Sᵀ V)ᵀ J``."""
+    """Compute ``Sᵀ V``, so that ``Vᵀ (S J) = (Sᵀ V)ᵀ J``."""
     return _weighted(vectors, weights.transpose(1, 2))
 
 
 def _rows_to_basis(rows: Tensor, combination: Tensor) -> Tensor:
-    """``combinationᵀ J``, in float64 a few columns at a time, kept in J's type."""
+    """Compute ``combinationᵀ J`` in float64, in chunks of columns; the result has J's dtype."""
     basis = rows.new_empty(combination.shape[1], rows.shape[1])
     for start in range(0, rows.shape[1], _CHUNK):
         columns = slice(start, start + _CHUNK)
@@ -179,7 +185,7 @@ def _rows_to_basis(rows: Tensor, combination: Tensor) -> Tensor:
 
 
 def _parameter_vector(layers: Sequence[BayesianLayer], classes: int, answer_rows: Tensor | None) -> Tensor:
-    """``θ_MAP`` in the order of the Jacobian's columns, float64, on the CPU."""
+    """Return ``θ_MAP``, ``(P,)``, in the order of the Jacobian's columns, in float64 on the CPU."""
     parts = []
     for layer in layers:
         weight = layer.module.weight.detach().double().cpu()
@@ -191,7 +197,7 @@ def _parameter_vector(layers: Sequence[BayesianLayer], classes: int, answer_rows
     return torch.cat(parts)
 
 
-def _refuse_full_that_does_not_fit(run: CurvatureRun) -> None:
+def _check_memory_of_full(run: CurvatureRun) -> None:
     rows = len(run.targets) * run.columns
     needed = 2 * rows * run.parameters * run.working_dtype.itemsize + 4 * rows * rows * 8
     available = available_memory()
@@ -204,7 +210,7 @@ def _refuse_full_that_does_not_fit(run: CurvatureRun) -> None:
 
 
 class _SketchObserver(JacobianObserver):
-    """Sketches ``Σ_ns j_ns j_nsᵀ``."""
+    """Accumulates a Nyström sketch of ``Σ_ns j_ns j_nsᵀ``."""
 
     def __init__(self, run: CurvatureRun, rank: int) -> None:
         super().__init__(run.layers, run.classes)
@@ -213,39 +219,42 @@ class _SketchObserver(JacobianObserver):
         self.sketch = NystromSketch(self.parameters, 2 * rank, seed=run.seed, like=like)
 
     def end(self, rows: int, directions: int) -> None:
-        """Add the batch's rows."""
+        """Add the batch's rows to the sketch."""
         self.sketch.add(self.jacobian(rows, directions).flatten(0, 1).to(self.sketch.image))
 
     def state(self) -> ObserverState:
-        """The sketch."""
+        """Return the sketch."""
         return sums_state({"rows": self.sketch}, "sketch")
 
     def restore(self, state: ObserverState) -> None:
-        """Go on from what :meth:`state` gave."""
+        """Restore a state returned by :meth:`state`."""
         sketch = sums_from_state(state, "sketch", self.seed)["rows"]
         assert isinstance(sketch, NystromSketch)
         self.sketch = sketch
 
 
 def fit_lowrank(run: CurvatureRun) -> tuple[Posterior, DataPass]:
-    """The R leading eigenvectors of ``Σ_ns j_ns j_nsᵀ`` over all weights at once, by a Nyström sketch in one pass.
+    """Fit the leading eigenvectors of ``Σ_ns j_ns j_nsᵀ`` over all weights in one pass, by a Nyström sketch.
+
+    See :class:`lapora.curvature.nystrom.NystromSketch`.
 
     Raises:
         UsageError: The sketch does not fit in memory.
+        NumericalError: The curvature is not finite.
     """
     rank = run.rank or DEFAULT_RANK
     with run.processes.raise_together():
-        _refuse_rank_that_does_not_fit(run, rank)
+        _check_memory_of_lowrank(run, rank)
     observer = _SketchObserver(run, rank)
     data = run.observe(observer)
     values, vectors = observer.sketch.leading(rank)
     trace = observer.sketch.trace
-    kept = min(1.0, float(values.sum()) / trace) if trace else 1.0
-    described = [{**parameter, "kept": kept} for parameter in run.describe_parameters()]
-    return JointPosterior(described, vectors.T.contiguous(), values, kept), data
+    retained_trace = min(1.0, float(values.sum()) / trace) if trace else 1.0
+    described = [{**parameter, "kept": retained_trace} for parameter in run.describe_parameters()]
+    return JointPosterior(described, vectors.T.contiguous(), values, retained_trace), data
 
 
-def _refuse_rank_that_does_not_fit(run: CurvatureRun, rank: int) -> None:
+def _check_memory_of_lowrank(run: CurvatureRun, rank: int) -> None:
     needed, available = 5 * rank * run.parameters * run.working_dtype.itemsize, available_memory()
     if needed > available:
         raise UsageError(
@@ -264,10 +273,17 @@ _STRUCTURES: dict[Structure, Callable[[CurvatureRun], tuple[Posterior, DataPass]
 
 
 def fit_structure(structure: Structure, run: CurvatureRun) -> tuple[Posterior, DataPass]:
-    """Compute the curvature and put it into its eigenbasis.
+    """Compute the curvature in its eigenbasis.
+
+    Args:
+        structure: Name of the structure.
+        run: The model, its training rows and the settings of the curvature.
+
+    Returns:
+        The posterior without a prior, and the logits and log-likelihood of the last pass.
 
     Raises:
-        UsageError: The structure does not fit in memory; the message says what does.
+        UsageError: The structure does not fit in memory; the message suggests alternatives.
         NumericalError: The curvature is not finite, or not positive semi-definite.
     """
     return _STRUCTURES[structure](run)

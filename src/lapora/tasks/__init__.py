@@ -1,4 +1,4 @@
-"""Tasks: how a row of data becomes a prompt, the answers to choose from, and the right one."""
+"""Tasks: turn a row of data into a prompt, its answer choices and its label."""
 
 from lapora.tasks.check import check_task, describe_task
 from lapora.tasks.examples import (

@@ -1,4 +1,4 @@
-"""What `lapora tasks` shows: a task's description, and how its first rows come out."""
+"""Description of a task and its first rendered rows, for `lapora tasks`."""
 
 from __future__ import annotations
 
@@ -13,11 +13,14 @@ from lapora.tasks.tokens import answer_token_ids, encode_all
 
 
 def describe_task(task: Task) -> dict[str, Any]:
-    """A task in a few words, as plain JSON values.
+    """Return a summary of a task as plain JSON values.
+
+    Args:
+        task: The task.
 
     Returns:
-        ``task``, ``kinds``, ``choices`` (a list, or the template that yields them), ``metric``, ``hub``
-        (``path/configuration``, or None) and ``splits`` (ours to the data set's).
+        ``task``, ``kinds``, ``choices`` (a list, or the template that returns them), ``metric``, ``hub``
+        (``path/configuration``, or None) and ``splits`` (lapora's split names to the dataset's).
     """
     splits = {"train": task.training_split, "validation": task.validation_split, "test": task.test_split}
     choices = task.doc_to_choice
@@ -27,7 +30,7 @@ def describe_task(task: Task) -> dict[str, Any]:
         "choices": choices if isinstance(choices, str) else list(choices),
         "metric": task.metric,
         "hub": task.hub_source,
-        "splits": {ours: theirs for ours, theirs in splits.items() if theirs is not None},
+        "splits": {split: source for split, source in splits.items() if source is not None},
     }
 
 
@@ -41,21 +44,21 @@ def check_task(
     max_length: int | None = None,
     chat_template: bool = False,
 ) -> dict[str, Any]:
-    """Render rows, and say what came of it.
+    """Render and encode rows, and return statistics and the first examples.
 
     Args:
         task: The task.
         rows: The rows to check, at least one.
-        kind: The kind of model.
-        tokenizer: The model's; without it nothing is said about tokens.
-        n: How many rendered rows to return.
-        max_length: By default the task's.
-        chat_template: Whether prompts are wrapped in the tokenizer's chat template.
+        kind: Kind of model.
+        tokenizer: The model's tokenizer; None leaves out the fields about tokens.
+        n: Number of rendered rows to return.
+        max_length: Maximum number of tokens per row; None is the task's.
+        chat_template: Wrap prompts in the tokenizer's chat template.
 
     Returns:
-        ``task``, ``kind``, ``rows`` (how many), ``labels`` (count of each answer), ``unlabelled``,
-        ``max_length``, ``examples`` (index, text or inputs, target), and with a tokenizer ``truncated``,
-        ``longest`` (tokens, after truncation) and, for a causal model, ``answer_tokens``.
+        ``task``, ``kind``, ``rows`` (number of rows), ``labels`` (count of each answer), ``unlabelled``,
+        ``max_length``, ``examples`` (index, text or inputs, target), and with a tokenizer ``truncated`` (number of
+        rows), ``longest`` (tokens, after truncation) and, for a causal model, ``answer_tokens``.
 
     Raises:
         DataError: A row cannot be rendered or encoded, or an answer is not one token.

@@ -1,4 +1,4 @@
-"""From a row to what a model reads and the right answer."""
+"""Render rows to prompts or input texts, answer choices and labels."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ class Example:
         task: The task that rendered it.
         index: The row's number in its source, from 0.
         id: The row's own ``id``, handed through.
-        row: The row's values.
-        text: A causal model's prompt.
-        inputs: A sequence classifier's one or two texts.
-        choices: The answers.
-        target: Index of the right answer, or None where it is not known.
-        ready: Whether the row was a ready ``text`` rather than the task's fields.
-        where: The row, as an error message names it.
+        row: The row's values by field name.
+        text: Prompt, for a causal model.
+        inputs: One or two input texts, for a sequence classifier.
+        choices: The C answers.
+        target: Index of the right answer, or None without a label.
+        ready: Whether the row contains a ready prompt (``text``) instead of the task's fields.
+        where: Name of the row in error messages.
     """
 
     task: Task = field(repr=False)
@@ -47,7 +47,7 @@ class Example:
 
 
 def required_fields(task: Task, kind: TaskKind) -> tuple[str, ...]:
-    """Fields that a row must have to be read by a model of this kind, sorted; its label is not among them."""
+    """Return the fields that a row must have for a kind of model, sorted, without the label."""
     names: set[str] = set()
     for template in task.prompt_templates(kind):
         names |= template.fields
@@ -68,21 +68,21 @@ def render(
 ) -> Example:
     """Render one row.
 
-    A row without the task's fields but with a ``text`` is a ready prompt, taken as it is.
+    A row that lacks the task's fields but has a ``text`` is a ready prompt, used unchanged.
 
     Args:
         task: The task.
         row: The row.
-        kind: The kind of model that reads it.
-        index: Its number; by default the row's own, or 0.
+        kind: Kind of model.
+        index: Row number; by default the row's own, or 0.
         require_target: Whether a row without a label is an error; the same as ``labels="required"``.
-        labels: ``required``, ``optional`` (None where there is none) or ``ignore`` (not looked at).
-        num_choices: How many answers the model has.
-        choices: The recorded answers, which a row's own must equal; they stand in where a row yields none.
-        where: The row, as an error message names it; by default ``row INDEX``.
+        labels: ``required``, ``optional`` (None without a label) or ``ignore`` (not read).
+        num_choices: Number of answers of the model.
+        choices: The recorded answers: a row's own answers must equal them, and a row without any gets them.
+        where: Name of the row in error messages; by default ``row INDEX``.
 
     Raises:
-        DataError: A missing field, a row that ``keep_if`` leaves out, an unknown label, or other answers.
+        DataError: A field is missing, ``keep_if`` excludes the row, its label is unknown, or its answers differ.
     """
     values = row.values if isinstance(row, Row) else row
     number = index if index is not None else row.index if isinstance(row, Row) else 0
@@ -90,32 +90,32 @@ def render(
     labels = labels or ("required" if require_target else "optional")
     templates = task.prompt_templates(kind)
     needed = required_fields(task, kind)
-    lacking = [name for name in needed if values.get(name) is None]
-    ready = bool(lacking) and isinstance(values.get("text"), str)
-    if lacking and not ready:
+    missing = [name for name in needed if values.get(name) is None]
+    ready = bool(missing) and isinstance(values.get("text"), str)
+    if missing and not ready:
         raise DataError(
-            f"{where}: no value for {listed(lacking)}, which task {quoted(task.task)} needs; the row has "
-            f'{listed([str(name) for name in values]) or "no fields"}; give what lacks, or a ready "text"'
+            f"{where}: no value for {listed(missing)}, required by task {quoted(task.task)}; the row has "
+            f'{listed([str(name) for name in values]) or "no fields"}; add the field, or a ready prompt as "text"'
         )
     if ready:
         texts: tuple[str, ...] = (values["text"],)
     else:
-        if _left_out(task, values, where):
-            raise DataError(f"{where}: task {quoted(task.task)} does not take it: keep_if {quoted(task.keep_if)}")
+        if _is_excluded(task, values, where):
+            raise DataError(f"{where}: excluded by keep_if {quoted(task.keep_if)} of task {quoted(task.task)}")
         texts = tuple(template.text(values, where) for template in templates)
     if not any(text.strip() for text in texts):
-        raise DataError(f"{where}: its text is empty; there is nothing to read")
+        raise DataError(f"{where}: the rendered text is empty; check the row's fields")
     for text in texts:
         try:
             text.encode("utf-8")
-        except UnicodeEncodeError as error:  # JSON can write it, a tokenizer cannot read it
+        except UnicodeEncodeError as error:  # valid in JSON, but not for a tokenizer
             raise DataError(
-                f"{where}: character {error.start} of its text is half of a surrogate pair; remove it"
+                f"{where}: character {error.start} of the text is an unpaired surrogate; remove it"
             ) from None
     answers = _choices_of(task, values, where, None if choices is None else tuple(choices))
     if num_choices is not None and num_choices != len(answers):
         raise DataError(
-            f"task {quoted(task.task)} has {len(answers)} answers ({listed(answers)}), the model "
+            f"task {quoted(task.task)} has {len(answers)} answers ({listed(answers)}), but the model has "
             f"{num_choices}; use the task that the adapter was trained on"
         )
     target = None if labels == "ignore" else target_of(task, values, answers, where)
@@ -144,10 +144,10 @@ def render_all(
     num_choices: int | None = None,
     choices: Sequence[str] | None = None,
 ) -> list[Example]:
-    """Render rows, all with the same answers.
+    """Render rows that all have the same answers; the arguments are those of :func:`render`.
 
     Raises:
-        DataError: As `render`; or a row's answers are not those of the first.
+        DataError: As `render`, or the answers of a row differ from those of the first row.
     """
     examples: list[Example] = []
     for position, row in enumerate(rows):
@@ -160,17 +160,17 @@ def render_all(
             num_choices=num_choices,
             choices=choices,
         )
-        # From the first row on, its answers are everyone's: a row with others is refused, by name.
+        # The answers of the first row are required of all others.
         choices = choices or example.choices
         examples.append(example)
     return examples
 
 
 def resolve_choices(task: Task, rows: Iterable[Row | Mapping[str, Any]] = ()) -> tuple[str, ...]:
-    """The task's answers; where a template yields them, the same for every row.
+    """Return the task's answers; if a template returns them, they must be equal for all rows.
 
     Raises:
-        DataError: A row's answers differ from the first row's; the row is named.
+        DataError: The answers of a row differ from those of the first row, or there are no rows.
     """
     if isinstance(task.doc_to_choice, tuple):
         return task.doc_to_choice
@@ -180,12 +180,12 @@ def resolve_choices(task: Task, rows: Iterable[Row | Mapping[str, Any]] = ()) ->
         number = row.index if isinstance(row, Row) else position
         answers = _choices_of(task, values, f"row {number}", answers)
     if answers is None:
-        raise DataError(f"task {quoted(task.task)}: its answers come from the rows, and there is none")
+        raise DataError(f"task {quoted(task.task)}: its answers are read from rows; give at least one row")
     return answers
 
 
 def data_fingerprint(examples: Iterable[Example]) -> str:
-    """SHA-256 of what the examples say and in which order: prompts, inputs, answers and labels."""
+    """Compute the SHA-256 of the examples' prompts, inputs, answers and labels, in order."""
     digest = hashlib.sha256()
     for example in examples:
         content = [example.text, example.inputs, example.choices, example.target]
@@ -194,8 +194,8 @@ def data_fingerprint(examples: Iterable[Example]) -> str:
     return digest.hexdigest()
 
 
-def _left_out(task: Task, values: Mapping[str, Any], where: str) -> bool:
-    """Whether ``keep_if`` leaves the row out, as far as the row's fields tell."""
+def _is_excluded(task: Task, values: Mapping[str, Any], where: str) -> bool:
+    """Return whether ``keep_if`` excludes the row; False if the row lacks its fields."""
     if task.keep_if is None or not compiled_template(task.keep_if).fields <= set(values):
         return False
     return not keeps(task, values, where)
@@ -211,8 +211,8 @@ def _choices_of(task: Task, values: Mapping[str, Any], where: str, expected: tup
         answers = _evaluated_choices(template, values, where)
     if expected is not None and answers != expected:
         raise DataError(
-            f"{where}: its answers are {listed(answers)}, not {listed(expected)}: all rows must have "
-            "the same; correct doc_to_choice, or leave such rows out with keep_if"
+            f"{where}: its answers are {listed(answers)}, not {listed(expected)}; all rows must have the same "
+            "answers: fix doc_to_choice, or exclude such rows with keep_if"
         )
     return answers
 
@@ -220,14 +220,14 @@ def _choices_of(task: Task, values: Mapping[str, Any], where: str, expected: tup
 def _evaluated_choices(template: CompiledTemplate, values: Mapping[str, Any], where: str) -> tuple[str, ...]:
     answers = template.value(values, where)
     if isinstance(answers, str):
-        try:  # the harness reads the rendered text as a Python literal
+        try:  # lm-evaluation-harness parses the rendered text as a Python literal
             answers = ast.literal_eval(answers.strip())
         except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
-            raise DataError(f"{where}: doc_to_choice gives {quoted(answers)}, which is no list") from None
+            raise DataError(f"{where}: doc_to_choice returned {quoted(answers)}, which is not a list") from None
     if isinstance(answers, Mapping):
         answers = list(answers.values())
     if not isinstance(answers, (list, tuple)):
-        raise DataError(f"{where}: doc_to_choice gives {quoted(answers)}, which is no list")
+        raise DataError(f"{where}: doc_to_choice returned {quoted(answers)}, which is not a list")
     try:
         return checked_choices(answers)
     except DataError as error:
@@ -238,7 +238,7 @@ _NO_LABEL = (None, "")
 
 
 def label_source(task: Task) -> str:
-    """Where the task takes a label from, for an error message."""
+    """Return where the task reads labels from, for error messages."""
     if task.doc_to_target is None:
         return f"task {quoted(task.task)} has no doc_to_target"
     template = compiled_template(str(task.doc_to_target))
@@ -246,7 +246,7 @@ def label_source(task: Task) -> str:
 
 
 def target_of(task: Task, values: Mapping[str, Any], answers: tuple[str, ...], where: str) -> int | None:
-    """Index of the right answer; None where the row has no label.
+    """Return the index of the right answer, or None if the row has no label.
 
     Raises:
         DataError: The label is not one of the answers.
@@ -260,7 +260,7 @@ def target_of(task: Task, values: Mapping[str, Any], answers: tuple[str, ...], w
         return None
     result = template.value(values, where)
     if not template.is_field and isinstance(result, bool):
-        result = str(result)  # as rendered; a bare boolean field counts as 0 or 1, as in the harness
+        result = str(result)  # as rendered text; a bare boolean field is 0 or 1, as in lm-evaluation-harness
         if result not in answers:
             result = int(result == "True")
     if isinstance(result, bool):
@@ -290,10 +290,10 @@ def _index_of_text(text: str, answers: tuple[str, ...], where: str, *, rendered:
     if text in answers:
         position = answers.index(text)
         if rendered and number is not None and number != position:
-            # The harness takes digits for an index; who wrote the file may have meant the answer's text.
+            # lm-evaluation-harness reads digits as an index, but the task's author may mean the answer's text.
             raise DataError(
-                f"{where}: the label {quoted(text)} is an answer, and also an index of another one; write "
-                "doc_to_target as a field's bare name for the answer, or with `| int` for the index"
+                f"{where}: label {quoted(text)} is ambiguous: it is an answer and the index of another one; set "
+                "doc_to_target to the field's bare name for the answer, or use `| int` for the index"
             )
         return position
     if number is not None:
@@ -303,6 +303,6 @@ def _index_of_text(text: str, answers: tuple[str, ...], where: str, *, rendered:
 
 def _unknown_label(label: object, answers: tuple[str, ...], where: str) -> DataError:
     return DataError(
-        f"{where}: unknown label {quoted(label)}: the {len(answers)} answers are {listed(answers)}, by text "
-        "or by index from 0; correct the row, or the task's doc_to_target"
+        f"{where}: unknown label {quoted(label)}; the {len(answers)} answers are {listed(answers)} (or an index "
+        "from 0); fix the row, or the task's doc_to_target"
     )

@@ -1,4 +1,4 @@
-"""The rows of a task's split: from a local folder, from the task's own files, or from the Hub."""
+"""Read the rows of a split from a local folder, from the task's own files, or from the Hub."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from lapora.tasks.templates import compiled_template
 
 @dataclass(frozen=True)
 class Row:
-    """One row of the data.
+    """One row of a split.
 
     Attributes:
-        index: Its number in the split, from 0, before any row is left out.
-        values: Its values by field name.
+        index: Position in the split, from 0, counted before filtering.
+        values: Values by field name.
     """
 
     index: int
@@ -32,19 +32,19 @@ class Row:
 
 
 def load_rows(task: Task, split: str, *, data_dir: str | Path | None = None, limit: int | None = None) -> list[Row]:
-    """The rows of a split that the task keeps.
+    """Load the rows of a split, filtered by the task's ``keep_if``.
 
     Args:
         task: The task.
-        split: ``train``, ``validation`` or ``test`` (mapped to the data set's own names), or any other name.
+        split: ``train``, ``validation`` or ``test`` (mapped to the dataset's own names), or any other name.
         data_dir: Folder with ``SPLIT.jsonl`` (or .json, .csv, .parquet), instead of the task's own source.
-        limit: Only the first so many of the rows that are kept.
+        limit: Maximum number of rows, after filtering.
 
     Returns:
-        At least one row, in the source's order.
+        At least one row, in the order of the source.
 
     Raises:
-        DataError: The source cannot be read, is not what it says, or has no rows for this task.
+        DataError: The source cannot be read, has another format than its suffix, or has no rows for this task.
         UsageError: ``limit`` is not positive.
     """
     if limit is not None and limit < 1:
@@ -60,35 +60,37 @@ def load_rows(task: Task, split: str, *, data_dir: str | Path | None = None, lim
             if len(kept) == limit:
                 break
     if not seen:
-        raise DataError(f"{where}: no rows; choose another split with --split, or check the file")
+        raise DataError(f"{where}: it has no rows; choose another split with --split, or check the file")
     if not kept:
-        raise DataError(f"{where}: keep_if leaves none of the {seen} rows; check task {quoted(task.task)}")
+        raise DataError(f"{where}: keep_if excludes all {seen} rows; check task {quoted(task.task)}")
     return kept
 
 
 def keeps(task: Task, values: Mapping[str, Any], where: str) -> bool:
-    """Whether the task's ``keep_if`` keeps a row.
+    """Return whether the task's ``keep_if`` keeps a row.
 
     Raises:
-        DataError: The row lacks a field of ``keep_if``, or that is neither true nor false.
+        DataError: The row has no field that ``keep_if`` uses, or its value is neither true nor false.
     """
     if task.keep_if is None:
         return True
     template = compiled_template(task.keep_if)
-    lacking = sorted(template.fields - set(values))
-    if lacking:
-        raise DataError(f"{where}: no field {listed(lacking)}, which keep_if needs; it has {listed(list(values))}")
+    missing = sorted(template.fields - set(values))
+    if missing:
+        raise DataError(
+            f"{where}: missing field {listed(missing)}, used by keep_if; the row has {listed(list(values))}"
+        )
     result = template.value(values, where)
     if isinstance(result, (bool, int)):
         return bool(result)
     word = result.strip().lower() if isinstance(result, str) else None
     if word not in ("true", "false", "1", "0"):
-        raise DataError(f"{where}: keep_if gives {quoted(result)}, which is neither true nor false")
+        raise DataError(f"{where}: keep_if returned {quoted(result)}, which is neither true nor false")
     return word in ("true", "1")
 
 
 def _open(task: Task, split: str, data_dir: str | Path | None) -> tuple[str, Iterable[Mapping[str, Any]]]:
-    """The source's rows, and how messages name it."""
+    """Return the name of the source for error messages, and its rows."""
     if data_dir is not None:
         names = list(dict.fromkeys([split, task.source_split(split)]))
         path = find_split_file(Path(data_dir), names)
@@ -100,7 +102,7 @@ def _open(task: Task, split: str, data_dir: str | Path | None) -> tuple[str, Ite
             return f"task {quoted(task.task)}, split {printable(split)}", _read_all(task, paths)
     if task.dataset_path is None:
         raise MissingSplitError(
-            f"task {quoted(task.task)} names no data: give --data-dir DIR, or dataset_path in its YAML"
+            f"task {quoted(task.task)} has no data source; give --data-dir DIR, or set dataset_path in its YAML"
         )
     hub_split = task.source_split(split)
     where = printable(f"{task.hub_source or task.dataset_path}, split {hub_split}")
@@ -108,7 +110,7 @@ def _open(task: Task, split: str, data_dir: str | Path | None) -> tuple[str, Ite
 
 
 def split_source(task: Task, split: str, data_dir: str | Path | None) -> tuple[str, ...]:
-    """What identifies a split, whatever it is called: its files, or the data set and the split's name there."""
+    """Return the identity of a split under any name: its files, or the dataset and the split's name there."""
     if data_dir is not None:
         try:
             return (str(find_split_file(Path(data_dir), [split, task.source_split(split)]).resolve()),)
@@ -124,7 +126,7 @@ def split_source(task: Task, split: str, data_dir: str | Path | None) -> tuple[s
 
 
 def _files_of_split(task: Task, split: str, files: Any) -> list[str]:
-    # Without split names the harness, through `datasets`, takes all files as the training split.
+    # Without split names, lm-evaluation-harness (through `datasets`) reads all files as the training split.
     by_split = dict(files) if isinstance(files, Mapping) else {"train": files}
     for name in (split, task.source_split(split)):
         if name in by_split:
@@ -138,7 +140,7 @@ def _files_of_split(task: Task, split: str, files: Any) -> list[str]:
 def _read_all(task: Task, paths: list[str]) -> Iterator[Mapping[str, Any]]:
     for path in paths:
         if not Path(path).is_file():
-            raise DataError(f"task {quoted(task.task)}: no file {quoted(path, 200)}; correct its data_files")
+            raise DataError(f"task {quoted(task.task)}: no file {quoted(path, 200)}; fix its data_files")
     return itertools.chain.from_iterable(read_file(Path(path)) for path in paths)
 
 
@@ -148,25 +150,25 @@ def _hub_rows(task: Task, split: str) -> Iterable[Mapping[str, Any]]:
     named = printable(task.hub_source or task.dataset_path)
     remedy = "or give the rows as files with --data-dir DIR"
     try:
-        with _quiet():
+        with _silence_datasets():
             return datasets.load_dataset(task.dataset_path, task.dataset_name, split=split, **task.dataset_kwargs)
     except MemoryError:
         raise
-    except Exception as error:  # `datasets` raises whatever the layer below raised
+    except Exception as error:  # `datasets` also raises errors of any library below it
         if _is_unreachable(error):
             reason = f"cannot reach the Hub for {named} ({first_line(error, 120)}); connect"
         elif type(error).__name__ == "DatasetNotFoundError":
-            reason = f"no data set {named} on the Hub, or it is not public; correct dataset_path"
+            reason = f"no dataset {named} on the Hub, or it is private; fix dataset_path"
         elif "scripts are no longer supported" in str(error):
-            reason = f"{named} needs a Python script, which `datasets` no longer runs; use a converted copy"
+            reason = f"{named} needs a loading script, which `datasets` no longer supports; use a Parquet copy"
         else:
-            reason = f"{named}, split {printable(split)}: {first_line(error)}; correct the task"
+            reason = f"{named}, split {printable(split)}: {first_line(error)}; fix the task"
         raise MissingSplitError(f"{reason}, {remedy}") from None
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep off stderr what `datasets` says on its way: its retries, and its bars where no terminal is."""
+def _silence_datasets() -> Iterator[None]:
+    """Silence `datasets`: retries always, progress bars unless stderr is a terminal."""
     import datasets
 
     loggers = [logging.getLogger(name) for name in ("huggingface_hub", "datasets")]
@@ -186,7 +188,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _is_unreachable(error: BaseException) -> bool:
-    """Whether an error, or what caused it, is about the connection."""
+    """Return whether an error, or one of its causes, is a connection error."""
     seen: set[int] = set()
     current: BaseException | None = error
     while current is not None and id(current) not in seen:
@@ -212,17 +214,17 @@ _LOOKS_LIKE = {
     b"PK\x03\x04": "it looks like a zip file: unpack it",
     b"ARROW1": "it looks like an Arrow file: save it as Parquet",
     b"\x80": "it looks like a pickle, which lapora never reads: save it as JSON lines",
-    b"<": "it looks like a web page: was the download an error page?",
+    b"<": "it looks like HTML: check whether the download was an error page",
     b"version https://git-lfs": "it is a Git LFS pointer: run `git lfs pull`",
 }
 
 
 def find_split_file(folder: Path, names: list[str]) -> Path:
-    """The file of a split: the first of ``names`` that is there, with a suffix that can be read.
+    """Return the file of a split: the first existing one of ``names`` with a supported suffix.
 
     Raises:
-        MissingSplitError: There is no such folder or file; the message lists what was found.
-        DataError: A name that is no file name.
+        MissingSplitError: There is no such folder or file; the message lists the files found.
+        DataError: A name is not a valid file name.
     """
     if not folder.is_dir():
         raise MissingSplitError(
@@ -230,24 +232,24 @@ def find_split_file(folder: Path, names: list[str]) -> Path:
         )
     for name in names:
         if "/" in name or "\\" in name or name in ("", ".", ".."):
-            raise DataError(f"the split {quoted(name)} is no file name; use a name such as train or validation")
+            raise DataError(f"split {quoted(name)} is not a valid file name; use a name such as train or validation")
         for suffix in SUFFIXES:
             path = folder / f"{name}{suffix}"
             if path.is_file():
                 return path
-    there = sorted(entry.name for entry in folder.iterdir() if entry.suffix in SUFFIXES)
-    found = listed(there) if there else "no .jsonl, .json, .csv or .parquet file at all"
+    files = sorted(entry.name for entry in folder.iterdir() if entry.suffix in SUFFIXES)
+    found = listed(files) if files else "no .jsonl, .json, .csv or .parquet file"
     raise MissingSplitError(
         f"--data-dir {quoted(str(folder), 200)}: no {names[0]}.jsonl (nor .json, .csv, .parquet); "
-        f"it has {found}; choose with --split"
+        f"the folder has {found}; choose with --split"
     )
 
 
 def read_file(path: Path) -> Iterator[dict[str, Any]]:
-    """The rows of one file, by its suffix.
+    """Yield the rows of one file, in the format of its suffix.
 
     Raises:
-        DataError: It cannot be read or is not what its suffix says; a bad line is named by its number.
+        DataError: The file cannot be read or has another format; an invalid line is given by its number.
     """
     readers = {
         ".jsonl": _json_lines,
@@ -268,14 +270,15 @@ def read_file(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def parse_json_line(line: str | bytes, where: str) -> dict[str, Any]:
-    """One JSON object.
+    """Parse one line as a JSON object.
 
     Args:
-        line: The line, with or without its line end.
-        where: The line, as an error message names it.
+        line: The line, with or without its line ending.
+        where: Name of the line in error messages.
 
     Raises:
-        DataError: It is not UTF-8, not JSON (NaN and Infinity are not JSON), nested too deeply, or no object.
+        DataError: The line is not UTF-8, not JSON (NaN and Infinity are not JSON), nested too deeply, or not an
+            object.
     """
     try:
         text = line.decode("utf-8") if isinstance(line, bytes) else line
@@ -285,7 +288,7 @@ def parse_json_line(line: str | bytes, where: str) -> dict[str, Any]:
     except json.JSONDecodeError as error:
         raise DataError(f"{where}: not JSON: {error.msg} at column {error.colno}") from None
     except RecursionError:
-        raise DataError(f"{where}: not a row: it is nested too deeply") from None
+        raise DataError(f"{where}: JSON is nested too deeply; flatten the row") from None
     except ValueError as error:
         raise DataError(f"{where}: not JSON: {first_line(error)}") from None
     if not isinstance(values, dict):
@@ -300,7 +303,7 @@ def _no_constant(name: str) -> NoReturn:
 def _finite(digits: str) -> float:
     value = float(digits)
     if not math.isfinite(value):
-        raise ValueError(f"{quoted(digits, 20)} is too large a number")
+        raise ValueError(f"number {quoted(digits, 20)} is too large")
     return value
 
 
@@ -320,17 +323,17 @@ def _json_rows(path: Path) -> Iterator[dict[str, Any]]:
     try:
         values = json.loads(path.read_bytes().decode("utf-8-sig"), parse_constant=_no_constant, parse_float=_finite)
     except json.JSONDecodeError as error:
-        if error.msg == "Extra data":  # JSON lines under another name
+        if error.msg == "Extra data":  # JSON lines with the suffix .json
             yield from _json_lines(path)
             return
         raise DataError(f"{where}, line {error.lineno}: not JSON: {error.msg}{_hint(path)}") from None
     except (ValueError, RecursionError) as error:
         raise DataError(f"{where}: not JSON: {first_line(error)}{_hint(path)}") from None
     if isinstance(values, dict):
-        # One row of JSON lines, or the {"data": [...]} that `datasets` writes.
+        # A single row of JSON lines, or {"data": [...]} as written by `datasets`.
         values = values["data"] if isinstance(values.get("data"), list) and len(values) == 1 else [values]
     if not isinstance(values, list):
-        raise DataError(f"{where}: must hold a list of objects, one for each row")
+        raise DataError(f"{where}: not a list of JSON objects; give one object per row")
     for index, row in enumerate(values):
         if not isinstance(row, dict):
             raise DataError(f"{where}: row {index} is not a JSON object but {quoted(row, 30)}")
@@ -338,7 +341,7 @@ def _json_rows(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _csv_rows(path: Path) -> Iterator[dict[str, Any]]:
-    # pandas, as `datasets` reads CSV; but a text that says "NA" or "None" is a text.
+    # pandas, like `datasets`, except that the strings "NA" and "None" stay strings.
     import pandas
 
     try:
@@ -350,9 +353,9 @@ def _csv_rows(path: Path) -> Iterator[dict[str, Any]]:
     except (ValueError, OverflowError, pandas.errors.ParserError) as error:
         raise DataError(f"{quoted(str(path), 200)}: not CSV: {first_line(error)}{_hint(path)}") from None
     if not isinstance(frame.index, pandas.RangeIndex):
-        # pandas would take the surplus first column for row names.
+        # pandas would use the extra first column as row names.
         raise DataError(
-            f"{quoted(str(path), 200)}: not CSV: its rows have more fields than its header; quote the commas"
+            f"{quoted(str(path), 200)}: not CSV: rows have more fields than the header; quote fields with commas"
         )
     names = [str(name) for name in frame.columns]
     cells = frame.astype(object).where(frame.notna(), None)
@@ -375,7 +378,7 @@ def _parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
 def _hint(path: Path) -> str:
     with path.open("rb") as stream:
         start = stream.read(32).lstrip()
-    for magic, says in _LOOKS_LIKE.items():
+    for magic, hint in _LOOKS_LIKE.items():
         if start.startswith(magic):
-            return f"; {says}"
-    return "; does the file's suffix say what it is?"
+            return f"; {hint}"
+    return "; check that the file's suffix matches its format"

@@ -1,9 +1,8 @@
-"""The Jinja2 environment that a task's templates run in.
+"""Sandboxed Jinja2 environment for task templates.
 
-A template is a program written by whoever wrote the task file, so it gets a row's values and nothing else:
-no loader, no Python attributes, only the filters and string methods listed here, and bounds on what it may
-produce. White space is treated as lm-evaluation-harness does (`keep_trailing_newline`), and a name that the
-row lacks is an error rather than an empty string.
+Task files may be untrusted, so a template gets a row's values only: no loader, no Python attributes, an allow-list
+of filters and string methods, and limits on loops and output size. White space is treated as in
+lm-evaluation-harness (`keep_trailing_newline`). An undefined name is an error, not an empty string.
 """
 
 from __future__ import annotations
@@ -21,8 +20,8 @@ from jinja2.visitor import NodeTransformer
 from lapora.errors import quoted
 
 MAX_SOURCE = 65_536
-"""Characters of a template."""
-# Not an identifier: no template can name it.
+"""Maximum number of characters of a template."""
+# Not a valid identifier, so that no template can refer to it.
 BUDGET = "loop budget"
 
 # fmt: off
@@ -42,8 +41,8 @@ _STRING_METHODS = frozenset({
 # fmt: on
 _SEQUENCE_METHODS = frozenset({"count", "index"})
 _MAPPING_METHODS = frozenset({"get", "items", "keys", "values"})
-# Each of these could produce output without end, or reads something besides the row.
-_REFUSED_STATEMENTS: dict[type[nodes.Node], str] = {
+# These statements could produce unbounded output, or read other sources than the row.
+_REJECTED_STATEMENTS: dict[type[nodes.Node], str] = {
     nodes.Include: "include",
     nodes.Import: "import",
     nodes.FromImport: "from",
@@ -56,19 +55,19 @@ _REFUSED_STATEMENTS: dict[type[nodes.Node], str] = {
 
 
 class LoopBudget:
-    """Passes through loop bodies that a rendering has left."""
+    """Number of loop iterations left in one rendering."""
 
     def __init__(self) -> None:
-        self.left = MAX_STEPS
+        self.remaining = MAX_STEPS
 
     def spend(self, steps: int) -> None:
-        """Count ``steps`` passes.
+        """Subtract ``steps`` iterations.
 
         Raises:
-            SecurityError: There were more than `MAX_STEPS` of them.
+            SecurityError: More than `MAX_STEPS` iterations have been counted.
         """
-        self.left -= steps
-        if self.left < 0:
+        self.remaining -= steps
+        if self.remaining < 0:
             raise SecurityError(f"its loops run more than {MAX_STEPS} times")
 
 
@@ -82,12 +81,12 @@ def _counted(context: Context, values: Iterable[Any]) -> Iterable[Any]:
 
 
 @pass_context
-def _made(context: Context, value: Any) -> Any:
-    """A list, tuple or mapping that the template itself writes."""
-    size, looked_at = size_of(value)
+def _literal(context: Context, value: Any) -> Any:
+    """Check the size of a list, tuple or mapping literal of the template."""
+    size, visited = size_of(value)
     check_size(size)
     budget: LoopBudget = context[BUDGET]
-    budget.spend(looked_at // 1000)
+    budget.spend(visited // 1000)
     return value
 
 
@@ -98,17 +97,17 @@ def _bounded(value: Any) -> Any:
 
 
 class _Bounds(NodeTransformer):
-    """Counts every loop's passes and checks every concatenation, and refuses some statements."""
+    """Adds limits to loops, concatenations and literals, and rejects some statements."""
 
     def generic_visit(self, node: nodes.Node, *args: Any, **kwargs: Any) -> nodes.Node:
-        statement = _REFUSED_STATEMENTS.get(type(node))
+        statement = _REJECTED_STATEMENTS.get(type(node))
         if statement is not None:
-            raise TemplateAssertionError(f"the statement '{statement}' is not offered in task templates", node.lineno)
+            raise TemplateAssertionError(f"statement '{statement}' is not supported in task templates", node.lineno)
         return super().generic_visit(node, *args, **kwargs)
 
     def visit_For(self, node: nodes.For) -> nodes.Node:
         if node.recursive:
-            raise TemplateAssertionError("recursive loops are not offered in task templates", node.lineno)
+            raise TemplateAssertionError("recursive loops are not supported in task templates", node.lineno)
         self.generic_visit(node)
         node.iter = nodes.Filter(node.iter, "lapora_counted", [], [], None, None, lineno=node.lineno)
         return node
@@ -119,15 +118,15 @@ class _Bounds(NodeTransformer):
 
     def _visit_literal(self, node: nodes.List | nodes.Tuple | nodes.Dict) -> nodes.Node:
         self.generic_visit(node)
-        if getattr(node, "ctx", "load") != "load":  # what a loop or a set assigns to
+        if getattr(node, "ctx", "load") != "load":  # the target of a loop or of set
             return node
-        return nodes.Filter(node, "lapora_made", [], [], None, None, lineno=node.lineno)
+        return nodes.Filter(node, "lapora_literal", [], [], None, None, lineno=node.lineno)
 
     visit_List = visit_Tuple = visit_Dict = _visit_literal
 
 
 class TemplateEnvironment(ImmutableSandboxedEnvironment):
-    """Jinja2's immutable sandbox with allow-lists in place of deny-lists, and bounds."""
+    """Jinja2's immutable sandbox with allow-lists instead of deny-lists, and size limits."""
 
     intercepted_binops = frozenset({"*", "**", "%", "+"})
 
@@ -142,15 +141,15 @@ class TemplateEnvironment(ImmutableSandboxedEnvironment):
             "sum": total,
             "tojson": as_json,
             "lapora_counted": _counted,
-            "lapora_made": _made,
+            "lapora_literal": _literal,
             "lapora_bounded": _bounded,
         }
 
     def bounded_ast(self, source: str) -> nodes.Template:
-        """Parse ``source`` and put the bounds into it.
+        """Parse ``source`` and add the limits to its syntax tree.
 
         Raises:
-            TemplateSyntaxError: It is not a template, or uses a statement that is refused.
+            TemplateSyntaxError: The source is not a valid template, or uses a rejected statement.
         """
         tree = self.parse(source)
         _Bounds().visit(tree)
@@ -158,7 +157,7 @@ class TemplateEnvironment(ImmutableSandboxedEnvironment):
         return tree
 
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
-        """Whether a template may read ``obj.attr``: the listed methods of plain values, and no more."""
+        """Return whether a template may read ``obj.attr``: only allow-listed methods of plain values."""
         if isinstance(obj, str):
             return attr in _STRING_METHODS
         if isinstance(obj, (list, tuple)):
@@ -170,12 +169,12 @@ class TemplateEnvironment(ImmutableSandboxedEnvironment):
         return False
 
     def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
-        """``str.format`` is not offered at all, so there is nothing to wrap."""
+        """Return None: ``str.format`` is not allow-listed."""
         return None
 
-    # The names of the base class, which keep the callee's keyword arguments free.
+    # Double underscores, as in the base class, avoid clashes with the callee's keyword arguments.
     def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:
-        """Call ``__obj``, after checking the size of what it would return."""
+        """Call ``__obj``, with the size-checked versions of ``str.replace`` and ``str.join``."""
         owner, name = getattr(__obj, "__self__", None), getattr(__obj, "__name__", "")
         if isinstance(owner, str) and name == "replace" and len(args) >= 2:
             return replaced(owner, *args[:3])
@@ -184,70 +183,77 @@ class TemplateEnvironment(ImmutableSandboxedEnvironment):
         return super().call(__context, __obj, *args, **kwargs)
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
-        """Apply an operator that can make much out of little, within bounds."""
+        """Apply an operator, after checking the size of its result.
+
+        Raises:
+            SecurityError: The result would be too large, or the operator is ``%`` on text.
+        """
         sized = [value for value in (left, right) if isinstance(value, (str, list, tuple))]
         numbers = [value for value in (left, right) if isinstance(value, (int, float))]
         if operator == "%" and isinstance(left, str):
-            raise SecurityError("formatting with % is not offered; join with ~")
+            raise SecurityError("formatting with % is not supported; concatenate with ~")
         if operator == "+":
             check_size(sum(size_of(value)[0] for value in sized))
         elif operator == "*" and sized:
             check_size(size_of(sized[0])[0] * int(max([1, *numbers])))
         elif operator == "**" and (len(numbers) != 2 or abs(right) > 64 or abs(left) > 10**6):
-            raise SecurityError("a power is too large")
+            raise SecurityError("result of ** is too large")
         elif operator == "*" and any(isinstance(number, int) and number.bit_length() > 4096 for number in numbers):
-            raise SecurityError("a product is too large")
+            raise SecurityError("result of * is too large")
         return super().call_binop(context, operator, left, right)
 
 
 MAX_OUTPUT = 8_000_000
-"""Characters of a rendering; characters and elements of any value that a template makes on the way."""
+"""Maximum number of characters of a rendering, and of characters and elements of any intermediate value."""
 MAX_STEPS = 10_000
-"""Passes through loop bodies in one rendering."""
+"""Maximum number of loop iterations in one rendering."""
 _ELEMENT = 16
 
 
 def check_size(size: int) -> None:
-    """Refuse more than `MAX_OUTPUT` characters or elements.
+    """Check a number of characters or elements against `MAX_OUTPUT`.
 
     Raises:
-        SecurityError: There are more.
+        SecurityError: The number is larger.
     """
     if size > MAX_OUTPUT:
         raise SecurityError(f"it produces more than {MAX_OUTPUT} characters")
 
 
 def size_of(value: Any) -> tuple[int, int]:
-    """How much there is in a value, all the way down, and how many elements were looked at.
+    """Compute the nested size of a value in characters, and the number of elements visited.
 
-    An element counts as `_ELEMENT` characters, for the memory it takes. Counting ends above `MAX_OUTPUT`:
-    lists that hold each other twice are small, and endless when written out.
+    An element counts as `_ELEMENT` characters, for its memory. Counting stops above `MAX_OUTPUT`: nested lists that
+    contain the same list twice take little memory, but grow exponentially when printed.
     """
-    size = looked_at = 0
-    waiting = [value]
-    while waiting and size <= MAX_OUTPUT:
-        held = waiting.pop()
-        looked_at += 1
-        if isinstance(held, str):
-            size += len(held)
-        elif isinstance(held, (list, tuple)):
-            size += _ELEMENT * len(held)
-            waiting.extend(held)
-        elif isinstance(held, dict):
-            size += _ELEMENT * len(held)
-            waiting.extend(held.keys())
-            waiting.extend(held.values())
-    return size, looked_at
+    size = visited = 0
+    stack = [value]
+    while stack and size <= MAX_OUTPUT:
+        element = stack.pop()
+        visited += 1
+        if isinstance(element, str):
+            size += len(element)
+        elif isinstance(element, (list, tuple)):
+            size += _ELEMENT * len(element)
+            stack.extend(element)
+        elif isinstance(element, dict):
+            size += _ELEMENT * len(element)
+            stack.extend(element.keys())
+            stack.extend(element.values())
+    return size, visited
 
 
 def whole_number(value: Any, default: Any = None, base: int = 10) -> Any:
-    """Jinja's ``int``, except that what is not a number is an error.
+    """Convert to an integer like Jinja's ``int``, but raise for values that are not numbers.
 
-    Jinja makes 0 of "yes" and of "False" alike: as a label, a wrong one that nobody sees. The words True and
-    False count as 1 and 0, as they come from CSV files.
+    Jinja converts "yes" and "False" to 0, which as a label would be silently wrong. The words True and False, as
+    found in CSV files, convert to 1 and 0.
+
+    Raises:
+        TemplateRuntimeError: The value is not a whole number, and there is no default.
     """
     if isinstance(value, Undefined):
-        # Raises, naming what is undefined, unless a default was given.
+        # str() raises with the undefined name.
         return default if default is not None else str(value)
     word = value.strip().lower() if isinstance(value, str) else None
     if word in ("true", "false"):
@@ -270,56 +276,51 @@ def whole_number(value: Any, default: Any = None, base: int = 10) -> Any:
     raise TemplateRuntimeError(f"{quoted(value)} is not a whole number")
 
 
-def _mapping(*values: Any, **named: Any) -> dict[Any, Any]:
-    """``dict`` as a function: the type itself would answer to subscripts."""
-    return dict(*values, **named)
-
-
 def rounded(value: Any, precision: int = 0) -> Any:
-    """``round`` to at most 20 digits."""
+    """Round to at most 20 digits."""
     if not isinstance(precision, int) or abs(precision) > 20:
         raise TemplateRuntimeError("round takes at most 20 digits")
     return round(value, precision)
 
 
 def joined(values: Iterable[Any], separator: str = "", attribute: Any = None) -> str:
-    """``join``, both the filter and the method of text."""
+    """Join values, as the filter ``join`` and as the string method, with a size check."""
     if attribute is not None:
-        raise TemplateRuntimeError("join takes no attribute here; use map(attribute=...) before it")
+        raise TemplateRuntimeError("join does not support attribute; use map(attribute=...) before it")
     parts = [str(value) for value in values]
     check_size(sum(map(len, parts)) + len(str(separator)) * len(parts))
     return str(separator).join(parts)
 
 
 def replaced(text: Any, old: Any, new: Any, count: int | None = None) -> str:
-    """``replace``, both the filter and the method of text."""
+    """Replace text, as the filter ``replace`` and as the string method, with a size check."""
     text, old, new = str(text), str(old), str(new)
     check_size(len(text) + (text.count(old) if old else len(text) + 1) * len(new))
     return text.replace(old, new, -1 if count is None else count)
 
 
 def mapping(*values: Any, **named: Any) -> dict[Any, Any]:
-    """``dict`` as a function: the type itself would answer to subscripts."""
-    made = dict(*values, **named)
-    check_size(size_of(made)[0])
-    return made
+    """Build a dict; a function because the type ``dict`` itself supports subscripts."""
+    result = dict(*values, **named)
+    check_size(size_of(result)[0])
+    return result
 
 
 def short_range(*bounds: int) -> range:
-    """``range``, of at most `MAX_STEPS` numbers."""
-    made = range(*bounds)
-    if len(made) > MAX_STEPS:
+    """Build a ``range`` of at most `MAX_STEPS` numbers."""
+    result = range(*bounds)
+    if len(result) > MAX_STEPS:
         raise SecurityError(f"a range has more than {MAX_STEPS} numbers")
-    return made
+    return result
 
 
 def total(values: Iterable[Any], attribute: Any = None, start: Any = 0) -> Any:
-    """``sum`` of numbers; adding lists up would take a time that grows with the square of their number."""
+    """Sum numbers; summing lists would take quadratic time."""
     if attribute is not None or not isinstance(start, (int, float)):
-        raise TemplateRuntimeError("sum adds numbers only; use map(attribute=...) before it")
+        raise TemplateRuntimeError("sum supports numbers only; use map(attribute=...) before it")
     return sum(values, start)
 
 
 def as_json(value: Any) -> str:
-    """``tojson`` without its indentation, which has no bound."""
+    """Convert to JSON like ``tojson``, without indentation, whose size would be unlimited."""
     return htmlsafe_json_dumps(value)

@@ -1,7 +1,7 @@
-"""A task: how a row of data becomes a prompt, the answers to choose from, and the right one.
+"""Task definitions: templates of prompts, answer choices and labels, read from YAML.
 
-The vocabulary is lm-evaluation-harness's, with four keys of lapora's own: ``doc_to_inputs``, ``keep_if``,
-``truncate_field`` and ``max_length``.
+The keys are those of lm-evaluation-harness, plus ``doc_to_inputs``, ``keep_if``, ``truncate_field`` and
+``max_length``.
 """
 
 from __future__ import annotations
@@ -22,37 +22,37 @@ from lapora.tasks.templates import CompiledTemplate, compiled_template
 TaskKind = Literal["causal", "classifier"]
 
 FILE_LOADERS = ("json", "csv", "parquet")
-"""What `dataset_path` is for a task of files, as in `datasets`."""
+"""Values of `dataset_path` for tasks that read local files, as in `datasets`."""
 
 DEFAULT_MAX_LENGTH = 512
-"""Tokens of a row, where the task does not say."""
+"""Maximum number of tokens per row of a task without `max_length`."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """One task, validated.
+    """A validated task.
 
     Attributes:
-        task: Its name.
-        dataset_path: Hub data set, or ``json``, ``csv``, ``parquet`` with ``dataset_kwargs.data_files``.
-        dataset_name: Configuration of the Hub data set.
-        dataset_kwargs: ``data_files`` and nothing else.
-        training_split: The data set's split that ``train`` means.
-        validation_split: The one that ``validation`` means.
-        test_split: The one that ``test`` means.
-        output_type: ``multiple_choice``.
-        doc_to_text: Template of a causal model's prompt.
-        doc_to_choice: The answers, or a template that yields them.
-        doc_to_target: Template of the right answer, as index or as text; or a constant index.
-        doc_to_inputs: Templates of the one or two texts that a sequence classifier reads.
-        keep_if: Template; rows for which it is false are left out.
+        task: Name of the task.
+        dataset_path: Hub dataset, or ``json``, ``csv``, ``parquet`` with ``dataset_kwargs.data_files``.
+        dataset_name: Configuration of the Hub dataset.
+        dataset_kwargs: Only ``data_files`` is supported.
+        training_split: The dataset's name of the split ``train``.
+        validation_split: The dataset's name of the split ``validation``.
+        test_split: The dataset's name of the split ``test``.
+        output_type: Always ``multiple_choice``.
+        doc_to_text: Prompt template, for causal models.
+        doc_to_choice: The answers, or a template that returns them.
+        doc_to_target: Label template, an answer's index or text; or a constant index.
+        doc_to_inputs: Templates of the one or two input texts, for sequence classifiers.
+        keep_if: Template; rows for which it is false are excluded.
         metric: ``acc`` or ``mcc``.
-        metric_list: As in the harness; ``metric`` is taken from it.
-        truncate_field: The field that is shortened when a row is too long.
-        max_length: Tokens of a row; one number, or one for each kind of model.
-        target_delimiter: What stands between prompt and answer.
-        tag: As in the harness; not used.
-        metadata: As in the harness; not used.
+        metric_list: As in lm-evaluation-harness; sets ``metric``.
+        truncate_field: Field to truncate if a row is too long.
+        max_length: Maximum number of tokens per row; one number, or one per kind of model.
+        target_delimiter: Text between prompt and answer.
+        tag: As in lm-evaluation-harness; not used.
+        metadata: As in lm-evaluation-harness; not used.
     """
 
     task: str
@@ -78,42 +78,42 @@ class Task:
 
     @property
     def kinds(self) -> tuple[TaskKind, ...]:
-        """The kinds of model that the task serves."""
-        served: list[TaskKind] = []
+        """Kinds of model that the task supports."""
+        kinds: list[TaskKind] = []
         if self.doc_to_text is not None:
-            served.append("causal")
+            kinds.append("causal")
         if self.doc_to_inputs is not None:
-            served.append("classifier")
-        return tuple(served)
+            kinds.append("classifier")
+        return tuple(kinds)
 
     @property
     def reads_files(self) -> bool:
-        """Whether its rows come from ``data_files`` rather than from a Hub data set."""
+        """Whether rows are read from ``data_files`` rather than from a Hub dataset."""
         return self.dataset_path in (None, *FILE_LOADERS) and "data_files" in self.dataset_kwargs
 
     @property
     def hub_source(self) -> str | None:
-        """``path/configuration`` on the Hub, or None for a task of local files."""
+        """``path/configuration`` on the Hub, or None for local files."""
         if self.dataset_path is None or self.dataset_path in FILE_LOADERS:
             return None
         return self.dataset_path if self.dataset_name is None else f"{self.dataset_path}/{self.dataset_name}"
 
     def max_length_for(self, kind: TaskKind) -> int:
-        """Most tokens of a row for this kind of model."""
+        """Return the maximum number of tokens per row for a kind of model."""
         if isinstance(self.max_length, Mapping):
             return self.max_length.get(kind, DEFAULT_MAX_LENGTH)
         return self.max_length or DEFAULT_MAX_LENGTH
 
     def source_split(self, split: str) -> str:
-        """The data set's own name of a split: ``train``, ``validation`` and ``test`` are mapped."""
+        """Return the dataset's own name of a split; ``train``, ``validation`` and ``test`` are mapped."""
         named = {"train": self.training_split, "validation": self.validation_split, "test": self.test_split}
         return named.get(split) or split
 
     def prompt_templates(self, kind: TaskKind) -> tuple[CompiledTemplate, ...]:
-        """The templates of what a model of this kind reads.
+        """Return the templates of the text that a kind of model reads.
 
         Raises:
-            DataError: The task does not serve this kind of model.
+            DataError: The task does not support this kind of model.
         """
         if kind not in self.kinds:
             needed, other = {
@@ -121,14 +121,14 @@ class Task:
                 "classifier": ("doc_to_inputs", "causal"),
             }[kind]
             raise DataError(
-                f"task {quoted(self.task)} serves only {other} models: its YAML has no {needed}; add one "
+                f"task {quoted(self.task)} supports only {other} models: its YAML has no {needed}; add one "
                 "(`lapora tasks` lists the tasks with their kinds)"
             )
         sources = (cast(str, self.doc_to_text),) if kind == "causal" else cast(tuple, self.doc_to_inputs)
         return tuple(compiled_template(source) for source in sources)
 
     def to_dict(self) -> dict[str, Any]:
-        """The task as plain JSON values, without what is at its default; `from_dict` reads it back."""
+        """Return the task as plain JSON values, defaults omitted; the inverse of `from_dict`."""
         values: dict[str, Any] = {}
         for entry in fields(self):
             value = getattr(self, entry.name)
@@ -139,23 +139,22 @@ class Task:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], *, source: str = "the task") -> Task:
-        """Validate a YAML file's or a manifest's values.
+        """Validate the values of a YAML file or a manifest, and build a task.
 
         Args:
-            values: Key to value.
-            source: The file, as an error message names it.
+            values: Values by key.
+            source: Name of the file in error messages.
 
         Raises:
-            DataError: An unknown key, a wrong type, a template that cannot be compiled, or keys that do not
-                go together; the message names the key.
+            DataError: A key is unknown, a value has the wrong type, a template cannot be compiled, or keys
+                contradict each other; the message names the key.
         """
         if not isinstance(values, Mapping):
-            raise DataError(f"{source}: a task is a mapping of keys to values, not {kind_of(values)}")
+            raise DataError(f"{source}: a task must be a mapping of keys to values, not {kind_of(values)}")
         unknown = [key for key in values if key not in KEY_PARSERS]
         if unknown:
             raise DataError(
-                f"{source}: unknown key {listed([str(key) for key in unknown])}; a task may have "
-                f"{', '.join(KEY_PARSERS)}"
+                f"{source}: unknown key {listed([str(key) for key in unknown])}; the keys are {', '.join(KEY_PARSERS)}"
             )
         parsed: dict[str, Any] = {}
         for key, value in values.items():
@@ -166,25 +165,23 @@ class Task:
             except DataError as error:
                 raise DataError(f"{source}: {key}: {error}") from None
         if "task" not in parsed:
-            raise DataError(f"{source}: no key 'task': give the task a name")
+            raise DataError(f"{source}: missing key 'task'; give the task a name")
         task = cls(**parsed)
         if task.metric_list and "metric" not in parsed:
             task = cls(**{**parsed, "metric": _metric_of(task.metric_list, source)})
-        _check_together(task, source)
+        _check_consistency(task, source)
         return task
 
 
-def _check_together(task: Task, source: str) -> None:
+def _check_consistency(task: Task, source: str) -> None:
     if not task.kinds:
-        raise DataError(
-            f"{source}: neither doc_to_text (for causal models) nor doc_to_inputs (for classifiers); add one"
-        )
+        raise DataError(f"{source}: missing both doc_to_text (causal models) and doc_to_inputs (classifiers); add one")
     if not task.doc_to_choice:
-        raise DataError(f"{source}: no doc_to_choice: list the answers, or give a template that yields them")
+        raise DataError(f"{source}: missing doc_to_choice; list the answers, or give a template that returns them")
     if isinstance(task.doc_to_target, int) and isinstance(task.doc_to_choice, tuple):
         count = len(task.doc_to_choice)
         if not 0 <= task.doc_to_target < count:
-            raise DataError(f"{source}: doc_to_target: {task.doc_to_target} is no index into {count} choices")
+            raise DataError(f"{source}: doc_to_target: index {task.doc_to_target} is out of range for {count} choices")
     if task.truncate_field is not None:
         names: set[str] = set()
         for kind in task.kinds:
@@ -192,8 +189,8 @@ def _check_together(task: Task, source: str) -> None:
                 names |= template.fields | template.optional_fields
         if task.truncate_field not in names:
             raise DataError(
-                f"{source}: truncate_field: {quoted(task.truncate_field)} is no field of doc_to_text or "
-                f"doc_to_inputs, which use {listed(sorted(names))}"
+                f"{source}: truncate_field: {quoted(task.truncate_field)} is not used by doc_to_text or "
+                f"doc_to_inputs; they use {listed(sorted(names))}"
             )
 
 
@@ -203,18 +200,17 @@ def _metric_of(metric_list: tuple[Mapping[str, Any], ...], source: str) -> str:
         if metric in named:
             return metric
     raise DataError(
-        f"{source}: metric_list: none of {listed([str(name) for name in named])} is one "
-        "that lapora computes: acc or mcc"
+        f"{source}: metric_list: none of {listed([str(name) for name in named])} is supported; use acc or mcc"
     )
 
 
 _METRICS = ("acc", "mcc")
-# Reported in any case, or meaningless with one token per answer: a harness file may list them beside `acc`.
-_METRICS_BESIDE = ("acc_norm", "acc_mutual_info", "f1", "brier_score")
+# Allowed beside `acc` in task files of the harness: always reported, or meaningless with one token per answer.
+_IGNORED_METRICS = ("acc_norm", "acc_mutual_info", "f1", "brier_score")
 
 
 def kind_of(value: object) -> str:
-    """What a YAML value is, in words."""
+    """Return the type of a YAML value in words, for error messages."""
     if isinstance(value, Mapping):
         return "a mapping"
     names = {list: "a list", tuple: "a list", str: "text", bool: "true or false", int: "a number"}
@@ -222,7 +218,7 @@ def kind_of(value: object) -> str:
 
 
 def plain(value: Any) -> Any:
-    """A value with its mappings and sequences as dicts and lists."""
+    """Return a value with mappings and sequences converted to dicts and lists."""
     if isinstance(value, Mapping):
         return {str(key): plain(entry) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):
@@ -269,22 +265,22 @@ def _choices(value: object) -> tuple[str, ...] | str:
 
 
 def checked_choices(values: list[Any] | tuple[Any, ...]) -> tuple[str, ...]:
-    """Answers as text: at least two, distinct, none empty.
+    """Convert answers to text, and check that there are at least two, distinct and not empty.
 
     Raises:
         DataError: They are not.
     """
     for value in values:
         if isinstance(value, bool):
-            raise DataError(f"the answer {value} is a truth value (as YAML reads yes and no): put it in quotes")
+            raise DataError(f"answer {value} is a boolean (as YAML reads yes and no); put it in quotes")
         if not isinstance(value, (str, int, float)) or value == "":
-            raise DataError(f"an answer must be text, not {quoted(value)}")
+            raise DataError(f"an answer must be non-empty text, not {quoted(value)}")
     choices = tuple(str(value) for value in values)
     if len(choices) < 2:
-        raise DataError(f"{len(choices)} answers; at least two are needed")
-    twice = [choice for index, choice in enumerate(choices) if choice in choices[:index]]
-    if twice:
-        raise DataError(f"the answer {quoted(twice[0])} stands there twice")
+        raise DataError(f"at least two answers are required, not {len(choices)}")
+    duplicates = [choice for index, choice in enumerate(choices) if choice in choices[:index]]
+    if duplicates:
+        raise DataError(f"duplicate answer {quoted(duplicates[0])}")
     return choices
 
 
@@ -298,7 +294,7 @@ def _inputs(value: object) -> tuple[str, ...]:
 
 def _output_type(value: object) -> str:
     if value != "multiple_choice":
-        raise DataError(f"must be multiple_choice, not {quoted(value)}: lapora scores a fixed set of answers")
+        raise DataError(f"must be multiple_choice, not {quoted(value)}; other output types are not supported")
     return "multiple_choice"
 
 
@@ -312,15 +308,17 @@ def _metric_list(value: object) -> tuple[Mapping[str, Any], ...]:
     if not isinstance(value, (list, tuple)) or not all(isinstance(entry, Mapping) for entry in value):
         raise DataError("must be a list of mappings, each with a key 'metric'")
     for entry in value:
-        if entry.get("metric") not in (*_METRICS, *_METRICS_BESIDE):
-            raise DataError(f"the metric {quoted(entry.get('metric'))} is not one that lapora knows")
+        if entry.get("metric") not in (*_METRICS, *_IGNORED_METRICS):
+            raise DataError(
+                f"unknown metric {quoted(entry.get('metric'))}; use {', '.join([*_METRICS, *_IGNORED_METRICS])}"
+            )
     return tuple(_json(entry) for entry in value)
 
 
 def _max_length(value: object) -> int | dict[str, int]:
     if isinstance(value, Mapping):
         if set(value) - {"causal", "classifier"}:
-            raise DataError("the kinds of model are causal and classifier")
+            raise DataError("unknown kind of model; use causal and classifier")
         return {str(kind): cast(int, _max_length(length)) for kind, length in value.items()}
     if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= 10_000_000:
         raise DataError(f"must be a number of tokens, not {quoted(value)}")
@@ -332,7 +330,7 @@ def _dataset_kwargs(value: object) -> dict[str, Any]:
         raise DataError(f"must be a mapping, not {kind_of(value)}")
     unknown = [str(key) for key in value if key != "data_files"]
     if unknown:
-        raise DataError(f"unknown key {listed(unknown)}; only data_files is taken")
+        raise DataError(f"unknown key {listed(unknown)}; only data_files is supported")
     files = value.get("data_files")
     by_split = files if isinstance(files, Mapping) else {"train": files}
     for named in by_split.values():
@@ -346,7 +344,7 @@ def _json(value: Any) -> Any:
     try:
         return json.loads(json.dumps(plain(value), allow_nan=False))
     except (TypeError, ValueError, RecursionError):
-        raise DataError("holds what JSON cannot: use text, numbers, lists and mappings") from None
+        raise DataError("must contain only text, numbers, lists and mappings, as in JSON") from None
 
 
 KEY_PARSERS: dict[str, Callable[[Any], Any]] = {
@@ -371,22 +369,22 @@ KEY_PARSERS: dict[str, Callable[[Any], Any]] = {
     "tag": _json,
     "metadata": _json,
 }
-"""Each key's reader, in the order of a task file; it raises DataError without naming the key."""
+"""Parser of each key, in the order of a task file; parsers raise DataError without the key's name."""
 
 
 MAX_YAML_BYTES = 65_536
-"""Size of a task file."""
+"""Maximum size of a task file."""
 _MAX_DEPTH = 20
 
 
 def builtin_tasks() -> list[str]:
-    """Names of the built-in tasks, sorted."""
+    """Return the names of the built-in tasks, sorted."""
     folder = resources.files("lapora.tasks") / "builtin"
     return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
 
 
 def builtin_yaml(name: str) -> str:
-    """The text of a built-in task's file, comments and all, to start one's own from.
+    """Return the YAML of a built-in task with its comments, as a template for new tasks.
 
     Raises:
         DataError: There is no such task.
@@ -395,35 +393,40 @@ def builtin_yaml(name: str) -> str:
     if name not in names:
         close = difflib.get_close_matches(name, names, n=1)
         hint = f"did you mean {close[0]}?" if close else f"the built-in tasks are {', '.join(names)}"
-        raise DataError(f"no task {quoted(name)}: {hint} (a task of your own: the path of its YAML file)")
+        raise DataError(f"no built-in task {quoted(name)}: {hint} (for your own task, give the path of its YAML file)")
     return (resources.files("lapora.tasks") / "builtin" / f"{name}.yaml").read_text(encoding="utf-8")
 
 
 def load_task(name_or_path: str) -> Task:
-    """A built-in task by name, or the task of a YAML file.
+    """Load a built-in task by name, or the task of a YAML file.
 
     Relative ``data_files`` are resolved against the file's folder.
 
+    Args:
+        name_or_path: Name of a built-in task, or path of a YAML file.
+
     Raises:
-        DataError: There is no such task or file, or the file is not a task.
+        DataError: There is no such task or file, or the file is not a valid task.
     """
     if name_or_path in builtin_tasks():
         return task_from_yaml(builtin_yaml(name_or_path), source=f"built-in task {name_or_path}")
     path = Path(name_or_path)
     looks_like_a_path = path.suffix.lower() in (".yaml", ".yml") or len(path.parts) > 1
     if not looks_like_a_path and not path.is_file():
-        builtin_yaml(name_or_path)  # raises, naming what there is
+        builtin_yaml(name_or_path)  # raises with the names of the built-in tasks
     try:
         with path.open("rb") as stream:
             content = stream.read(MAX_YAML_BYTES + 1)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or "cannot be read"
         raise DataError(
-            f"task file {quoted(name_or_path, 200)}: {reason}; give a built-in "
-            "name (`lapora tasks` lists them) or the path of a YAML file"
+            f"task file {quoted(name_or_path, 200)}: {reason}; give the name of a built-in "
+            "task (`lapora tasks` lists them) or the path of a YAML file"
         ) from None
     if len(content) > MAX_YAML_BYTES:
-        raise DataError(f"task file {quoted(name_or_path, 200)}: more than {MAX_YAML_BYTES} bytes is no task")
+        raise DataError(
+            f"task file {quoted(name_or_path, 200)}: larger than {MAX_YAML_BYTES} bytes; check that it is a task"
+        )
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -438,11 +441,11 @@ def task_from_yaml(text: str, *, source: str, folder: Path | None = None) -> Tas
 
     Args:
         text: The YAML.
-        source: The file, as an error message names it.
-        folder: Where relative ``data_files`` are.
+        source: Name of the file in error messages.
+        folder: Folder of relative ``data_files``.
 
     Raises:
-        DataError: It is not YAML, uses aliases or tags, or is not a task.
+        DataError: The text is not YAML, uses aliases or tags, or is not a valid task.
     """
     try:
         _check_events(text, source)
@@ -454,23 +457,23 @@ def task_from_yaml(text: str, *, source: str, folder: Path | None = None) -> Tas
     except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:
         raise DataError(f"{source}: not YAML: {first_line(error)}") from None
     if values is None:
-        raise DataError(f"{source}: it is empty; `lapora tasks boolq` prints a task to start from")
+        raise DataError(f"{source}: the file is empty; `lapora tasks boolq` prints an example")
     if folder is not None and isinstance(values, Mapping):
         values = _with_absolute_files(dict(values), folder)
     return Task.from_dict(values, source=source)
 
 
 class _TaskLoader(yaml.SafeLoader):
-    """PyYAML's safe loader, refusing keys that stand twice (the first would be lost) and any tag."""
+    """PyYAML's safe loader, rejecting duplicate keys (PyYAML drops the first value)."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
         for key_node, _ in node.value:
             problem = None
             if not isinstance(key_node, yaml.ScalarNode):
-                problem = "a key must be a word"
+                problem = "a key must be a scalar"
             elif key_node.value in seen:
-                problem = f"the key {quoted(key_node.value)} stands there twice"
+                problem = f"duplicate key {quoted(key_node.value)}"
             if problem is not None:
                 raise yaml.constructor.ConstructorError(None, None, problem, key_node.start_mark)
             seen.add(key_node.value)
@@ -478,26 +481,26 @@ class _TaskLoader(yaml.SafeLoader):
 
 
 def _check_events(text: str, source: str) -> None:
-    """Refuse aliases (a bomb is made of them), tags and deep nesting before anything is built."""
+    """Reject aliases (which allow exponential expansion), tags and deep nesting before constructing any value."""
     depth = 0
     for event in yaml.parse(text, Loader=yaml.SafeLoader):
         line = event.start_mark.line + 1 if event.start_mark is not None else 0
         if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None) is not None:
-            raise DataError(f"{source}, line {line}: anchors and aliases are not taken; write the value out")
+            raise DataError(f"{source}, line {line}: anchors and aliases are not supported; repeat the value")
         tag = getattr(event, "tag", None)
         if tag is not None and tag != "!":
             name = str(tag).replace("tag:yaml.org,2002:", "!!")
-            called = text.splitlines()[line - 1].strip() if line <= len(text.splitlines()) else name
+            content = text.splitlines()[line - 1].strip() if line <= len(text.splitlines()) else name
             raise DataError(
-                f"{source}, line {line}: the tag {quoted(name)} is not taken ({quoted(called)}): lapora runs "
-                "no Python of a task file; write it as a template"
+                f"{source}, line {line}: tag {quoted(name)} is not supported ({quoted(content)}): lapora runs "
+                "no Python code of task files; use a template"
             )
         if isinstance(event, yaml.CollectionStartEvent):
             depth += 1
         elif isinstance(event, yaml.CollectionEndEvent):
             depth -= 1
         if depth > _MAX_DEPTH:
-            raise DataError(f"{source}, line {line}: nested more than {_MAX_DEPTH} deep")
+            raise DataError(f"{source}, line {line}: nested more than {_MAX_DEPTH} levels deep")
 
 
 def _with_absolute_files(values: dict[str, Any], folder: Path) -> dict[str, Any]:

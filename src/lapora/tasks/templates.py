@@ -1,4 +1,4 @@
-"""Templates of a task: compiled once, rendered row by row, as text or as a value."""
+"""Task templates, compiled once and rendered per row to text or to a value."""
 
 from __future__ import annotations
 
@@ -16,22 +16,25 @@ from lapora.tasks.sandbox import BUDGET, MAX_OUTPUT, MAX_SOURCE, LoopBudget, Tem
 
 _RESULT = "lapora_result"
 _GUARDS = frozenset({"defined", "undefined", "none"})
-# What a template's own operations raise on a row that is not as it expects: 'E' is not in a list, and so on.
+# Errors of template operations on an unexpected row, such as a list without the requested element.
 _ROW_ERRORS = (ValueError, TypeError, KeyError, IndexError, AttributeError, ArithmeticError, RecursionError)
 
 _environment = TemplateEnvironment()
 
 
 class CompiledTemplate:
-    """A template, or the bare name of a field as lm-evaluation-harness allows.
+    """A template, or the bare name of a field as in lm-evaluation-harness.
+
+    Args:
+        source: The template's text.
 
     Attributes:
-        source: As written in the task.
-        fields: Names that a row must have.
-        optional_fields: Names that the template itself guards (``is defined``, ``default``).
+        source: The template's text.
+        fields: Fields that a row must have.
+        optional_fields: Fields that the template guards with ``is defined`` or ``default``.
 
     Raises:
-        DataError: It is not a template, or it needs what templates are not offered.
+        DataError: The source is not a valid template, or uses an unsupported feature.
     """
 
     def __init__(self, source: str) -> None:
@@ -43,7 +46,7 @@ class CompiledTemplate:
             self.fields = frozenset({source})
             return
         if len(source) > MAX_SOURCE:
-            raise DataError(f"the template has {len(source)} characters; at most {MAX_SOURCE} are taken")
+            raise DataError(f"the template has {len(source)} characters; the maximum is {MAX_SOURCE}")
         try:
             tree = _environment.bounded_ast(source)
             names = find_undeclared_variables(tree) - set(_environment.globals)
@@ -69,10 +72,10 @@ class CompiledTemplate:
 
         Args:
             row: The row's values by field name.
-            where: The row, as an error message names it.
+            where: Name of the row in error messages.
 
         Raises:
-            DataError: The row lacks what the template needs, or the template goes out of bounds.
+            DataError: A field is missing or has an unexpected value, or the template exceeds a limit.
         """
         if self._text is None:
             return str(self._field(row, where))
@@ -89,12 +92,16 @@ class CompiledTemplate:
         return "".join(chunks)
 
     def value(self, row: Mapping[str, Any], where: str) -> Any:
-        """The value of the template's only expression as it is, else the rendered text.
+        """Return the value of the template's only expression, else the rendered text.
 
-        A list stays a list this way, without evaluating text.
+        A list stays a list, without parsing text.
+
+        Args:
+            row: The row's values by field name.
+            where: Name of the row in error messages.
 
         Raises:
-            DataError: As `text`.
+            DataError: A field is missing or has an unexpected value, or the template exceeds a limit.
         """
         if self._text is None:
             return self._field(row, where)
@@ -106,7 +113,7 @@ class CompiledTemplate:
                 pass
             result = context.vars[_RESULT]
             if isinstance(result, Undefined):
-                str(result)  # raises, naming what is undefined
+                str(result)  # raises with the undefined name
             if hasattr(result, "__next__"):
                 result = list(result)
         except (TemplateError, *_ROW_ERRORS) as error:
@@ -115,18 +122,18 @@ class CompiledTemplate:
 
     def _field(self, row: Mapping[str, Any], where: str) -> Any:
         if self.source not in row:
-            names = listed([str(name) for name in row]) or "no fields at all"
-            raise DataError(f"{where}: no field {quoted(self.source)}; it has {names}")
+            names = listed([str(name) for name in row]) or "no fields"
+            raise DataError(f"{where}: no field {quoted(self.source)}; the row has {names}")
         return row[self.source]
 
     def _failure(self, error: Exception, where: str) -> DataError:
-        verb = "is refused" if isinstance(error, SecurityError) else "does not fit the row"
-        return DataError(f"{where}: the template {quoted(self.source)} {verb}: {first_line(error)}")
+        problem = "is rejected" if isinstance(error, SecurityError) else "failed on this row"
+        return DataError(f"{where}: template {quoted(self.source)} {problem}: {first_line(error)}")
 
 
 @lru_cache(maxsize=512)
 def compiled_template(source: str) -> CompiledTemplate:
-    """The template of ``source``, compiled once."""
+    """Return the compiled template of ``source``, cached."""
     return CompiledTemplate(source)
 
 
@@ -152,7 +159,7 @@ def _sole_expression(tree: nodes.Template) -> nodes.Expr | None:
 
 
 def _guarded_names(tree: nodes.Template) -> set[str]:
-    """Names that stand under a test for being there, or under ``default``."""
+    """Return names that are tested with ``is defined`` (or ``none``), or have a ``default``."""
     guards: list[nodes.Expr | None] = [test.node for test in tree.find_all(nodes.Test) if test.name in _GUARDS]
     guards += [found.node for found in tree.find_all(nodes.Filter) if found.name in ("default", "d")]
     return {guard.name for guard in guards if isinstance(guard, nodes.Name)}

@@ -1,4 +1,4 @@
-"""From examples to token ids, cutting the task's ``truncate_field`` and never the cue at a prompt's end."""
+"""Encode examples to token ids, truncating the task's ``truncate_field`` but never the end of a prompt."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lapora.tasks.examples import Example
 from lapora.tasks.task import Task, TaskKind
 
 _BATCH = 1000
-# Tokens below the greatest length at which no more of a text is tried to be kept.
+# Truncation is accepted when the result is at most this many tokens below the maximum.
 _SLACK = 2
 
 
@@ -21,9 +21,9 @@ class EncodedExample:
     """Token ids of one example.
 
     Attributes:
-        input_ids: T ids, special tokens included, without padding.
-        token_type_ids: T segment ids, where the tokenizer gives them.
-        truncated: Whether anything was cut to fit.
+        input_ids: T token ids, special tokens included, without padding.
+        token_type_ids: T segment ids, or None if the tokenizer has none.
+        truncated: Whether the example was truncated.
     """
 
     input_ids: list[int]
@@ -91,24 +91,24 @@ def _shortened(example: Example, ids: list[int], encoder: PromptEncoder, max_len
     """Ids of the prompt with less in it, at most ``max_length`` of them."""
     too_long = f"{example.where}: its prompt has {len(ids)} tokens, more than the {max_length} of --max-length"
     if example.ready:
-        # Of a ready prompt only the end is known to matter.
+        # A ready prompt is truncated on the left: its end is the cue for the answer.
         text = cast(str, example.text)
         before, _ = encoder.frame(encoder.context(text)[0])
         if not encoder.chat_template:
             if before >= max_length:
-                raise DataError(f"{too_long}; raise it")
+                raise DataError(f"{too_long}; increase it")
             return ids[:before] + ids[len(ids) - (max_length - before) :]
         starts = [0, *(end for _, end in _spans(encoder.tokenizer, text))]
         shorter = _fitting(ids, len(starts) - 1, max_length, lambda kept: encoder.ids(text[starts[-1 - kept] :]))
         if shorter is None:
-            raise DataError(f"{too_long}, and the chat template alone fills it; raise it")
+            raise DataError(f"{too_long}, and the chat template alone exceeds it; increase it")
         return shorter
     name = example.task.truncate_field
     if name is None:
-        raise DataError(f"{too_long}; raise it, or name the field that may be cut as the task's truncate_field")
+        raise DataError(f"{too_long}; increase it, or set the task's truncate_field to the field to truncate")
     value = example.row.get(name)
     if not isinstance(value, str):
-        raise DataError(f"{too_long}, and its {quoted(name)} is no text that could be cut; raise it")
+        raise DataError(f"{too_long}, and field {quoted(name)} is not text and cannot be truncated; increase it")
     template = example.task.prompt_templates("causal")[0]
     ends = [0, *(end for _, end in _spans(encoder.tokenizer, value))]
 
@@ -117,25 +117,25 @@ def _shortened(example: Example, ids: list[int], encoder: PromptEncoder, max_len
 
     shorter = _fitting(ids, len(ends) - 1, max_length, with_tokens)
     if shorter is None:
-        raise DataError(f"{too_long}, even without its {quoted(name)}; raise it")
+        raise DataError(f"{too_long}, even without field {quoted(name)}; increase it")
     return shorter
 
 
 def _fitting(ids: list[int], tokens: int, max_length: int, with_tokens: Callable[[int], list[int]]) -> list[int] | None:
-    """The ids with as many of a text's tokens as fit, or None where even none is too many.
+    """Return the ids with as many tokens of a text as fit, or None if the rest alone is too long.
 
     Args:
-        ids: Too many ids, those with the whole text.
-        tokens: How many tokens the whole text has by itself.
-        max_length: How many ids fit.
-        with_tokens: The ids with so many of the text's tokens.
+        ids: Token ids with the whole text; more than ``max_length``.
+        tokens: Number of tokens of the text alone.
+        max_length: Maximum number of ids.
+        with_tokens: Returns the ids with the given number of the text's tokens.
     """
     best: list[int] | None = None
     fits, too_many, length = -1, tokens, len(ids)
     kept = tokens
     for attempt in range(64):
-        # A template that uses the text once makes the first guess right. One that uses it twice, or changes
-        # it, does not: after a few guesses, halve what lies between.
+        # If the template uses the text once, the first guess is right. If it uses the text twice or changes it,
+        # switch to bisection after a few guesses.
         kept += max_length - length if attempt < 4 else (fits + too_many) // 2 - kept
         kept = min(max(kept, fits + 1), too_many - 1)
         if kept <= fits or kept >= too_many:
@@ -152,7 +152,7 @@ def _fitting(ids: list[int], tokens: int, max_length: int, with_tokens: Callable
 
 
 def _spans(tokenizer: Any, text: str) -> list[tuple[int, int]]:
-    """Where the text's tokens begin and end, in characters; its words, for a tokenizer that cannot say."""
+    """Return the character span of each token, or of each word for a tokenizer without offsets."""
     if getattr(tokenizer, "is_fast", False):
         encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         return [(start, end) for start, end in encoded["offset_mapping"] if end > start]
@@ -172,7 +172,7 @@ def _encode_inputs(examples: Sequence[Example], tokenizer: Any, max_length: int)
         if truncated:
             ids, segments = _truncated(example, len(ids), tokenizer, max_length)
         if not ids:
-            raise DataError(f"{example.where}: its text has no tokens")
+            raise DataError(f"{example.where}: the text has no tokens; check the row's fields")
         encoded.append(EncodedExample(ids, segments, truncated))
     return encoded
 
@@ -187,14 +187,14 @@ def _truncated(example: Example, length: int, tokenizer: Any, max_length: int) -
         strategy = ("only_first", "only_second")[cut]
         reserved += len(tokenizer(texts[1 - cut], add_special_tokens=False, verbose=False)["input_ids"])
     if reserved >= max_length:
-        raise DataError(f"{too_long}, and {reserved} of them cannot be cut; raise it")
+        raise DataError(f"{too_long}, and {reserved} of them cannot be truncated; increase it")
     encoded = tokenizer(*texts, truncation=strategy, max_length=max_length, return_attention_mask=False, verbose=False)
     types = encoded.get("token_type_ids")
     return list(encoded["input_ids"]), None if types is None else list(types)
 
 
 def _position_of_cut(task: Task) -> int | None:
-    """Which of the two texts is the ``truncate_field`` and nothing else."""
+    """Return the position of the text that consists of ``truncate_field`` only, or None."""
     name = task.truncate_field
     if name is None:
         return None
@@ -211,30 +211,33 @@ _PROMPTS_AT_A_TIME = 1000
 
 
 class PromptEncoder:
-    """Turns prompts into ids in the one way that both the answers and the examples are encoded in.
+    """Encodes prompts to token ids, identically for examples and for finding the answers' tokens.
 
     Args:
         tokenizer: A Hugging Face tokenizer.
-        delimiter: What will stand between prompt and answer. Where that is nothing, spaces at the prompt's
-            end are taken for the delimiter, as lm-evaluation-harness does: left in the prompt they would be
-            a token of their own, and the answer's token (with its space) could not follow.
-        chat_template: Whether to wrap each prompt as a user's message in the tokenizer's chat template. Its
-            generation prompt then stands before the answer, in place of the delimiter.
+        delimiter: Text between prompt and answer. If it is empty, spaces at the end of a prompt are the delimiter,
+            as in lm-evaluation-harness: left in the prompt they would be a token of their own, and the answer's
+            token (with its space) could not follow.
+        chat_template: Wrap each prompt as a user message in the tokenizer's chat template; its generation prompt
+            replaces the delimiter.
+
+    Raises:
+        DataError: ``chat_template`` is set, and the tokenizer has none.
     """
 
     def __init__(self, tokenizer: Any, *, delimiter: str, chat_template: bool = False) -> None:
         if chat_template and not getattr(tokenizer, "chat_template", None):
-            raise DataError("this tokenizer has no chat template; leave out --chat-template")
+            raise DataError("the tokenizer has no chat template; omit --chat-template")
         self.tokenizer = tokenizer
         self.chat_template = chat_template
         self.delimiter = "" if chat_template else delimiter
         self._frame: tuple[int, int] | None = None
 
     def context(self, text: str) -> tuple[str, str]:
-        """The prompt as encoded, and what stands between it and the answer.
+        """Return the prompt text to encode, and the text between it and the answer.
 
         Raises:
-            DataError: The tokenizer's chat template does not take it.
+            DataError: The tokenizer's chat template fails on a user message.
         """
         if self.chat_template:
             messages = [{"role": "user", "content": text}]
@@ -242,8 +245,7 @@ class PromptEncoder:
                 text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
             except Exception as error:  # a template may raise anything
                 raise DataError(
-                    f"the tokenizer's chat template does not take a user's message: {first_line(error)}; "
-                    "leave out --chat-template"
+                    f"the tokenizer's chat template fails on a user message: {first_line(error)}; omit --chat-template"
                 ) from None
         if self.delimiter:
             return text, self.delimiter
@@ -251,15 +253,15 @@ class PromptEncoder:
         return bare, text[len(bare) :]
 
     def ids(self, text: str) -> list[int]:
-        """Token ids of one prompt, with the special tokens that begin it and without those that end it."""
+        """Return the token ids of one prompt, with leading and without trailing special tokens."""
         return self.batch([text])[0]
 
     def batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """`ids` of many prompts."""
+        """Return the token ids of many prompts; see :meth:`ids`."""
         return self.encode([self.context(text)[0] for text in texts])
 
     def encode(self, contexts: Sequence[str]) -> list[list[int]]:
-        """Token ids of contexts, as `context` returns them."""
+        """Return the token ids of contexts, the first values that :meth:`context` returns."""
         encoded: list[list[int]] = []
         for start in range(0, len(contexts), _PROMPTS_AT_A_TIME):
             # A chat template writes the special tokens itself.
@@ -270,10 +272,10 @@ class PromptEncoder:
         return [ids[: len(ids) - behind] for ids in encoded] if behind else encoded
 
     def frame(self, context: str) -> tuple[int, int]:
-        """How many special tokens the tokenizer puts before and behind a text.
+        """Return the numbers of special tokens that the tokenizer adds before and after a text.
 
         Raises:
-            DataError: It changes the text's own tokens along with them.
+            DataError: Adding special tokens changes the text's own tokens.
         """
         if self.chat_template:
             return 0, 0
@@ -286,8 +288,8 @@ class PromptEncoder:
             )
             if before is None or not bare:
                 raise DataError(
-                    "this tokenizer encodes a prompt differently with and without special tokens, so that "
-                    "the answer's place cannot be told; use the base model's own tokenizer"
+                    "the tokenizer encodes a prompt differently with and without special tokens, so the "
+                    "answer's position is unknown; use the base model's own tokenizer"
                 )
             self._frame = before, len(whole) - before - len(bare)
         return self._frame
@@ -317,30 +319,30 @@ def answer_token_ids(
     chat_template: bool = False,
     labels: Sequence[str] | None = None,
 ) -> list[int]:
-    """Vocabulary index of each answer.
+    """Return the token id of each answer.
 
-    Prompt and prompt with answer are both encoded, and the difference is taken: the answer's token depends
-    on what precedes it ("A" and " A" differ), on the tokenizer's kind, and on merges across the boundary.
-    Checked on the whole first prompt, and on every distinct last word among the others.
+    The prompt is encoded with and without the answer, and the difference is the answer's token: it depends on the
+    preceding text ("A" and " A" differ), on the tokenizer, and on merges across the boundary. It is checked on the
+    whole first prompt, and on every distinct last word of the other prompts.
 
     Args:
         tokenizer: A Hugging Face tokenizer.
-        prompts: Rendered prompts, at least one, as `render` gives them (not wrapped in a chat template).
+        prompts: Rendered prompts, at least one, without chat template.
         choices: The C answers.
-        delimiter: The task's ``target_delimiter``; with a chat template there is none, as the template's
-            generation prompt ends the context.
-        chat_template: Whether the prompts are wrapped in the tokenizer's chat template.
-        labels: The prompts' rows, as an error message names them.
+        delimiter: The task's ``target_delimiter``; ignored with a chat template, whose generation prompt ends the
+            context.
+        chat_template: Wrap the prompts in the tokenizer's chat template.
+        labels: Names of the prompts' rows in error messages.
 
     Returns:
         C distinct token ids.
 
     Raises:
-        DataError: An answer is not one token, or unknown to the tokenizer; two share a token; an answer
-            merges with the prompt's end, or is another token after another prompt. The answer is named.
+        DataError: An answer is not a single known token, two answers share a token, an answer merges with the end
+            of the prompt, or its token depends on the prompt. The message names the answer.
     """
     if not prompts:
-        raise DataError("no prompt to find the answers' tokens with; give at least one row")
+        raise DataError("finding the answers' tokens requires a prompt; give at least one row")
     encoder = PromptEncoder(tokenizer, delimiter=delimiter, chat_template=chat_template)
     first = _appended_ids(encoder, [encoder.context(prompts[0])], choices)[0]
     ids: list[int] = []
@@ -349,8 +351,8 @@ def answer_token_ids(
     for position, token in enumerate(ids):
         if token in ids[:position]:
             raise DataError(
-                f"the answers {quoted(choices[ids.index(token)])} and {quoted(choices[position])} are the "
-                f"same token ({token}) to this tokenizer; choose others in doc_to_choice"
+                f"answers {quoted(choices[ids.index(token)])} and {quoted(choices[position])} have the same token "
+                f"({token}) in this tokenizer; change doc_to_choice"
             )
     _check_other_prompts(encoder, prompts, choices, ids, labels)
     return ids
@@ -371,21 +373,21 @@ def _check_other_prompts(
     for position, found in zip(tails.values(), _appended_ids(encoder, list(tails), choices), strict=True):
         if found == expected:
             continue
-        # The last word alone may be encoded otherwise than within its prompt: the prompt itself decides.
+        # The last word alone may be encoded differently than within its prompt: check the whole prompt.
         whole = _appended_ids(encoder, [encoder.context(prompts[position])], choices)[0]
         for choice, token, appended in zip(choices, ids, whole, strict=True):
             if appended != [token]:
                 where = labels[position] if labels is not None else f"prompt {position}"
                 raise DataError(
-                    f"{where}: the answer {quoted(choice)} is {_described(appended)} there, but token "
-                    f"{token} after the first prompt; end every prompt with the same cue, such as 'Answer:'"
+                    f"{where}: answer {quoted(choice)} is {_described(appended)}, but token {token} after the "
+                    "first prompt; end every prompt with the same text, such as 'Answer:'"
                 )
 
 
 def _appended_ids(
     encoder: PromptEncoder, contexts: Sequence[tuple[str, str]], choices: Sequence[str]
 ) -> list[list[list[int] | None]]:
-    """What each answer appends to each context: its ids, or None where the context's own ids change."""
+    """Return the ids that each answer appends to each context, or None if the context's own ids change."""
     texts = [context for context, _ in contexts]
     texts += [context + between + choice for context, between in contexts for choice in choices]
     encoded = encoder.encode(texts)
@@ -405,27 +407,27 @@ def _appended_ids(
 def _single_token(tokenizer: Any, choice: str, appended: list[int] | None, *, delimiter: str) -> int:
     if appended is None:
         raise DataError(
-            f"the answer {quoted(choice)} merges with the end of the prompt to this tokenizer (delimiter "
-            f"{quoted(delimiter)}); change target_delimiter, or how doc_to_text ends"
+            f"answer {quoted(choice)} merges with the end of the prompt in this tokenizer (delimiter "
+            f"{quoted(delimiter)}); change target_delimiter, or the end of doc_to_text"
         )
     if len(appended) != 1:
         raise DataError(
-            f"the answer {quoted(choice)} is {_described(appended)} to this tokenizer, not one; choose "
+            f"answer {quoted(choice)} is {_described(appended)} in this tokenizer, not one; use "
             "single-token answers in doc_to_choice, such as letters, or change target_delimiter"
         )
     if appended[0] == getattr(tokenizer, "unk_token_id", None):
-        raise DataError(f"the answer {quoted(choice)} is unknown to this tokenizer; choose another in doc_to_choice")
+        raise DataError(f"answer {quoted(choice)} is not in the tokenizer's vocabulary; change doc_to_choice")
     return appended[0]
 
 
 def _described(appended: list[int] | None) -> str:
     if appended is None:
-        return "merged with the prompt's end"
+        return "merged with the end of the prompt"
     return f"token {appended[0]}" if len(appended) == 1 else f"{len(appended)} tokens"
 
 
 def _last_word(text: str) -> str:
-    """The end of a text from the white space before its last word on."""
+    """Return the last word of a text with the white space before it."""
     stripped = text.rstrip()
     start = max(stripped.rfind(" "), stripped.rfind("\n"), 0)
     return text[max(start, len(text) - _TAIL) :]

@@ -65,7 +65,7 @@ def training_curve(
     chosen = sorted(order[:TOLERANCE_ROWS].tolist())
     device = inputs.model.outputs.device
     predictor = LinearisedPredictor(
-        run.answers,
+        run.output_model,
         run.layers,
         posterior.on_device(run.layers, device, run.working_dtype),
         torch.tensor(grid()).unsqueeze(1).expand(-1, len(run.layers)),

@@ -95,7 +95,7 @@ class FitInputs:
     def run(self, settings: FitSettings, progress: Progress | None = None) -> CurvatureRun:
         """Return the passes over the data that a structure of the curvature is computed from."""
         return CurvatureRun(
-            answers=self.model.outputs,
+            output_model=self.model.outputs,
             layers=find_bayesian_layers(self.model.loaded.model, settings.subset),
             batches=lambda: self.model.sharded_batches(self.encoded),
             targets=[example.target for example in self.rows.examples],
@@ -552,7 +552,7 @@ def fit_posterior(run: CurvatureRun, settings: FitSettings) -> tuple[Posterior, 
         return posterior, data.log_likelihood
     from lapora.laplace_torch import asdl_factors, curvlinops_factors
 
-    rows = (run.answers, run.layers, run.batches(), run.targets)
+    rows = (run.output_model, run.layers, run.batches(), run.targets)
     if settings.weight_sharing == "asdl":
         factors, log_likelihood = asdl_factors(*rows, run.progress)
     else:
@@ -567,8 +567,8 @@ def _rank(settings: FitSettings) -> int | None:
 def _kept(posterior: Posterior) -> float:
     """Return the share of the curvature's trace that the basis holds, the smallest of the layers'."""
     if isinstance(posterior, BlockPosterior):
-        return min(block.kept for block in posterior.blocks)
-    return posterior.kept
+        return min(block.retained_trace for block in posterior.blocks)
+    return posterior.retained_trace
 
 
 def _values(row: Mapping[str, Any] | Row, number: int) -> dict[str, Any]:

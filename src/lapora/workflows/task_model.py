@@ -123,7 +123,7 @@ class TaskModel:
 
     def batches(self, encoded: Sequence[EncodedExample]) -> BatchFeed:
         """Return batches of rows of similar length, each padded independently of its neighbors, on the device."""
-        return BatchFeed(self.outputs, encoded, self.batch_size, even=True)
+        return BatchFeed(self.outputs, encoded, self.batch_size, bucketed=True)
 
     def sharded_batches(self, encoded: Sequence[EncodedExample]) -> BatchFeed:
         """Return the batches of this process's shard of the rows, padded to their longest row."""
