@@ -1,7 +1,6 @@
 """Calibrated probabilities for LoRA fine-tuned language models, by the Laplace approximation.
 
-The functions here are those of :mod:`lapora.api` and :mod:`lapora.api`; they are imported when first used, since
-torch comes with them.
+The functions are those of :mod:`lapora.api`. They are imported at first use, because they import torch.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -38,6 +37,10 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module 'lapora' has no attribute {name!r}")
-    from lapora import api, routed
+    from lapora import api
 
-    return getattr(routed if name in ("RoutedPredictor", "load_many") else api, name)
+    return getattr(api, name)
+
+
+def __dir__() -> list[str]:
+    return __all__

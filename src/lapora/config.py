@@ -71,6 +71,9 @@ CHECKPOINTS, DATA, MODEL, OUTPUT, ADVANCED = "Checkpoints", "Data", "Model", "Ou
 PANELS = (FITTED, PRIOR, PREDICTIONS, SCORES, CHECKPOINTS, DATA, MODEL, OUTPUT, ADVANCED)
 """Panels of ``--help``, in the order in which they are shown."""
 
+ONE_PANEL = 10
+"""Commands with no more options than this show them in one panel."""
+
 
 @dataclass(frozen=True)
 class Option:
@@ -144,8 +147,12 @@ class DeclaredOption:
     @property
     def default_text(self) -> str:
         """The default as help and documentation show it; empty where there is none to show."""
-        if self.option.shown or self.default in (MISSING, None, False, (), ""):
-            return self.option.shown or (self.option.none or "" if self.default is None else "")
+        if self.option.shown:
+            return self.option.shown
+        if self.default is None:
+            return self.option.none or ""
+        if self.default is MISSING or self.default is False or self.default in ((), ""):
+            return ""
         if isinstance(self.default, tuple):
             return ", ".join(map(str, self.default))
         return f"{self.default:g}" if isinstance(self.default, float) else str(self.default)
@@ -291,6 +298,7 @@ class ModelSettings:
         Option(
             "Processes that share the rows, from :func:`lapora.distributed.init_processes`.",
             command_line=False,
+            shown="this process",
         ),
     ] = SINGLE_PROCESS
     gradient_checkpointing: Annotated[bool, Option("Recompute activations: less memory, more time.")] = False
@@ -440,8 +448,8 @@ class PriorSettings:
     method: Annotated[
         PriorMethod,
         Option(
-            "validation (NLL of held-out rows), marglik (marginal likelihood), adapted (the same, at the mode of the "
-            "linearized model) or auto (validation if there are rows for it, else marglik).",
+            "validation (NLL of held-out rows), marglik (marginal likelihood), adapted (marglik, linearized) or auto "
+            "(validation if possible).",
             PRIOR,
             metavar="NAME",
             synonyms=_PRIOR_SYNONYMS,
@@ -450,7 +458,7 @@ class PriorSettings:
     structure: Annotated[
         PriorStructure,
         Option(
-            "One precision (scalar), one per kind of matrix: A, B, head (kind), or one per layer (layer).",
+            "scalar (one precision), kind (one each for A, B, head) or layer (one per layer).",
             PRIOR,
             flag="--prior",
             metavar="NAME",
@@ -461,9 +469,7 @@ class PriorSettings:
         Optimizer,
         Option("For marglik: exact (root finding) or adam (as in the paper).", PRIOR, metavar="NAME"),
     ] = "exact"
-    learning_rate: Annotated[
-        float, Option("Learning rate of adam, on the log precision.", PRIOR, flag="--lr", metavar="RATE", min=0)
-    ] = 0.1
+    learning_rate: Annotated[float, Option("Learning rate of adam.", PRIOR, flag="--lr", metavar="RATE", min=0)] = 0.1
     steps: Annotated[int, Option("Steps of adam.", PRIOR, metavar="N", min=1)] = 1000
     link: Annotated[
         Link,
@@ -511,7 +517,7 @@ class EvalSettings:
     ] = ()
     temperature_split: Annotated[
         str | None,
-        Option("Split to fit it on.", SCORES, metavar="SPLIT", shown="rows of tune-prior"),
+        Option("Split for temperature.", SCORES, metavar="SPLIT", shown="rows of tune-prior"),
     ] = None
     temperature_oracle: Annotated[bool, Option("Add the temperature fitted on the scored rows.", SCORES)] = False
     ood: Annotated[tuple[str, ...], Option("Out-of-distribution task. Repeatable.", DATA, metavar="TASK")] = ()

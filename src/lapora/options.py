@@ -82,13 +82,15 @@ def describe(option: DeclaredOption) -> str:
     """Return the help of an option with its bounds and default, in the words of Python."""
     text = re.sub(r"--([a-z][a-z-]*)", lambda found: f"``{found[1].replace('-', '_')}``", option.option.help)
     text = text.replace(" Repeatable.", " A list." if option.several else "")
+    if option.option.none:
+        text = text.replace(option.option.none, "None")
     if option.option.metavar == "SECONDS":
         text = text.replace(";", " in seconds;")
     if bounds := option.bounds:
         text += f" {bounds.capitalize()}."
     if shown := option.option.shown:
         return f"{text} Default: {shown}."
-    return text if option.default is None else f"{text} Default: ``{option.default!r}``."
+    return text if option.default in (None, ()) else f"{text} Default: ``{option.default!r}``."
 
 
 def settings_of(settings: type, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -114,12 +116,11 @@ class ModelOptions(TypedDict, total=False):
         quantize: Quantization of the base model: none, 8bit, 4bit.
         dtype: Weight type: float32, bfloat16, float16, float64 or auto (float32 on a CPU, else as saved).
         device: auto (GPU if any), cpu, cuda:1 ... Default: ``'auto'``.
-        batch_size: Rows per batch; auto: by memory. At least 1.
+        batch_size: Rows per batch; None: by memory. At least 1.
         output_dir: Folder that holds laplace/, if not ADAPTER.
         trust_remote_code: Run code that comes with the base model or tokenizer. Default: ``False``.
         revision: Branch, tag or commit of an adapter on the Hub.
-        processes: Processes that share the rows, from :func:`lapora.distributed.init_processes`. Default:
-            ``<lapora.distributed.Processes object at 0x7f1dc96126d0>``.
+        processes: Processes that share the rows, from :func:`lapora.distributed.init_processes`. Default: this process.
         gradient_checkpointing: Recompute activations: less memory, more time. Default: ``False``.
         device_map: Spread layers over devices: auto or balanced (evenly), balanced_low_0 (least on GPU 0), sequential.
         max_memory: With ``device_map``: limits, as 0=20GiB,cpu=60GiB.
@@ -202,12 +203,12 @@ class PriorOptions(DataOptions, ModelOptions, total=False):
 
     Attributes:
         name: Name of the posterior. Default: ``'default'``.
-        method: validation (NLL of held-out rows), marglik (marginal likelihood), adapted (the same, at the mode of the
-            linearized model) or auto (validation if there are rows for it, else marglik). Default: ``'auto'``.
-        structure: One precision (scalar), one per kind of matrix: A, B, head (kind), or one per layer (layer). Default:
+        method: validation (NLL of held-out rows), marglik (marginal likelihood), adapted (marglik, linearized) or auto
+            (validation if possible). Default: ``'auto'``.
+        structure: scalar (one precision), kind (one each for A, B, head) or layer (one per layer). Default:
             ``'scalar'``.
         optimizer: For marglik: exact (root finding) or adam (as in the paper). Default: ``'exact'``.
-        learning_rate: Learning rate of adam, on the log precision. At least 0. Default: ``0.1``.
+        learning_rate: Learning rate of adam. At least 0. Default: ``0.1``.
         steps: Steps of adam. At least 1. Default: ``1000``.
         link: For validation: mc-joint (sampled logits), mc-indep (no covariance), probit, bridge (Laplace bridge) or
             map (plain adapter). Default: ``'mc-joint'``.
@@ -236,11 +237,11 @@ class EvalOptions(DataOptions, ModelOptions, total=False):
         samples: Points of the mc links. At least 2. Default: ``2048``.
         seed: Random seed. Default: ``0``.
         dropout_samples: Forward passes of mc-dropout. At least 2. Default: ``20``.
-        ensemble: Adapter, or folder of checkpoints. A list. Default: ``()``.
-        temperature_split: Split to fit it on. Default: rows of tune-prior.
+        ensemble: Adapter, or folder of checkpoints. A list.
+        temperature_split: Split for temperature. Default: rows of tune-prior.
         temperature_oracle: Add the temperature fitted on the scored rows. Default: ``False``.
-        ood: Out-of-distribution task. A list. Default: ``()``.
-        ood_data_dirs: Folder of the ``ood`` rows. A list. Default: ``()``.
+        ood: Out-of-distribution task. A list.
+        ood_data_dirs: Folder of the ``ood`` rows. A list.
         coverage: Print the ``abstain_below`` that keeps this share. Above 0, at most 1.
     """
 

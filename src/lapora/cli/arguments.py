@@ -12,7 +12,7 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 import typer
 
 from lapora.cli.console import set_rank
-from lapora.config import OUTPUT, DeclaredOption, ModelSettings, Option, declared, options_of
+from lapora.config import ONE_PANEL, OUTPUT, PANELS, DeclaredOption, ModelSettings, Option, declared, options_of
 from lapora.distributed import init_processes, is_launched
 from lapora.errors import UsageError
 from lapora.models.adapter import local_model
@@ -107,13 +107,21 @@ def command(*, writes: bool = False) -> Callable[[Callable[..., None]], Callable
                     arguments[group.name] = models if group.several else models[0]
             function(**arguments)
 
-        parameters = [_parameter(key, each) for key, each in options.items()]
+        parameters = [_parameter(key, each) for key, each in _in_order(options)]
         wrapper: Any = run
         wrapper.__signature__ = inspect.Signature(parameters)
         wrapper.__annotations__ = {each.name: each.annotation for each in parameters}
         return run
 
     return decorate
+
+
+def _in_order(options: Mapping[str, DeclaredOption]) -> list[tuple[str, DeclaredOption]]:
+    """Sort the options by panel, if they are many; positional arguments stay first."""
+    flags = [each for each in options.items() if each[1].flag.startswith("-")]
+    if len(flags) > ONE_PANEL:
+        flags.sort(key=lambda each: PANELS.index(each[1].option.panel))
+    return [each for each in options.items() if each not in flags] + flags
 
 
 def _group(name: str, hint: Any) -> _Group | None:
@@ -148,7 +156,7 @@ def _parameter(key: str, declared_option: DeclaredOption) -> inspect.Parameter:
     about: dict[str, Any] = {
         "help": option.help,
         "rich_help_panel": option.panel,
-        "show_default": declared_option.default_text or False,
+        "show_default": option.shown or bool(declared_option.default_text),
         "autocompletion": _completion(choices) if choices else None,
     }
     hint = list[kind] if declared_option.several else kind if kind is bool else kind | None  # type: ignore[valid-type]

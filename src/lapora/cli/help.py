@@ -12,11 +12,9 @@ from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
-from lapora.config import ADVANCED, PANELS
+from lapora.config import ADVANCED, ONE_PANEL
 
 _WIDEST = 100
-_FEW = 10
-"""A command with no more options than this has one panel."""
 
 
 class Command(typer.core.TyperCommand):
@@ -65,9 +63,8 @@ def _page(command: Any, ctx: Any, commands: dict[str, str]) -> str:
     panels: dict[str, list[tuple[str, Text]]] = {}
     if commands:
         panels["Commands"] = [(name, Text(text.partition(".")[0] + ".")) for name, text in commands.items()]
-    few = len(options) <= _FEW
-    for option in options if few else sorted(options, key=lambda each: PANELS.index(each.rich_help_panel or ADVANCED)):
-        panel = "Options" if few else option.rich_help_panel or ADVANCED
+    for option in options:
+        panel = "Options" if len(options) <= ONE_PANEL + 1 else option.rich_help_panel or ADVANCED  # and --help
         panels.setdefault(panel, []).append((_flags(option), _explained(option)))
     positional = [(_name(each), _explained(each)) for each in arguments]
     first = max(len(name) for rows in (positional, *panels.values()) for name, _ in rows)
@@ -110,6 +107,8 @@ def _flags(option: typer.core.TyperOption) -> str:
 
 def _explained(parameter: Any) -> Text:
     text = Text(" ".join((parameter.help or "").split()))
-    if isinstance(parameter.show_default, str):
-        text.append(f" [default: {parameter.show_default}]", "dim")
+    default = parameter.default if parameter.show_default is True else parameter.show_default
+    if parameter.show_default and default is not None and default is not True:
+        shown = ", ".join(map(str, default)) if isinstance(default, list | tuple) else default
+        text.append(f" [default: {shown:g}]" if isinstance(shown, float) else f" [default: {shown}]", "dim")
     return text
