@@ -70,7 +70,7 @@ def command(*, writes: bool = False) -> Callable[[Callable[..., None]], Callable
         writes: Whether the command writes a posterior, which cannot go into the cache of the Hub.
 
     Raises:
-        UsageError: By the command: wrong values, all of them in one error, or options that contradict each other.
+        UsageError: By the command: options that contradict each other.
         AdapterError: By the command: the Hub has no such adapter, or cannot be reached.
     """
 
@@ -95,7 +95,7 @@ def command(*, writes: bool = False) -> Callable[[Callable[..., None]], Callable
 
         @functools.wraps(function)
         def run(**words: Any) -> None:
-            values = _read(options, words)
+            values = {key: _converted(each, words[key]) for key, each in options.items()}
             arguments = {name: values[_key(each)] for name, each in own.items()}
             for group in groups:
                 found = {field: values[_key(each)] for field, each in group.options.items()}
@@ -111,6 +111,7 @@ def command(*, writes: bool = False) -> Callable[[Callable[..., None]], Callable
         wrapper: Any = run
         wrapper.__signature__ = inspect.Signature(parameters)
         wrapper.__annotations__ = {each.name: each.annotation for each in parameters}
+        wrapper.refuse_wrong_values = functools.partial(_refuse_wrong_values, options)  # see cli/help.py
         return run
 
     return decorate
@@ -182,30 +183,32 @@ def _completion(choices: tuple[str, ...]) -> Callable[[str], list[str]]:
     return complete
 
 
-def _read(options: Mapping[str, DeclaredOption], words: Mapping[str, Any]) -> dict[str, Any]:
-    """Convert and check the values of the command line.
+def _refuse_wrong_values(options: Mapping[str, DeclaredOption], words: Mapping[str, Any]) -> None:
+    """Check all values of the command line.
 
     Raises:
         UsageError: Wrong values; the message names every one.
     """
-    found, problems = {}, []
+    problems = []
     for key, each in options.items():
-        word = words[key]
-        values = word if each.several else [word]
-        if each.option.commas:
-            values = [part.strip() for value in values for part in value.split(",")]
-        if (none := each.option.none) is not None:
-            values = [None if value == none else int(value) if value.isdigit() else value for value in values]
-        for value in values:
+        found = _converted(each, words[key])
+        for value in found if each.several else [found]:
             problem = each.problem(value)
-            if none is not None and value is not None and (isinstance(value, str) or problem):
-                problem = f"{none}, or a positive number"
+            if each.option.none and value is not None and (problem or not isinstance(value, int)):
+                problem = f"{each.option.none}, or a positive number"
             if problem:
                 problems.append(f"{each.flag} {value}: {problem}")
-        found[key] = tuple(values) if each.several else values[0]
     if problems:
         raise UsageError("; ".join(problems))
-    return found
+
+
+def _converted(option: DeclaredOption, word: Any) -> Any:
+    """Return the value of an option: the word for None as None, several values as a tuple."""
+    if option.several:
+        return tuple(part.strip() for each in word for part in each.split(",")) if option.option.commas else tuple(word)
+    if option.option.none:
+        return None if word == option.option.none else int(word) if word.isdigit() else word
+    return word
 
 
 def _models(adapters: tuple[str, ...] | list[str], settings: dict[str, Any], *, writes: bool) -> list[ModelSettings]:

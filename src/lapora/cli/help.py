@@ -1,4 +1,4 @@
-"""``--help``: options in panels, choices and defaults in plain text, examples at the end."""
+"""A command of Typer with lapora's help: options in panels, choices and defaults in plain text, examples at the end."""
 
 from __future__ import annotations
 
@@ -31,6 +31,13 @@ class Command(typer.core.TyperCommand):
     def get_help_option_names(self, ctx: Any) -> list[str]:
         """Return ``-h`` and ``--help``, in this order."""
         return sorted(super().get_help_option_names(ctx), key=len)
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Parse the command line, and refuse all wrong values in one error."""
+        rest = super().parse_args(ctx, args)
+        if not ctx.resilient_parsing:
+            self.callback.refuse_wrong_values(ctx.params)  # type: ignore[union-attr]
+        return rest
 
     def collect_usage_pieces(self, ctx: Any) -> list[str]:
         """Return ``[OPTIONS] ADAPTER [INPUT]``."""
