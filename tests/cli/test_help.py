@@ -147,6 +147,14 @@ def test_mistakes_are_named_with_what_was_meant(arguments, words, monkeypatch, c
     assert status == 2 and words in errors and len(errors.splitlines()) == 1
 
 
+def test_the_program_alone_prints_its_help(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["lapora"])
+    with pytest.raises(SystemExit) as ended:
+        run()
+    out, err = capsys.readouterr()
+    assert (ended.value.code, err) == (2, "") and "tune-prior" in out
+
+
 def test_completion_offers_the_choices():
     found = parameters_of("fit")["--structure"].shell_complete(typer.Context(typer.main.get_command(app)), "k")
     assert [getattr(each, "value", each) for each in found] == ["kron"]

@@ -23,7 +23,6 @@ from lapora.errors import LaporaError, LaporaWarning, UsageError
 app = typer.Typer(
     name="lapora",
     cls=Group,
-    no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -77,17 +76,15 @@ def run() -> None:
     except tuple(ENDINGS) as error:
         ending = next(ending for kind, ending in ENDINGS.items() if isinstance(error, kind))
         status, message, reporting_rank = ending(error)
-        if message:
-            print_error(message, reporting_rank)
+        print_error(message, reporting_rank)
     sys.exit(status if isinstance(status, int) else 0)
 
 
 def _usage_message(error: typer.TyperException) -> str:
-    """Return Typer's message in one line; empty for ``lapora`` alone, which has printed its help."""
-    message = str(getattr(error, "format_message", error.__str__)()).strip()
+    """Return Typer's message, in one line."""
     if similar := getattr(error, "possibilities", None):
-        message = f"{getattr(error, 'message', message)}; did you mean {' or '.join(sorted(similar))}?"
-    return f"{message} (see --help)" if message else ""
+        return f"{getattr(error, 'message', '')}; did you mean {' or '.join(sorted(similar))}? (see --help)"
+    return f"{getattr(error, 'format_message', error.__str__)().strip()} (see --help)"
 
 
 def _show_warning(

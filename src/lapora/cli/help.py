@@ -6,6 +6,7 @@ import textwrap
 from collections.abc import Sequence
 from typing import Any
 
+import typer
 import typer.core
 from rich.console import Console
 from rich.rule import Rule
@@ -51,6 +52,13 @@ class Command(typer.core.TyperCommand):
 
 class Group(typer.core.TyperGroup):
     """The program itself, with its commands."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Parse the command line; without arguments, print the help and exit with status 2."""
+        if not args and not ctx.resilient_parsing:
+            typer.echo(ctx.get_help())
+            raise typer.Exit(2)
+        return super().parse_args(ctx, args)
 
     def get_help_option_names(self, ctx: Any) -> list[str]:
         """Return ``-h`` and ``--help``, in this order."""
@@ -115,7 +123,7 @@ def _flags(option: typer.core.TyperOption) -> str:
 def _explained(parameter: Any) -> Text:
     text = Text(" ".join((parameter.help or "").split()))
     default = parameter.default if parameter.show_default is True else parameter.show_default
-    if parameter.show_default and default is not None and default is not True:
+    if parameter.show_default and default is not None and not isinstance(default, bool):
         shown = ", ".join(map(str, default)) if isinstance(default, list | tuple) else default
         text.append(f" [default: {shown:g}]" if isinstance(shown, float) else f" [default: {shown}]", "dim")
     return text
