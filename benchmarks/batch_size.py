@@ -1,6 +1,6 @@
-"""Which token budget is fastest: ``python -m benchmarks.batch_size [BUDGET...]``.
+"""Compare token budgets per batch: ``python -m benchmarks.batch_size [BUDGET...]``.
 
-Rows of 8 to 64 tokens, sorted by length, through the 22M encoder; fit and predict, budgets by turns.
+Time of fit and predict on rows of 8 to 64 tokens, sorted by length, with the 22M encoder; budgets alternate.
 """
 
 from __future__ import annotations

@@ -1,15 +1,15 @@
-"""lapora against the physical floor and against its peers, on the same batches of the same model.
+"""Compare lapora with the minimum work and with other libraries, on the same batches of the same model.
 
-The floor of C answers is one forward and C-1 backward passes: the logits, and by plain autograd the gradients
-of C-1 logit combinations with respect to the LoRA weights. Links that need every class are set against C
+The floor for C answers is one forward and C-1 backward passes: the logits, and by plain autograd the gradients
+of C-1 logit combinations with respect to the LoRA weights. Links that need every class are compared with C
 backward passes.
 
     python -m benchmarks.floor                   # the table of ratios
-    python -m benchmarks.floor --peers           # laplace-torch with ASDL and curvlinops and bayesian-lora beside it
-    python -m benchmarks.floor --memory          # peak memory, each contestant in a process of its own
+    python -m benchmarks.floor --peers           # add laplace-torch (ASDL, curvlinops) and bayesian-lora
+    python -m benchmarks.floor --memory          # peak memory, each program in its own process
 
-Time is measured in one process, floor and contestant by turns, medians of several rounds. Model loading is out,
-eigendecompositions are in.
+Time is measured in one process, floor and programs alternating, as medians of several rounds. Model loading is
+excluded, eigendecompositions are included.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ PEER_CASES: list[dict[str, Any]] = [
 
 
 def floor(it: Subject, backward: int) -> None:
-    """One forward and ``backward`` backward passes a batch, with respect to the LoRA weights."""
+    """Run one forward and ``backward`` backward passes per batch, with respect to the LoRA weights."""
     weights = [layer.module.weight for layer in it.layers]
     for weight in weights:
         weight.requires_grad_(True)
@@ -77,7 +77,7 @@ def predict(it: Subject, posterior: Posterior, link: Any) -> None:
 
 
 def contestants(it: Subject, *, peers: bool = False) -> dict[str, tuple[int, Callable[[], object]]]:
-    """What is measured, and the number of backward passes of its floor."""
+    """Programs to measure, each with the number of backward passes of its floor."""
     less, posterior = it.classes - 1, fit(it).on_device(it.layers, it.answers.device, torch.float32)
     found: dict[str, tuple[int, Callable[[], object]]] = {
         "lapora fit": (less, lambda: fit(it)),
@@ -94,7 +94,7 @@ def contestants(it: Subject, *, peers: bool = False) -> dict[str, tuple[int, Cal
 
 
 def measure(case: dict[str, Any], rounds: int, peers: bool) -> list[dict[str, Any]]:
-    """Medians of floor and contestants, taken by turns."""
+    """Return median times of floor and programs, measured alternately."""
     it = subject(**case)
     racers = contestants(it, peers=peers)
     times: dict[str, list[float]] = {name: [] for name in racers}
@@ -126,7 +126,7 @@ def timed(run: Callable[[], object]) -> float:
 
 
 def peak(case: dict[str, Any], name: str, peers: bool) -> float:
-    """Peak memory beyond the loaded model, in MiB, of one contestant (or ``floor``) in this process."""
+    """Return the peak memory beyond the loaded model, in MiB, of one program (or ``floor``) in this process."""
     it = subject(**case)
     if name == "floor":
         run: Callable[[], object] = lambda: floor(it, it.classes - 1)  # noqa: E731
@@ -138,7 +138,7 @@ def peak(case: dict[str, Any], name: str, peers: bool) -> float:
 
 
 def _alone(it: Subject, name: str) -> Callable[[], object]:
-    """The contestant without the others' preparations: prediction is from a posterior of no data."""
+    """Return one program without preparing the others; it predicts from a posterior without rows."""
     if name == "lapora fit":
         return lambda: fit(it)
     few = Subject(it.answers, it.layers, it.batches[:0], 0, it.classes)

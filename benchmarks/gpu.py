@@ -1,8 +1,8 @@
-"""Fit and predict of a Llama-2-7B shape on a CUDA GPU, beside the floor: ``python -m benchmarks.gpu``.
+"""Measure fit and predict of a Llama-2-7B shape on a CUDA GPU, compared with the floor: ``python -m benchmarks.gpu``.
 
 Random weights in bfloat16, LoRA of rank 8 on q, v and lm_head, 256 tokens, two and four answers. Prints the GPU's name,
-examples per second and peak memory of floor, fit and predict as a Markdown table. ``--quantize 4bit`` holds the base in
-NF4, by way of a folder (13 GB). ``--shape small`` is a shape that runs in seconds anywhere, to try the script with.
+examples per second and peak memory of floor, fit and predict as a Markdown table. ``--quantize 4bit`` saves the base
+to a temporary folder (13 GB) and loads it in NF4. ``--shape small`` runs in seconds on any machine, to test the script.
 """
 
 from __future__ import annotations

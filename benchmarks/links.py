@@ -1,8 +1,8 @@
-"""Every link on one real adapter, as Markdown tables: one posterior, by ``lapora fit`` with its defaults.
+"""Score every link on one real adapter, as Markdown tables, with the posterior of ``lapora fit`` with defaults.
 
-``python -m benchmarks.links [boolq|source2|source5|demo] [--validation]``. The prior is that of the marginal
-likelihood, one for all links. With ``--validation`` a second table has it tuned for each link on a half of the rows;
-the other half is scored.
+``python -m benchmarks.links [boolq|source2|source5|demo] [--validation]``. The prior is chosen by marginal
+likelihood, the same for all links. ``--validation`` adds a table with the prior tuned for each link on half of
+the rows, scored on the other half.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def main() -> None:
 
 
 def one_prior(model: ModelSettings, scored: DataSettings) -> Iterator[str]:
-    """All links under the prior of the marginal likelihood."""
+    """Score all links with the prior by marginal likelihood."""
     record = evaluate(model, scored, names=["links"], links=LINKS)
     yield f"{record['n']} rows, marginal likelihood"
     for result in record["results"]:
@@ -45,7 +45,7 @@ def one_prior(model: ModelSettings, scored: DataSettings) -> Iterator[str]:
 
 
 def own_priors(model: ModelSettings) -> Iterator[str]:
-    """Each link under the prior that was tuned for it."""
+    """Score each link with the prior tuned for it."""
     for link in LINKS:
         tuned = tune_prior(model, settings=PriorSettings(name="links", method="validation", link=link))
         record = evaluate(model, DataSettings(split="validation"), names=["links"], links=[link])

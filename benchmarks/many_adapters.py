@@ -1,4 +1,4 @@
-"""What many adapters on one base cost: time to open one, memory of each, and rows in turn beside one adapter alone.
+"""Measure many adapters on one base: time to load one, memory per adapter, and mixed rows compared with one adapter.
 
 ``python -m benchmarks.many_adapters [--adapters 32] [--rows 512]``. The adapter is the shared two-class one on MiniLM
 (22M parameters), copied.

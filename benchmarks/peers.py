@@ -1,10 +1,10 @@
-"""The libraries that do what lapora does, on the same batches of the same model.
+"""Other libraries for Laplace posteriors, on the same batches of the same model.
 
-laplace-torch with its two backends, and bayesian-lora (PyPI) where it is installed. laplace-torch runs as its
-documentation says, ``Laplace(model, ...)`` with all but the LoRA weights frozen; and once more (``helped``) through
-:mod:`lapora.interop`, which shows it the LoRA weights alone: otherwise ASDL makes per-example gradients of the frozen
-base, too. bayesian-lora sums the curvature of each row's last position alone, keeps wide sides at rank 10 and never
-masks padding: its time is compared, not its result.
+laplace-torch with its two backends, and bayesian-lora (PyPI) if it is installed. laplace-torch runs as documented,
+``Laplace(model, ...)`` with all but the LoRA weights frozen, and also (``helped``) through :mod:`lapora.interop`,
+restricted to the LoRA weights: otherwise ASDL also computes per-example gradients of the frozen base. bayesian-lora
+accumulates the curvature of each row's last position only, truncates wide factors to rank 10 and does not mask
+padding: only its time is compared, not its result.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _RANK, _WIDE = 10, 128
 
 
 def peers(it: Subject) -> dict[str, tuple[int, Callable[[], object]]]:
-    """What is measured, and the number of backward passes of its floor."""
+    """Programs to measure, each with the number of backward passes of its floor."""
     from laplace.curvature import AsdlGGN, CurvlinopsGGN
 
     less = it.classes - 1
@@ -70,13 +70,13 @@ class _Network(nn.Module):
 
 
 class _Rows(list[Any]):
-    """Batches that say how many rows they are, as laplace-torch asks."""
+    """Batches with the length that laplace-torch needs."""
 
     dataset: range
 
 
 class _Documented:
-    """laplace-torch as its documentation says."""
+    """laplace-torch, used as documented."""
 
     def __init__(self, it: Subject, backend: Any) -> None:
         from transformers import BatchEncoding
@@ -121,7 +121,7 @@ class _Documented:
 
 
 def _laplace_torch_fit(it: Subject, factors: Any) -> None:
-    """The sums by laplace-torch's backend, and its own eigendecomposition of them."""
+    """Fit with laplace-torch's backend and eigendecomposition."""
     from laplace.utils.matrix import Kron
 
     found, _ = factors(it.answers, it.layers, it.batches, [0] * it.rows)
@@ -129,7 +129,7 @@ def _laplace_torch_fit(it: Subject, factors: Any) -> None:
 
 
 def _laplace_torch_predict(it: Subject, backend: Any) -> None:
-    """laplace-torch's functional variance of every batch, and 100 samples of the softmax."""
+    """Compute laplace-torch's functional variance of every batch, and 100 samples of the softmax."""
     run = CurvatureRun(it.answers, it.layers, lambda: it.batches, [0] * it.rows, it.classes)
     posterior = fit_structure("kron", run)[0]
     assert isinstance(posterior, BlockPosterior)
@@ -151,7 +151,7 @@ def _sample(mean: torch.Tensor, variance: torch.Tensor) -> None:
 
 @contextmanager
 def _as_bayesian_lora_wants(it: Subject) -> Iterator[None]:
-    """It takes the trainable weights for the LoRA weights, and leaves the model in training mode."""
+    """Restore the model: bayesian-lora uses all trainable weights, and leaves training mode on."""
     try:
         with trainable(it.layers):
             yield

@@ -1,7 +1,7 @@
-"""How the cost of fit and predict grows: ``python -m benchmarks.scaling [PICTURE.png]``.
+"""Measure how the cost of fit and predict grows: ``python -m benchmarks.scaling [PICTURE.png]``.
 
 One size is varied at a time around a small Llama-shaped model; an exponent is fitted to time against size by least
-squares in logarithms. Linear in rows and tokens is 1; below 1 means that fixed costs still matter at that size.
+squares in logarithms. An exponent of 1 is linear; below 1, fixed costs still matter at that size.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The real adapters that benchmarks run on, found beside the checkout or where LAPORA_SHARED says."""
+"""Real adapters for benchmarks, in LAPORA_SHARED or in a folder next to the checkout."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class BenchmarkAdapter:
     choices: str | None
 
     def place(self, folder: Path) -> tuple[ModelSettings, DataSettings]:
-        """Copy the adapter into a folder that may be written, and say how to run it."""
+        """Copy the adapter into a writable folder, and return its settings."""
         if self.name == "demo":
             run_demo(folder / "demo", lambda _: None)
             data = DataSettings(

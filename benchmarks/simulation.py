@@ -1,14 +1,14 @@
-"""Time and memory of a fit, predicted from shapes, and checked against measured runs.
+"""Predict time and memory of a fit from shapes, and compare with measured runs.
 
-    python -m benchmarks.simulation check            # calibrated by three small runs, checked against others
-    python -m benchmarks.simulation draw FILE.png    # the curve from 1 to 1,000 GPUs, and its table
+    python -m benchmarks.simulation check            # calibrate on three small runs, compare with others
+    python -m benchmarks.simulation draw FILE.png    # plot and table for 1 to 1,000 GPUs
 
 Time is operations over speed. One batch costs a forward pass, K = C-1 backward passes for activations alone (no weight
-gradients), the sums of the factors, and a fixed time for each layer it passes; once come the decompositions. On W
-processes every rank takes N / W rows, the sums are all-reduced, and the decompositions are shared out by side: the
-longest one bounds them.
+gradients), the sums of the factors, and a fixed time per layer; the decompositions are added once. On W processes
+every rank takes N / W rows, the sums are all-reduced, and the decompositions are distributed by factor: the longest
+one is a lower bound.
 
-Times on this machine are CPU seconds of one thread, since a clock on a busy machine tells of the others.
+Measured times are CPU seconds of one thread, which do not depend on other load.
 """
 
 from __future__ import annotations
@@ -60,28 +60,28 @@ class Shape:
 
     @property
     def key_width(self) -> int:
-        """Of keys and of values."""
+        """Width of keys and values."""
         return self.values or self.width
 
     @property
     def block_weights(self) -> int:
-        """Weights of one block: q, o of full width, k and v, and a gated feed-forward."""
+        """Number of weights of one block: q, o of full width, k and v, and a gated feed-forward."""
         return 2 * self.width**2 + 2 * self.width * self.key_width + 3 * self.width * self.inner
 
     @property
     def weights(self) -> int:
-        """All of the base's, norms left out."""
+        """Number of weights of the base, without norms."""
         return self.layers * self.block_weights + 2 * self.vocabulary * self.width
 
     def sides(self) -> list[tuple[int, int, int]]:
-        """Sums of one block: dimension, the other side's, and how many passes add to it (1: input, 0: gradients)."""
+        """Sums of one block: dimension, the other factor's dimension, and kind (1: input, 0: gradients)."""
         found = [(self.width, self.rank, 1)]  # shared by q and v
         for out in (self.width, self.key_width):
             found += [(self.rank, self.width, 0), (self.rank, out, 1), (out, self.rank, 0)]
         return found
 
     def head_sides(self) -> list[tuple[int, int, int]]:
-        """The same of LoRA on ``lm_head``: its gradient lives in the C answers' rows alone."""
+        """The same for LoRA on ``lm_head``, whose gradient is nonzero only in the rows of the C answers."""
         if not self.head:
             return []
         return [
@@ -94,7 +94,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Machine:
-    """How fast a process is.
+    """Speed of a process.
 
     Attributes:
         passes: Floating-point operations a second in the model's passes.
@@ -117,7 +117,7 @@ _EIGEN = 9  # d³ of an eigendecomposition with vectors (tridiagonal form 4/3, i
 
 
 def pass_operations(shape: Shape) -> float:
-    """Of one row: a forward pass and K backward passes through the blocks, attention, and the head at one place."""
+    """Operations per row: a forward and K backward passes (blocks, attention, and the head at one position)."""
     passes = shape.classes  # 1 + (C - 1)
     linear = 2 * shape.block_weights * shape.tokens
     attention = 4 * shape.tokens**2 * shape.width
@@ -129,7 +129,7 @@ def pass_operations(shape: Shape) -> float:
 
 
 def sum_operations(shape: Shape) -> float:
-    """Of one row: rank-T updates of every sum, or of its sketch."""
+    """Operations per row: rank-T updates of every sum, or of its sketch."""
     directions = shape.classes - 1
     total = 0.0
     for sides, tokens, times in ((shape.sides(), shape.tokens, shape.layers), (shape.head_sides(), 1, 1)):
@@ -141,7 +141,7 @@ def sum_operations(shape: Shape) -> float:
 
 
 def decompositions(shape: Shape) -> list[float]:
-    """Operations of each side's decomposition."""
+    """Operations of each factor's decomposition."""
     found = []
     for sides, times in ((shape.sides(), shape.layers), (shape.head_sides(), 1)):
         for dimension, other, _ in sides:
@@ -154,7 +154,7 @@ def decompositions(shape: Shape) -> list[float]:
 
 
 def sum_bytes(shape: Shape) -> int:
-    """Of all sums: what is all-reduced."""
+    """Bytes of all sums, which are all-reduced."""
     total = 0
     for sides, times in ((shape.sides(), shape.layers), (shape.head_sides(), 1)):
         for dimension, other, _ in sides:
@@ -163,7 +163,7 @@ def sum_bytes(shape: Shape) -> int:
 
 
 def seconds(shape: Shape, machine: Machine, processes: int = 1) -> dict[str, float]:
-    """The parts of a fit's time, model loading left out."""
+    """Parts of a fit's time, without model loading."""
     rows = math.ceil(shape.rows / processes)
     batches = math.ceil(rows / shape.batch)
     jobs = sorted(decompositions(shape), reverse=True)
@@ -189,7 +189,7 @@ def total(shape: Shape, machine: Machine, processes: int = 1) -> float:
 
 
 def memory(shape: Shape, *, item: int = 4) -> dict[str, float]:
-    """Bytes at the most: weights, what a batch's pass keeps, sums twice (a batch's and the pass's)."""
+    """Peak bytes: weights, activations of a batch, and sums twice (of the batch and of the pass)."""
     tokens = shape.batch * shape.tokens
     # Two norms and their inputs, q, k, v, attention's output; the feed-forward's gate, activation and other factor.
     a_block = (6 * shape.width + 2 * shape.key_width + 3 * shape.inner) * item
@@ -228,7 +228,7 @@ CHECKS = [
 
 
 def measure(shape: Shape) -> dict[str, float]:
-    """CPU seconds of the passes and of the decompositions of a fit, and its peak memory, in this process."""
+    """Measure CPU seconds of passes and decompositions of a fit, and its peak memory, in this process."""
     import torch
 
     from benchmarks.models import subject
@@ -269,7 +269,7 @@ def measure(shape: Shape) -> dict[str, float]:
 
 
 def calibrated(runs: Sequence[tuple[Shape, Mapping[str, float]]]) -> Machine:
-    """Speeds that reproduce the first two runs' passes, and the third's decompositions; sums are as fast as passes."""
+    """Return the speeds that reproduce the passes of two runs and the decompositions of a third."""
     import numpy as np
 
     table, found = [], []
@@ -344,7 +344,7 @@ STYLES = {
 
 
 def draw(picture: str) -> None:
-    """Draw time against GPUs, and print the table."""
+    """Plot time against the number of GPUs, and print the table."""
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.2), layout="constrained", sharey=True)

@@ -1,7 +1,7 @@
-"""Every structure of the posterior on one real adapter: calibration, time and size, as a Markdown table.
+"""Compare all structures on one real adapter: calibration, time and size, as a Markdown table.
 
-``python -m benchmarks.structures [boolq|source2|source5|demo] [--brief]``. Times leave out loading: fit is the passes
-over the data and the decompositions, predict the linearised prediction of the scored rows.
+``python -m benchmarks.structures [boolq|source2|source5|demo] [--brief]``. Times exclude loading: fit is the passes
+over the rows and the decompositions, predict the linearized prediction of the scored rows.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from lapora.config import DataSettings, FitSettings, PriorMethod, PriorSettings
 from lapora.workflows import fit as fitting
 from lapora.workflows.fit import prepare_fit
 from lapora.workflows.scoring import read_labelled_rows, score_rows
-from lapora.workflows.task_model import open_session
+from lapora.workflows.task_model import open_fitted
 from lapora.workflows.tune_prior import tune_prior
 
 SAME_POSTERIOR = {"`full`, adapted evidence": "`full`"}
-"""Rows that only tune another row's posterior in another way."""
+"""Table rows that tune another row's posterior with another method."""
 
 ONLY_IN_DETAIL = ("rank 16", "rank 64", "rank 128", "rank 50", "reduce basis", "all (")
-"""Left out with --brief."""
+"""Omitted with --brief."""
 
 METHODS: dict[str, tuple[FitSettings, PriorMethod]] = {
     "paper's stack (`--engine asdl`)": (FitSettings(engine="asdl"), "marglik"),
@@ -56,7 +56,7 @@ def main() -> None:
 
 
 def table(chosen: BenchmarkAdapter, folder: Path):
-    """Yield the table's lines as they are measured."""
+    """Yield the lines of the table as they are measured."""
     model, data = chosen.place(folder)
     rows_used = f"{chosen.rows or 'all'} training rows, {chosen.scored} scored"
     yield f"{chosen.name}: {rows_used}, {torch.get_num_threads()} threads"
@@ -79,13 +79,13 @@ def table(chosen: BenchmarkAdapter, folder: Path):
                 result = fitting.fit(model, data, replace(settings, name=name, max_length=chosen.max_length))
                 fit_time = time.perf_counter() - started
             tuned = tune_prior(model, settings=PriorSettings(name=name, method=method))
-            session = open_session(model, name, session)
+            session = open_fitted(model, name, session)
             rows = read_labelled_rows(session, DataSettings(limit=chosen.scored))
             started = time.perf_counter()
             scored = score_rows(session, rows, ["mc-joint"], samples=2048)
             predict_time = time.perf_counter() - started
             if name == "m0":
-                constant = metrics.constant_predictor(rows.targets, len(session.choices))
+                constant = metrics.constant_predictor(rows.targets, len(session.model.choices))
                 yield _row("constant predictor", metrics.evaluate(constant, rows.targets))
                 yield _row("MAP", metrics.evaluate(scored.log_p["map"][0], rows.targets))
             scores = metrics.evaluate(scored.log_p["mc-joint"][0], rows.targets)

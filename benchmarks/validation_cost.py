@@ -1,4 +1,4 @@
-"""What a grid of priors costs beside one prediction of the same rows: ``python -m benchmarks.validation_cost``.
+"""Compare the cost of a grid of priors with one prediction of the same rows: ``python -m benchmarks.validation_cost``.
 
 Every structure under mc-joint, and KFAC under every other link.
 """
@@ -18,7 +18,7 @@ from lapora.config import DEFAULT_SAMPLES, DataSettings, FitSettings, Link, Stru
 from lapora.posterior.prior import PriorPrecision
 from lapora.workflows.fit import fit
 from lapora.workflows.scoring import read_labelled_rows, score_rows
-from lapora.workflows.task_model import open_session
+from lapora.workflows.task_model import open_fitted
 from lapora.workflows.tune_prior import GRID, TUNING_SAMPLES
 
 _LINKS: dict[Structure, tuple[Link, ...]] = {"kron": ("mc-joint", "mc-indep", "probit", "bridge")}
@@ -44,7 +44,7 @@ def _measure(name: str, folder: Path, options: argparse.Namespace) -> None:
     for structure in options.structures:
         settings = FitSettings(structure=structure, name=structure, max_length=ADAPTERS[name].max_length)
         fit(model, replace(data, limit=options.rows), settings)
-        session = open_session(model, structure, session)
+        session = open_fitted(model, structure, session)
         rows = read_labelled_rows(session, DataSettings(limit=options.rows))
         for link in _LINKS.get(structure, ("mc-joint",)):
             times: dict[str, list[float]] = {"one": [], "grid": []}

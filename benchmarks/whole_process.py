@@ -1,7 +1,7 @@
-"""Whole processes, from the command to its end: ``python -m benchmarks.whole_process [DEMO_FOLDER]``.
+"""Measure whole processes, from start to exit: ``python -m benchmarks.whole_process [DEMO_FOLDER]``.
 
-Each command runs in processes of its own, several times. Beside the whole time stands the time to the first batch:
-from the start of the process until the first forward pass begins.
+Each command runs several times, each in a new process. The time to the first batch is that from the start of the
+process to its first forward pass.
 """
 
 from __future__ import annotations

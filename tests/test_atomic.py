@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from lapora.config import ModelSettings, PriorSettings
 from lapora.curvature.passes import Linearisation
 from lapora.errors import PosteriorError, UsageError
-from lapora.posterior import artifact
+from lapora.storage import saved as saved_posterior
 from lapora.storage.files import write_lock
 from lapora.storage.saved import SavedPosterior
 from lapora.workflows.fit import fit
@@ -141,7 +141,7 @@ def test_other_engines_do_not_resume(tiny, engine):
 
 
 def test_saving_takes_little_time(tiny, monkeypatch):
-    from lapora.posterior import checkpoint
+    from lapora.storage import partial
 
     now, writes = [0.0], []
 
@@ -149,8 +149,8 @@ def test_saving_takes_little_time(tiny, monkeypatch):
         writes.append(now[0])
         now[0] += 3.0  # a slow disk
 
-    monkeypatch.setattr(checkpoint._Pass, "_write", write)
-    monkeypatch.setattr(checkpoint.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(partial._Pass, "_write", write)
+    monkeypatch.setattr(partial.time, "monotonic", lambda: now[0])
     run = Linearisation.run
 
     def slow(self, batch, directions):
@@ -183,9 +183,9 @@ def test_every_step_of_the_writing_may_be_the_last(tiny, monkeypatch):
             patched.setattr(Path, "rename", counting(Path.rename))
             patched.setattr(Path, "replace", counting(Path.replace))
             patched.setattr(Path, "mkdir", counting(Path.mkdir))
-            patched.setattr(artifact, "to_disk", counting(artifact.fsync_path))
-            patched.setattr(artifact, "remove_whatever", counting(artifact.remove_path))
-            patched.setattr(artifact.shutil, "rmtree", counting(artifact.shutil.rmtree))
+            patched.setattr(saved_posterior, "fsync_path", counting(saved_posterior.fsync_path))
+            patched.setattr(saved_posterior, "remove_path", counting(saved_posterior.remove_path))
+            patched.setattr(saved_posterior.shutil, "rmtree", counting(saved_posterior.shutil.rmtree))
             try:
                 fit_tiny(tiny, structure="diag", overwrite=True)
                 finished = True
@@ -233,7 +233,7 @@ def test_a_disk_that_fills_at_any_write(tiny, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    for where, name in ((artifact, "to_disk"), (os, "fsync"), (Path, "replace"), (Path, "rename")):
+    for where, name in ((saved_posterior, "fsync_path"), (os, "fsync"), (Path, "replace"), (Path, "rename")):
         with monkeypatch.context() as patched, pytest.raises(PosteriorError, match="No space left"):
             patched.setattr(where, name, full)
             fit_tiny(tiny, overwrite=True, structure="diag")
@@ -358,7 +358,7 @@ def test_killed_while_overwriting_or_tuning_leaves_the_old_or_the_new(tmp_path, 
         saved = SavedPosterior(folder)
         saved.gaussian()
         found = factors(saved.folder)
-        assert same(found, diag if saved.manifest["structure"] == "diag" else kron)
+        assert same(found, diag if saved.content["structure"] == "diag" else kron)
     fit_tiny(tiny, overwrite=True)
     assert not list(folder.parent.glob(".*"))
 

@@ -16,11 +16,11 @@ from safetensors.numpy import save_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from lapora.config import DataSettings, FitSettings
-from lapora.curvature import dry_pass
 from lapora.curvature.backward import Linearisation
 from lapora.curvature.kfac import KronObserver
 from lapora.curvature.nystrom import NystromSketch
 from lapora.likelihoods.categorical import class_columns
+from lapora.memory import dry_pass
 from lapora.memory.dry_pass import batch_memory, leaders_of
 from lapora.memory.estimate import allocator_overhead
 from lapora.memory.footprint import StructureShape, footprint

@@ -24,7 +24,8 @@ POSTERIORS = ["la-kron", "la-diag", "llla-kron", "llla-diag"]
 
 def recipe_commands() -> list[str]:
     text = (ROOT / "docs" / "recipes" / "checkpoints.md").read_text(encoding="utf-8")
-    return [line for block in re.findall(r"```sh\n(.*?)```", text, flags=re.S) for line in block.splitlines()]
+    blocks = re.findall(r"```sh\n(.*?)```", text, flags=re.S)
+    return [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
 
 
 @pytest.fixture(scope="module")

@@ -120,9 +120,9 @@ def test_no_file_is_opened_for_writing(tiny, monkeypatch):
 
 def test_a_cut_replacement_is_read_without_being_repaired(tiny):
     folder = tiny / "adapter" / "laplace" / "default"
-    expected = SavedPosterior(folder).manifest
+    expected = SavedPosterior(folder).content
     folder.rename(folder.with_name(".default.previous"))
-    assert SavedPosterior(folder).manifest == expected and not folder.exists()
+    assert SavedPosterior(folder).content == expected and not folder.exists()
     assert len(list(predict(model_of(tiny), PredictSettings(), json_lines(2)))) == 2
     fit_tiny(tiny, overwrite=True)
     assert folder.exists() and not folder.with_name(".default.previous").exists()

@@ -7,13 +7,13 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lapora.curvature import collection
+from lapora.curvature import passes as passes_module
 from lapora.curvature.backward import Linearisation
 from lapora.curvature.passes import CurvatureRun
 from lapora.models.lora_layers import find_bayesian_layers
 from lapora.posterior.gaussian import BlockPosterior
 from lapora.posterior.structures import fit_structure
-from lapora.predictive import predictor
+from lapora.predictive import moments
 from lapora.predictive.moments import LinearisedPredictor
 from tiny_models import Row, batches, posterior, rows, tiny_causal, tiny_classifier
 
@@ -42,8 +42,8 @@ class CountingLinearisation(Linearisation):
 @pytest.fixture
 def counted(monkeypatch):
     CountingLinearisation.made = []
-    monkeypatch.setattr(collection, "Linearisation", CountingLinearisation)
-    monkeypatch.setattr(predictor, "Linearisation", CountingLinearisation)
+    monkeypatch.setattr(passes_module, "Linearisation", CountingLinearisation)
+    monkeypatch.setattr(moments, "Linearisation", CountingLinearisation)
 
     def passes():
         made = CountingLinearisation.made

@@ -179,14 +179,14 @@ def test_a_prior_changed_by_hand_is_refused_and_tuned_again(originals):
         (folder / "posterior.json").write_text(json.dumps(manifest))
         assert "tune-prior" in refusal(folder)
         tune_prior(model_of(originals), settings=PriorSettings(name="kron", method="marglik"))
-        assert SavedPosterior(folder).manifest["prior"] == right
+        assert SavedPosterior(folder).content["prior"] == right
 
 
 def test_what_is_written_otherwise_but_says_the_same_is_read(copied):
     manifest, _ = read(copied)
     reordered = dict(reversed(manifest.items()))
     (copied / "posterior.json").write_text(json.dumps(reordered, indent=7, ensure_ascii=True) + "\n\n")
-    assert SavedPosterior(copied).manifest == manifest
+    assert SavedPosterior(copied).content == manifest
 
 
 @pytest.mark.parametrize(
@@ -394,14 +394,14 @@ def judge(original: Path, folder: Path, kind: str) -> str:
         saved = SavedPosterior(folder)
         gaussian = saved.gaussian()
         values = saved.eigenvalues()
-        saved.prior.per_layer(saved.manifest["parameters"])
+        saved.prior.per_layer(saved.content["parameters"])
     except LaporaError as error:
         assert error.exit_status in (4, 6) and "\n" not in str(error) and str(folder) in str(error), error
         return "refused"
     if kind == "fields with fitting checksums":
         return "believed"
     first = SavedPosterior(original)
-    assert saved.manifest == first.manifest
+    assert saved.content == first.content
     for one, other in zip(values, first.eigenvalues(), strict=True):
         np.testing.assert_array_equal(one, other)
     there, here = gaussian.tensors(), first.gaussian().tensors()

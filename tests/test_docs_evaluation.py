@@ -35,7 +35,7 @@ def test_every_command_of_the_page(demo, tmp_path, monkeypatch, capsys):
     commands = [
         command
         for block in re.findall(r"```sh\n(.*?)```", PAGE.read_text(encoding="utf-8"), flags=re.S)
-        for command in block.splitlines()
+        for command in block.replace("\\\n", " ").splitlines()
     ]
     assert len(commands) >= 8
     for command in commands:

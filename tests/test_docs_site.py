@@ -16,9 +16,10 @@ from pathlib import Path
 import pytest
 import typer
 import yaml
+from msgspec import structs
 
 from lapora.cli.app import app as lapora_app
-from lapora.posterior import manifest
+from lapora.storage import manifest
 from pages import DOCS, environment, lapora_lines
 
 ROOT = DOCS.parent
@@ -83,12 +84,12 @@ def test_every_module_of_the_method_is_a_section_of_the_reference():
 
 def test_the_format_page_names_every_field_and_no_other(demo):
     """The fields that the reader knows, and those of a posterior that was really written."""
-    top, parameter, prior = (_fields(part) for part in _page("format.md").split("| field | what it is |")[1:4])
-    saved = manifest.read_manifest(demo / "adapter" / "laplace" / "default" / "posterior.json")
+    top, parameter, prior = (_fields(part) for part in _page("format.md").split("| field | content |")[1:4])
+    saved = manifest.read_content(demo / "adapter" / "laplace" / "default" / "posterior.json")
     optional = {name for name, mark in top.items() if mark}
-    known = {*manifest._FIELDS, *manifest._OPTIONAL}
-    assert set(top) == known | set(saved)
-    assert optional == {key for key in top if key in manifest._OPTIONAL}
+    fields = structs.fields(manifest.Manifest)
+    assert set(top) == {field.name for field in fields} | {"prior", "tensors", "checksums"} == set(saved)
+    assert optional == {field.name for field in fields if not field.required}
     assert set(parameter) == {key for each in saved["parameters"] for key in each}
     assert set(prior) - {"validation"} <= set(saved["prior"])
     extra = set(saved["prior"]) - set(prior)

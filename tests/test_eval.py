@@ -21,8 +21,9 @@ from lapora.models.batching import BatchSize
 from lapora.workflows.evaluate import run_evaluation
 from lapora.workflows.fit import fit
 from lapora.workflows.results import check_gates, parse_gate
-from lapora.workflows.scoring import forward_log_p, read_labelled_rows, row_digest, score_rows
-from lapora.workflows.task_model import open_session
+from lapora.workflows.rows import read_labelled_rows, row_digest
+from lapora.workflows.scoring import forward_log_p, score_rows
+from lapora.workflows.task_model import open_fitted
 
 
 @pytest.fixture(scope="module")
@@ -123,10 +124,10 @@ def test_temperature_reuses_the_rows_that_tuned_the_prior_and_none_is_scored(ada
     done = run(adapter, DataSettings(), methods=("temperature",))
     results = by_label(done)
     assert list(results) == ["map", "temperature"]
-    session = open_session(model, "default")
-    digests = set(session.posterior.manifest["prior"]["validation"]["rows"])
-    every = read_labelled_rows(session, DataSettings())
-    scored = read_labelled_rows(session, DataSettings(), exclude=digests)
+    session = open_fitted(model, "default")
+    digests = set(session.posterior.content["prior"]["validation"]["rows"])
+    every = read_labelled_rows(session.posterior, session.model.kind, DataSettings())
+    scored = read_labelled_rows(session.posterior, session.model.kind, DataSettings(), exclude=digests)
     assert done.record["n"] == len(scored.examples)
     tuning = every.only([i for i, each in enumerate(every.examples) if row_digest(each) in digests])
     # Rows that say the same count each.
@@ -136,7 +137,7 @@ def test_temperature_reuses_the_rows_that_tuned_the_prior_and_none_is_scored(ada
 
 
 def run_log_map(session, rows):
-    log_p = forward_log_p(replace(session, batch_size=BatchSize(16)), session.encode(rows.examples))
+    log_p = forward_log_p(replace(session.model, batch_size=BatchSize(16)), session.model.encode(rows.examples))
     torch.testing.assert_close(log_p, score_rows(session, rows, ["map"], samples=8).log_p["map"][0], atol=1e-5, rtol=0)
     return log_p
 
@@ -197,9 +198,9 @@ def test_dropout_is_off_again_and_the_same_seed_draws_the_same(adapter):
 def test_coverage_is_the_value_for_predict(adapter, demo, tmp_path, capsys):
     done = run(adapter, DataSettings(), coverage=0.7)
     threshold = by_label(done)["laplace default (mc-joint)"]["coverage"]["threshold"]
-    session = open_session(ModelSettings(adapter=str(adapter)), "default")
-    digests = set(session.posterior.manifest["prior"]["validation"]["rows"])
-    rows = read_labelled_rows(session, DataSettings(), exclude=digests)
+    session = open_fitted(ModelSettings(adapter=str(adapter)), "default")
+    digests = set(session.posterior.content["prior"]["validation"]["rows"])
+    rows = read_labelled_rows(session.posterior, session.model.kind, DataSettings(), exclude=digests)
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(dict(each.row)) + "\n" for each in rows.examples))
     app(
         ["predict", str(adapter), str(tmp_path / "rows.jsonl"), "--abstain-below", str(threshold - 1e-6)],

@@ -42,8 +42,8 @@ def test_without_labels_the_curvature_is_the_same(demo, adapter, tmp_path):
     before = eigenvalues(labelled.folder)
     bare = run(demo, adapter, data_dir=tmp_path / "data", overwrite=True)
     assert bare.log_likelihood is None
-    assert SavedPosterior(bare.folder).manifest["prior"]["log_marginal_likelihood"] is None
-    assert bare.prior.prior.precisions == pytest.approx(labelled.prior.prior.precisions, rel=1e-6)
+    assert SavedPosterior(bare.folder).content["prior"]["log_marginal_likelihood"] is None
+    assert bare.evidence.prior.precisions == pytest.approx(labelled.evidence.prior.precisions, rel=1e-6)
     np.testing.assert_allclose(eigenvalues(bare.folder), before, rtol=1e-6)
     with pytest.raises(DataError, match="label"):
         run(demo, adapter, data_dir=tmp_path / "data", overwrite=True, fisher="empirical")
@@ -78,7 +78,7 @@ def test_other_fishers_are_near_the_exact_one(demo, adapter, fisher):
 def test_quantised_bases_fit_and_evaluate(demo, adapter, quantize):
     result = run(demo, adapter, quantize=quantize)
     record = evaluate(ModelSettings(adapter=str(adapter)), DataSettings(limit=50), names=["other"])
-    assert SavedPosterior(result.folder).manifest["base_model"]["quantization"] == quantize
+    assert SavedPosterior(result.folder).content["base_model"]["quantization"] == quantize
     full = evaluate(ModelSettings(adapter=str(adapter)), DataSettings(limit=50))
     at_map, in_full = record["results"][1], full["results"][1]
     assert at_map["nll"] == pytest.approx(in_full["nll"], abs=0.3)
@@ -88,13 +88,13 @@ def test_quantised_bases_fit_and_evaluate(demo, adapter, quantize):
 
 def test_laplace_torchs_engines_from_the_same_command(demo, adapter):
     """On rows of one length curvlinops equals the native engine; ASDL is T times as sure."""
-    native = run(demo, adapter).prior.prior.precisions["all"]
+    native = run(demo, adapter).evidence.prior.precisions["all"]
     curvlinops = run(demo, adapter, overwrite=True, engine="curvlinops")
-    assert SavedPosterior(curvlinops.folder).manifest["engine"] == "curvlinops"
-    assert curvlinops.prior.prior.precisions["all"] == pytest.approx(native, rel=0.05)
+    assert SavedPosterior(curvlinops.folder).content["engine"] == "curvlinops"
+    assert curvlinops.evidence.prior.precisions["all"] == pytest.approx(native, rel=0.05)
     asdl = run(demo, adapter, overwrite=True, weight_sharing="asdl")
-    assert SavedPosterior(asdl.folder).manifest["engine"] == "asdl"
-    assert asdl.prior.prior.precisions["all"] > 2 * native
+    assert SavedPosterior(asdl.folder).content["engine"] == "asdl"
+    assert asdl.evidence.prior.precisions["all"] > 2 * native
 
 
 @pytest.mark.parametrize(
@@ -117,6 +117,6 @@ def test_impossible_combinations_are_refused(demo, adapter, settings):
 def test_every_structure_is_saved_and_read_back(demo, adapter, structure):
     result = run(demo, adapter, structure=structure)
     saved = SavedPosterior(result.folder)
-    assert saved.manifest["structure"] == structure and saved.manifest["kept"] > 0.9
+    assert saved.content["structure"] == structure and saved.content["kept"] > 0.9
     record = evaluate(ModelSettings(adapter=str(adapter)), DataSettings(limit=100), names=["other"])
     assert record["results"][2]["nll"] < record["results"][1]["nll"]

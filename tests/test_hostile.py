@@ -19,7 +19,8 @@ from lapora import report
 from lapora.config import DataSettings, PredictSettings, PriorSettings
 from lapora.errors import AdapterError, DataError, LaporaError, PosteriorError, UsageError
 from lapora.models.adapter import read_adapter
-from lapora.report import evaluation, overview
+from lapora.report import tables
+from lapora.storage import manifest
 from lapora.storage.saved import SavedPosterior, posterior_folder
 from lapora.tasks import load_task, render
 from lapora.workflows.evaluate import evaluate
@@ -126,12 +127,12 @@ def test_names_in_a_manifest_are_names_and_never_paths(tiny):
     (tiny / "outside.safetensors").write_bytes((folder / "factors.safetensors").read_bytes())
     before = sorted(path for path in tiny.rglob("*"))
     for name in ("../../../outside", "/etc/passwd", "..\\x"):
-        parameters = [dict(parameter) for parameter in saved.manifest["parameters"]]
+        parameters = [dict(parameter) for parameter in saved.content["parameters"]]
         parameters[0]["name"] = parameters[0]["input_of"] = name
         saved.rewrite_manifest({"parameters": parameters})
         with pytest.raises(LaporaError):
             list(predict(model_of(tiny), PredictSettings(), json_lines(1)))
-        saved.rewrite_manifest({"tensors": {name: next(iter(saved.manifest["tensors"].values()))}})
+        saved.rewrite_manifest({"tensors": {name: next(iter(saved.content["tensors"].values()))}})
         with pytest.raises(LaporaError):
             saved.gaussian()
     assert sorted(path for path in tiny.rglob("*")) == before
@@ -143,7 +144,7 @@ def test_a_split_and_a_task_in_a_manifest_cannot_name_other_files(tiny):
         with pytest.raises(DataError, match="no file name"):
             evaluate(model_of(tiny), DataSettings(split=split))
     saved = SavedPosterior(folder)
-    task = saved.manifest["task"] | {"doc_to_text": "{{ ''.__class__.__mro__ }}"}
+    task = saved.content["task"] | {"doc_to_text": "{{ ''.__class__.__mro__ }}"}
     saved.rewrite_manifest({"task": task})
     with pytest.raises(LaporaError) as caught:
         list(predict(model_of(tiny), PredictSettings(), json_lines(1)))
@@ -195,28 +196,29 @@ NASTY = "[red]x[/] [/nothing] :bomb: \x1b[2J \x9b31m \u202e"
 
 def test_tables_print_markup_and_escapes_as_text(monkeypatch):
     shown = io.StringIO()
-    for module in (overview, evaluation):
-        monkeypatch.setattr(module, "Console", lambda **_: Console(file=shown, width=300, force_terminal=True))
+    monkeypatch.setattr(tables, "Console", lambda **_: Console(file=shown, width=300, force_terminal=True))
     scores = {"accuracy": 0.5, "ece": 0.1, "nll": 0.7, "brier": 0.5}
     results = [{"method": "map", **scores}, {"method": "laplace", "name": NASTY, "link": "map", **scores}]
     report.print_evaluation({"task": NASTY, "split": NASTY, "n": 1, "results": results})
     task = {"task": NASTY, "kinds": [NASTY], "choices": [NASTY], "metric": NASTY, "hub": NASTY}
     report.print_tasks([task])
     plain = io.StringIO()
-    monkeypatch.setattr(overview, "Console", lambda **_: Console(file=plain, width=300))
+    monkeypatch.setattr(tables, "Console", lambda **_: Console(file=plain, width=300))
     with redirect_stdout(plain):
         report.print_tasks([task])
-    manifest = {
+    base = manifest.BaseModel(name=NASTY, revision=None, quantization="none", dtype=NASTY, fingerprint="0")
+    record = manifest.Manifest(
         **dict.fromkeys(("structure", "weight_sharing", "fisher", "subset"), NASTY),
-        "parameters": [],
-        "base_model": {"name": NASTY, "dtype": NASTY},
-        "task": {"task": NASTY},
-        "answers": {"choices": [NASTY, "b"]},
-        "data": {"n": 1, "split": NASTY},
-        "log_likelihood": None,
-        "prior": {"precision": 1.0, "structure": "scalar", "method": NASTY, "log_marginal_likelihood": None},
-    }
-    report.print_manifest(manifest)
+        format_version=1,
+        adapter="0",
+        base_model=base,
+        task={"task": NASTY},
+        answers=manifest.Answers(choices=[NASTY, "b"], token_ids=None),
+        data=manifest.Data(split=NASTY, n=1, fingerprint="0", max_length=1),
+        parameters=[],
+        log_likelihood=None,
+    )
+    report.print_posterior(record, manifest.Prior(structure="scalar", precision=1.0, method=NASTY))
     for text in (shown.getvalue(), plain.getvalue()):
         assert "[red]x[/] [/nothing] :bomb:" in text
         assert "\x1b[2J" not in text and "\x9b" not in text and "\u202e" not in text

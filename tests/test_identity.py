@@ -16,7 +16,7 @@ from lapora.errors import LaporaWarning, PosteriorError
 from lapora.storage.saved import SavedPosterior
 from lapora.workflows.evaluate import evaluate
 from lapora.workflows.predict import predict
-from lapora.workflows.task_model import open_session
+from lapora.workflows.task_model import open_fitted
 from tiny_adapter import command, data_of, fit_tiny, json_lines, make_adapter, model_of
 
 
@@ -141,7 +141,7 @@ def rewrite(tiny: Path, **changes) -> None:
 
 
 def test_parameters_that_are_not_the_adapters(tiny):
-    manifest = SavedPosterior(tiny / "adapter" / "laplace" / "default").manifest
+    manifest = SavedPosterior(tiny / "adapter" / "laplace" / "default").content
     parameters = [dict(parameter) for parameter in manifest["parameters"]]
     parameters[0]["shape"] = parameters[0]["shape"][::-1]
     old = parameters[-1]["name"]
@@ -155,7 +155,7 @@ def test_a_newer_library_is_a_warning_once(tiny, monkeypatch, capfdbinary):
     rewrite(tiny, libraries={"torch": "2.0.0", "transformers": "5.0.0", "peft": "0.19.0"})
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        open_session(model_of(tiny), "default")
+        open_fitted(model_of(tiny), "default")
     (warning,) = [each for each in caught if issubclass(each.category, LaporaWarning)]
     assert "torch 2.0.0 then" in str(warning.message) and "peft 0.19.0 then" in str(warning.message)
     fit_tiny(tiny, name="other")
@@ -172,10 +172,10 @@ def test_a_base_model_is_known_in_another_element_type(tiny, fitted, run):
     short = {fitted, run} == {"bfloat16", "float16"}
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        open_session(model_of(tiny, dtype=run), "default")
+        open_fitted(model_of(tiny, dtype=run), "default")
         change_tensor(tiny / "base" / "model.safetensors", "layers.1.mlp", 0.25)
         if short:
-            open_session(model_of(tiny, dtype=run), "default")
+            open_fitted(model_of(tiny, dtype=run), "default")
         else:
             assert "base model's weights" in refusal(tiny, dtype=run)
     said = [str(each.message) for each in caught if issubclass(each.category, LaporaWarning)]
@@ -191,11 +191,11 @@ def test_one_element_anywhere_in_the_base_model_is_enough(tiny):
 
 
 def test_a_posterior_of_an_earlier_version_knows_its_base_by_a_sample(tiny):
-    manifest = SavedPosterior(tiny / "adapter" / "laplace" / "default").manifest
+    manifest = SavedPosterior(tiny / "adapter" / "laplace" / "default").content
     rewrite(tiny, base_model={key: value for key, value in manifest["base_model"].items() if key != "digests"})
     assert len(list(predict(model_of(tiny), PredictSettings(), json_lines(2)))) == 2
     with pytest.warns(LaporaWarning, match="fitted in float32, run in float64"):
-        open_session(model_of(tiny, dtype="float64"), "default")
+        open_fitted(model_of(tiny, dtype="float64"), "default")
     change_tensor(tiny / "base" / "model.safetensors", "layers.1.mlp")
     assert "base model's weights" in refusal(tiny)
 

@@ -63,7 +63,7 @@ def test_a_saved_posterior_goes_there_and_back_unchanged(answers, layers, tmp_pa
     there = to_laplace_torch(tmp_path)
     exact(there.deltas, torch.full((len(layers),), DELTA, dtype=torch.float64))
     saved_again = save(tmp_path / "laplace" / "again", from_laplace_torch(there, layers))
-    assert saved_again.manifest["parameters"] == saved.manifest["parameters"]
+    assert saved_again.content["parameters"] == saved.content["parameters"]
     for back, block in zip(saved_again.gaussian().blocks, saved.gaussian().blocks, strict=True):
         exact(back.eigenvalues, block.eigenvalues)
         torch.testing.assert_close(back.input_basis, block.input_basis, rtol=0, atol=0)

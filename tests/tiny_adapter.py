@@ -111,7 +111,10 @@ def model_of(folder: Path, **settings) -> ModelSettings:
 
 
 def fit_tiny(folder: Path, *, model: dict[str, object] | None = None, **settings) -> FitResult:
-    return fit(model_of(folder, **(model or {})), data_of(folder), FitSettings(**settings))
+    """Fit with the prior precision of the marginal likelihood, unless another method is given."""
+    return fit(
+        model_of(folder, **(model or {})), data_of(folder), FitSettings(**{"prior_method": "marglik", **settings})
+    )
 
 
 def json_lines(count: int, seed: int = 5) -> list[bytes]:

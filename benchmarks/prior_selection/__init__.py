@@ -1,1 +1,1 @@
-"""Choosing the prior precision from training data alone: adapters, criteria and the comparison."""
+"""Choose the prior precision from training rows alone: adapters, criteria and comparison."""

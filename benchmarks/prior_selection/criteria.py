@@ -1,6 +1,6 @@
 """Criteria for the prior precision δ, as pure functions of arrays.
 
-Every criterion returns a δ; ``inf`` is the MAP itself (a posterior of no width). Notation as in the method's papers:
+Every criterion returns a δ; ``inf`` is the MAP (zero variance). Notation as in the method's papers:
 N rows, C classes, ``d_n`` the C-1 logit differences ``f_c - f_0``, ``Λ_n(δ)`` their covariance under the linearised
 posterior, ``H_n`` the Hessian of ``-log p(y|d)``, λ the curvature's eigenvalues. ``Differences`` are ``(N, C-1)``,
 ``Variances`` ``(G, N, C-1, C-1)`` at the G prior precisions of a grid.
@@ -22,44 +22,44 @@ Labels = NDArray[np.int64]
 FOLDS = 5
 SAMPLES = 256
 SATURATED_NLL = 0.1
-"""Training NLL below which :func:`gated` takes an adapter for overfitted."""
+"""Training NLL below which :func:`gated` regards an adapter as overfitted."""
 
 
 # Probabilities and scores
 
 
 def differences(logits: Array) -> Array:
-    """``f_c - f_0``: all that softmax can see."""
+    """Return ``f_c - f_0``, which determine the softmax."""
     return logits[:, 1:] - logits[:, :1]
 
 
 def log_softmax(mean: Array) -> Array:
-    """Log-probabilities of the C classes from C-1 differences."""
+    """Return log-probabilities of the C classes from C-1 differences."""
     logits = np.concatenate([np.zeros((len(mean), 1)), mean], axis=1)
     high = logits.max(axis=1, keepdims=True)
     return logits - high - np.log(np.exp(logits - high).sum(axis=1, keepdims=True))
 
 
 def predictive(mean: Array, variance: Array, samples: int = SAMPLES) -> Array:
-    """Log-probabilities of ``E softmax(d)``, ``d ~ N(mean, variance)``: the tool's ``mc-joint`` link."""
+    """Return log-probabilities of ``E softmax(d)``, ``d ~ N(mean, variance)``: the tool's ``mc-joint`` link."""
     logits = np.concatenate([np.zeros((len(mean), 1)), mean], axis=1)
     moments = LogitMoments(torch.tensor(logits), torch.tensor(np.asarray(variance, dtype=np.float64)))
     return log_probabilities("mc-joint", moments, samples=samples).numpy()
 
 
 def mean_nll(log_p: Array, labels: Labels) -> float:
-    """Mean negative log-likelihood in nats."""
+    """Return the mean negative log-likelihood in nats."""
     return float(-log_p[np.arange(len(labels)), labels].mean())
 
 
 def nll_curve(mean: Array, variances: Array, labels: Labels) -> Array:
-    """NLL at each δ of the grid, and at the MAP in the last place: ``(G + 1,)``."""
+    """Return the NLL at each δ of the grid, then at the MAP: ``(G + 1,)``."""
     at_grid = [mean_nll(predictive(mean, variance), labels) for variance in variances]
     return np.array([*at_grid, mean_nll(log_softmax(mean), labels)])
 
 
 def lowest(grid: Array, curve: Array) -> float:
-    """The δ of the least NLL; ``inf`` where that is the MAP."""
+    """Return the δ of the least NLL; ``inf`` for the MAP."""
     return float(np.append(grid, np.inf)[int(np.argmin(curve))])
 
 
@@ -73,12 +73,12 @@ def hessians(mean: Array) -> Array:
 
 
 def validation(grid: Array, mean: Array, variances: Array, labels: Labels) -> float:
-    """The δ of the least NLL on labelled rows that training did not see."""
+    """Return the δ of the least NLL on held-out labeled rows."""
     return lowest(grid, nll_curve(mean, variances, labels))
 
 
 def thinned_rows(grid: Array, mean: Array, variances: Array, labels: Labels) -> float:
-    """Validation on the training rows themselves with a share of their tokens deleted at random.
+    """Validate on the training rows with a random share of their tokens deleted.
 
     Deleting tokens breaks what the adapter knows by heart and mostly keeps what it has learned, so that the thinned
     rows' margins are near those of new rows.
@@ -93,7 +93,7 @@ def thinned_rows(grid: Array, mean: Array, variances: Array, labels: Labels) -> 
 
 
 def evidence_or_thinned_rows(evidence: float, thinned: float, training_nll: float) -> float:
-    """Evidence's δ where the training NLL is saturated, else that of the thinned rows.
+    """Use the evidence's δ if the training NLL is saturated, else that of the thinned rows.
 
     A saturated adapter may know its rows so well that it recognises their thinned copies; evidence does well there.
 
@@ -106,7 +106,7 @@ def evidence_or_thinned_rows(evidence: float, thinned: float, training_nll: floa
 
 
 def without_own_row(mean: Array, variances: Array) -> Array:
-    """``Λ_n`` with row n's own curvature taken out of the posterior: ``Λ (I - H Λ)⁻¹``.
+    """Return ``Λ_n`` with row n's own curvature removed from the posterior: ``Λ (I - H Λ)⁻¹``.
 
     Exact for the full GGN (a low-rank downdate); for KFAC an approximation, kept only where it is positive definite.
     """
@@ -138,7 +138,7 @@ def marginal_likelihood(eigenvalues: Array, squared_norm: float) -> float:
 
 
 def without_initialisation(eigenvalues: Array, squared_norm: float, initial: float) -> float:
-    """Evidence with the expected squared norm of A's random initialisation taken out of ``‖θ‖²``.
+    """Evidence with the expected squared norm of A's random initialization subtracted from ``‖θ‖²``.
 
     PEFT draws A uniformly within ``±1/sqrt(d_in)``: ``E‖A_0‖² = r/3`` for each matrix.
     """
@@ -146,12 +146,12 @@ def without_initialisation(eigenvalues: Array, squared_norm: float, initial: flo
 
 
 def tempered(eigenvalues: Array, squared_norm: float, factor: float) -> float:
-    """Evidence's δ times a constant: a prior that is colder by that factor."""
+    """Multiply the evidence's δ by a constant."""
     return factor * marginal_likelihood(eigenvalues, squared_norm)
 
 
 def gated(eigenvalues: Array, squared_norm: float, training_nll: float) -> float:
-    """Evidence where the training NLL is saturated, else the MAP."""
+    """Use the evidence if the training NLL is saturated, else the MAP."""
     return marginal_likelihood(eigenvalues, squared_norm) if training_nll < SATURATED_NLL else np.inf
 
 
@@ -250,7 +250,7 @@ def cross_validated(features: Array, prior_mean: Array, labels: Labels, delta: f
 
 
 def cross_validated_evidence(features: Array, prior_mean: Array, labels: Labels) -> float:
-    """The δ of the least k-fold NLL of the linearised model refitted from its prior mean."""
+    """Return the δ of the least k-fold NLL of the linearized model, refitted from its prior mean."""
     grid = np.logspace(2.5, -2, 10)
     scores = [mean_nll(log_softmax(cross_validated(features, prior_mean, labels, d, None)), labels) for d in grid]
     return float(grid[int(np.argmin(scores))])
@@ -273,7 +273,7 @@ def class_prior(labels: Labels, classes: int) -> Array:
 
 
 def simulated_margins(embeddings: Array, labels: Labels, classes: int, training_nll: float) -> Array:
-    """Held-out margins of a probe that fits its rows exactly as well as the adapter fits them.
+    """Return held-out margins of a probe with the adapter's training NLL.
 
     The probe reads the frozen encoder, which has seen no label, so that its folds are really held out; its ridge is
     set so that its training NLL is the adapter's. Returns the cross-validated differences.
@@ -297,7 +297,7 @@ def simulated_validation(grid: Array, mean: Array, variances: Array, labels: Lab
 
 
 def matched_gap(grid: Array, mean: Array, variances: Array, gap: float) -> float:
-    """The δ at which the posterior expects the generalisation gap that a probe measures.
+    """Return the δ at which the posterior's expected generalization gap is that of a probe.
 
     The linearised model's expected optimism per row is ``1/N Σ tr(H_n Λ_n(δ))`` (``tr F(F+δ)⁻¹ / N`` for the full
     GGN; Takeuchi's and Moody's criteria).

@@ -1,8 +1,8 @@
-"""Which rows and which settings each benchmark adapter was made from, deterministically.
+"""Rows and settings of each benchmark adapter, deterministic.
 
-The rows come from public data sets kept outside this project (``--shared``): nothing is copied here. A task of
+The rows come from public data sets kept outside this project (``--shared``) and are not copied. A task of
 the kind ``sources`` asks which data set a question comes from; its texts are lower-cased and lose their final
-mark, so that style alone does not give the answer away.
+punctuation, so style alone does not determine the answer.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any, Literal
 Half = Literal["choose", "test"]
 HELD_OUT_ROWS = 800
 HELD_OUT_ROWS_OF_MANY = 500
-"""With four classes and more: each row costs more."""
+"""For four classes and more, where each row costs more."""
 HELD_OUT_PASSAGES = 300
 
 

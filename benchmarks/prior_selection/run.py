@@ -1,11 +1,11 @@
-"""Print NLL, ECE and accuracy of every way of choosing the prior precision, on rows that none of them saw.
+"""Print NLL, ECE and accuracy of every criterion for the prior precision, on rows that none of them used.
 
 Run from the project's root::
 
     python -m benchmarks.prior_selection.run --shared ../shared
 
-Views of the adapters (Jacobians' products, variances) are kept in ``--cache``; making them takes a few minutes for
-each adapter on one core, choosing and scoring seconds.
+Views of the adapters (products of Jacobians, variances) are cached in ``--cache``; computing them takes a few minutes
+per adapter on one core, choosing and scoring takes seconds.
 """
 
 from __future__ import annotations
@@ -152,7 +152,7 @@ def choose(adapter: Adapter, structure: Structure, everything: bool) -> dict[str
 
 
 def verdict(score: float, at_map: float, tuned: float) -> tuple[bool, bool]:
-    """Whether a method is nowhere worse than the MAP, and whether it keeps validation's gain (where there is one)."""
+    """Return whether a method is never worse than the MAP, and whether it keeps the gain of validation, if any."""
     gain = at_map - tuned
     return score <= at_map + TOLERANCE, gain < TOLERANCE or at_map - score >= KEPT * gain
 

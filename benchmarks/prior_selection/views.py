@@ -1,7 +1,7 @@
-"""What the criteria are computed from: logits, Jacobians' inner products and KFAC variances of one adapter.
+"""Inputs of the criteria: logits, inner products of Jacobians and KFAC variances of one adapter.
 
-A view is made once per adapter and kept in a scratch folder, so that a criterion can be tried in seconds. Every
-Jacobian is that of the C-1 differences ``f_c - f_0``, unweighted.
+A view is computed once per adapter and cached, so a criterion can be evaluated in seconds. Every Jacobian is that of
+the C-1 differences ``f_c - f_0``, unweighted.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ THINNED_SHARE = 0.3
 """Share of a row's tokens that are deleted in its thinned copy."""
 OTHER_SHARES = (0.2, 0.4)
 FEATURES = 400
-"""Leading directions of the unweighted Jacobian that the refitted linear models work in."""
+"""Number of leading directions of the unweighted Jacobian for the refitted linear models."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ class Network:
         return saved
 
     def lora_on(self, saved: dict[str, Tensor]) -> None:
-        """Put B back."""
+        """Restore B."""
         for layer in self.layers:
             if layer.name in saved:
                 layer.module.weight.data.copy_(saved[layer.name])
@@ -154,7 +154,7 @@ def thin(encoded: Sequence[_Encoded], share: float, seed: int) -> list[_Encoded]
 
 
 class FullPosterior:
-    """The exact GGN over all LoRA weights, in the dual: only ``J Jᵀ`` is ever decomposed (method of the ``full`` fit).
+    """The exact GGN over all LoRA weights, in the dual: only ``J Jᵀ`` is decomposed (as in ``full``).
 
     Args:
         jacobian: ``(N, C-1, P)`` of the training rows.
@@ -271,7 +271,7 @@ def _embeddings(network: Network, encoded: Sequence[_Encoded]) -> NDArray[np.flo
 
 
 def load_view(one: Recipe, shared: Path, cache: Path) -> dict[str, Any]:
-    """The view of one adapter, from the scratch folder where it is there."""
+    """Return the view of one adapter, from the cache if it is there."""
     path = cache / f"{one.name}.npz"
     if not path.exists():
         cache.mkdir(parents=True, exist_ok=True)

@@ -56,7 +56,7 @@ from lapora.workflows.evaluate import run_evaluation
 from lapora.workflows.fit import FitResult, fit_in_memory
 from lapora.workflows.fit import fit as run_fit
 from lapora.workflows.predict import AdapterPool, predict_routed, predict_rows
-from lapora.workflows.task_model import Session, open_session
+from lapora.workflows.task_model import Fitted, open_fitted
 from lapora.workflows.tune_prior import TunedPrior
 from lapora.workflows.tune_prior import tune_prior as run_tune_prior
 
@@ -105,16 +105,21 @@ class Predictor:
     """A loaded adapter with its posterior, returned by :func:`load` and :func:`fit_model`.
 
     Attributes:
-        session: Model, posterior and task, for :mod:`lapora.interop`.
+        session: The adapter with its task and posterior, for :mod:`lapora.interop`.
         fitted: Result of the fit, if :func:`fit_model` returned this predictor.
     """
 
     def __init__(
-        self, session: Session, fitted: FitResult | None = None, keeps: AbstractContextManager[Any] | None = None
+        self, session: Fitted, fitted: FitResult | None = None, keeps: AbstractContextManager[Any] | None = None
     ) -> None:
         self.session = session
         self.fitted = fitted
         self._keeps = keeps
+
+    @property
+    def choices(self) -> tuple[str, ...]:
+        """The answers."""
+        return self.session.model.choices
 
     @takes(LinkOptions, PredictSettings)
     def predict(
@@ -138,7 +143,7 @@ class Predictor:
         """
         settings = PredictSettings(name=self.session.posterior.folder.name, logits=logits, **options)
         given = ({"text": row} if isinstance(row, str) else row for row in rows)
-        loaded = self.session.loaded
+        loaded = self.session.model.loaded
         with prepared_for_fit(loaded.model, loaded.pad_token_id):
             return [RowPrediction.of(record) for record in predict_rows(self.session, settings, given)]
 
@@ -148,7 +153,7 @@ def load(adapter: str | Path, *, name: str = PredictSettings.name, **options: Un
     """Load a fitted adapter.
 
         >>> predictor = lapora.load("adapter", name="default", device="cpu")
-        >>> predictor.session.choices
+        >>> predictor.choices
         ('no', 'yes')
 
     Args:
@@ -160,7 +165,7 @@ def load(adapter: str | Path, *, name: str = PredictSettings.name, **options: Un
         AdapterError: No such adapter, or its base model cannot be loaded.
         PosteriorError: No such posterior, or a posterior of another adapter or base.
     """
-    return Predictor(open_session(_model(adapter, options), name))
+    return Predictor(open_fitted(_model(adapter, options), name))
 
 
 @takes(FitOptions, FitSettings, DataSettings, ModelSettings)

@@ -26,7 +26,9 @@ Engine = Literal["native", "asdl", "curvlinops"]
 Subset = Literal["lora", "last-layer", "all"]
 FisherType = Literal["exact", "mc", "empirical"]
 PriorMethod = Literal["auto", "marglik", "adapted", "validation"]
+FitPrior = Literal["averaged", "marglik"]
 PriorStructure = Literal["scalar", "kind", "layer"]
+PriorChoice = Literal["scalar", "kind", "layer", "point"]
 Optimizer = Literal["exact", "adam"]
 Link = Literal["mc-joint", "mc-indep", "probit", "bridge", "map"]
 Method = Literal["constant", "map", "temperature", "mc-dropout", "ensemble", "laplace"]
@@ -438,6 +440,14 @@ class FitSettings:
         Option("Checkpoint interval; 0: every batch.", OUTPUT, metavar="SECONDS", min=0),
     ] = 60.0
     offload_factors: Annotated[bool, Option("Keep curvature factors in host memory, not on the GPU.")] = False
+    prior_method: Annotated[
+        FitPrior,
+        Option(
+            "Prior after a fit: averaged (over the precisions that the training rows tolerate) or marglik (one "
+            "precision, by marginal likelihood).",
+            command_line=False,
+        ),
+    ] = "averaged"
 
 
 @dataclass(frozen=True)
@@ -448,17 +458,17 @@ class PriorSettings:
     method: Annotated[
         PriorMethod,
         Option(
-            "validation (NLL of held-out rows), marglik (marginal likelihood), adapted (marglik, linearized) or auto "
-            "(validation if possible).",
+            "auto (average over precisions), validation (best NLL on held-out rows), marglik (marginal likelihood) or "
+            "adapted (marglik, linearized).",
             PRIOR,
             metavar="NAME",
             synonyms=_PRIOR_SYNONYMS,
         ),
     ] = "auto"
     structure: Annotated[
-        PriorStructure,
+        PriorChoice,
         Option(
-            "scalar (one precision), kind (one each for A, B, head) or layer (one per layer).",
+            "scalar, kind (A, B, head), layer or point (scalar, not averaged).",
             PRIOR,
             flag="--prior",
             metavar="NAME",

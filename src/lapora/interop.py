@@ -5,10 +5,10 @@ A posterior of structure ``kron`` is what laplace-torch calls a ``KronDecomposed
 
 
     precision = to_laplace_torch("my-adapter")       # posterior precision, one Kronecker product per layer
-    session = open_session(ModelSettings("my-adapter"), "default")
-    laplace = to_kron_laplace(session)               # laplace-torch's own class, ready to predict
+    fitted = open_fitted(ModelSettings("my-adapter"), "default")
+    laplace = to_kron_laplace(fitted)                # laplace-torch's own class, ready to predict
     probabilities = laplace(tokenizer(texts, return_tensors="pt", padding=True))
-    blocks = from_laplace_torch(laplace, session.layers)
+    blocks = from_laplace_torch(laplace, fitted.layers)
 
 What is no Kronecker product of full bases (EKFAC, diagonal, low-rank, the answers' rows of a language-model
 head, a head's bias as one more input) has no place in these classes, and is refused.
@@ -33,7 +33,7 @@ from lapora.storage.saved import SavedPosterior, posterior_folder
 
 if TYPE_CHECKING:
     from lapora.laplace_torch.kron_laplace import Kron, KronDecomposed, KronLaplace
-    from lapora.workflows.task_model import Session
+    from lapora.workflows.task_model import Fitted
 
 # A Kronecker product's eigenvalues are an outer product to the last digits of float64.
 _RANK_ONE_TOLERANCE = 1e-9
@@ -63,22 +63,22 @@ def to_laplace_torch(
     return room.kron_decomposed(kronecker, torch.tensor(precisions, dtype=dtype))
 
 
-def to_kron_laplace(session: Session) -> KronLaplace:
-    """The posterior of an open session as a ``KronLaplace``; see :func:`kron_laplace`.
+def to_kron_laplace(fitted: Fitted) -> KronLaplace:
+    """Return the posterior of a fitted adapter as a ``KronLaplace``; see :func:`kron_laplace`.
 
     Raises:
         UsageError: The structure is not one of Kronecker products.
     """
-    blocks, precisions = _read(session.posterior)
-    manifest = session.posterior.manifest
+    blocks, precisions = _read(fitted.posterior)
+    manifest = fitted.posterior.manifest
     return kron_laplace(
-        session.answers,
-        session.layers,
+        fitted.model.outputs,
+        fitted.layers,
         blocks,
         precisions,
-        classes=len(session.choices),
-        rows=int(manifest["data"]["n"]),
-        log_likelihood=manifest["log_likelihood"],
+        classes=len(fitted.model.choices),
+        rows=manifest.data.n,
+        log_likelihood=manifest.log_likelihood,
     )
 
 
@@ -165,11 +165,13 @@ def from_laplace_torch(
 
 def _read(posterior: SavedPosterior) -> tuple[list[EigenBlock], list[float]]:
     """A saved posterior's blocks, and the prior precision of each."""
-    structure = posterior.manifest["structure"]
+    structure = posterior.manifest.structure
     if structure != "kron":
         raise UsageError(f"{posterior.folder}: structure {structure} has no form in laplace-torch; only kron has")
     gaussian = cast(BlockPosterior, posterior.gaussian())
-    return gaussian.blocks, [float(delta) for delta in posterior.prior.per_layer(posterior.manifest["parameters"])]
+    return gaussian.blocks, [
+        float(delta) for delta in posterior.prior.precisions.per_layer(posterior.manifest.parameters)
+    ]
 
 
 def _kronecker_blocks(blocks: Sequence[EigenBlock], device: torch.device, dtype: torch.dtype) -> list[KroneckerBlock]:

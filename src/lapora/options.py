@@ -176,6 +176,8 @@ class CurvatureOptions(TypedDict, total=False):
         resume: Resume an interrupted fit from its last checkpoint. Default: ``False``.
         save_every: Checkpoint interval in seconds; 0: every batch. At least 0. Default: ``60.0``.
         offload_factors: Keep curvature factors in host memory, not on the GPU. Default: ``False``.
+        prior_method: Prior after a fit: averaged (over the precisions that the training rows tolerate) or marglik (one
+            precision, by marginal likelihood). Default: ``'averaged'``.
     """
 
     structure: config.Structure
@@ -192,6 +194,7 @@ class CurvatureOptions(TypedDict, total=False):
     resume: bool
     save_every: float
     offload_factors: bool
+    prior_method: config.FitPrior
 
 
 class FitOptions(CurvatureOptions, DataOptions, ModelOptions, total=False):
@@ -203,10 +206,9 @@ class PriorOptions(DataOptions, ModelOptions, total=False):
 
     Attributes:
         name: Name of the posterior. Default: ``'default'``.
-        method: validation (NLL of held-out rows), marglik (marginal likelihood), adapted (marglik, linearized) or auto
-            (validation if possible). Default: ``'auto'``.
-        structure: scalar (one precision), kind (one each for A, B, head) or layer (one per layer). Default:
-            ``'scalar'``.
+        method: auto (average over precisions), validation (best NLL on held-out rows), marglik (marginal likelihood) or
+            adapted (marglik, linearized). Default: ``'auto'``.
+        structure: scalar, kind (A, B, head), layer or point (scalar, not averaged). Default: ``'scalar'``.
         optimizer: For marglik: exact (root finding) or adam (as in the paper). Default: ``'exact'``.
         learning_rate: Learning rate of adam. At least 0. Default: ``0.1``.
         steps: Steps of adam. At least 1. Default: ``1000``.
@@ -217,7 +219,7 @@ class PriorOptions(DataOptions, ModelOptions, total=False):
 
     name: str
     method: config.PriorMethod
-    structure: config.PriorStructure
+    structure: config.PriorChoice
     optimizer: config.Optimizer
     learning_rate: float
     steps: int

@@ -38,7 +38,7 @@ def example_of(row: dict[str, Any], kind: Any = "causal", task: Task | None = No
 
 
 def encoded(row: dict[str, Any], tokenizer: Any, max_length: int, **options: Any) -> EncodedExample:
-    return encode(example_of(row), tokenizer, kind="causal", max_length=max_length, task=load_task("boolq"), **options)
+    return encode(example_of(row), tokenizer, kind="causal", max_length=max_length, **options)
 
 
 @pytest.mark.parametrize("make", CAUSAL)
@@ -105,11 +105,11 @@ def test_a_row_that_cannot_be_cut_enough_is_named() -> None:
     )
     no_field = Task.from_dict({"task": "x", "doc_to_text": "{{passage}} ?", "doc_to_choice": ["A", "B"]})
     with pytest.raises(DataError, match="name the field that may be cut as the task's truncate_field"):
-        encode(example_of(ROW, task=no_field), tokenizer, kind="causal", max_length=60, task=no_field)
+        encode(example_of(ROW, task=no_field), tokenizer, kind="causal", max_length=60)
     numbers = Task.from_dict({**no_field.to_dict(), "truncate_field": "passage"})
     with pytest.raises(DataError, match="its 'passage' is no text that could be cut"):
         row = {"passage": list(range(500))}
-        encode(example_of(row, task=numbers), tokenizer, kind="causal", max_length=60, task=numbers)
+        encode(example_of(row, task=numbers), tokenizer, kind="causal", max_length=60)
 
 
 @pytest.mark.parametrize("template", ["{{passage}} {{passage}} ?", "{{passage[:300]}} ?", "{{passage | upper}} ?"])
@@ -118,7 +118,7 @@ def test_a_template_that_does_something_with_the_field(template: str) -> None:
         {"task": "x", "doc_to_text": template, "doc_to_choice": ["A", "B"], "truncate_field": "passage"}
     )
     tokenizer = byte_level()
-    result = encode(example_of(ROW, task=task), tokenizer, kind="causal", max_length=50, task=task)
+    result = encode(example_of(ROW, task=task), tokenizer, kind="causal", max_length=50)
     assert result.truncated and 10 < len(result.input_ids) <= 50
     assert tokenizer.decode(result.input_ids).endswith(" ?")
 
@@ -144,9 +144,7 @@ def test_spaces_at_the_end_are_the_delimiter_where_there_is_none() -> None:
                 "target_delimiter": delimiter,
             }
         )
-        result = encode(
-            render(task, {"q": "Which?"}, kind="causal"), tokenizer, kind="causal", max_length=99, task=task
-        )
+        result = encode(render(task, {"q": "Which?"}, kind="causal"), tokenizer, kind="causal", max_length=99)
         assert result.input_ids == tokenizer(prompt)["input_ids"]
 
 
@@ -171,24 +169,22 @@ def test_a_chat_template_that_is_not_there_or_raises() -> None:
     with pytest.raises(DataError, match="only assistants; leave out --chat-template"):
         encoded(ROW, tokenizer, 300, chat_template=True)
     with pytest.raises(DataError, match="--chat-template is for causal models"):
-        encode_all([], word_piece(), kind="classifier", max_length=9, task=load_task("boolq"), chat_template=True)
+        encode_all([], word_piece(), kind="classifier", max_length=9, chat_template=True)
 
 
 def test_many_rows_are_encoded_as_each_alone(shared_data: Path) -> None:
     task = load_task("boolq")
     examples = render_all(task, load_rows(task, "validation", data_dir=shared_data / "boolq", limit=60), kind="causal")
     tokenizer = byte_level()
-    together = encode_all(examples, tokenizer, kind="causal", max_length=300, task=task)
-    alone = [encode(example, tokenizer, kind="causal", max_length=300, task=task) for example in examples]
+    together = encode_all(examples, tokenizer, kind="causal", max_length=300)
+    alone = [encode(example, tokenizer, kind="causal", max_length=300) for example in examples]
     assert together == alone
     assert 0 < sum(row.truncated for row in together) < 60
 
 
 def classified(row: dict[str, Any], max_length: int, task: Task | None = None) -> EncodedExample:
     task = task or load_task("boolq")
-    return encode(
-        example_of(row, "classifier", task), word_piece(), kind="classifier", max_length=max_length, task=task
-    )
+    return encode(example_of(row, "classifier", task), word_piece(), kind="classifier", max_length=max_length)
 
 
 def test_a_classifier_reads_a_pair_with_segments() -> None:
@@ -225,7 +221,6 @@ def test_without_a_truncate_field_the_longest_is_cut() -> None:
 
 
 def test_ready_texts_and_pairs_keep_their_places() -> None:
-    task = load_task("boolq")
     rows = [
         {"text": "the sky"},
         {**ROW, "passage": "the sky"},
@@ -233,8 +228,8 @@ def test_ready_texts_and_pairs_keep_their_places() -> None:
         {**ROW, "passage": "is blue"},
     ]
     examples = [example_of(row, "classifier") for row in rows]
-    together = encode_all(examples, word_piece(), kind="classifier", max_length=30, task=task)
+    together = encode_all(examples, word_piece(), kind="classifier", max_length=30)
     assert together == [classified(row, 30) for row in rows]
     assert [row.truncated for row in together] == [False, False, True, False]
-    assert encode_all([], word_piece(), kind="classifier", max_length=30, task=task) == []
-    assert encode_all([], byte_level(), kind="causal", max_length=30, task=task) == []
+    assert encode_all([], word_piece(), kind="classifier", max_length=30) == []
+    assert encode_all([], byte_level(), kind="causal", max_length=30) == []

@@ -42,32 +42,39 @@ def fit_command(
         raise UsageError("--data is missing: a built-in task (see `lapora tasks`) or the path of a task YAML")
     if memory is not None and not dry_run:
         raise UsageError("--memory goes with --dry-run")
-    budget = _budget(models[0], data, settings, dry_run, memory, alone=len(models) == 1)
+    from lapora.workflows.fit import estimate_memory, fit, fit_several
+
     if dry_run:
-        if as_json and budget is not None and models[0].processes.is_main:
+        free = None if memory is None else memory * 2**30
+        budget = estimate_memory(models[0], data, settings, device_memory=free)
+        print_memory_estimate(budget, whole=True)
+        if as_json and models[0].processes.is_main:
             write_json_lines([{"budget": budget.describe()}], "-")
         return
-    from lapora.workflows.fit import fit, fit_several
+
+    def show_estimate(found: MemoryEstimate) -> None:
+        print_memory_estimate(found, whole=False)
 
     if len(models) == 1:
         with RowProgress("fit") as progress:
-            result = fit(models[0], data, settings, progress)
-        _print_result(result, budget, as_json and models[0].processes.is_main)
+            result = fit(models[0], data, settings, progress, on_estimate=show_estimate)
+        _print_result(result, as_json and models[0].processes.is_main)
         return
     failures = []
-    for model, found in fit_several(models, data, settings, lambda model: RowProgress(f"fit {model.adapter}")):
+    bars = fit_several(models, data, settings, lambda model: RowProgress(f"fit {model.adapter}"), show_estimate)
+    for model, found in bars:
         if isinstance(found, LaporaError):
             failures.append(found.exit_status)
             print_error(f"{model.adapter}: {found}", found.reporting_rank)
         else:
-            _print_result(found, budget, as_json and model.processes.is_main)
+            _print_result(found, as_json and model.processes.is_main)
     if failures:
         raise SeveralError(
             f"{len(failures)} of {len(models)} adapters were not fitted; the others are done", failures[0]
         )
 
 
-def _print_result(result: FitResult, budget: MemoryEstimate | None, as_json: bool) -> None:
+def _print_result(result: FitResult, as_json: bool) -> None:
     for note in result.notes:
         print_message(f"note: {note}")
     if result.truncated:
@@ -78,39 +85,14 @@ def _print_result(result: FitResult, budget: MemoryEstimate | None, as_json: boo
         )
     print_message(
         f"posterior over {result.parameters:,} parameters from {result.rows:,} rows, prior precision "
-        f"{result.prior.prior.describe()} by marginal likelihood: {result.folder}"
+        f"{result.evidence.prior.describe()} by marginal likelihood: {result.folder}"
     )
     if result.kept < 1:
         print_message(
             f"the basis keeps {result.kept:.1%} of the trace of the curvature; the other directions keep the prior"
         )
     if as_json:
-        write_json_lines([{**result.describe(), "budget": None if budget is None else budget.describe()}], "-")
-
-
-def _budget(
-    model: ModelSettings, data: DataSettings, settings: FitSettings, dry_run: bool, memory: float | None, alone: bool
-) -> MemoryEstimate | None:
-    """Print the memory estimate, of the first adapter if there are several. Before a real fit, errors are ignored.
-
-    Fit reports them itself.
-    """
-    from lapora.storage.saved import posterior_folder
-    from lapora.workflows.fit import estimate_memory, refuse_to_replace, resolve_settings
-
-    settings = resolve_settings(model, settings)
-    if alone and not dry_run:
-        refuse_to_replace(posterior_folder(model.root, settings.name), settings)
-    try:
-        budget = estimate_memory(model, data, settings, device_memory=None if memory is None else memory * 2**30)
-    except Exception as error:  # such as an error in a model's own code: fit may still work
-        if dry_run:
-            raise
-        if not isinstance(error, LaporaError):
-            print_message(f"memory: not estimated ({type(error).__name__})")
-        return None
-    print_memory_estimate(budget, whole=dry_run)
-    return budget
+        write_json_lines([result.describe()], "-")
 
 
 _BLOCK, _PREFIX = re.compile(r"\.\d+\."), "base_model.model."

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -71,13 +71,13 @@ def inspect_command(
     from lapora.storage.saved import SavedPosterior, posterior_folder
 
     root = model.output_dir or local_model(model).root  # with --output-dir the adapter is not needed
-    manifest: dict[str, Any] = SavedPosterior(posterior_folder(root, name)).manifest
+    posterior = SavedPosterior(posterior_folder(root, name))
     if as_json:
-        typer.echo(json.dumps(manifest))
+        typer.echo(json.dumps(posterior.content))
         return
-    from lapora.report import print_manifest
+    from lapora.report import print_posterior
 
-    print_manifest(manifest)
+    print_posterior(posterior.manifest, posterior.prior)
 
 
 @command()

@@ -8,13 +8,13 @@ for softmax the Fisher is the generalised Gauss-Newton matrix (Martens 2020).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from lapora.config import DEFAULT_SAMPLES, Link
-from lapora.likelihoods.base import LogitMoments
+from lapora.likelihoods.base import Averaging, LogitMoments
 from lapora.likelihoods.quadrature import log_expected_sigmoid
 
 
@@ -141,6 +141,139 @@ def log_probabilities(link: Link, moments: LogitMoments, *, samples: int = DEFAU
     return _averaged_softmax(differences_to_first(mean), independent, samples, seed)
 
 
+def averaged_log_probabilities(
+    link: Link,
+    found: Sequence[LogitMoments],
+    averaging: Averaging,
+    *,
+    samples: int = DEFAULT_SAMPLES,
+    seed: int = 0,
+) -> Tensor:
+    """Average a link over prior precisions and temperatures: ``log Σ_ij w_ij p_ij``.
+
+    Two classes are integrated for every component; with more, the quasi-Monte-Carlo points are divided among the
+    components by one more coordinate of theirs, so that the average costs as much as one component. MAP is not
+    averaged.
+
+    Args:
+        link: The link.
+        found: Moments under each of the D prior precisions.
+        averaging: The weights.
+        samples: Quasi-Monte-Carlo points of the two sampling links, for C > 2.
+        seed: Their scrambling.
+
+    Returns:
+        ``(B, C)`` log-probabilities in float64, on the CPU.
+    """
+    if link == "map" or averaging.is_single:
+        return log_probabilities(link, found[0], samples=samples, seed=seed)
+    classes = found[0].mean.shape[1]
+    if link in ("probit", "bridge") or classes == 2:
+        parts = [
+            math.log(weight) + log_probabilities(link, found[index].divided(temperature))
+            for index, temperature, weight in averaging.components
+        ]
+        averaged = torch.logsumexp(torch.stack(parts), dim=0)
+        return averaged - torch.logsumexp(averaged, dim=1, keepdim=True)
+    mean = differences_to_first(found[0].mean.double().cpu())
+    roots = [symmetric_root(_differences(link, each)) for each in found]
+    groups = _shared_points(averaging, samples, classes - 1, seed)
+    chunk = max(1, _CHUNK_ELEMENTS // (samples * classes))
+    averaged_chunks = []
+    for start in range(0, len(mean), chunk):
+        part = slice(start, start + chunk)
+        logs = torch.cat(
+            [
+                torch.log_softmax(drawn_logits(mean[part], roots[index][part], points) / temperature, dim=2)
+                for index, temperature, points in groups
+            ],
+            dim=1,
+        )
+        averaged = torch.logsumexp(logs, dim=1)
+        averaged_chunks.append(averaged - torch.logsumexp(averaged, dim=1, keepdim=True))
+    return torch.cat(averaged_chunks)
+
+
+def _differences(link: Link, moments: LogitMoments) -> Tensor:
+    """Return the covariance of the differences that a sampling link draws from."""
+    covariance = moments.covariance.double().cpu()
+    if link == "mc-joint":
+        return covariance if moments.of_differences else difference_covariance(covariance)
+    if moments.of_differences:
+        raise ValueError(f"{link} needs the variances of all classes")
+    return difference_covariance(torch.diag_embed(covariance.diagonal(dim1=1, dim2=2)))
+
+
+def _shared_points(averaging: Averaging, samples: int, dimensions: int, seed: int) -> list[tuple[int, Tensor, Tensor]]:
+    """Divide quasi-Monte-Carlo points among the components, by the last of their coordinates.
+
+    Returns:
+        For each prior precision with points: its index, the temperature ``(S, 1)`` of each of its points, and the
+        points ``(S, dimensions)``; a point and its mirror image belong to the same component.
+    """
+    half = (samples + 1) // 2
+    uniform = torch.quasirandom.SobolEngine(dimensions + 1, scramble=True, seed=seed).draw(half, dtype=torch.float64)
+    tiny = 0.5 / (half * 1024)
+    normal = torch.special.ndtri(uniform[:, :-1].clamp(tiny, 1.0 - tiny))
+    components = averaging.components
+    bounds = torch.tensor([weight for *_, weight in components], dtype=torch.float64).cumsum(0)
+    chosen = torch.searchsorted(bounds / bounds[-1], uniform[:, -1].contiguous()).clamp(max=len(components) - 1)
+    of_prior = torch.tensor([index for index, *_ in components])[chosen]
+    temperatures = torch.tensor([temperature for _, temperature, _ in components], dtype=torch.float64)[chosen]
+    groups = []
+    for index in of_prior.unique().tolist():
+        own = of_prior == index
+        points = torch.cat([normal[own], -normal[own]])
+        groups.append((int(index), temperatures[own].repeat(2).unsqueeze(1), points))
+    return groups
+
+
+def grid_log_probabilities(
+    link: Link,
+    found: Sequence[LogitMoments],
+    temperatures: Tensor,
+    labels: Tensor,
+    *,
+    samples: int = DEFAULT_SAMPLES,
+    seed: int = 0,
+) -> Tensor:
+    """Return the log-probability of each row's label under every prior precision and temperature.
+
+    Args:
+        link: The link.
+        found: Moments under each of the D prior precisions.
+        temperatures: ``(T,)``.
+        labels: ``(B,)``.
+        samples: Quasi-Monte-Carlo points of the two sampling links, for C > 2.
+        seed: Their scrambling.
+
+    Returns:
+        ``(D, T, B)`` in float64.
+    """
+    classes = found[0].mean.shape[1]
+    table = torch.empty(len(found), len(temperatures), len(labels), dtype=torch.float64)
+    own = labels.unsqueeze(1)
+    if link in ("probit", "bridge", "map") or classes == 2:
+        for row, moments in enumerate(found):
+            for column, temperature in enumerate(temperatures.tolist()):
+                log_p = log_probabilities(link, moments.divided(temperature))
+                table[row, column] = log_p.gather(1, own).squeeze(1)
+        return table
+    mean = differences_to_first(found[0].mean.double().cpu())
+    points = normal_points(samples, classes - 1, seed)
+    chunk = max(1, _CHUNK_ELEMENTS // (len(points) * classes))
+    for row, moments in enumerate(found):
+        root = symmetric_root(_differences(link, moments))
+        for start in range(0, len(mean), chunk):
+            part = slice(start, start + chunk)
+            drawn = drawn_logits(mean[part], root[part], points)
+            for column, temperature in enumerate(temperatures.tolist()):
+                log_p = torch.log_softmax(drawn / temperature, dim=2)
+                label = log_p.gather(2, own[part].unsqueeze(1).expand(-1, len(points), 1)).squeeze(2)
+                table[row, column, part] = torch.logsumexp(label, dim=1) - math.log(len(points))
+    return table
+
+
 def difference_covariance(covariance: Tensor) -> Tensor:
     """Covariance of ``f_c - f_0``, ``(B, C-1, C-1)``, from that of ``f``, ``(B, C, C)``."""
     rest = covariance[:, 1:, 1:]
@@ -249,15 +382,35 @@ def mutual_information(moments: LogitMoments, *, samples: int = DEFAULT_SAMPLES,
     """
     averaged = log_probabilities("mc-joint", moments, samples=samples, seed=seed)
     total = torch.special.entr(averaged.exp()).sum(dim=1)
-    mean, covariance = moments.mean.double().cpu(), moments.covariance.double().cpu()
-    differences = differences_to_first(mean)
-    if not moments.of_differences:
-        covariance = difference_covariance(covariance)
+    return (total - _expected_entropy(moments, samples, seed)).clamp(min=0.0)
+
+
+def _expected_entropy(moments: LogitMoments, samples: int, seed: int) -> Tensor:
+    """Return ``E[H(softmax(f))]`` of each row, ``(B,)``."""
+    differences = differences_to_first(moments.mean.double().cpu())
+    covariance = _differences("mc-joint", moments)
     if differences.shape[1] == 1:
-        known = expected_binary_entropy(differences[:, 0], covariance[:, 0, 0].clamp(min=0.0).sqrt())
-    else:
-        known = _sampled_entropy(differences, symmetric_root(covariance), samples, seed)
-    return (total - known).clamp(min=0.0)
+        return expected_binary_entropy(differences[:, 0], covariance[:, 0, 0].clamp(min=0.0).sqrt())
+    return _sampled_entropy(differences, symmetric_root(covariance), samples, seed)
+
+
+def averaged_mutual_information(
+    found: Sequence[LogitMoments], averaging: Averaging, *, samples: int = DEFAULT_SAMPLES, seed: int = 0
+) -> Tensor:
+    """Mutual information of answer and weights under an average over prior precisions and temperatures, in nats.
+
+    ``I = H(Σ w p) - Σ w E[H(softmax(f / τ))]``; see :func:`mutual_information`.
+
+    Returns:
+        ``(B,)`` in float64, at least 0 and at most log C.
+    """
+    if averaging.is_single:
+        return mutual_information(found[0], samples=samples, seed=seed)
+    averaged = averaged_log_probabilities("mc-joint", found, averaging, samples=samples, seed=seed)
+    known = torch.zeros(len(averaged), dtype=torch.float64)
+    for index, temperature, weight in averaging.components:
+        known += weight * _expected_entropy(found[index].divided(temperature), max(64, samples // 16), seed)
+    return (torch.special.entr(averaged.exp()).sum(dim=1) - known).clamp(min=0.0)
 
 
 def expected_binary_entropy(mean: Tensor, deviation: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from lapora.config import TOKEN_BUDGET, FitSettings, ModelSettings
-from lapora.errors import UsageError
+from lapora.errors import AdapterError, LaporaError, UsageError, first_line
 from lapora.memory.dry_pass import batch_memory, leaders_of
 from lapora.memory.footprint import Footprint, StructureShape, footprint
 from lapora.models.adapter import Adapter
@@ -129,10 +129,18 @@ def estimate(
         free_host=free_host,
     )
     question = _Query(model, settings)
-    found = estimator.budget(question)
-    if found.fits is not False:
-        return found
-    return replace(found, remedies=_remedies(question, estimator.budget))
+    try:
+        found = estimator.budget(question)
+        if found.fits is not False:
+            return found
+        return replace(found, remedies=_remedies(question, estimator.budget))
+    except LaporaError:
+        raise
+    except Exception as error:  # raised by the model's own code, which was not written for tensors without data
+        raise AdapterError(
+            f"{adapter.path}: the memory of a fit cannot be estimated for this model "
+            f"({type(error).__name__}: {first_line(error)})"
+        ) from error
 
 
 @dataclass(frozen=True, eq=False)
@@ -193,14 +201,7 @@ class _Estimator:
         )
 
     def _skeleton(self, model: ModelSettings) -> MetaModel:
-        return build_meta_model(
-            self.adapter,
-            base_model=model.base_model,
-            quantize=model.quantize,
-            dtype=model.dtype or "auto",
-            device=self.device,
-            trust_remote_code=model.trust_remote_code,
-        )
+        return build_meta_model(self.adapter, model, self.device)
 
 
 def _peaks(weights: int, device: str, activations: int, sizes: Footprint, settings: FitSettings) -> tuple[int, int]:

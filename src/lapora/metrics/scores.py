@@ -150,12 +150,13 @@ def threshold_for_coverage(log_p: Tensor, targets: Tensor, coverage: float) -> T
 LOWEST, HIGHEST = 0.01, 100.0
 
 
-def fit_temperature(log_p: Tensor, targets: Tensor) -> float:
-    """The temperature T of least NLL of ``softmax(log_p / T)``; NLL is convex in 1/T.
+def fit_temperature(log_p: Tensor, targets: Tensor, *, width: float | None = None) -> float:
+    """Fit the temperature T of ``softmax(log_p / T)``: minimum NLL, or maximum posterior under N(log T; 0, width²).
 
     Args:
-        log_p: ``(N, C)`` log-probabilities of rows that are not going to be scored.
+        log_p: ``(N, C)`` log-probabilities of rows that will not be scored.
         targets: ``(N,)`` their labels.
+        width: Standard deviation of the prior on log T; None is no prior.
 
     Returns:
         T, within 0.01 and 100.
@@ -163,7 +164,8 @@ def fit_temperature(log_p: Tensor, targets: Tensor) -> float:
 
     def nll(log_temperature: float) -> float:
         scaled = torch.log_softmax(log_p / math.exp(log_temperature), dim=1)
-        return float(-scaled.gather(1, targets.unsqueeze(1)).mean())
+        own = float(-scaled.gather(1, targets.unsqueeze(1)).mean())
+        return own if width is None else own + 0.5 * (log_temperature / width) ** 2 / len(targets)
 
     found = minimize_scalar(
         nll, bounds=(math.log(LOWEST), math.log(HIGHEST)), method="bounded", options={"xatol": 1e-6}

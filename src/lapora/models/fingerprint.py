@@ -53,4 +53,4 @@ def library_versions() -> dict[str, str]:
     """Versions of the libraries that decide what the network computes."""
     import peft
 
-    return {"torch": torch.__version__, "transformers": transformers.__version__, "peft": peft.__version__}
+    return {"torch": str(torch.__version__), "transformers": transformers.__version__, "peft": peft.__version__}

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any, NamedTuple, TypedDict, Unpack, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict, load_peft_weights
@@ -18,7 +18,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from transformers import logging as transformers_logging
 
-from lapora.config import Dtype, Placement, Quantization
+from lapora.config import Dtype, ModelSettings, Placement, Quantization
 from lapora.errors import AdapterError, UsageError, first_line
 from lapora.models.adapter import Adapter, ModelKind
 from lapora.models.device_map import OwnWeights, keep_missing, loading_arguments, place_adapter, without_placement
@@ -72,18 +72,18 @@ class LoadedModel:
         return 0
 
 
-def load_model(adapter: Adapter, **how: Unpack[Loading]) -> LoadedModel:
+def load_model(adapter: Adapter, how: ModelSettings) -> LoadedModel:
     """Load the base model and the adapter on it.
 
     Args:
         adapter: The adapter, as read from its directory.
-        how: See :class:`lapora.models.loading.Loading`.
+        how: Base model, quantization, type and devices.
 
     Raises:
         AdapterError: The base cannot be loaded, or the adapter does not fit it.
         UsageError: An impossible device or an impossible combination.
     """
-    return put_adapter(adapter, load_base(adapter, **how))
+    return put_adapter(adapter, load_base(adapter, how))
 
 
 def put_adapter(adapter: Adapter, base: LoadedBase) -> LoadedModel:
@@ -209,27 +209,6 @@ class LoadedBase:
     trust_remote_code: bool
 
 
-class Loading(TypedDict, total=False):
-    """How an adapter's base model is loaded; each may be left out.
-
-    Attributes:
-        base_model: Name or path of the base; by default the one the adapter records.
-        quantize: ``none``, ``8bit`` or ``4bit``; None is as the base's own files are.
-        dtype: Type of the base's weights; ``auto`` is float32 on a CPU and the base's own on a GPU. LoRA
-            weights stay in float32 at least.
-        device: ``auto``, ``cpu``, ``cuda`` ...
-        spread: Spread the layers over devices, host and disk; None is one device.
-        trust_remote_code: Let a model's repository run its own code.
-    """
-
-    base_model: str | None
-    quantize: Quantization | None
-    dtype: Dtype
-    device: str
-    spread: Placement | None
-    trust_remote_code: bool
-
-
 class ChosenBase(NamedTuple):
     """The base model that an adapter asks for, settled before any weight is read."""
 
@@ -240,61 +219,41 @@ class ChosenBase(NamedTuple):
     element_type: torch.dtype
 
 
-def choose_base(
-    adapter: Adapter,
-    *,
-    base_model: str | None,
-    quantize: Quantization | None,
-    dtype: Dtype,
-    device: torch.device,
-    trust_remote_code: bool,
-) -> ChosenBase:
-    """Settle which base, and in which type; the arguments are those of :class:`Loading`.
+def choose_base(adapter: Adapter, how: ModelSettings, device: torch.device) -> ChosenBase:
+    """Resolve which base model is loaded, and in which type; reads its configuration alone.
 
     Raises:
         AdapterError: There is no base, or its configuration cannot be read.
         UsageError: An impossible combination.
     """
-    name = base_model or adapter.base_model
+    name = how.base_model or adapter.base_model
     if not name:
         raise AdapterError(f"{adapter.path}: the adapter names no base model; give one with --base-model")
-    revision = None if base_model else adapter.revision
-    config = load_config(name, revision, trust_remote_code)
-    quantize = resolve_quantization(name, quantize, saved_quantization(name, config))
-    element_type = element_type_of(dtype, config, device)
+    revision = None if how.base_model else adapter.revision
+    config = load_config(name, revision, how.trust_remote_code)
+    quantize = resolve_quantization(name, how.quantize, saved_quantization(name, config))
+    element_type = element_type_of(how.dtype or "auto", config, device)
     if quantize != "none" and element_type == torch.float64:
         raise UsageError(f"--dtype float64 cannot be combined with --quantize {quantize}")
     return ChosenBase(name, revision, config, quantize, element_type)
 
 
-def load_base(
-    adapter: Adapter,
-    *,
-    base_model: str | None = None,
-    quantize: Quantization | None = None,
-    dtype: Dtype = "auto",
-    device: str = "auto",
-    spread: Placement | None = None,
-    trust_remote_code: bool = False,
-) -> LoadedBase:
-    """Load the base model that an adapter asks for; the arguments are those of :class:`Loading`.
+def load_base(adapter: Adapter, how: ModelSettings) -> LoadedBase:
+    """Load the base model that an adapter asks for.
+
+    Args:
+        adapter: The adapter, as read from its directory.
+        how: Base model, quantization, type and devices.
 
     Raises:
         AdapterError: The base cannot be loaded.
         UsageError: An impossible device or an impossible combination.
     """
-    where = resolve_device(device)
+    where = resolve_device(how.device)
     with silence_libraries():
-        chosen = choose_base(
-            adapter,
-            base_model=base_model,
-            quantize=quantize,
-            dtype=dtype,
-            device=where,
-            trust_remote_code=trust_remote_code,
-        )
-        base, missing = _load_base(adapter, chosen, where, spread, trust_remote_code)
-        if spread is not None:
+        chosen = choose_base(adapter, how, where)
+        base, missing = _load_base(adapter, chosen, where, how)
+        if how.spread is not None:
             keep_missing(base, missing)
     weights = OwnWeights(base, missing)
     return LoadedBase(
@@ -306,10 +265,10 @@ def load_base(
         quantize=chosen.quantize,
         element_type=chosen.element_type,
         device=where,
-        spread=spread,
+        spread=how.spread,
         weights=weights if chosen.quantize == "none" else {},
         fingerprint=fingerprint_of_tensors(weights),
-        trust_remote_code=trust_remote_code,
+        trust_remote_code=how.trust_remote_code,
     )
 
 
@@ -363,18 +322,16 @@ def element_type_of(dtype: Dtype, config: Any, device: torch.device) -> torch.dt
     return cast(torch.dtype, getattr(torch, own) if isinstance(own, str) else own)
 
 
-def _load_base(
-    adapter: Adapter, chosen: ChosenBase, device: torch.device, spread: Placement | None, trust_remote_code: bool
-) -> tuple[Any, set[str]]:
+def _load_base(adapter: Adapter, chosen: ChosenBase, device: torch.device, how: ModelSettings) -> tuple[Any, set[str]]:
     arguments: dict[str, Any] = {
         "config": chosen.config,
         "revision": chosen.revision,
         "dtype": chosen.element_type,
-        "trust_remote_code": trust_remote_code,
+        "trust_remote_code": how.trust_remote_code,
         "output_loading_info": True,
     }
-    if spread is not None:
-        arguments |= loading_arguments(spread)
+    if how.spread is not None:
+        arguments |= loading_arguments(how.spread)
     if chosen.quantize != "none":
         arguments.setdefault("device_map", {"": device})
         if getattr(chosen.config, "quantization_config", None) is None:

@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lapora.config import Dtype, Quantization
+from lapora.config import ModelSettings, Quantization
 from lapora.errors import AdapterError, first_line
 from lapora.models.adapter import Adapter, ModelKind
 from lapora.models.batches import Batch
@@ -54,31 +54,21 @@ class MetaModel:
     dequantized: int
 
 
-def build_meta_model(
-    adapter: Adapter,
-    *,
-    base_model: str | None = None,
-    quantize: Quantization | None = None,
-    dtype: Dtype = "auto",
-    device: str = "cpu",
-    trust_remote_code: bool = False,
-) -> MetaModel:
-    """Build an adapter on its base model without weights; arguments as of :class:`lapora.models.loading.Loading`.
+def build_meta_model(adapter: Adapter, how: ModelSettings, device: str) -> MetaModel:
+    """Build an adapter on its base model without weights.
+
+    Args:
+        adapter: The adapter, as read from its directory.
+        how: Base model, quantization and type.
+        device: Type of the device that the model is to run on; it need not be there.
 
     Raises:
         AdapterError: The base's configuration cannot be read, or the adapter does not fit it.
         UsageError: An impossible combination.
     """
     with silence_libraries():
-        chosen = choose_base(
-            adapter,
-            base_model=base_model,
-            quantize=quantize,
-            dtype=dtype,
-            device=torch.device(device),
-            trust_remote_code=trust_remote_code,
-        )
-        model = _build(adapter, chosen, trust_remote_code)
+        chosen = choose_base(adapter, how, torch.device(device))
+        model = _build(adapter, chosen, how.trust_remote_code)
     whole = adapter.config.get("modules_to_save") or ()
     weights, dequantized = _weights(model, chosen.quantize, chosen.element_type, whole)
     return MetaModel(model, adapter.kind, chosen.quantize, chosen.element_type, weights, dequantized)

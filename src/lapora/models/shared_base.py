@@ -6,15 +6,16 @@ putting it on again is as many assignments, and nothing is read or copied.
 
 from __future__ import annotations
 
-from typing import Any, Unpack, cast
+from typing import Any, cast
 from weakref import WeakKeyDictionary
 
 from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
+from lapora.config import ModelSettings
 from lapora.models.adapter import Adapter
-from lapora.models.loading import LoadedBase, LoadedModel, Loading, load_base, put_adapter, resolve_padding
+from lapora.models.loading import LoadedBase, LoadedModel, load_base, put_adapter, resolve_padding
 
 _Place = tuple[nn.Module, str, nn.Module]
 """A parent, the name of its child, and the adapter's module in the child's place."""
@@ -34,18 +35,17 @@ class BaseCache:
         self._places: WeakKeyDictionary[nn.Module, list[_Place]] = WeakKeyDictionary()
         self.loads = 0
 
-    def load(self, adapter: Adapter, **how: Unpack[Loading]) -> LoadedModel:
+    def load(self, adapter: Adapter, how: ModelSettings) -> LoadedModel:
         """As :func:`lapora.models.loading.load_model`; the adapter is on its base, and whichever was on it is off."""
         if _changes_base(adapter):
             self.loads += 1
-            return put_adapter(adapter, load_base(adapter, **how))
-        given = how.get("base_model")
+            return put_adapter(adapter, load_base(adapter, how))
         key = (
-            given or adapter.base_model,
-            None if given else adapter.revision,
+            how.base_model or adapter.base_model,
+            None if how.base_model else adapter.revision,
             adapter.kind,
             adapter.number_of_labels(),
-            *((name, how.get(name)) for name in sorted(how.keys() - {"base_model"})),
+            (how.quantize, how.dtype, how.device, how.spread, how.trust_remote_code),
         )
         base = self._bases.pop(key, None)
         if base is not None:
@@ -54,7 +54,7 @@ class BaseCache:
             while len(self._bases) >= self._most:
                 self._evict(next(iter(self._bases)))
             self.loads += 1
-            base = self._bases[key] = load_base(adapter, **how)
+            base = self._bases[key] = load_base(adapter, how)
         self._detach(id(base.model))
         try:
             loaded = put_adapter(adapter, base)

@@ -63,6 +63,15 @@ class PriorPrecision:
         """Every δ times one factor: their ratios stay."""
         return PriorPrecision(self.structure, {group: value * factor for group, value in self.precisions.items()})
 
+    @property
+    def mean(self) -> float:
+        """Geometric mean of the groups' δ."""
+        return math.exp(sum(math.log(value) for value in self.precisions.values()) / len(self.precisions))
+
+    def on_grid(self, means: Sequence[float] | NDArray[np.float64]) -> list[PriorPrecision]:
+        """Return this prior scaled to other geometric means; infinity is MAP."""
+        return [self.scaled(float(mean) / self.mean) for mean in means]
+
     def describe(self) -> str:
         """For a person: the number, or the range."""
         values = self.precisions.values()

@@ -5,7 +5,7 @@ from lapora.report.tables import (
     print_checkpoints,
     print_comparison,
     print_evaluation,
-    print_manifest,
+    print_posterior,
     print_reliability,
     print_tasks,
 )
@@ -14,7 +14,7 @@ __all__ = [
     "print_checkpoints",
     "print_comparison",
     "print_evaluation",
-    "print_manifest",
+    "print_posterior",
     "print_reliability",
     "print_tasks",
     "write_page",

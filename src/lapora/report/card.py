@@ -8,7 +8,7 @@ from typing import Any
 
 from lapora.config import method_label
 from lapora.errors import printable
-from lapora.posterior.prior import PriorPrecision
+from lapora.storage.manifest import Manifest, Prior
 
 _SCORES = ("accuracy", "ece", "nll", "brier")
 
@@ -30,26 +30,27 @@ def with_section(card: str, name: str, section: str) -> str:
 
 
 def posterior_section(
-    manifest: Mapping[str, Any], name: str, repository: str, scores: Mapping[str, Any] | None = None
+    manifest: Manifest, prior: Prior, name: str, repository: str, scores: Mapping[str, Any] | None = None
 ) -> str:
     """Return the section of a posterior in Markdown: what it is, its scores, how to use it.
 
     Args:
         manifest: Manifest of the posterior.
+        prior: Its prior.
         name: Its name.
         repository: Repository of the adapter.
         scores: A record of ``lapora eval``, added as a table.
     """
-    prior, base = manifest["prior"], manifest["base_model"]
+    base = manifest.base_model
     asked = "" if name == "default" else f" --name {name}"
     facts = {
         "method": "Laplace-LoRA ([Yang et al. 2024](https://arxiv.org/abs/2308.13111)), fitted after training",
-        "structure": f"{manifest['structure']}, {manifest['weight_sharing']}, {manifest['fisher']} Fisher",
-        "weights": f"{manifest['subset']}, {len(manifest['parameters'])} matrices",
-        "prior precision": f"{PriorPrecision.from_manifest(prior).describe()}, by {prior['method']}",
-        "task": f"{manifest['task']['task']}: {', '.join(manifest['answers']['choices'])}",
-        "rows": f"{manifest['data']['n']} of {manifest['data']['split']}",
-        "base model": f"{base['name']} ({base['dtype']}, quantization {base['quantization']})",
+        "structure": f"{manifest.structure}, {manifest.weight_sharing}, {manifest.fisher} Fisher",
+        "weights": f"{manifest.subset}, {len(manifest.parameters)} matrices",
+        "prior precision": f"{prior.precisions.describe()}, by {prior.method}",
+        "task": f"{manifest.task['task']}: {', '.join(manifest.answers.choices)}",
+        "rows": f"{manifest.data.n} of {manifest.data.split}",
+        "base model": f"{base.name} ({base.dtype}, quantization {base.quantization})",
     }
     lines = [f"## Calibrated probabilities: posterior `{name}`", "", "| | |", "| --- | --- |"]
     lines += [f"| {key} | {_cell(value)} |" for key, value in facts.items()]

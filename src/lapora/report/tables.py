@@ -13,7 +13,7 @@ from rich.text import Text
 
 from lapora.config import method_label
 from lapora.errors import printable
-from lapora.posterior.prior import PriorPrecision
+from lapora.storage.manifest import Manifest, Prior, Scores, Validation
 
 if TYPE_CHECKING:
     from lapora.metrics import Bin
@@ -320,53 +320,53 @@ def print_tasks(tasks: list[dict[str, Any]]) -> None:
     console.print(table)
 
 
-def print_manifest(manifest: dict[str, Any]) -> None:
+def print_posterior(manifest: Manifest, prior: Prior) -> None:
     """Print a summary of a posterior."""
-    prior = manifest["prior"]
-    precision = PriorPrecision.from_manifest(prior).describe()
     lines = {
-        "structure": f"{manifest['structure']}, {manifest['weight_sharing']}, {manifest['fisher']} Fisher",
-        "subset": f"{manifest['subset']}, {len(manifest['parameters'])} matrices",
-        "base model": f"{manifest['base_model']['name']} ({manifest['base_model']['dtype']})",
-        "task": f"{manifest['task']['task']}, {', '.join(manifest['answers']['choices'])}",
-        "data": f"{manifest['data']['n']} rows of {manifest['data']['split']}",
-        "log-likelihood": _nats(manifest["log_likelihood"]),
-        "prior precision": f"{precision} ({prior['method']}, {prior['structure']})",
-        "log marginal likelihood": _nats(prior["log_marginal_likelihood"]),
+        "structure": f"{manifest.structure}, {manifest.weight_sharing}, {manifest.fisher} Fisher",
+        "subset": f"{manifest.subset}, {len(manifest.parameters)} matrices",
+        "base model": f"{manifest.base_model.name} ({manifest.base_model.dtype})",
+        "task": f"{manifest.task['task']}, {', '.join(manifest.answers.choices)}",
+        "data": f"{manifest.data.n} rows of {manifest.data.split}",
+        "log-likelihood": _nats(manifest.log_likelihood),
+        "prior precision": f"{prior.precisions.describe()} ({prior.method}, {prior.structure})",
+        "log marginal likelihood": _nats(prior.log_marginal_likelihood),
     }
-    if manifest.get("kept", 1.0) < 1.0:
-        lines["structure"] += f", {manifest['kept']:.1%} of the curvature's trace kept"
+    if manifest.kept < 1.0:
+        lines["structure"] += f", {manifest.kept:.1%} of the curvature's trace kept"
     table = Table(show_header=False)
     for key, value in lines.items():
         table.add_row(key, cell(value))
     console = Console()
     console.print(table)
-    if "validation" in prior:
-        console.print(_validation_curve(prior["validation"]))
+    if prior.validation is not None:
+        console.print(_validation_curve(prior.validation))
 
 
 _COUNT_BAR = 30
 
 
-def _validation_curve(record: dict[str, Any]) -> Table:
+def _validation_curve(record: Validation) -> Table:
     """Return NLL, ECE and accuracy of each prior tried, of MAP and of the marginal likelihood, with NLL as a bar."""
-    title = f"{record['n']} rows of {record['split']}, {record['link']} ({record['scheme']})"
+    title = f"{record.n} rows of {record.split}, {record.link} ({record.scheme})"
     table = Table(title=cell(title), title_justify="left")
     for title in ("prior precision", "nll", "ece", "accuracy"):
         table.add_column(title, justify="right")
     table.add_column("nll, longer is worse", min_width=_COUNT_BAR)
-    rows = [(f"{point['precision']:.3g}", point) for point in record["curve"]] + [("MAP", record["map"])]
-    evidence = record["marglik"]
-    several = evidence["structure"] != "scalar"
-    rows.append(("marglik" if several else f"marglik {evidence['precision']:.3g}", evidence))
-    values = [point["nll"] for _, point in rows]
+    rows: list[tuple[str, Scores]] = [(f"{point.precision:.3g}", point) for point in record.curve]
+    rows.append(("MAP", record.map))
+    evidence = record.marglik
+    if evidence is not None:
+        rows.append(("marglik" if evidence.structure != "scalar" else f"marglik {evidence.precision:.3g}", evidence))
+    values = [point.nll for _, point in rows]
     low, high = min(values), max(values)
     for label, point in rows:
         if label == "MAP":
             table.add_section()
-        length = 1 + round((_COUNT_BAR - 1) * (point["nll"] - low) / (high - low or 1.0))
-        least = " least" if point["nll"] == low else ""
-        table.add_row(label, *(f"{point[key]:.3f}" for key in ("nll", "ece", "accuracy")), "█" * length + least)
+        length = 1 + round((_COUNT_BAR - 1) * (point.nll - low) / (high - low or 1.0))
+        least = " least" if point.nll == low else ""
+        cells = (f"{value:.3f}" for value in (point.nll, point.ece, point.accuracy))
+        table.add_row(label, *cells, "█" * length + least)
     return table
 
 

@@ -13,6 +13,7 @@ from lapora.models.adapter import Adapter
 from lapora.models.fingerprint import library_versions
 from lapora.models.loading import LoadedModel
 from lapora.models.lora_layers import BayesianLayer
+from lapora.storage.manifest import BaseModel, Manifest
 
 _DECIDING_SETTINGS = (
     "alpha_pattern",
@@ -54,12 +55,12 @@ def tokenizer_digest(tokenizer: Any, chat_template: bool) -> str:
     return digest.hexdigest()
 
 
-def adapter_differences(manifest: Mapping[str, Any], adapter: Adapter) -> list[str]:
+def adapter_differences(manifest: Manifest, adapter: Adapter) -> list[str]:
     """What differs in the adapter's own files."""
     found = []
-    if manifest["adapter"] != adapter.sha256:
-        found.append(f"adapter weights {manifest['adapter'][:12]} then, {adapter.sha256[:12]} now")
-    then, now = manifest.get("adapter_config"), adapter_settings(adapter)
+    if manifest.adapter != adapter.sha256:
+        found.append(f"adapter weights {manifest.adapter[:12]} then, {adapter.sha256[:12]} now")
+    then, now = manifest.adapter_config, adapter_settings(adapter)
     if then is not None:
         found += [
             f"adapter setting {key} {then.get(key)!r:.60} then, {now.get(key)!r:.60} now"
@@ -69,22 +70,22 @@ def adapter_differences(manifest: Mapping[str, Any], adapter: Adapter) -> list[s
     return found
 
 
-def model_differences(manifest: Mapping[str, Any], loaded: LoadedModel, layers: Sequence[BayesianLayer]) -> list[str]:
+def model_differences(manifest: Manifest, loaded: LoadedModel, layers: Sequence[BayesianLayer]) -> list[str]:
     """What differs in the loaded base model, its tokenizer, the outputs of its head and its layers."""
-    then = manifest["base_model"]
+    then = manifest.base_model
     found = []
-    if then["quantization"] != loaded.quantize:
-        found.append(f"quantization {then['quantization']} then, {loaded.quantize} now")
+    if then.quantization != loaded.quantize:
+        found.append(f"quantization {then.quantization} then, {loaded.quantize} now")
     else:
         found += _weight_differences(then, loaded)
-    if manifest.get("tokenizer") is not None:
-        now = tokenizer_digest(loaded.tokenizer, bool(manifest["data"].get("chat_template", False)))
-        if now != manifest["tokenizer"]:
-            found.append(f"tokenizer {manifest['tokenizer'][:12]} then, {now[:12]} now")
-    answers = len(manifest["answers"]["choices"])
+    if manifest.tokenizer is not None:
+        now = tokenizer_digest(loaded.tokenizer, manifest.data.chat_template)
+        if now != manifest.tokenizer:
+            found.append(f"tokenizer {manifest.tokenizer[:12]} then, {now[:12]} now")
+    answers = len(manifest.answers.choices)
     if loaded.number_of_labels not in (None, answers):
         found.append(f"answers {answers} then, {loaded.number_of_labels} outputs of the head now")
-    return found + _layer_differences(manifest["parameters"], layers)
+    return found + _layer_differences(manifest.parameters, layers)
 
 
 _FINENESS = {"float64": 2, "float32": 1, "bfloat16": 0, "float16": 0}
@@ -97,28 +98,28 @@ def base_digests(loaded: LoadedModel) -> dict[str, str]:
     return {each: loaded.digest(each) for each in types if loaded.weights}
 
 
-def _weight_differences(then: Mapping[str, Any], loaded: LoadedModel) -> list[str]:
+def _weight_differences(then: BaseModel, loaded: LoadedModel) -> list[str]:
     """Two models in different element types are compared in the coarser one."""
-    before, after = then["fingerprint"], loaded.fingerprint
-    common = min(then["dtype"], loaded.dtype, key=lambda each: _FINENESS.get(each, 0))
-    comparable = then["dtype"] == loaded.dtype or _FINENESS.get(then["dtype"]) != _FINENESS.get(loaded.dtype)
-    if comparable and loaded.weights and common in then.get("digests", {}):
-        before, after = then["digests"][common], loaded.digest(common)
-    elif then["dtype"] != loaded.dtype:
+    before, after = then.fingerprint, loaded.fingerprint
+    common = min(then.dtype, loaded.dtype, key=lambda each: _FINENESS.get(each, 0))
+    comparable = then.dtype == loaded.dtype or _FINENESS.get(then.dtype) != _FINENESS.get(loaded.dtype)
+    if comparable and loaded.weights and common in then.digests:
+        before, after = then.digests[common], loaded.digest(common)
+    elif then.dtype != loaded.dtype:
         warnings.warn(
-            f"fitted in {then['dtype']}, run in {loaded.dtype}: whether the base model is the same cannot be checked",
+            f"fitted in {then.dtype}, run in {loaded.dtype}: whether the base model is the same cannot be checked",
             LaporaWarning,
             stacklevel=4,
         )
         return []
     if before == after:
         return []
-    return [f"base model's weights {before[:12]} ({then['name']}) then, {after[:12]} ({loaded.base_model}) now"]
+    return [f"base model's weights {before[:12]} ({then.name}) then, {after[:12]} ({loaded.base_model}) now"]
 
 
-def answer_differences(manifest: Mapping[str, Any], task: str, choices: Sequence[str]) -> list[str]:
+def answer_differences(manifest: Manifest, task: str, choices: Sequence[str]) -> list[str]:
     """What differs in the answers that rows are to have."""
-    then = manifest["answers"]["choices"]
+    then = manifest.answers.choices
     if list(choices) == then:
         return []
     return [f"answers {', '.join(then)} then, {', '.join(choices)} of task {task} now"]
@@ -142,9 +143,9 @@ def _layer_differences(parameters: Sequence[Mapping[str, Any]], layers: Sequence
     return found
 
 
-def warn_of_other_versions(manifest: Mapping[str, Any]) -> None:
+def warn_of_other_versions(manifest: Manifest) -> None:
     """Another version of a library computes the same network up to rounding: said, not refused."""
-    then, now = manifest.get("libraries"), library_versions()
+    then, now = manifest.libraries, library_versions()
     if not isinstance(then, dict):
         return
     changed = [f"{name} {then[name]} then, {now[name]} now" for name in now if then.get(name) not in (None, now[name])]

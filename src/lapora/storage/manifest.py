@@ -1,7 +1,7 @@
-"""What a manifest must be: every field that lapora reads, checked by name before anything is computed from it.
+"""The manifest of a posterior, ``posterior.json``: its fields with their types, and how it is read and checked.
 
-Two checksums stand in the manifest itself: of its ``prior``, which ``tune-prior`` rewrites, and of the rest. A
-number that was changed by hand or by a failing disk is refused, not believed.
+Two checksums are part of the file: one of ``prior``, which ``tune-prior`` rewrites, and one of all other fields, so
+that a number changed by hand or by a failing disk is refused. Reading needs no torch.
 """
 
 from __future__ import annotations
@@ -9,65 +9,333 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, get_args
+from typing import Annotated, Any, NoReturn
+
+import msgspec
+from msgspec import Meta, Struct
 
 from lapora._version import __version__
-from lapora.config import JOINT_STRUCTURES, FisherType, Quantization, Structure, Subset, WeightSharing
+from lapora.config import (
+    JOINT_STRUCTURES,
+    Engine,
+    FisherType,
+    PriorStructure,
+    Quantization,
+    Structure,
+    Subset,
+    WeightSharing,
+)
 from lapora.errors import PosteriorError
+from lapora.posterior.averaging import Averaged, TrainingCurve
 from lapora.posterior.prior import PriorPrecision
 
 FORMAT_VERSION = 1
 MAX_BYTES = 64 * 2**20
-"""Size of a manifest: one of a thousand layers and a hundred thousand tuning rows stays below a tenth of it."""
+"""Maximum size of a manifest; one of 1,000 layers and 100,000 tuning rows has less than a tenth of it."""
 CHECKSUMS = "checksums"
 _AGAIN = "fit again with --overwrite"
 _TUNE = "run `lapora tune-prior` to choose it again"
-_MAX_DIMENSION = 2**31
+
+Digest = Annotated[str, Meta(pattern=r"^[0-9a-f]{32,128}$")]
+Text = Annotated[str, Meta(min_length=1)]
+Count = Annotated[int, Meta(ge=1, lt=2**62)]
+Dimension = Annotated[int, Meta(ge=1, lt=2**31)]
+Number = Annotated[float, Meta(gt=-1e300, lt=1e300)]
+Share = Annotated[float, Meta(ge=0.0, le=1.0 + 1e-6)]
+Role = str
+
+
+class BaseModel(Struct, frozen=True, kw_only=True):
+    """The base model that the adapter was fitted on.
+
+    Attributes:
+        name: Path or Hub id.
+        revision: Its revision, or None.
+        quantization: ``none``, ``8bit`` or ``4bit``.
+        dtype: Element type of the unquantized weights.
+        fingerprint: Digest of a sample of every tensor.
+        digests: Digest of all weights, by element type.
+    """
+
+    name: Text
+    revision: str | None
+    quantization: Quantization
+    dtype: Text
+    fingerprint: Digest
+    digests: dict[str, Digest] = {}
+
+
+class Answers(Struct, frozen=True, kw_only=True):
+    """The answers of the task.
+
+    Attributes:
+        choices: Their texts.
+        token_ids: Their tokens, for a causal model; else None.
+    """
+
+    choices: Annotated[list[Text], Meta(min_length=2)]
+    token_ids: list[Annotated[int, Meta(ge=0, lt=2**62)]] | None
+
+
+class Data(Struct, frozen=True, kw_only=True):
+    """The training rows that the posterior was fitted to.
+
+    Attributes:
+        split: Name of the split.
+        n: Number of rows.
+        fingerprint: Digest of prompts, answers and labels.
+        max_length: Maximum number of tokens of a row.
+        data_dir: Folder of the split's file, or None for the Hub.
+        limit: Number of rows asked for, or None.
+        chat_template: Whether prompts were wrapped in the tokenizer's chat template.
+    """
+
+    split: Text
+    n: Count
+    fingerprint: Digest
+    max_length: Count
+    data_dir: Text | None = None
+    limit: int | None = None
+    chat_template: bool = False
+
+
+class _Parameter(Struct, frozen=True, kw_only=True):
+    name: Text
+    shape: Annotated[list[Dimension], Meta(min_length=2, max_length=2)]
+    role: Annotated[str, Meta(pattern="^(A|B|head)$")]
+    squared_norm: Annotated[float, Meta(ge=0.0, lt=1e300)]
+    input_of: Any = None
+    kept: Share = 1.0
+
+
+class _Tensor(Struct, frozen=True, kw_only=True):
+    shape: list[Annotated[int, Meta(ge=0, lt=2**31)]]
+    dtype: Text
+    blake2b: Digest
+
+
+class Scores(Struct, frozen=True):
+    """Scores of one set of rows: NLL in nats a row, expected calibration error, accuracy."""
+
+    nll: Number
+    ece: Number
+    accuracy: Number
+
+
+class EvidencePoint(Scores, frozen=True, kw_only=True):
+    """Scores at the prior that the marginal likelihood chooses."""
+
+    structure: PriorStructure
+    precision: float | dict[str, float]
+
+
+class CurvePoint(Scores, frozen=True, kw_only=True):
+    """Scores at one prior precision δ."""
+
+    precision: Number
+
+
+class Validation(Struct, frozen=True, kw_only=True):
+    """Record of a prior precision chosen on validation rows.
+
+    Attributes:
+        split: Where the rows come from.
+        n: How many rows.
+        link: The link that was tuned for.
+        scheme: How a prior of several precisions was searched.
+        rows: Digests of the rows: they are not evaluated on.
+        curve: Scores on the grid of precisions.
+        map: Scores of MAP.
+        seed: Seed of the choice of the rows.
+        least_nll: Minimum of the curve, interpolated.
+        marglik: Scores at the prior that the marginal likelihood chooses.
+    """
+
+    split: Text
+    n: Count
+    link: Text
+    scheme: Text
+    rows: list[Text]
+    curve: Annotated[list[CurvePoint], Meta(min_length=1)]
+    map: Scores
+    seed: int = 0
+    least_nll: Number | None = None
+    marglik: EvidencePoint | None = None
+
+
+class Prior(Struct, frozen=True, kw_only=True):
+    """The prior as it was last chosen.
+
+    Attributes:
+        structure: ``scalar``, ``kind`` or ``layer``.
+        precision: δ, or one for each group.
+        method: How it was chosen.
+        log_marginal_likelihood: In nats, or None without labels.
+        effective_parameters: ``Σ λ / (λ + δ)``.
+        at_bound: By group, the end of the search interval that was reached.
+        validation: Record of a choice by validation rows.
+        averaged: Grid and weights, where predictions average over prior precisions and temperatures.
+    """
+
+    structure: PriorStructure
+    precision: float | dict[str, float]
+    method: str
+    log_marginal_likelihood: Number | None = None
+    effective_parameters: float | None = None
+    at_bound: dict[str, str] | None = None
+    validation: Validation | None = None
+    averaged: Averaged | None = None
+
+    @property
+    def precisions(self) -> PriorPrecision:
+        """δ of every group of layers."""
+        return PriorPrecision.from_manifest({"structure": self.structure, "precision": self.precision})
+
+    @property
+    def tuning_rows(self) -> frozenset[str]:
+        """Digests of the labelled rows that chose the prior; they are not evaluated on."""
+        record = self.validation or self.averaged
+        return frozenset(record.rows) if record is not None else frozenset()
+
+
+class Manifest(Struct, frozen=True, kw_only=True):
+    """All fields of a manifest but ``prior``, ``tensors`` and the checksums.
+
+    Attributes:
+        adapter: SHA-256 of the adapter's weights.
+        base_model: The base model.
+        task: The whole task, as its YAML file would have it.
+        answers: The answers.
+        data: The training rows.
+        structure: Structure of the curvature.
+        weight_sharing: ``expand``, ``reduce`` or ``asdl``.
+        fisher: Fisher estimator.
+        subset: Which weights are Bayesian.
+        parameters: Name, shape, role and squared norm of every Bayesian weight, in order.
+        log_likelihood: ``log p(y|X, θ_MAP)`` in nats, or None where a row has no label.
+        training_curve: NLL on training rows over the prior precision, or None without labels.
+        engine: Curvature backend.
+        rank: Rank asked for, or None.
+        kept: Share of the curvature's trace that the basis holds.
+        seed: Random seed.
+        adapter_config: Adapter settings that affect the forward pass.
+        tokenizer: Digest of the tokenizer.
+        libraries: Versions of the libraries.
+        lapora_version: Version that wrote it.
+        format_version: Version of the format.
+    """
+
+    format_version: int
+    lapora_version: str | None = None
+    libraries: dict[str, Any] | None = None
+    adapter: Digest
+    adapter_config: dict[str, Any] | None = None
+    tokenizer: Digest | None = None
+    base_model: BaseModel
+    task: dict[str, Any]
+    answers: Answers
+    data: Data
+    structure: Structure
+    weight_sharing: WeightSharing
+    engine: Engine = "native"
+    fisher: FisherType
+    subset: Subset
+    rank: Count | None = None
+    kept: Share = 1.0
+    seed: int = 0
+    parameters: list[dict[str, Any]]
+    log_likelihood: Annotated[float, Meta(gt=-1e300, le=0.0)] | None
+    training_curve: TrainingCurve | None = None
+
+    @property
+    def joint(self) -> bool:
+        """Whether one basis spans all layers, which then share one prior precision."""
+        return self.structure in JOINT_STRUCTURES
+
+
+class _Checked(Struct, frozen=True, kw_only=True):
+    """What is validated beyond the fields of :class:`Manifest`."""
+
+    parameters: Annotated[list[_Parameter], Meta(min_length=1)]
+    tensors: Annotated[dict[str, _Tensor], Meta(min_length=1)]
+    prior: dict[str, Any]
+    checksums: dict[str, Any]
 
 
 class _Wrong(Exception):
-    """A field is not what it should be: its name and what is wrong."""
+    """A field is not as it should be: its name and what is wrong."""
 
 
-def with_checksums(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """The manifest with its checksums brought up to date."""
-    content = json.loads(json.dumps(manifest))
-    return {**manifest, CHECKSUMS: {"prior": _checksum(content.get("prior")), "rest": _rest(content)}}
+def to_content(manifest: Manifest, prior: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the JSON content of a new manifest."""
+    return {**msgspec.to_builtins(manifest), "prior": dict(prior)}
 
 
-def read_manifest(file: Path, *, validate_prior: bool = True) -> dict[str, Any]:
-    """Read and check a manifest.
+def with_checksums(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the content with its checksums brought up to date."""
+    plain = json.loads(json.dumps(content))
+    return {**content, CHECKSUMS: {"prior": _checksum(plain.get("prior")), "rest": _rest(plain)}}
+
+
+def without_paths(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the content without folders of this machine, for a repository."""
+    return with_checksums({**content, "data": {**content["data"], "data_dir": None}})
+
+
+def read_content(file: Path, *, validate_prior: bool = True) -> dict[str, Any]:
+    """Read the JSON content of a manifest and check it.
 
     Args:
         file: ``posterior.json``.
-        validate_prior: Whether a damaged prior is refused; ``tune-prior`` replaces it.
+        validate_prior: Refuse a damaged prior; ``tune-prior`` replaces it.
 
     Raises:
-        PosteriorError: It is missing, of another format, or damaged; the file and the field are named.
+        PosteriorError: The file is missing, of another format, or damaged; file and field are named.
     """
-    manifest = _parse(file)
-    version = manifest.get("format_version")
+    content = _parse(file)
+    version = content.get("format_version")
     if version != FORMAT_VERSION or isinstance(version, bool):
         raise PosteriorError(f"{file}: not of format {FORMAT_VERSION}, which lapora {__version__} reads; {_AGAIN}")
-    missing = [key for key in _FIELDS if key not in manifest]
-    if missing:
-        raise PosteriorError(f"{file}: the field {', '.join(missing)} is missing; {_AGAIN}")
     try:
-        for key, check in _FIELDS.items():
-            check(manifest[key], key)
-        _check_parameters(manifest)
+        _check_fields(content)
     except _Wrong as wrong:
         raise PosteriorError(f"{file}: the field {wrong}; {_AGAIN}") from None
-    if manifest[CHECKSUMS].get("rest") != _rest(manifest):
+    if content[CHECKSUMS].get("rest") != _rest(content):
         raise PosteriorError(
-            f"{file}: the field {CHECKSUMS}.rest is not that of the other fields: the file was changed or damaged "
+            f"{file}: the field {CHECKSUMS}.rest does not match the other fields: the file was changed or damaged "
             f"since fit wrote it; {_AGAIN}"
         )
     if validate_prior:
-        check_prior(file, manifest)
-    return manifest
+        read_prior(file, content)
+    return content
+
+
+def typed(content: Mapping[str, Any]) -> Manifest:
+    """Return the fields of checked content."""
+    return msgspec.convert(content, Manifest)
+
+
+def read_prior(file: Path, content: Mapping[str, Any]) -> Prior:
+    """Return the prior of checked content.
+
+    Raises:
+        PosteriorError: It is damaged, or was changed since it was written.
+    """
+    try:
+        prior = _converted(content["prior"], Prior)
+        prior.precisions.per_layer(content["parameters"])
+        if prior.averaged is not None:
+            prior.averaged.check()
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError, _Wrong) as error:
+        what = f"no precision for {error}" if isinstance(error, KeyError) else error
+        raise PosteriorError(f"{file}: the field prior is damaged ({what}); {_TUNE}") from error
+    if content[CHECKSUMS].get("prior") != _checksum(content["prior"]):
+        raise PosteriorError(
+            f"{file}: the field prior was changed since it was written ({CHECKSUMS}.prior does not match); {_TUNE}"
+        )
+    return prior
 
 
 def _parse(file: Path) -> dict[str, Any]:
@@ -77,7 +345,7 @@ def _parse(file: Path) -> dict[str, Any]:
         with file.open("rb") as stream:
             content = stream.read(MAX_BYTES + 1)
         if len(content) > MAX_BYTES:
-            raise PosteriorError(f"{file}: more than {MAX_BYTES} bytes is no manifest; {_AGAIN}")
+            raise PosteriorError(f"{file}: larger than {MAX_BYTES} bytes, which no manifest is; {_AGAIN}")
         manifest = json.loads(content.decode("utf-8"), parse_constant=_no_constant)
     except OSError as error:
         raise PosteriorError(f"{file}: cannot be read ({error.strerror or error})") from error
@@ -97,207 +365,48 @@ def _checksum(content: Any) -> str:
     return hashlib.blake2b(text.encode("ascii"), digest_size=16).hexdigest()
 
 
-def _rest(manifest: Mapping[str, Any]) -> str:
-    return _checksum({key: value for key, value in manifest.items() if key not in ("prior", CHECKSUMS)})
+def _rest(content: Mapping[str, Any]) -> str:
+    return _checksum({key: value for key, value in content.items() if key not in ("prior", CHECKSUMS)})
 
 
-def check_prior(file: Path, manifest: Mapping[str, Any]) -> None:
-    """Check the ``prior`` of a manifest whose other fields are right.
-
-    Raises:
-        PosteriorError: It is damaged, or was changed since it was written.
-    """
-    prior = manifest["prior"]
+def _converted(content: Any, kind: type[Any]) -> Any:
+    """Convert JSON content to a type; errors name the field (``data.n``) and the value there."""
     try:
-        PriorPrecision.from_manifest(prior).per_layer(manifest["parameters"])
-        if not isinstance(prior.get("method"), str):
-            raise ValueError("method is missing")
-        _or_null(_number)(prior.get("log_marginal_likelihood"), "log_marginal_likelihood")
-        validation = prior.get("validation")
-        if validation is not None:
-            _VALIDATION(validation, "validation")
-    except (KeyError, TypeError, ValueError, AttributeError, OverflowError, _Wrong) as error:
-        what = f"no precision for {error}" if isinstance(error, KeyError) else error
-        raise PosteriorError(f"{file}: the field prior is damaged ({what}); {_TUNE}") from error
-    if manifest[CHECKSUMS].get("prior") != _checksum(prior):
-        raise PosteriorError(
-            f"{file}: the field prior was changed since it was written ({CHECKSUMS}.prior is another's); {_TUNE}"
-        )
+        return msgspec.convert(content, kind)
+    except msgspec.ValidationError as error:
+        message, _, path = str(error).partition(" - at `$")
+        field = path.rstrip("`").removeprefix(".")
+        missing = re.fullmatch(r"Object missing required field `(\w+)`", message)
+        if missing:
+            raise _Wrong(f"{field + '.' if field else ''}{missing[1]} is missing") from None
+        found = _value_at(content, field)
+        raise _Wrong(f"{field or 'itself'} is {found!r:.60}: {message[:1].lower()}{message[1:]}") from None
 
 
-_Check = Callable[[Any, str], None]
+def _value_at(content: Any, field: str) -> Any:
+    for key in re.findall(r"[^.\[\]]+", field):
+        try:
+            content = content[int(key)] if isinstance(content, Sequence) else content[key]
+        except (KeyError, IndexError, ValueError, TypeError):
+            return content
+    return content
 
 
-def _text(value: Any, field: str) -> None:
-    if not isinstance(value, str) or not value:
-        raise _Wrong(f"{field} is {value!r:.60}, not a text")
-
-
-def _digest(value: Any, field: str) -> None:
-    if not isinstance(value, str) or not re.fullmatch(r"[0-9a-f]{32,128}", value):
-        raise _Wrong(f"{field} is {value!r:.60}, not a digest")
-
-
-def _among(values: tuple[Any, ...]) -> _Check:
-    def check(value: Any, field: str) -> None:
-        if value not in values:
-            raise _Wrong(f"{field} is {value!r:.60}, not one of {', '.join(map(str, values))}")
-
-    return check
-
-
-def _number(value: Any, field: str) -> None:
-    # A comparison, since a whole number may be too long to become a float; NaN fails it too.
-    if isinstance(value, bool) or not isinstance(value, int | float) or not -1e300 < value < 1e300:
-        raise _Wrong(f"{field} is {value!r:.60}, not a finite number")
-
-
-def _whole(least: int, most: int = 2**63) -> _Check:
-    def check(value: Any, field: str) -> None:
-        if isinstance(value, bool) or not isinstance(value, int) or not least <= value < most:
-            raise _Wrong(f"{field} is {value!r:.60}, not a whole number from {least}")
-
-    return check
-
-
-def _or_null(inner: _Check) -> _Check:
-    def check(value: Any, field: str) -> None:
-        if value is not None:
-            inner(value, field)
-
-    return check
-
-
-def _mapping(*keys: str, **checks: _Check) -> _Check:
-    def check(value: Any, field: str) -> None:
-        if not isinstance(value, dict):
-            raise _Wrong(f"{field} is {value!r:.60}, not an object")
-        for key in (*keys, *checks):
-            if key not in value:
-                raise _Wrong(f"{field}.{key} is missing")
-        for key, inner in checks.items():
-            inner(value[key], f"{field}.{key}")
-
-    return check
-
-
-def _list_of(inner: _Check, least: int = 0) -> _Check:
-    def check(value: Any, field: str) -> None:
-        if not isinstance(value, list) or len(value) < least:
-            raise _Wrong(f"{field} is {value!r:.60}, not a list of {least} or more")
-        for index, item in enumerate(value):
-            inner(item, f"{field}[{index}]")
-
-    return check
-
-
-def _share(value: Any, field: str) -> None:
-    _number(value, field)
-    if not 0 <= value <= 1 + 1e-6:
-        raise _Wrong(f"{field} is {value!r}, not between 0 and 1")
-
-
-def _non_negative(value: Any, field: str) -> None:
-    _number(value, field)
-    if value < 0:
-        raise _Wrong(f"{field} is {value!r}, not 0 or more")
-
-
-def _log_likelihood(value: Any, field: str) -> None:
-    _number(value, field)
-    if value > 0:
-        raise _Wrong(f"{field} is {value!r}: a log-likelihood of labels is not above 0")
-
-
-def _shape(value: Any, field: str) -> None:
-    _list_of(_whole(1, _MAX_DIMENSION))(value, field)
-
-
-def _matrix_shape(value: Any, field: str) -> None:
-    _shape(value, field)
-    if len(value) != 2:
-        raise _Wrong(f"{field} is {value!r:.60}, not two numbers")
-
-
-def _tensors(value: Any, field: str) -> None:
-    if not isinstance(value, dict) or not value:
-        raise _Wrong(f"{field} is {value!r:.60}, not an object of tensors")
-    entry = _mapping(shape=_list_of(_whole(0, _MAX_DIMENSION)), dtype=_text, blake2b=_digest)
-    for name, described in value.items():
-        entry(described, f"{field}.{name}")
-
-
-def _answers(value: Any, field: str) -> None:
-    _mapping(choices=_list_of(_text, 2), token_ids=_or_null(_list_of(_whole(0))))(value, field)
-    for key in ("choices", "token_ids"):
-        items = value[key]
+def _check_fields(content: Mapping[str, Any]) -> None:
+    fields: Manifest = _converted(content, Manifest)
+    checked: _Checked = _converted(content, _Checked)
+    if not isinstance(fields.task.get("task"), str) or not fields.task["task"]:
+        raise _Wrong(f"task.task is {fields.task.get('task')!r:.60}, not a text")
+    names = {parameter.name for parameter in checked.parameters}
+    if len(names) != len(checked.parameters):
+        raise _Wrong("parameters has a name twice")
+    for index, parameter in enumerate(checked.parameters):
+        leader = parameter.input_of
+        if not fields.joint and not (isinstance(leader, str) and leader in names):
+            raise _Wrong(f"parameters[{index}].input_of is {leader!r:.60}, which names no parameter")
+    for key, items in (("choices", fields.answers.choices), ("token_ids", fields.answers.token_ids)):
         if items is not None and len(set(items)) != len(items):
-            raise _Wrong(f"{field}.{key} names one answer twice")
-    if value["token_ids"] is not None and len(value["token_ids"]) != len(value["choices"]):
-        raise _Wrong(f"{field}.token_ids has {len(value['token_ids'])} for {len(value['choices'])} choices")
-
-
-_FIELDS: dict[str, _Check] = {
-    "adapter": _digest,
-    "base_model": _mapping(
-        "revision", name=_text, quantization=_among(get_args(Quantization)), dtype=_text, fingerprint=_digest
-    ),
-    "task": _mapping(task=_text),
-    "data": _mapping(split=_text, n=_whole(1), fingerprint=_digest, max_length=_whole(1)),
-    "structure": _among(get_args(Structure)),
-    "weight_sharing": _among(get_args(WeightSharing)),
-    "fisher": _among(get_args(FisherType)),
-    "subset": _among(get_args(Subset)),
-    "parameters": _list_of(
-        _mapping(name=_text, shape=_matrix_shape, role=_among(("A", "B", "head")), squared_norm=_non_negative), 1
-    ),
-    "log_likelihood": _or_null(_log_likelihood),
-    "tensors": _tensors,
-    "prior": _mapping(),
-    "answers": _answers,
-    CHECKSUMS: _mapping(),
-}
-
-
-_OPTIONAL: dict[str, _Check] = {
-    "adapter_config": _mapping(),
-    "tokenizer": _digest,
-    "libraries": _mapping(),
-    "kept": _share,
-    "rank": _or_null(_whole(1)),
-}
-
-_SCORES = {"nll": _number, "ece": _number, "accuracy": _number}
-_VALIDATION = _mapping(
-    split=_text,
-    n=_whole(1),
-    link=_text,
-    scheme=_text,
-    rows=_list_of(_text),
-    curve=_list_of(_mapping(precision=_number, **_SCORES), 1),
-    map=_mapping(**_SCORES),
-)
-
-
-def _check_parameters(manifest: Mapping[str, Any]) -> None:
-    parameters = manifest["parameters"]
-    names = [parameter["name"] for parameter in parameters]
-    if len(set(names)) != len(names):
-        raise _Wrong("parameters names one matrix twice")
-    joint = manifest["structure"] in JOINT_STRUCTURES
-    known = set(names)
-    for index, parameter in enumerate(parameters):
-        field = f"parameters[{index}]"
-        leader = parameter.get("input_of")
-        if not joint and not (isinstance(leader, str) and leader in known):
-            raise _Wrong(f"{field}.input_of is {leader!r:.60}, which names no parameter")
-        if "kept" in parameter:
-            _share(parameter["kept"], f"{field}.kept")
-    for key, check in _OPTIONAL.items():
-        if key in manifest:
-            check(manifest[key], key)
-    _or_null(_text)(manifest["data"].get("data_dir"), "data.data_dir")
-    digests = manifest["base_model"].get("digests", {})
-    _mapping()(digests, "base_model.digests")
-    for key, value in digests.items():
-        _digest(value, f"base_model.digests.{key}")
+            raise _Wrong(f"answers.{key} has an answer twice")
+    token_ids, choices = fields.answers.token_ids, fields.answers.choices
+    if token_ids is not None and len(token_ids) != len(choices):
+        raise _Wrong(f"answers.token_ids has {len(token_ids)} for {len(choices)} choices")

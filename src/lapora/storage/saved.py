@@ -13,17 +13,26 @@ import re
 import shutil
 import time
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lapora.config import JOINT, JOINT_STRUCTURES
+from lapora.config import JOINT
 from lapora.errors import NumericalError, PosteriorError, UsageError, first_line
-from lapora.posterior.prior import PriorPrecision
 from lapora.storage.files import fsync_path, os_error_reason, remove_path, write_json
-from lapora.storage.manifest import FORMAT_VERSION, check_prior, read_manifest, with_checksums
+from lapora.storage.manifest import (
+    FORMAT_VERSION,
+    Manifest,
+    Prior,
+    read_content,
+    read_prior,
+    to_content,
+    typed,
+    with_checksums,
+)
 
 if TYPE_CHECKING:
     from lapora.posterior.gaussian import Posterior
@@ -57,8 +66,8 @@ def posterior_exists(folder: Path) -> bool:
     return folder.exists() or previous_folder(folder).exists()
 
 
-def write_posterior(folder: Path, manifest: Mapping[str, Any], posterior: Posterior) -> None:
-    """Write a posterior, replacing what stands there.
+def write_posterior(folder: Path, manifest: Manifest, prior: Mapping[str, Any], posterior: Posterior) -> None:
+    """Write a posterior, replacing the one that is there.
 
     Everything is written under another name and flushed to the disk before the renames. Hold
     :func:`lapora.storage.files.write_lock` around it.
@@ -84,7 +93,8 @@ def write_posterior(folder: Path, manifest: Mapping[str, Any], posterior: Poster
         fresh.mkdir(parents=True)
         save_file(tensors, fresh / FACTORS_FILE)
         fsync_path(fresh / FACTORS_FILE)
-        write_json(fresh / MANIFEST_FILE, with_checksums({**manifest, "tensors": described}))
+        content = {**to_content(manifest, prior), "tensors": described}
+        write_json(fresh / MANIFEST_FILE, with_checksums(content))
         if folder.exists():
             remove_path(previous)
             folder.rename(previous)
@@ -124,51 +134,72 @@ class SavedPosterior:
             if not folder.exists() and previous_folder(folder).exists():
                 self.folder = previous_folder(folder)  # a fit was ended between its two renames: the old one stands
             try:
-                self.manifest = read_manifest(self.folder / MANIFEST_FILE, validate_prior=validate_prior)
+                self._content = read_content(self.folder / MANIFEST_FILE, validate_prior=validate_prior)
                 break
             except PosteriorError:
                 if attempt == _LOOKS - 1 or (self.folder / MANIFEST_FILE).is_file():
                     raise
                 time.sleep(0.01)  # a fit may be between its two renames this moment
 
+    @property
+    def content(self) -> dict[str, Any]:
+        """The manifest's JSON content."""
+        return self._content
+
+    @property
+    def tensors(self) -> dict[str, Any]:
+        """Shape, type and digest of every tensor of the factors file."""
+        return dict(self._content["tensors"])
+
+    @cached_property
+    def manifest(self) -> Manifest:
+        """The manifest's fields."""
+        return typed(self._content)
+
+    @property
+    def prior(self) -> Prior:
+        """The prior as it was last chosen.
+
+        Raises:
+            PosteriorError: It is damaged.
+        """
+        return read_prior(self.folder / MANIFEST_FILE, self._content)
+
     def rewrite_manifest(self, changes: Mapping[str, Any]) -> None:
         """Replace fields of the manifest, atomically; the factors stay as they are.
 
         Raises:
-            PosteriorError: The manifest cannot be written; the old one stands.
+            PosteriorError: The manifest cannot be written; the old one is unchanged.
         """
-        manifest = with_checksums({**self.manifest, **changes})
+        content = with_checksums({**self._content, **changes})
         try:
-            write_json(self.folder / MANIFEST_FILE, manifest)
+            write_json(self.folder / MANIFEST_FILE, content)
         except OSError as error:
             raise PosteriorError(
-                f"{self.folder}: cannot be written ({os_error_reason(error)}); the old manifest stands"
+                f"{self.folder}: cannot be written ({os_error_reason(error)}); the old manifest is unchanged"
             ) from error
-        self.manifest = manifest
+        self._content = content
+        self.__dict__.pop("manifest", None)
 
     def prior_is_sound(self) -> bool:
-        """Whether the prior is whole, and as ``fit`` or ``tune-prior`` wrote it."""
+        """Return whether the prior is undamaged, and as ``fit`` or ``tune-prior`` wrote it."""
         try:
-            check_prior(self.folder / MANIFEST_FILE, self.manifest)
+            return bool(self.prior)
         except PosteriorError:
             return False
-        return True
 
-    @property
-    def prior(self) -> PriorPrecision:
-        """The prior as last tuned."""
-        return PriorPrecision.from_manifest(self.manifest["prior"])
-
-    @property
-    def joint(self) -> bool:
-        """Whether one basis spans all layers: they then share one prior precision."""
-        return self.manifest["structure"] in JOINT_STRUCTURES
+    def mismatch(self, differences: Sequence[str]) -> PosteriorError:
+        """Return the error that refuses a posterior fitted to something else."""
+        return PosteriorError(
+            f"{self.folder}: fitted to something else: {'; '.join(differences)}; give what it was fitted to, or fit "
+            "again with --overwrite"
+        )
 
     def eigenvalues(self) -> list[NDArray[np.float64]]:
         """``λ`` of every layer, in order; a single array where one basis spans all layers."""
         names = [f"{JOINT}.eigenvalues"]
-        if not self.joint:
-            names = [f"{parameter['name']}.eigenvalues" for parameter in self.manifest["parameters"]]
+        if not self.manifest.joint:
+            names = [f"{parameter['name']}.eigenvalues" for parameter in self.manifest.parameters]
         arrays = self.arrays(names)
         return [arrays[name] for name in names]
 
@@ -186,7 +217,7 @@ class SavedPosterior:
                 now = SavedPosterior(self._named, validate_prior=False)
             except PosteriorError:
                 now = self
-            if now.manifest["tensors"] != self.manifest["tensors"]:
+            if now.tensors != self.tensors:
                 raise PosteriorError(
                     f"{self._named}: another fit replaced it while it was read; run the command again"
                 ) from None
@@ -197,7 +228,7 @@ class SavedPosterior:
         from safetensors import SafetensorError, safe_open
 
         file = self.folder / FACTORS_FILE
-        described = self.manifest["tensors"]
+        described = self.tensors
         found: dict[str, NDArray[Any]] = {}
         try:
             if not file.is_file():  # opening a named pipe would wait for ever
@@ -238,21 +269,21 @@ class SavedPosterior:
 
         from lapora.posterior.gaussian import BlockPosterior, JointPosterior, check_blocks, check_joint
 
-        wanted = [name for name in self.manifest["tensors"] if not name.startswith("linear_model.")]
+        wanted = [name for name in self.tensors if not name.startswith("linear_model.")]
         tensors = {name: torch.from_numpy(array) for name, array in self.arrays(wanted).items()}
         try:
-            if self.joint:
-                joint = JointPosterior.from_tensors(self.manifest["parameters"], tensors)
+            if self.manifest.joint:
+                joint = JointPosterior.from_tensors(self.manifest.parameters, tensors)
                 check_joint(joint, self.folder / FACTORS_FILE)
                 return joint
-            blocks = BlockPosterior.from_tensors(self.manifest["parameters"], tensors)
+            blocks = BlockPosterior.from_tensors(self.manifest.parameters, tensors)
         except (KeyError, TypeError, ValueError) as error:
             raise PosteriorError(
                 f"{self.folder / MANIFEST_FILE}: parameters do not match the factors ({error}); "
                 "fit again with --overwrite"
             ) from error
-        answers = len(self.manifest["answers"]["choices"])
-        check_blocks(blocks, self.manifest["structure"], answers, self.folder / FACTORS_FILE)
+        answers = len(self.manifest.answers.choices)
+        check_blocks(blocks, self.manifest.structure, answers, self.folder / FACTORS_FILE)
         return blocks
 
 

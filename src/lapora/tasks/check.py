@@ -82,7 +82,7 @@ def check_task(
     }
     if tokenizer is None:
         return report
-    encoded = encode_all(examples, tokenizer, kind=kind, max_length=length, task=task, chat_template=chat_template)
+    encoded = encode_all(examples, tokenizer, kind=kind, max_length=length, chat_template=chat_template)
     report["truncated"] = sum(row.truncated for row in encoded)
     report["longest"] = max(len(row.input_ids) for row in encoded)
     if kind == "causal":

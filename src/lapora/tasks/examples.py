@@ -22,6 +22,7 @@ class Example:
     """One row, rendered.
 
     Attributes:
+        task: The task that rendered it.
         index: The row's number in its source, from 0.
         id: The row's own ``id``, handed through.
         row: The row's values.
@@ -33,6 +34,7 @@ class Example:
         where: The row, as an error message names it.
     """
 
+    task: Task = field(repr=False)
     index: int
     id: Any
     row: Mapping[str, Any] = field(repr=False)
@@ -120,6 +122,7 @@ def render(
     if target is None and labels == "required":
         raise DataError(f"{where}: no label: {label_source(task)}; give rows with labels")
     return Example(
+        task=task,
         index=number,
         id=values.get("id"),
         row=values,

@@ -32,72 +32,62 @@ class EncodedExample:
 
 
 def encode(
-    example: Example,
-    tokenizer: Any,
-    *,
-    kind: TaskKind,
-    max_length: int,
-    task: Task,
-    chat_template: bool = False,
+    example: Example, tokenizer: Any, *, kind: TaskKind, max_length: int, chat_template: bool = False
 ) -> EncodedExample:
-    """`encode_all` of one example."""
-    return encode_all([example], tokenizer, kind=kind, max_length=max_length, task=task, chat_template=chat_template)[0]
+    """Encode one example; see :func:`encode_all`."""
+    return encode_all([example], tokenizer, kind=kind, max_length=max_length, chat_template=chat_template)[0]
 
 
 def encode_all(
-    examples: Sequence[Example],
-    tokenizer: Any,
-    *,
-    kind: TaskKind,
-    max_length: int,
-    task: Task,
-    chat_template: bool = False,
+    examples: Sequence[Example], tokenizer: Any, *, kind: TaskKind, max_length: int, chat_template: bool = False
 ) -> list[EncodedExample]:
-    """Encode examples, in their order.
+    """Encode examples, in their order; each is truncated as its own task says.
 
     Args:
-        examples: Rendered for this kind of model.
+        examples: Examples rendered for this kind of model, of one task or of several.
         tokenizer: A Hugging Face tokenizer.
         kind: The kind of model.
-        max_length: Most tokens of a row, special tokens included.
-        task: Says which field may be cut, and the delimiter.
+        max_length: Maximum number of tokens of an example, special tokens included.
         chat_template: Wrap prompts in the tokenizer's chat template (causal models only).
 
     Raises:
-        DataError: A row is too long and what may be cut is not enough; the row and its length are named.
+        DataError: An example is too long and cannot be truncated enough; the example and its length are named.
     """
-    if kind == "causal":
-        return _encode_prompts(examples, tokenizer, max_length, task, chat_template)
-    if chat_template:
+    if kind == "classifier" and chat_template:
         raise DataError("--chat-template is for causal models; a sequence classifier reads plain text")
+    alike: dict[Any, list[int]] = {}
+    for index, example in enumerate(examples):
+        key = example.task.target_delimiter if kind == "causal" else len(example.inputs or ())
+        alike.setdefault(key, []).append(index)
     encoded: list[EncodedExample | None] = [None] * len(examples)
-    for count in (1, 2):
-        positions = [index for index, example in enumerate(examples) if len(example.inputs or ()) == count]
+    for key, positions in alike.items():
         for start in range(0, len(positions), _BATCH):
             part = positions[start : start + _BATCH]
-            results = _encode_inputs([examples[index] for index in part], tokenizer, max_length, task)
+            batch = [examples[index] for index in part]
+            if kind == "causal":
+                encoder = PromptEncoder(tokenizer, delimiter=key, chat_template=chat_template)
+                results = _encode_prompts(batch, encoder, max_length)
+            else:
+                results = _encode_inputs(batch, tokenizer, max_length)
             for index, result in zip(part, results, strict=True):
                 encoded[index] = result
     return cast(list[EncodedExample], encoded)
 
 
-def _encode_prompts(
-    examples: Sequence[Example], tokenizer: Any, max_length: int, task: Task, chat_template: bool
-) -> list[EncodedExample]:
-    encoder = PromptEncoder(tokenizer, delimiter=task.target_delimiter, chat_template=chat_template)
+def _encode_prompts(examples: Sequence[Example], encoder: PromptEncoder, max_length: int) -> list[EncodedExample]:
     encoded: list[EncodedExample] = []
     all_ids = encoder.batch([cast(str, example.text) for example in examples])
     for example, ids in zip(examples, all_ids, strict=True):
         truncated = len(ids) > max_length
         if truncated:
-            ids = _shortened(example, ids, encoder, max_length, task)
+            ids = _shortened(example, ids, encoder, max_length)
         if not ids:
             raise DataError(f"{example.where}: its prompt has no tokens")
         encoded.append(EncodedExample(ids, None, truncated))
     return encoded
 
 
-def _shortened(example: Example, ids: list[int], encoder: PromptEncoder, max_length: int, task: Task) -> list[int]:
+def _shortened(example: Example, ids: list[int], encoder: PromptEncoder, max_length: int) -> list[int]:
     """Ids of the prompt with less in it, at most ``max_length`` of them."""
     too_long = f"{example.where}: its prompt has {len(ids)} tokens, more than the {max_length} of --max-length"
     if example.ready:
@@ -113,13 +103,13 @@ def _shortened(example: Example, ids: list[int], encoder: PromptEncoder, max_len
         if shorter is None:
             raise DataError(f"{too_long}, and the chat template alone fills it; raise it")
         return shorter
-    name = task.truncate_field
+    name = example.task.truncate_field
     if name is None:
         raise DataError(f"{too_long}; raise it, or name the field that may be cut as the task's truncate_field")
     value = example.row.get(name)
     if not isinstance(value, str):
         raise DataError(f"{too_long}, and its {quoted(name)} is no text that could be cut; raise it")
-    template = task.prompt_templates("causal")[0]
+    template = example.task.prompt_templates("causal")[0]
     ends = [0, *(end for _, end in _spans(encoder.tokenizer, value))]
 
     def with_tokens(kept: int) -> list[int]:
@@ -169,7 +159,7 @@ def _spans(tokenizer: Any, text: str) -> list[tuple[int, int]]:
     return [match.span() for match in re.finditer(r"\s*\S+", text)]
 
 
-def _encode_inputs(examples: Sequence[Example], tokenizer: Any, max_length: int, task: Task) -> list[EncodedExample]:
+def _encode_inputs(examples: Sequence[Example], tokenizer: Any, max_length: int) -> list[EncodedExample]:
     """Encode examples that all have one text, or all have two."""
     columns = [list(column) for column in zip(*(example.inputs or () for example in examples), strict=True)]
     whole = tokenizer(*columns, padding=False, truncation=False, return_attention_mask=False, verbose=False)
@@ -180,20 +170,18 @@ def _encode_inputs(examples: Sequence[Example], tokenizer: Any, max_length: int,
         segments = None if types is None else list(types[index])
         truncated = len(ids) > max_length
         if truncated:
-            ids, segments = _truncated(example, len(ids), tokenizer, max_length, task)
+            ids, segments = _truncated(example, len(ids), tokenizer, max_length)
         if not ids:
             raise DataError(f"{example.where}: its text has no tokens")
         encoded.append(EncodedExample(ids, segments, truncated))
     return encoded
 
 
-def _truncated(
-    example: Example, length: int, tokenizer: Any, max_length: int, task: Task
-) -> tuple[list[int], list[int] | None]:
+def _truncated(example: Example, length: int, tokenizer: Any, max_length: int) -> tuple[list[int], list[int] | None]:
     texts = example.inputs or ()
     too_long = f"{example.where}: it has {length} tokens, more than the {max_length} of --max-length"
     strategy = "longest_first"
-    cut = None if example.ready else _position_of_cut(task)
+    cut = None if example.ready else _position_of_cut(example.task)
     reserved = tokenizer.num_special_tokens_to_add(pair=len(texts) == 2)
     if cut is not None and len(texts) == 2:
         strategy = ("only_first", "only_second")[cut]

@@ -13,14 +13,16 @@ import torch
 from torch import Tensor
 
 from lapora import metrics
-from lapora.config import DataSettings, Dtype, EvalSettings, ModelSettings, Quantization
+from lapora.config import DataSettings, Dtype, EvalSettings, ModelSettings
 from lapora.errors import AdapterError, DataError, UsageError
 from lapora.models.adapter import CONFIG_FILE, Adapter, fetch_adapter, is_hub_id, read_adapter
 from lapora.models.lora_layers import lora_dropout_on, lora_dropouts
 from lapora.models.outputs import OutputModel
 from lapora.models.shared_base import BaseCache
-from lapora.workflows.scoring import LabelledRows, Prediction, forward_log_p, read_labelled_rows, row_digest
-from lapora.workflows.task_model import Session, are_training_rows
+from lapora.posterior.averaging import TEMPERATURE_WIDTH
+from lapora.workflows.rows import LabelledRows, TuningRows, are_training_rows, read_labelled_rows, row_digest
+from lapora.workflows.scoring import Prediction, forward_log_p
+from lapora.workflows.task_model import Fitted
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ class Temperature:
 
 
 def fit_temperature(
-    session: Session, tuned_on: Mapping[str, Mapping[str, Any]], data: DataSettings, settings: EvalSettings
+    fitted: Fitted, tuned_on: Mapping[str, TuningRows], data: DataSettings, settings: EvalSettings
 ) -> Temperature:
     """Fit the temperature on rows that are not going to be scored.
 
@@ -61,28 +63,30 @@ def fit_temperature(
     """
     evaluated = data.split or "validation"
     split = settings.temperature_split
-    if split is not None and are_training_rows(session.posterior.manifest, replace(data, split=split)):
+    if split is not None and are_training_rows(fitted.posterior.manifest, replace(data, split=split)):
         raise UsageError(f"--temperature-split {split}: the adapter was trained on these rows; give another split")
     notes: tuple[str, ...] = ()
     rows = None
     for record in tuned_on.values():
-        if rows is None and split in (None, record["split"]):
-            rows = _recorded_rows(session, data, record["split"], frozenset(record["rows"]))
+        if rows is None and split in (None, record.split):
+            rows = _recorded_rows(fitted, data, record.split, record.rows)
             if rows is None:
                 notes = ("the rows that tuned the prior are not in this data: the temperature has rows of its own",)
     if rows is None:
-        rows = read_labelled_rows(session, DataSettings(data.task, data.data_dir, split or evaluated))
+        rows = read_labelled_rows(
+            fitted.posterior, fitted.model.kind, DataSettings(data.task, data.data_dir, split or evaluated)
+        )
         if rows.split == evaluated:
             rows = rows.chosen(max(1, len(rows.examples) // 2), settings.seed)
-    log_map = forward_log_p(session, session.encode(rows.examples))
+    log_map = forward_log_p(fitted.model, fitted.model.encode(rows.examples))
     digests = frozenset(row_digest(example) for example in rows.examples)
-    value = metrics.fit_temperature(log_map, rows.targets)
+    value = metrics.fit_temperature(log_map, rows.targets, width=TEMPERATURE_WIDTH)
     return Temperature(value, rows.split, len(rows.examples), digests, notes)
 
 
-def _recorded_rows(session: Session, data: DataSettings, split: str, digests: Collection[str]) -> LabelledRows | None:
+def _recorded_rows(fitted: Fitted, data: DataSettings, split: str, digests: Collection[str]) -> LabelledRows | None:
     try:
-        rows = read_labelled_rows(session, DataSettings(data.task, data.data_dir, split))
+        rows = read_labelled_rows(fitted.posterior, fitted.model.kind, DataSettings(data.task, data.data_dir, split))
     except DataError:
         return None
     found = [index for index, example in enumerate(rows.examples) if row_digest(example) in digests]
@@ -96,20 +100,20 @@ def oracle_temperature(log_map: Tensor, targets: Tensor) -> Prediction:
     return Prediction("temperature (oracle)", scaled, details={"temperature": value})
 
 
-def mc_dropout(session: Session, sets: Sequence[LabelledRows], passes: int, seed: int) -> list[Prediction]:
+def mc_dropout(fitted: Fitted, sets: Sequence[LabelledRows], passes: int, seed: int) -> list[Prediction]:
     """Average the probabilities of passes with the adapter's own dropout on.
 
     Raises:
         UsageError: The adapter has no dropout.
     """
-    layers = lora_dropouts(session.loaded.model)
+    layers = lora_dropouts(fitted.model.loaded.model)
     if not layers:
         raise UsageError("mc-dropout: the adapter's lora_dropout is 0, so that every pass would be the same")
     found = []
-    with lora_dropout_on(session.loaded.model, seed + session.processes.rank):
+    with lora_dropout_on(fitted.model.loaded.model, seed + fitted.model.processes.rank):
         for rows in sets:
-            coded = replace(session, task=rows.task).encode(rows.examples)
-            drawn = [forward_log_p(session, coded) for _ in range(passes)]
+            coded = fitted.model.encode(rows.examples)
+            drawn = [forward_log_p(fitted.model, coded) for _ in range(passes)]
             details = {"passes": passes, "dropout": max(layer.p for layer in layers)}
             found.append(_averaged("mc-dropout", torch.stack(drawn), details))
     return found
@@ -117,7 +121,7 @@ def mc_dropout(session: Session, sets: Sequence[LabelledRows], passes: int, seed
 
 def ensemble(
     model: ModelSettings,
-    session: Session,
+    fitted: Fitted,
     sets: Sequence[LabelledRows],
     log_maps: Sequence[Tensor],
     paths: Sequence[Path],
@@ -126,7 +130,7 @@ def ensemble(
 
     Args:
         model: How to run them.
-        session: The fitted adapter.
+        fitted: The fitted adapter.
         sets: Sets of rows.
         log_maps: Its own log-probabilities of each.
         paths: Adapters, or folders with ``checkpoint-*``.
@@ -135,54 +139,50 @@ def ensemble(
         AdapterError: A member cannot be read, or is of another base or kind.
         UsageError: No member but ADAPTER itself.
     """
-    members = _members(session, paths)
+    members = _members(fitted, paths)
     bases = BaseCache()
     tables = [[log_map] for log_map in log_maps]
     for member in members:
-        for table, log_p in zip(tables, _member_log_p(model, session, member, sets, bases), strict=True):
+        for table, log_p in zip(tables, _member_log_p(model, fitted, member, sets, bases), strict=True):
             table.append(log_p)
     details = {"members": 1 + len(members)}
     return [_averaged("ensemble", torch.stack(table), details) for table in tables]
 
 
-def _members(session: Session, paths: Sequence[Path]) -> list[Adapter]:
+def _members(fitted: Fitted, paths: Sequence[Path]) -> list[Adapter]:
     members: dict[str, Adapter] = {}
     for given in paths:
         path = fetch_adapter(str(given)) if is_hub_id(str(given)) else given
         folders = [path] if (path / CONFIG_FILE).is_file() else [folder for _, folder in checkpoint_folders(path)]
         for folder in folders or [path]:
             adapter = read_adapter(folder)
-            if adapter.kind != session.loaded.kind:
-                raise AdapterError(f"--ensemble {folder}: a {adapter.kind}, and ADAPTER is a {session.loaded.kind}")
+            if adapter.kind != fitted.model.kind:
+                raise AdapterError(f"--ensemble {folder}: a {adapter.kind}, and ADAPTER is a {fitted.model.kind}")
             members[adapter.sha256] = adapter
-    members.pop(session.posterior.manifest["adapter"], None)
+    members.pop(fitted.posterior.manifest.adapter, None)
     if not members:
         raise UsageError("--ensemble: no other adapter than ADAPTER itself; give one with other weights")
     return list(members.values())
 
 
 def _member_log_p(
-    model: ModelSettings, session: Session, member: Adapter, sets: Sequence[LabelledRows], bases: BaseCache
+    model: ModelSettings, fitted: Fitted, member: Adapter, sets: Sequence[LabelledRows], bases: BaseCache
 ) -> list[Tensor]:
-    own = session.loaded
-    loaded = bases.load(
-        member,
+    own = fitted.model.loaded
+    how = replace(
+        model,
         base_model=own.base_model,
-        quantize=cast(Quantization, own.quantize),
+        quantize=own.quantize,
         dtype=cast(Dtype, own.dtype),
-        device=model.device,
-        spread=model.spread,
-        trust_remote_code=model.trust_remote_code,
     )
+    loaded = bases.load(member, how)
     if loaded.number_of_labels != own.number_of_labels:
         raise AdapterError(
             f"--ensemble {member.path}: {loaded.number_of_labels} outputs, and ADAPTER has {own.number_of_labels}"
         )
-    answers = OutputModel(
-        loaded.model, loaded.kind, loaded.pad_token_id, session.posterior.manifest["answers"]["token_ids"]
-    )
-    there = replace(session, loaded=loaded, answers=answers)
-    return [forward_log_p(there, replace(there, task=rows.task).encode(rows.examples)) for rows in sets]
+    outputs = OutputModel(loaded.model, loaded.kind, loaded.pad_token_id, fitted.model.token_ids)
+    there = replace(fitted.model, loaded=loaded, outputs=outputs)
+    return [forward_log_p(there, there.encode(rows.examples)) for rows in sets]
 
 
 def _averaged(method: str, drawn: Tensor, details: dict[str, Any]) -> Prediction:

@@ -227,8 +227,8 @@ def _key(model: ModelSettings, names: Sequence[str], asked: dict[str, str]) -> s
     for name in names:
         if not _usable(model, name):
             return None
-        manifest = SavedPosterior(posterior_folder(model.root, name)).manifest
-        digest.update(json.dumps(manifest, sort_keys=True, default=str).encode())
+        content = SavedPosterior(posterior_folder(model.root, name)).content
+        digest.update(json.dumps(content, sort_keys=True, default=str).encode())
     return digest.hexdigest()
 
 

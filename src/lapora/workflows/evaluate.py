@@ -23,12 +23,12 @@ from lapora.config import (
     Progress,
 )
 from lapora.errors import DataError, UsageError
-from lapora.likelihoods.categorical import mutual_information
 from lapora.storage.saved import saved_names
 from lapora.tasks import data_fingerprint, load_rows, load_task, render_all, resolve_choices
 from lapora.workflows import baselines
-from lapora.workflows.scoring import LabelledRows, Prediction, ScoredRows, read_labelled_rows, score_rows
-from lapora.workflows.task_model import Session, are_training_rows, open_posterior, open_session
+from lapora.workflows.rows import LabelledRows, TuningRows, are_training_rows, read_labelled_rows
+from lapora.workflows.scoring import Prediction, ScoredRows, score_rows
+from lapora.workflows.task_model import Fitted, open_fitted, open_posterior
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,31 +83,31 @@ def run_evaluation(
         PosteriorError: A posterior is missing, damaged, or of other weights.
     """
     plan = make_plan(model, settings)
-    session = open_session(model, plan.names[0], data=data)
+    fitted = open_fitted(model, plan.names[0], data=data)
     notes = [*plan.left_out]
-    temperature = _temperature(session, plan, data, settings, notes)
+    temperature = _temperature(fitted, plan, data, settings, notes)
     left_out = plan.tuning_digests | (temperature.rows if temperature else frozenset())
-    rows = read_labelled_rows(session, data, exclude=left_out)
-    if are_training_rows(session.posterior.manifest, replace(data, split=rows.split)):
+    rows = read_labelled_rows(fitted.posterior, fitted.model.kind, data, exclude=left_out)
+    if are_training_rows(fitted.posterior.manifest, replace(data, split=rows.split)):
         notes.append(f"note: {rows.split} holds the rows that the adapter was trained on: these scores flatter it")
-    sets = [rows, *read_shifted_rows(session, settings, data.limit)]
+    sets = [rows, *read_shifted_rows(fitted, settings, data.limit)]
 
     predictions: list[list[Prediction]] = [[] for _ in sets]
     manifests: dict[str, Mapping[str, Any]] = {}
     truncated = 0
     for name in plan.names if "laplace" in plan.methods else plan.names[:1]:
-        if name != session.posterior.folder.name:
-            session = open_session(model, name, session, data)
-        manifests[name] = session.posterior.manifest
-        scored = [_score(session, each, plan, settings, progress) for each in sets]
+        if name != fitted.posterior.folder.name:
+            fitted = open_fitted(model, name, fitted, data)
+        manifests[name] = fitted.posterior.content
+        scored = [_score(fitted, each, plan, settings, progress) for each in sets]
         if len(manifests) == 1:
             truncated = scored[0].truncated
             log_maps = [each.log_p["map"][0] for each in scored]
-            predictions = _baselines(model, session, sets, log_maps, plan, settings, temperature, notes)
+            predictions = _baselines(model, fitted, sets, log_maps, plan, settings, temperature, notes)
         if "laplace" in plan.methods:
             for found, each in zip(predictions, scored, strict=True):
-                found += _laplace(name, plan.links, each, settings)
-            notes += _warnings(session, plan.links, rows, scored[0], remedy_options(model, data))
+                found += _laplace(name, plan.links, each)
+            notes += _warnings(fitted, plan.links, rows, scored[0], remedy_options(model, data))
     record = {
         "task": rows.task.task,
         "split": rows.split,
@@ -129,12 +129,12 @@ _OWN_ROWS_ONLY = ("constant", "temperature (oracle)")
 
 
 def _temperature(
-    session: Session, plan: Plan, data: DataSettings, settings: EvalSettings, notes: list[str]
+    fitted: Fitted, plan: Plan, data: DataSettings, settings: EvalSettings, notes: list[str]
 ) -> baselines.Temperature | None:
     if "temperature" not in plan.methods:
         return None
     try:
-        found = baselines.fit_temperature(session, plan.tuned_on, data, settings)
+        found = baselines.fit_temperature(fitted, plan.tuned_on, data, settings)
     except DataError as error:
         if not plan.everything or settings.temperature_split:
             raise
@@ -145,23 +145,23 @@ def _temperature(
 
 
 def _score(
-    session: Session, rows: LabelledRows, plan: Plan, settings: EvalSettings, progress: Progress | None
+    fitted: Fitted, rows: LabelledRows, plan: Plan, settings: EvalSettings, progress: Progress | None
 ) -> ScoredRows:
     laplace = "laplace" in plan.methods
     return score_rows(
-        session,
+        fitted,
         rows,
         plan.links if laplace else (),
         samples=settings.samples,
         seed=settings.seed,
-        with_moments=laplace and bool(settings.ood),
+        with_information=laplace and bool(settings.ood),
         progress=progress,
     )
 
 
 def _baselines(
     model: ModelSettings,
-    session: Session,
+    fitted: Fitted,
     sets: Sequence[LabelledRows],
     log_maps: Sequence[torch.Tensor],
     plan: Plan,
@@ -172,7 +172,7 @@ def _baselines(
     """Every method but Laplace, of each set of rows; the constant and the oracle of the first set alone."""
     found: list[list[Prediction]] = [[] for _ in sets]
     if "constant" in plan.methods:
-        constant = metrics.constant_predictor(sets[0].targets, len(session.choices))
+        constant = metrics.constant_predictor(sets[0].targets, len(fitted.model.choices))
         found[0].append(Prediction("constant", constant))
     for each, log_map in zip(found, log_maps, strict=True):
         # MAP is what every other method is compared with: it is always there.
@@ -183,7 +183,7 @@ def _baselines(
         found[0].append(baselines.oracle_temperature(log_maps[0], sets[0].targets))
     if "mc-dropout" in plan.methods:
         try:
-            drawn = baselines.mc_dropout(session, sets, settings.dropout_samples, settings.seed)
+            drawn = baselines.mc_dropout(fitted, sets, settings.dropout_samples, settings.seed)
         except UsageError as error:
             if not plan.everything:
                 raise
@@ -191,18 +191,19 @@ def _baselines(
         else:
             found = [[*each, one] for each, one in zip(found, drawn, strict=True)]
     if "ensemble" in plan.methods:
-        averaged = baselines.ensemble(model, session, sets, log_maps, settings.ensemble)
+        averaged = baselines.ensemble(model, fitted, sets, log_maps, settings.ensemble)
         found = [[*each, one] for each, one in zip(found, averaged, strict=True)]
     return found
 
 
-def _laplace(name: str, links: Sequence[Link], scored: ScoredRows, settings: EvalSettings) -> list[Prediction]:
-    information = None
-    if scored.moments is not None:
-        information = mutual_information(scored.moments, samples=settings.samples, seed=settings.seed)
+def _laplace(name: str, links: Sequence[Link], scored: ScoredRows) -> list[Prediction]:
     return [
         Prediction(
-            "laplace", scored.log_p[link][0], name, link, mutual_information=None if link == "map" else information
+            "laplace",
+            scored.log_p[link][0],
+            name,
+            link,
+            mutual_information=None if link == "map" else scored.information,
         )
         for link in links
     ]
@@ -233,15 +234,13 @@ def _defined(value: float) -> float | None:
     return None if math.isnan(value) else value
 
 
-def _warnings(
-    session: Session, links: Sequence[Link], rows: LabelledRows, scored: ScoredRows, options: str
-) -> list[str]:
+def _warnings(fitted: Fitted, links: Sequence[Link], rows: LabelledRows, scored: ScoredRows, options: str) -> list[str]:
     found = []
     for link in links:
         if link != "map":
             log_p = scored.log_p[link][0]
             accuracy = float((log_p.argmax(dim=1) == rows.targets).double().mean())
-            found += _warn(session, link, rows, log_p, scored.log_p["map"][0], accuracy, options)
+            found += _warn(fitted, link, rows, log_p, scored.log_p["map"][0], accuracy, options)
     return found
 
 
@@ -250,7 +249,7 @@ _WORTH_SAYING = 1e-4
 
 
 def _warn(
-    session: Session,
+    fitted: Fitted,
     link: Link,
     rows: LabelledRows,
     log_p: torch.Tensor,
@@ -264,7 +263,7 @@ def _warn(
     if worse <= _WORTH_SAYING:
         return []
     low, high = metrics.paired_interval(differences)
-    name = session.posterior.folder.name
+    name = fitted.posterior.folder.name
     interval = f"{worse:.4f} a row, 95 % interval {low:.4f} to {high:.4f}, {len(differences)} rows"
     if low <= 0:
         return [f"note: {name} ({link}) is no better than MAP in NLL on these rows ({interval})"]
@@ -272,7 +271,7 @@ def _warn(
     direction = "underconfident" if confidence < accuracy else "overconfident"
     return [
         f"warning: {name} ({link}) is worse than MAP in NLL by {interval}, and {direction} (confidence "
-        f"{confidence:.2f}, accuracy {accuracy:.2f}); {_remedy(session, link, options)}"
+        f"{confidence:.2f}, accuracy {accuracy:.2f}); {_remedy(fitted, link, options)}"
     ]
 
 
@@ -289,18 +288,22 @@ def remedy_options(model: ModelSettings, data: DataSettings) -> str:
     return shlex.join([model.adapter, *options])
 
 
-def _remedy(session: Session, link: Link, options: str) -> str:
-    prior = session.posterior.manifest["prior"]
-    command = f"lapora tune-prior {options} --name {session.posterior.folder.name} --method validation"
+def _remedy(fitted: Fitted, link: Link, options: str) -> str:
+    """Return what to do where Laplace is worse than MAP: a command that works as typed, or other options."""
+    prior = fitted.prior
+    command = f"lapora tune-prior {options} --name {fitted.posterior.folder.name}"
     if link != PriorSettings.link:
         command += f" --link {link}"
-    if prior["method"] != "validation":
-        return f"tune the prior on validation rows: {command}"
-    if prior["validation"]["link"] != link:
-        return f"the prior was tuned for {prior['validation']['link']}: {command}"
-    if min(point["nll"] for point in prior["validation"]["curve"]) > prior["validation"]["map"]["nll"]:
-        return "so it was on the rows that tuned the prior, at every precision: predict with another --link, or map"
-    return "the tuning rows said otherwise: tune on more rows (--limit), or predict with --link map"
+    tuned = prior.validation or (prior.averaged if prior.averaged is not None and prior.averaged.n else None)
+    if tuned is None:
+        return f"tune the prior with labelled rows: {command}"
+    if tuned.link != link:
+        return f"the prior was tuned for {tuned.link}: {command}"
+    if prior.validation is not None:
+        if min(point.nll for point in prior.validation.curve) > prior.validation.map.nll:
+            return f"it was worse on the tuning rows too, at every precision: average instead ({command})"
+        return f"the tuning rows differ from these: average instead of choosing ({command})"
+    return "tune on more rows (--limit), or predict with --link map"
 
 
 @dataclass(frozen=True)
@@ -312,7 +315,7 @@ class Plan:
         everything: Whether ``all`` was asked for: what cannot be had is then left out, not refused.
         names: Saved posteriors, at least one.
         links: Links of each posterior.
-        tuned_on: By posterior whose prior validation rows chose: the manifest's record of it.
+        tuned_on: The split and the digests of the rows that tuned a prior, by posterior.
         left_out: Why a method of ``all`` is not scored: lines for people.
     """
 
@@ -320,13 +323,13 @@ class Plan:
     everything: bool
     names: tuple[str, ...]
     links: tuple[Link, ...]
-    tuned_on: dict[str, dict[str, Any]]
+    tuned_on: dict[str, TuningRows]
     left_out: tuple[str, ...] = ()
 
     @property
     def tuning_digests(self) -> frozenset[str]:
         """Digests of all rows that chose a prior."""
-        return frozenset(digest for record in self.tuned_on.values() for digest in record["rows"])
+        return frozenset(digest for record in self.tuned_on.values() for digest in record.rows)
 
 
 def make_plan(model: ModelSettings, settings: EvalSettings) -> Plan:
@@ -365,9 +368,9 @@ def make_plan(model: ModelSettings, settings: EvalSettings) -> Plan:
     tuned_on = {}
     for name in names:
         _, posterior = open_posterior(model, name)
-        record = posterior.manifest["prior"].get("validation")
-        if record:
-            tuned_on[name] = record
+        record = posterior.prior.validation or posterior.prior.averaged
+        if record is not None and record.rows:
+            tuned_on[name] = TuningRows(record.split or "", frozenset(record.rows))
     order = [method for method in get_args(Method) if method in methods]
     return Plan(tuple(order), everything, names, links, tuned_on, left_out)
 
@@ -376,7 +379,7 @@ def _unique(values: Sequence[Any]) -> tuple[Any, ...]:
     return tuple(dict.fromkeys(values))
 
 
-def read_shifted_rows(session: Session, settings: EvalSettings, limit: int | None) -> list[LabelledRows]:
+def read_shifted_rows(fitted: Fitted, settings: EvalSettings, limit: int | None) -> list[LabelledRows]:
     """The rows of every ``--ood`` task; a row without a label has target -1.
 
     They are scored over the adapter's own answers, so that only the number of answers has to be the same.
@@ -387,10 +390,10 @@ def read_shifted_rows(session: Session, settings: EvalSettings, limit: int | Non
     folders: list[Path | None] = list(settings.ood_data_dirs)
     if len(folders) <= 1:
         folders = (folders or [None]) * len(settings.ood)
-    return [_read(session, task, folder, limit) for task, folder in zip(settings.ood, folders, strict=True)]
+    return [_read(fitted, task, folder, limit) for task, folder in zip(settings.ood, folders, strict=True)]
 
 
-def _read(session: Session, name: str, folder: Path | None, limit: int | None) -> LabelledRows:
+def _read(fitted: Fitted, name: str, folder: Path | None, limit: int | None) -> LabelledRows:
     task = load_task(name)
     errors = []
     for split in ("validation", "test"):
@@ -400,13 +403,13 @@ def _read(session: Session, name: str, folder: Path | None, limit: int | None) -
             errors.append(error)
             continue
         choices = resolve_choices(task, rows)
-        if len(choices) != len(session.choices):
+        if len(choices) != len(fitted.model.choices):
             raise DataError(
                 f"--ood {name}: {len(choices)} answers ({', '.join(choices)}), and the adapter has "
-                f"{len(session.choices)} ({', '.join(session.choices)}); give a task with as many"
+                f"{len(fitted.model.choices)} ({', '.join(fitted.model.choices)}); give a task with as many"
             )
-        examples = render_all(task, rows, kind=session.loaded.kind, choices=choices, labels="optional")
-        same = choices == session.choices
+        examples = render_all(task, rows, kind=fitted.model.kind, choices=choices, labels="optional")
+        same = choices == fitted.model.choices
         targets = [example.target if same and example.target is not None else -1 for example in examples]
         return LabelledRows(task, split, examples, torch.tensor(targets), 0)
     reason = str(errors[0]).replace("--data-dir", "--ood-data-dir")

@@ -12,14 +12,14 @@ from typing import Any, Protocol
 from lapora.config import LONGEST_LINE, ModelSettings, PredictSettings
 from lapora.distributed import Processes
 from lapora.errors import DataError, LaporaError, NonFiniteRowError, NumericalError, UsageError
-from lapora.likelihoods.categorical import log_probabilities, needs_every_class
+from lapora.likelihoods.categorical import averaged_log_probabilities, log_probabilities, needs_every_class
 from lapora.models.adapter import CONFIG_FILE, fetch_adapter, is_hub_id
 from lapora.models.batches import Batch
 from lapora.models.batching import run_batches
 from lapora.models.shared_base import BaseCache
 from lapora.predictive.moments import LinearisedPredictor
-from lapora.tasks import EncodedExample, parse_json_line, render
-from lapora.workflows.task_model import Session, open_session, require_finite
+from lapora.tasks import EncodedExample, parse_json_line
+from lapora.workflows.task_model import Fitted, open_fitted, require_finite
 
 _WINDOW_BATCHES = 4
 _DEFAULT_WINDOW = 64
@@ -54,16 +54,16 @@ def predict(model: ModelSettings, settings: PredictSettings, lines: Iterable[byt
     if settings.adapters:
         yield from predict_routed(AdapterPool(model, settings), settings, lines)
     else:
-        yield from predict_rows(open_session(model, settings.name), settings, lines)
+        yield from predict_rows(open_fitted(model, settings.name), settings, lines)
 
 
 def predict_rows(
-    session: Session, settings: PredictSettings, rows: Iterable[bytes | Mapping[str, Any] | None]
+    fitted: Fitted, settings: PredictSettings, rows: Iterable[bytes | Mapping[str, Any] | None]
 ) -> Iterator[dict[str, Any]]:
     """Predict with an open session; see :func:`predict`.
 
     Args:
-        session: The fitted adapter.
+        fitted: The fitted adapter.
         settings: Link, samples, what is written.
         rows: JSON lines, or the objects themselves.
 
@@ -74,7 +74,7 @@ def predict_rows(
         DataError: A bad row; see :func:`predict`.
         NumericalError: The same for a row of which the model makes NaN or infinity.
     """
-    yield from predict_routed(SingleAdapter(session), settings, rows)
+    yield from predict_routed(SingleAdapter(fitted), settings, rows)
 
 
 def predict_routed(
@@ -141,17 +141,9 @@ def _read(routes: AdapterSelector, number: int, line: _Line) -> _Item:
         row = parse_json_line(line, where) if isinstance(line, bytes) else line
         identifier = _identifier(row.get("id"), where)
         route = routes.of(row, where)
-        session = route.session
-        example = render(
-            session.task,
-            row,
-            kind=session.loaded.kind,
-            index=number - 1,
-            labels="ignore",
-            choices=session.choices,
-            where=where,
-        )
-        return _Item(where, identifier, route, session.encode([example])[0])
+        model = route.fitted.model
+        example = model.render(row, index=number - 1, where=where)
+        return _Item(where, identifier, route, model.encode([example])[0])
     except LaporaError as error:
         return _Item(where, identifier, route, error)
 
@@ -168,20 +160,20 @@ def _predict_window(
 ) -> list[dict[str, Any] | LaporaError]:
     """What is answered to each line of a window, in order; each adapter has its turn."""
     answers: list[dict[str, Any] | LaporaError] = []
-    turns: dict[int, tuple[Session, list[tuple[int, EncodedExample]]]] = {}
+    turns: dict[int, tuple[Fitted, list[tuple[int, EncodedExample]]]] = {}
     for position, item in enumerate(items):
         if isinstance(item.content, LaporaError):
             answers.append(item.content)
         else:
             assert item.route is not None
             answers.append({})
-            session = item.route.session
-            turns.setdefault(id(session), (session, []))[1].append((position, item.content))
+            fitted = item.route.fitted
+            turns.setdefault(id(fitted), (fitted, []))[1].append((position, item.content))
     found: dict[int, dict[str, Any] | LaporaError] = {}
     with routes.processes.raise_together():
-        for session, readable in turns.values():
+        for fitted, readable in turns.values():
             good = routes.processes.shard(readable)
-            for position, record in _predict_turn(session, opened.of(session), settings, good):
+            for position, record in _predict_turn(fitted, opened.of(fitted), settings, good):
                 if isinstance(record, NonFiniteRowError):
                     found[position] = NumericalError(f"{items[position].where}: {record.reason}")
                 else:
@@ -193,7 +185,7 @@ def _predict_window(
 
 
 def _predict_turn(
-    session: Session,
+    fitted: Fitted,
     predictor: LinearisedPredictor,
     settings: PredictSettings,
     good: Sequence[tuple[int, EncodedExample]],
@@ -202,11 +194,11 @@ def _predict_turn(
 
     def answer(batch: Batch) -> Sequence[dict[str, Any] | NonFiniteRowError]:
         try:
-            return _records(session, settings, predictor, batch)
+            return _records(fitted, settings, predictor, batch)
         except NonFiniteRowError:  # the others are answered all the same
-            return [_alone(session, settings, predictor, good[row][1]) for row in batch.rows]
+            return [_alone(fitted, settings, predictor, good[row][1]) for row in batch.rows]
 
-    for batch, records in run_batches(session.batches([coded for _, coded in good]), answer):
+    for batch, records in run_batches(fitted.model.batches([coded for _, coded in good]), answer):
         for row, record in zip(batch.rows, records, strict=True):
             position, coded = good[row]
             if coded.truncated and not isinstance(record, NonFiniteRowError):
@@ -215,37 +207,41 @@ def _predict_turn(
 
 
 def _alone(
-    session: Session, settings: PredictSettings, predictor: LinearisedPredictor, coded: EncodedExample
+    fitted: Fitted, settings: PredictSettings, predictor: LinearisedPredictor, coded: EncodedExample
 ) -> dict[str, Any] | NonFiniteRowError:
-    (batch,) = session.batches([coded])
+    (batch,) = fitted.model.batches([coded])
     try:
-        return _records(session, settings, predictor, batch)[0]
+        return _records(fitted, settings, predictor, batch)[0]
     except NonFiniteRowError as error:
         return error
 
 
 def _records(
-    session: Session, settings: PredictSettings, predictor: LinearisedPredictor, batch: Batch
+    fitted: Fitted, settings: PredictSettings, predictor: LinearisedPredictor, batch: Batch
 ) -> list[dict[str, Any]]:
-    moments = predictor.moments(batch)
-    require_finite(moments.covariance, batch)
-    log_p = log_probabilities(settings.link, moments, samples=settings.samples, seed=settings.seed)
-    log_map = log_probabilities("map", moments)
+    found = predictor.moments_under_each_prior(batch)
+    for each in found:
+        require_finite(each.covariance, batch)
+    averaging = fitted.averaging
+    log_p = averaged_log_probabilities(settings.link, found, averaging, samples=settings.samples, seed=settings.seed)
+    log_map = log_probabilities("map", found[0])
+    moments = averaging.moments(found) if settings.logits else found[0]
     records = []
     for row in range(len(log_p)):
         p = log_p[row].exp()
         best = int(p.argmax())
         record: dict[str, Any] = {
-            "prediction": session.choices[best],
+            "prediction": fitted.model.choices[best],
             "confidence": float(p[best]),
             "entropy": float(-(p * log_p[row]).nan_to_num(0.0).sum()),
-            "probabilities": dict(zip(session.choices, p.tolist(), strict=True)),
-            "map_probabilities": dict(zip(session.choices, log_map[row].exp().tolist(), strict=True)),
+            "probabilities": dict(zip(fitted.model.choices, p.tolist(), strict=True)),
+            "map_probabilities": dict(zip(fitted.model.choices, log_map[row].exp().tolist(), strict=True)),
         }
         if settings.logits:
             record["logits"] = {
                 "mean": moments.mean[row].double().tolist(),
                 "covariance": moments.covariance[row].tolist(),
+                **({} if averaging.is_single else {"averaged": True}),
             }
         if settings.abstain_below is not None:
             record["abstained"] = record["confidence"] < settings.abstain_below
@@ -261,11 +257,11 @@ class Route:
     """Where a row goes.
 
     Attributes:
-        session: The fitted adapter.
+        fitted: The fitted adapter.
         adapter: Its name, or None where there is one adapter alone.
     """
 
-    session: Session
+    fitted: Fitted
     adapter: str | None = None
 
 
@@ -287,7 +283,7 @@ class AdapterSelector(Protocol):
             LaporaError: There is no such adapter, or it cannot be used.
         """
 
-    def attach(self, session: Session) -> None:
+    def attach(self, fitted: Fitted) -> None:
         """Make the model ready to run a session's adapter."""
 
     def rest(self) -> None:
@@ -297,16 +293,16 @@ class AdapterSelector(Protocol):
 class SingleAdapter:
     """All rows go to one adapter."""
 
-    def __init__(self, session: Session) -> None:
-        self.processes = session.processes
-        self.batch_rows = session.batch_size.rows
-        self._route = Route(session)
+    def __init__(self, fitted: Fitted) -> None:
+        self.processes = fitted.model.processes
+        self.batch_rows = fitted.model.batch_size.rows
+        self._route = Route(fitted)
 
     def of(self, row: Mapping[str, Any], where: str) -> Route:
         """The one there is."""
         return self._route
 
-    def attach(self, session: Session) -> None:
+    def attach(self, fitted: Fitted) -> None:
         """It is on."""
 
     def rest(self) -> None:
@@ -331,7 +327,7 @@ class AdapterPool:
         self.batch_rows = model.batch_size
         self._settings = settings
         self._bases = BaseCache(_MOST_BASES)
-        self._open: dict[str, Session] = {}
+        self._open: dict[str, Fitted] = {}
         self._broken: dict[str, LaporaError] = {}
         self._default = Path(model.adapter).name
         own_place = _place(model.output_dir, self._default)
@@ -347,7 +343,7 @@ class AdapterPool:
                 fetched=None,
                 output_dir=_place(model.output_dir, folder),
             )
-        self._session(self._default)
+        self._fitted(self._default)
 
     @property
     def names(self) -> list[str]:
@@ -362,29 +358,29 @@ class AdapterPool:
             known = ", ".join(list(self._models)[:8]) + (" ..." if len(self._models) > 8 else "")
             raise DataError(f"{where}: its {field} is {name!r:.80}; there are {known}")
         try:
-            return Route(self._session(name), name)
+            return Route(self._fitted(name), name)
         except LaporaError as error:
             self._broken.setdefault(name, _bare(error))
             raise
 
-    def attach(self, session: Session) -> None:
+    def attach(self, fitted: Fitted) -> None:
         """Put the session's adapter on its base."""
-        self._bases.attach(session.loaded)
+        self._bases.attach(fitted.model.loaded)
 
     def rest(self) -> None:
         """Close the adapters that were not asked for longest."""
         while len(self._open) > self._settings.adapters_kept:
             name = next(iter(self._open))
-            self._bases.evict(self._open.pop(name).loaded)
+            self._bases.evict(self._open.pop(name).model.loaded)
 
-    def _session(self, name: str) -> Session:
+    def _fitted(self, name: str) -> Fitted:
         if name in self._broken:
             raise copy.copy(self._broken[name])
-        session = self._open.pop(name, None)
-        if session is None:
-            session = open_session(self._models[name], self._settings.name, bases=self._bases)
-        self._open[name] = session  # the last asked for stands last
-        return session
+        fitted = self._open.pop(name, None)
+        if fitted is None:
+            fitted = open_fitted(self._models[name], self._settings.name, bases=self._bases)
+        self._open[name] = fitted  # the last asked for stands last
+        return fitted
 
 
 def _place(output_dir: Path | None, folder: str) -> Path | None:
@@ -428,10 +424,10 @@ class OpenPredictor:
         self._routes = routes
         self._every_class = needs_every_class(settings.link) or settings.logits
         self._map_only = settings.link == "map" and not settings.logits
-        self._session: Session | None = None
+        self._session: Fitted | None = None
         self._predictor: LinearisedPredictor | None = None
 
-    def of(self, session: Session) -> LinearisedPredictor:
+    def of(self, session: Fitted) -> LinearisedPredictor:
         """The session's predictor; another session's is closed."""
         if self._session is not session:
             self.close()

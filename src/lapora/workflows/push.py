@@ -13,7 +13,7 @@ from lapora.errors import PosteriorError, UsageError
 from lapora.models.adapter import CONFIG_FILE, WEIGHTS_FILE, Adapter, hub_errors
 from lapora.report.card import posterior_section, with_section
 from lapora.storage.compatibility import adapter_differences
-from lapora.storage.manifest import with_checksums
+from lapora.storage.manifest import Manifest, without_paths
 from lapora.storage.saved import FACTORS_FILE, MANIFEST_FILE
 from lapora.workflows.results import read_results
 from lapora.workflows.task_model import open_posterior
@@ -60,7 +60,7 @@ def push(model: ModelSettings, settings: PushSettings) -> Pushed:
     if differences := adapter_differences(posterior.manifest, adapter):
         raise PosteriorError(f"{posterior.folder}: fitted to something else: {'; '.join(differences)}; fit it again")
     scores = read_results([settings.scores])[-1] if settings.scores else None
-    manifest = _portable(posterior.manifest)
+    content = without_paths(posterior.content)
     repository, revision = settings.repository, settings.revision
     if "/" not in repository:
         raise UsageError(f"{repository}: REPO is owner/name")
@@ -79,14 +79,14 @@ def push(model: ModelSettings, settings: PushSettings) -> Pushed:
             raise PosteriorError(
                 f"{repository}: holds another adapter than {adapter.path}; push to the one it came from"
             )
-        files[f"laplace/{settings.name}/{MANIFEST_FILE}"] = json.dumps(manifest, indent=2, ensure_ascii=False).encode()
+        files[f"laplace/{settings.name}/{MANIFEST_FILE}"] = json.dumps(content, indent=2, ensure_ascii=False).encode()
         files[f"laplace/{settings.name}/{FACTORS_FILE}"] = posterior.folder / FACTORS_FILE
         own = adapter.path / _CARD
         if _CARD in there:
             card = Path(api.hf_hub_download(repository, _CARD, revision=revision)).read_text(encoding="utf-8")
         else:
             card = own.read_text(encoding="utf-8") if own.is_file() else "---\nlibrary_name: peft\n---\n"
-        section = posterior_section(manifest, settings.name, repository, scores)
+        section = posterior_section(posterior.manifest, posterior.prior, settings.name, repository, scores)
         files[_CARD] = with_section(card, settings.name, section).encode()
         operations = [
             CommitOperationAdd(path, content)
@@ -99,11 +99,9 @@ def push(model: ModelSettings, settings: PushSettings) -> Pushed:
             commit_message=f"Laplace posterior {settings.name}",
             revision=revision,
         )
-    return Pushed(commit.commit_url, tuple(operation.path_in_repo for operation in operations), _notes(manifest))
-
-
-def _portable(manifest: dict[str, Any]) -> dict[str, Any]:
-    return with_checksums({**manifest, "data": {**manifest["data"], "data_dir": None}})
+    return Pushed(
+        commit.commit_url, tuple(operation.path_in_repo for operation in operations), _notes(posterior.manifest)
+    )
 
 
 def _same(adapter: Adapter, entry: Any) -> bool:
@@ -115,8 +113,8 @@ def _same(adapter: Adapter, entry: Any) -> bool:
     return bool(entry.blob_id == blob.hexdigest())
 
 
-def _notes(manifest: dict[str, Any]) -> tuple[str, ...]:
-    base = manifest["base_model"]["name"]
+def _notes(manifest: Manifest) -> tuple[str, ...]:
+    base = manifest.base_model.name
     if not Path(base).exists():
         return ()
     return (f"the base model is recorded as a folder of this machine ({base}): elsewhere --base-model is needed",)

@@ -1,131 +1,30 @@
-"""Labelled rows and their log-probabilities under a session's posterior: what tuning and evaluation share."""
+"""Log-probabilities of rows under a posterior, for tuning and evaluation."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, cast
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from lapora.config import DataSettings, Link, Progress, method_label
-from lapora.errors import DataError, MissingSplitError, UnlabelledError, UsageError
+from lapora.config import Link, Progress, method_label
 from lapora.likelihoods.base import LogitMoments
-from lapora.likelihoods.categorical import log_probabilities, needs_every_class
-from lapora.models.batching import BatchFeed, run_batches
-from lapora.posterior.prior import PriorPrecision
-from lapora.storage.compatibility import answer_differences
-from lapora.tasks import EncodedExample, Example, Task, data_fingerprint, render_all, resolve_choices
-from lapora.workflows.task_model import (
-    Session,
-    mismatch_error,
-    read_rows,
-    require_finite,
-    source_of,
-    translate_row_errors,
+from lapora.likelihoods.categorical import (
+    averaged_log_probabilities,
+    averaged_mutual_information,
+    grid_log_probabilities,
+    log_probabilities,
+    needs_every_class,
 )
-
-_LABELS_LOOKED_FOR = 100
-
-
-@dataclass(frozen=True, eq=False)
-class LabelledRows:
-    """Rows with their labels.
-
-    Attributes:
-        task: The task that rendered them.
-        split: Where they come from.
-        examples: The rows.
-        targets: Their labels, ``(N,)``.
-        excluded: How many rows of the split were left out.
-    """
-
-    task: Task
-    split: str
-    examples: list[Example]
-    targets: Tensor
-    excluded: int
-
-    def only(self, positions: Sequence[int]) -> LabelledRows:
-        """Some of the rows."""
-        return replace(
-            self,
-            examples=[self.examples[position] for position in positions],
-            targets=self.targets[torch.tensor(positions, dtype=torch.long)],
-        )
-
-    def chosen(self, count: int, seed: int) -> LabelledRows:
-        """A seeded choice of the rows, in their order."""
-        order = torch.randperm(len(self.examples), generator=torch.Generator().manual_seed(seed))
-        return self.only(sorted(order[:count].tolist()))
-
-
-def row_digest(example: Example) -> str:
-    """What a row is known by, wherever it stands: its texts, answers and label."""
-    return data_fingerprint([example])[:16]
-
-
-def read_labelled_rows(
-    session: Session, data: DataSettings, default_split: str = "validation", exclude: Collection[str] = ()
-) -> LabelledRows:
-    """Rows of a split, as ``fit`` rendered its own.
-
-    Args:
-        session: The fitted adapter.
-        data: Which rows; None means as ``fit`` recorded it. A limit counts the rows that are not excluded.
-        default_split: The split when ``data`` names none.
-        exclude: Digests of rows to leave out.
-
-    Raises:
-        UnlabelledError: No row has a label.
-        DataError: A row cannot be read, or has no label; or no row is left.
-        PosteriorError: The task's answers are not the posterior's.
-    """
-    wanted = replace(data, limit=None) if exclude else data
-    task, rows, split = read_rows(wanted, session.posterior.manifest, default_split)
-    choices = resolve_choices(task, rows)
-    if differences := answer_differences(session.posterior.manifest, task.task, choices):
-        raise mismatch_error(session.posterior, differences)
-    kind = session.loaded.kind
-    bare = render_all(task, rows[:_LABELS_LOOKED_FOR], kind=kind, choices=session.choices, labels="optional")
-    if all(example.target is None for example in bare):
-        raise UnlabelledError(f"{split}: the rows have no labels (looked at {len(bare)}); give a split that has them")
-    examples = render_all(task, rows, kind=kind, choices=session.choices, labels="required")
-    kept = [example for example in examples if not exclude or row_digest(example) not in exclude]
-    if not kept:
-        raise DataError(f"{split}: all {len(examples)} rows were used to tune the prior; score another --split")
-    excluded = len(examples) - len(kept)
-    kept = kept[: data.limit]
-    return LabelledRows(task, split, kept, torch.tensor([cast(int, row.target) for row in kept]), excluded)
-
-
-def tuning_rows(session: Session, data: DataSettings, seed: int) -> LabelledRows:
-    """A seeded half of the split (or as many rows as the limit says)."""
-    rows = _labelled_split(session, data)
-    return rows.chosen(data.limit or max(1, len(rows.examples) // 2), seed)
-
-
-def _labelled_split(session: Session, data: DataSettings) -> LabelledRows:
-    """The split asked for, or the first that has labels; never the one that ``fit`` read, whatever it is called."""
-    fitted = session.posterior.manifest["data"]
-    read = source_of(session.posterior.manifest, DataSettings(split=fitted["split"]))
-    if data.split is not None:
-        if source_of(session.posterior.manifest, data) == read:
-            raise UsageError(
-                f"--split {data.split}: the adapter was trained on these rows; give another split, or --method marglik"
-            )
-        return read_labelled_rows(session, replace(data, limit=None))
-    reasons = []
-    for split in ("validation", "test"):
-        candidate = replace(data, split=split, limit=None)
-        if source_of(session.posterior.manifest, candidate) == read:
-            continue
-        try:
-            return read_labelled_rows(session, candidate)
-        except (MissingSplitError, UnlabelledError) as error:
-            reasons.append(str(error))
-    raise MissingSplitError(f"no labelled rows but those that fit read ({reasons[0] if reasons else 'no other split'})")
+from lapora.models.batches import Batch
+from lapora.models.batching import run_batches
+from lapora.posterior.prior import PriorPrecision
+from lapora.predictive.moments import LinearisedPredictor
+from lapora.tasks import EncodedExample, Example
+from lapora.workflows.rows import LabelledRows
+from lapora.workflows.task_model import Fitted, TaskModel, require_finite, translate_row_errors
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,83 +32,146 @@ class ScoredRows:
     """Log-probabilities of rows.
 
     Attributes:
-        log_p: By link, ``(D, N, C)`` in float64 under each of D priors; ``map`` is always there.
-        truncated: How many rows were cut to the greatest length.
-        moments: Mean and covariance of the logits under the first prior, where they were asked for.
+        log_p: By link, ``(D, N, C)`` in float64: averaged as saved (D = 1), or under each of D priors asked for.
+            ``map`` is always there.
+        truncated: Number of rows that were truncated to the maximum length.
+        information: Mutual information of answer and weights, ``(N,)`` in nats, where it was asked for.
     """
 
     log_p: dict[Link, Tensor]
     truncated: int
-    moments: LogitMoments | None = None
+    information: Tensor | None = None
 
 
 def score_rows(
-    session: Session,
+    fitted: Fitted,
     rows: LabelledRows,
     links: Sequence[Link],
     *,
     samples: int,
     seed: int = 0,
     priors: Sequence[PriorPrecision] = (),
-    with_moments: bool = False,
+    with_information: bool = False,
     progress: Progress | None = None,
 ) -> ScoredRows:
-    """Predict rows by several links, under the saved prior or under several others, in one pass.
+    """Predict rows by several links in one pass, under the saved prior or under several others.
 
     Args:
-        session: The fitted adapter.
-        rows: What to predict.
-        links: How moments become probabilities.
-        samples: Points of the sampling links.
+        fitted: The fitted adapter.
+        rows: The rows.
+        links: From moments to probabilities.
+        samples: Quasi-Monte-Carlo points of the sampling links.
         seed: Their scrambling.
-        priors: Priors to predict under; by default the saved one.
-        with_moments: Keep the moments of the logits.
-        progress: Told of rows done.
+        priors: Prior precisions to predict under, one by one; by default the saved prior is averaged over.
+        with_information: Compute the mutual information.
+        progress: Progress callback.
     """
-    processes = session.processes
-    coded = session.encode(rows.examples)
+    model, processes = fitted.model, fitted.model.processes
+    coded = model.encode(rows.examples)
     mine = processes.shard(coded)
-    depth = max(1, len(priors))
-    shape = (depth, len(mine), len(session.choices))
+    shape = (max(1, len(priors)), len(mine), len(model.choices))
     log_p: dict[Link, Tensor] = {link: torch.zeros(shape, dtype=torch.float64) for link in ("map", *links)}
+    information = torch.zeros(len(mine), dtype=torch.float64)
+    predictor = fitted.predictor(
+        every_class=any(needs_every_class(link) for link in links),
+        map_only=set(links) <= {"map"} and not with_information,
+        priors=priors,
+    )
+    for batch, found in run_moments(model, predictor, rows.examples, coded, progress):
+        positions = list(batch.rows)
+        for link, table in log_p.items():
+            if priors:
+                for index, moments in enumerate(found):
+                    table[index, positions] = log_probabilities(link, moments, samples=samples, seed=seed)
+            else:
+                table[0, positions] = averaged_log_probabilities(
+                    link, found, fitted.averaging, samples=samples, seed=seed
+                )
+        if with_information:
+            information[positions] = averaged_mutual_information(found, fitted.averaging, samples=samples, seed=seed)
+    joined = {link: processes.interleave(table, len(coded), dim=1) for link, table in log_p.items()}
+    return ScoredRows(
+        joined,
+        sum(row.truncated for row in coded),
+        processes.interleave(information, len(coded)) if with_information else None,
+    )
+
+
+def label_grid(
+    model: TaskModel,
+    predictor: LinearisedPredictor,
+    examples: Sequence[Example],
+    encoded: Sequence[EncodedExample],
+    labels: Tensor,
+    *,
+    temperatures: Tensor,
+    link: Link,
+    samples: int,
+    seed: int,
+    progress: Progress | None = None,
+) -> Tensor:
+    """Return the log-probability of each row's label under every prior precision and temperature, in one pass.
+
+    Args:
+        model: The adapter with its task.
+        predictor: The linearised predictive under D prior precisions.
+        examples: The N rows.
+        encoded: Their token ids.
+        labels: Their labels, ``(N,)``.
+        temperatures: ``(T,)``.
+        link: From moments to probabilities.
+        samples: Quasi-Monte-Carlo points of the sampling links.
+        seed: Their scrambling.
+        progress: Progress callback.
+
+    Returns:
+        ``(D, T, N)`` in float64.
+    """
+    processes = model.processes
+    own = processes.shard(labels.tolist())
+    parts: dict[int, Tensor] = {}
+    for batch, found in run_moments(model, predictor, examples, encoded, progress):
+        targets = torch.tensor([own[row] for row in batch.rows])
+        table = grid_log_probabilities(link, found, temperatures, targets, samples=samples, seed=seed)
+        parts |= zip(batch.rows, table.unbind(2), strict=True)
+    everywhere = processes.all_gather(parts)
+    return torch.stack(
+        [everywhere[row % processes.count][row // processes.count] for row in range(len(encoded))], dim=2
+    )
+
+
+def run_moments(
+    model: TaskModel,
+    predictor: LinearisedPredictor,
+    examples: Sequence[Example],
+    encoded: Sequence[EncodedExample],
+    progress: Progress | None = None,
+) -> Iterator[tuple[Batch, list[LogitMoments]]]:
+    """Yield the batches of this process's shard with their moments under every prior precision.
+
+    Raises:
+        NumericalError: NaN or infinity; the row is named.
+    """
+    processes = model.processes
     done = 0
-    every_class = any(needs_every_class(link) for link in links)
-    map_only = set(links) <= {"map"} and not with_moments
-    kept: dict[int, tuple[Tensor, Tensor]] = {}
-    with (
-        processes.on_shard(),
-        translate_row_errors([example.where for example in processes.shard(rows.examples)]),
-        session.predictor(every_class=every_class, map_only=map_only, priors=priors) as predictor,
-    ):
-        for batch, found in run_batches(session.batches(mine), predictor.moments_under_each_prior):
-            for index, moments in enumerate(found):
+    names = [example.where for example in processes.shard(examples)]
+    with processes.on_shard(), translate_row_errors(names), predictor:
+        for batch, found in run_batches(model.batches(processes.shard(encoded)), predictor.moments_under_each_prior):
+            for moments in found:
                 require_finite(moments.covariance, batch)
-                for link, table in log_p.items():
-                    table[index, list(batch.rows)] = log_probabilities(link, moments, samples=samples, seed=seed)
-                if with_moments and index == 0:
-                    pairs = zip(moments.mean.cpu(), moments.covariance.cpu(), strict=True)
-                    kept |= zip(batch.rows, pairs, strict=True)
+            yield batch, found
             done += len(batch)
             if progress is not None:
-                progress(min(done * processes.count, len(coded)), len(coded))
-    log_p = {link: processes.interleave(table, len(coded), dim=1) for link, table in log_p.items()}
-    truncated = sum(row.truncated for row in coded)
-    if not with_moments:
-        return ScoredRows(log_p, truncated)
-    found_everywhere = processes.all_gather([kept[row] for row in range(len(mine))])
-    pairs_in_order = [found_everywhere[row % processes.count][row // processes.count] for row in range(len(coded))]
-    mean, covariance = (torch.stack([pair[part] for pair in pairs_in_order]) for part in (0, 1))
-    return ScoredRows(log_p, truncated, LogitMoments(mean, covariance))
+                progress(min(done * processes.count, len(encoded)), len(encoded))
 
 
-def forward_log_p(session: Session, coded: Sequence[EncodedExample]) -> Tensor:
-    """Log-probabilities by one forward pass of the network as it stands: ``(N, C)``, float64, in the rows' order."""
+def forward_log_p(model: TaskModel, coded: Sequence[EncodedExample]) -> Tensor:
+    """Return log-probabilities by one forward pass of the network, ``(N, C)`` in float64, in the rows' order."""
     found: dict[int, Tensor] = {}
-    feed = BatchFeed(session.answers, coded, session.batch_size, session.processes)
-    with session.processes.on_shard(), torch.no_grad():
-        for batch, logits in run_batches(feed, session.answers.logits):
+    with model.processes.on_shard(), torch.no_grad():
+        for batch, logits in run_batches(model.sharded_batches(coded), model.outputs.logits):
             found |= zip(batch.rows, torch.log_softmax(logits.double(), dim=1).cpu(), strict=True)
-    everywhere = {row: log_p for each in session.processes.all_gather(found) for row, log_p in each.items()}
+    everywhere = {row: log_p for each in model.processes.all_gather(found) for row, log_p in each.items()}
     return torch.stack([everywhere[row] for row in range(len(coded))])
 
 

@@ -1,21 +1,22 @@
-"""A model, its task and, once fitted, its posterior: what every command starts from."""
+"""A loaded adapter with its task, rows in and outputs out; and, once fitted, with its posterior."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
+from functools import cached_property
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from lapora.config import DataSettings, ModelSettings
+from lapora.config import DataSettings, Dtype, ModelSettings
 from lapora.distributed import SINGLE_PROCESS, Processes
-from lapora.errors import AdapterError, DataError, NonFiniteRowError, NumericalError, PosteriorError
-from lapora.models.adapter import Adapter, read_adapter
+from lapora.errors import AdapterError, DataError, NonFiniteRowError, NumericalError, UsageError
+from lapora.likelihoods.base import Averaging
+from lapora.models.adapter import Adapter, ModelKind, read_adapter
 from lapora.models.batches import Batch
 from lapora.models.batching import BatchFeed, BatchSize
 from lapora.models.loading import LoadedModel, load_model
@@ -31,83 +32,198 @@ from lapora.storage.compatibility import (
     model_differences,
     warn_of_other_versions,
 )
+from lapora.storage.manifest import Prior
 from lapora.storage.saved import SavedPosterior, posterior_folder
-from lapora.tasks import (
-    EncodedExample,
-    Example,
-    Task,
-    encode_all,
-    load_rows,
-    load_task,
-    resolve_choices,
-    split_source,
-)
+from lapora.tasks import EncodedExample, Example, Task, answer_token_ids, encode_all, render, resolve_choices
+from lapora.workflows.rows import read_rows, resolve_task
 
 
 @dataclass(frozen=True)
-class Session:
-    """Everything needed to run a fitted adapter.
+class TaskModel:
+    """A loaded adapter with its task: turns rows into batches of token ids, and these into C outputs a row.
 
     Attributes:
-        posterior: The saved posterior.
         loaded: Model and tokenizer.
-        answers: The network to answer logits.
-        layers: The Bayesian layers, in the posterior's order.
-        gaussian: The Gaussian over their weights, on the model's device.
-        task: The recorded task.
-        choices: The answers.
-        max_length: Tokens a row may have.
-        batch_size: How large batches are; it learns what fits.
+        outputs: The network from batches to the logits of the answers.
+        task: The task.
+        choices: The C answers.
+        token_ids: Their tokens, for a causal model; else None.
+        max_length: Maximum number of tokens of a row.
         chat_template: Whether prompts are wrapped in the tokenizer's chat template.
-        processes: Those that share the rows.
+        batch_size: Rows per batch; adapts to what fits in memory.
+        processes: The processes that share the rows.
     """
 
-    posterior: SavedPosterior
     loaded: LoadedModel
-    answers: OutputModel
-    layers: list[BayesianLayer]
-    gaussian: Posterior
+    outputs: OutputModel
     task: Task
     choices: tuple[str, ...]
+    token_ids: list[int] | None
     max_length: int
-    batch_size: BatchSize
     chat_template: bool
+    batch_size: BatchSize
     processes: Processes = SINGLE_PROCESS
 
+    @classmethod
+    def build(
+        cls,
+        loaded: LoadedModel,
+        task: Task,
+        choices: Sequence[str],
+        token_ids: Sequence[int] | None,
+        *,
+        max_length: int,
+        chat_template: bool,
+        how: ModelSettings,
+    ) -> TaskModel:
+        """Combine a loaded adapter and a task.
+
+        Args:
+            loaded: Model and tokenizer.
+            task: The task.
+            choices: The answers.
+            token_ids: Their tokens, for a causal model.
+            max_length: Maximum number of tokens of a row.
+            chat_template: Wrap prompts in the tokenizer's chat template.
+            how: Batch size, processes, gradient checkpointing.
+        """
+        token_ids = None if token_ids is None else list(token_ids)
+        outputs = OutputModel(loaded.model, loaded.kind, loaded.pad_token_id, token_ids)
+        outputs.recompute_blocks |= how.gradient_checkpointing
+        return cls(
+            loaded=loaded,
+            outputs=outputs,
+            task=task,
+            choices=tuple(choices),
+            token_ids=token_ids,
+            max_length=max_length,
+            chat_template=chat_template,
+            batch_size=BatchSize(how.batch_size),
+            processes=how.processes,
+        )
+
+    @property
+    def kind(self) -> ModelKind:
+        """``causal`` or ``classifier``."""
+        return self.loaded.kind
+
+    def render(self, row: Mapping[str, Any], *, index: int, where: str) -> Example:
+        """Render one row without looking at its label; see :func:`lapora.tasks.render`."""
+        return render(self.task, row, kind=self.kind, index=index, labels="ignore", choices=self.choices, where=where)
+
     def encode(self, examples: Sequence[Example]) -> list[EncodedExample]:
-        """Token ids of examples, cut as ``fit`` cut them."""
+        """Return token ids of examples of any task, truncated to the maximum length."""
         return encode_all(
             examples,
             self.loaded.tokenizer,
-            kind=self.loaded.kind,
+            kind=self.kind,
             max_length=self.max_length,
-            task=self.task,
             chat_template=self.chat_template,
         )
+
+    def batches(self, encoded: Sequence[EncodedExample]) -> BatchFeed:
+        """Return batches of rows of similar length, each padded independently of its neighbors, on the device."""
+        return BatchFeed(self.outputs, encoded, self.batch_size, even=True)
+
+    def sharded_batches(self, encoded: Sequence[EncodedExample]) -> BatchFeed:
+        """Return the batches of this process's shard of the rows, padded to their longest row."""
+        return BatchFeed(self.outputs, encoded, self.batch_size, self.processes)
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A loaded adapter with its saved posterior.
+
+    Attributes:
+        model: The adapter with its task.
+        posterior: The saved posterior.
+        layers: The Bayesian layers, in the posterior's order.
+        gaussian: The Gaussian over their weights, on the model's device.
+    """
+
+    model: TaskModel
+    posterior: SavedPosterior
+    layers: list[BayesianLayer]
+    gaussian: Posterior
+
+    @classmethod
+    def build(cls, model: TaskModel, posterior: SavedPosterior, layers: list[BayesianLayer]) -> Fitted:
+        """Combine an adapter and its posterior, without checking that they belong together."""
+        working = torch.float64 if model.loaded.dtype == "float64" else torch.float32
+        gaussian = posterior.gaussian().on_device(layers, model.outputs.device, working)
+        return cls(model, posterior, layers, gaussian)
+
+    @cached_property
+    def prior(self) -> Prior:
+        """The saved prior."""
+        return self.posterior.prior
+
+    @cached_property
+    def averaging(self) -> Averaging:
+        """Weights of the saved prior's precisions, in the order of :attr:`priors`, and of its temperatures."""
+        averaged = self.prior.averaged
+        if averaged is None:
+            return Averaging.single()
+        pruned = averaged.pruned()
+        return Averaging(
+            torch.tensor(pruned.temperatures, dtype=torch.float64), torch.tensor(pruned.weights, dtype=torch.float64)
+        )
+
+    @cached_property
+    def priors(self) -> list[PriorPrecision]:
+        """The prior precisions that predictions are averaged over; one, where they are not."""
+        averaged = self.prior.averaged
+        if averaged is None:
+            return [self.prior.precisions]
+        return self.prior.precisions.on_grid(averaged.pruned().grid)
 
     def predictor(
         self, *, every_class: bool, map_only: bool = False, priors: Sequence[PriorPrecision] = ()
     ) -> LinearisedPredictor:
-        """The linearised predictive at the saved prior precision, or at several others at once."""
-        parameters = self.posterior.manifest["parameters"]
-        per_layer = [prior.per_layer(parameters) for prior in priors or [self.posterior.prior]]
+        """Return the linearised predictive under the saved prior precisions, or under several others at once."""
+        parameters = self.posterior.manifest.parameters
+        per_layer = [prior.per_layer(parameters) for prior in priors or self.priors]
         return LinearisedPredictor(
-            self.answers,
+            self.model.outputs,
             self.layers,
             self.gaussian,
             torch.tensor(np.stack(per_layer)),
-            classes=len(self.choices),
+            classes=len(self.model.choices),
             every_class=every_class,
             map_only=map_only,
         )
 
-    def batches(self, encoded: Sequence[EncodedExample]) -> BatchFeed:
-        """Batches of like-long rows, each padded as it would be beside any others, on the model's device."""
-        return BatchFeed(self.answers, encoded, self.batch_size, even=True)
+
+def answer_tokens(
+    loaded: LoadedModel, task: Task, examples: Sequence[Example], choices: Sequence[str], chat_template: bool
+) -> list[int] | None:
+    """Return the token of each answer, for a causal model; check the head's size, for a classifier.
+
+    Raises:
+        UsageError: A chat template for a classifier.
+        DataError: An answer is not one token, or the task does not have as many answers as the head has outputs.
+    """
+    if loaded.kind == "causal":
+        return answer_token_ids(
+            loaded.tokenizer,
+            [example.text or "" for example in examples],
+            choices,
+            delimiter=task.target_delimiter,
+            chat_template=chat_template,
+            labels=[example.where for example in examples],
+        )
+    if chat_template:
+        raise UsageError("--chat-template wraps the prompt of a causal language model; this adapter is a classifier")
+    if loaded.number_of_labels != len(choices):
+        raise DataError(
+            f"task {task.task} has {len(choices)} answers and the adapter's head {loaded.number_of_labels} outputs; "
+            "give the task the adapter was trained on"
+        )
+    return None
 
 
 def open_posterior(model: ModelSettings, name: str) -> tuple[Adapter, SavedPosterior]:
-    """Read the adapter and its saved posterior; whether they belong together, :func:`open_session` sees.
+    """Read the adapter's files and a posterior's manifest; :func:`open_fitted` checks that they belong together.
 
     Raises:
         AdapterError: No adapter.
@@ -116,162 +232,107 @@ def open_posterior(model: ModelSettings, name: str) -> tuple[Adapter, SavedPoste
     return read_adapter(model.folder), SavedPosterior(posterior_folder(model.root, name))
 
 
-def open_session(
+def open_fitted(
     model: ModelSettings,
     name: str,
-    earlier: Session | None = None,
+    earlier: Fitted | None = None,
     data: DataSettings | None = None,
     bases: BaseCache | None = None,
-) -> Session:
-    """Load what ``fit`` recorded.
+) -> Fitted:
+    """Load an adapter and a posterior as ``fit`` recorded them.
 
     Args:
-        model: The adapter and how to run it.
-        name: The posterior.
-        earlier: A session of the same adapter, whose loaded model serves again where the base is the same.
-        data: Labelled rows that are to be read: their answers are compared, too.
-        bases: Base models that other adapters are put on too.
+        model: The adapter and how to load it.
+        name: Name of the posterior.
+        earlier: The same adapter with another posterior: its loaded model is used again where the base is the same.
+        data: Labelled rows that will be read: their answers are compared, too.
+        bases: Base models shared with other adapters.
 
     Raises:
-        PosteriorError: The posterior is missing, damaged, or belongs to another adapter, base model or task; all
-            that differs is named.
+        PosteriorError: The posterior is missing, damaged, or belongs to another adapter, base model or task; every
+            difference is named.
         AdapterError: The model cannot be loaded.
     """
     with model.processes.raise_together():
-        return _open_session(model, name, earlier, data, load_model if bases is None else bases.load)
+        return _open_fitted(model, name, earlier, data, load_model if bases is None else bases.load)
 
 
-def _open_session(
+def _open_fitted(
     model: ModelSettings,
     name: str,
-    earlier: Session | None,
+    earlier: Fitted | None,
     data: DataSettings | None,
-    load: Callable[..., LoadedModel],
-) -> Session:
+    load: Callable[[Adapter, ModelSettings], LoadedModel],
+) -> Fitted:
     adapter, posterior = open_posterior(model, name)
-    recorded = posterior.manifest["base_model"]
-    differences = [*adapter_differences(posterior.manifest, adapter), *_answers_asked_for(posterior, data)]
+    manifest = posterior.manifest
+    recorded = manifest.base_model
+    differences = [*adapter_differences(manifest, adapter), *_differences_of_answers(posterior, data)]
     try:
-        if earlier is not None and earlier.posterior.manifest["base_model"] == recorded:
-            loaded = earlier.loaded
+        if earlier is not None and earlier.posterior.manifest.base_model == recorded:
+            loaded = earlier.model.loaded
         else:
-            loaded = load(
-                adapter,
+            as_recorded = replace(
+                model,
                 # The adapter's own base is loaded in the revision that it names.
-                base_model=model.base_model or (recorded["name"] if recorded["name"] != adapter.base_model else None),
-                quantize=model.quantize or recorded["quantization"],
-                dtype=model.dtype or recorded["dtype"],
-                device=model.device,
-                spread=model.spread,
-                trust_remote_code=model.trust_remote_code,
+                base_model=model.base_model or (recorded.name if recorded.name != adapter.base_model else None),
+                quantize=model.quantize or recorded.quantization,
+                dtype=model.dtype or cast(Dtype, recorded.dtype),
             )
-        layers = find_bayesian_layers(loaded.model, posterior.manifest["subset"])
+            loaded = load(adapter, as_recorded)
+        layers = find_bayesian_layers(loaded.model, manifest.subset)
     except AdapterError as error:
         if not differences:
             raise
-        raise mismatch_error(posterior, [*differences, str(error)]) from error
-    differences += model_differences(posterior.manifest, loaded, layers)
+        raise posterior.mismatch([*differences, str(error)]) from error
+    differences += model_differences(manifest, loaded, layers)
     if differences:
-        raise mismatch_error(posterior, differences)
-    warn_of_other_versions(posterior.manifest)
-    session = join_session(posterior, loaded, layers, model.batch_size, model.processes)
-    session.answers.recompute_blocks |= model.gradient_checkpointing
-    return session
+        raise posterior.mismatch(differences)
+    warn_of_other_versions(manifest)
+    return join_posterior(posterior, loaded, layers, model)
 
 
-def join_session(
-    posterior: SavedPosterior,
-    loaded: LoadedModel,
-    layers: list[BayesianLayer],
-    batch_size: int | None,
-    processes: Processes = SINGLE_PROCESS,
-) -> Session:
-    """Put a posterior and the model that it belongs to together."""
-    gaussian = posterior.gaussian()
-    answers = OutputModel(loaded.model, loaded.kind, loaded.pad_token_id, posterior.manifest["answers"]["token_ids"])
-    working = torch.float64 if loaded.dtype == "float64" else torch.float32
-    return Session(
-        posterior=posterior,
-        loaded=loaded,
-        answers=answers,
-        layers=layers,
-        gaussian=gaussian.on_device(layers, answers.device, working),
-        task=Task.from_dict(posterior.manifest["task"], source=str(posterior.folder)),
-        choices=tuple(posterior.manifest["answers"]["choices"]),
-        max_length=int(posterior.manifest["data"]["max_length"]),
-        batch_size=BatchSize(batch_size),
-        chat_template=bool(posterior.manifest["data"].get("chat_template", False)),
-        processes=processes,
+def join_posterior(
+    posterior: SavedPosterior, loaded: LoadedModel, layers: list[BayesianLayer], how: ModelSettings
+) -> Fitted:
+    """Combine a loaded adapter and the posterior that was fitted to it."""
+    manifest = posterior.manifest
+    model = TaskModel.build(
+        loaded,
+        Task.from_dict(manifest.task, source=str(posterior.folder)),
+        manifest.answers.choices,
+        manifest.answers.token_ids,
+        max_length=manifest.data.max_length,
+        chat_template=manifest.data.chat_template,
+        how=how,
     )
+    return Fitted.build(model, posterior, layers)
 
 
-def _answers_asked_for(posterior: SavedPosterior, data: DataSettings | None) -> list[str]:
+def _differences_of_answers(posterior: SavedPosterior, data: DataSettings | None) -> list[str]:
+    """Compare the answers of the rows asked for with the posterior's."""
     if data is None:
         return []
     manifest = posterior.manifest
-    task = load_task(data.task) if data.task else Task.from_dict(manifest["task"], source="the posterior's task")
+    task = resolve_task(data, manifest)
     rows: list[Any] = []
-    if not isinstance(task.doc_to_choice, tuple):  # the first row says them
+    if not isinstance(task.doc_to_choice, tuple):  # the answers come from the first row
         try:
             rows = read_rows(replace(data, limit=1), manifest, "validation")[1]
-        except DataError:  # reading all of them will say the same
+        except DataError:  # reading all of the rows raises it again
             return []
     return answer_differences(manifest, task.task, resolve_choices(task, rows))
 
 
-def mismatch_error(posterior: SavedPosterior, differences: Sequence[str]) -> PosteriorError:
-    """The refusal of a posterior that belongs to something else."""
-    return PosteriorError(
-        f"{posterior.folder}: fitted to something else: {'; '.join(differences)}; give what it was fitted to, or fit "
-        "again with --overwrite"
-    )
-
-
-def read_rows(data: DataSettings, recorded: dict[str, Any] | None, default_split: str) -> tuple[Task, list[Any], str]:
-    """The rows a command works on: its own options first, then what ``fit`` recorded.
-
-    Returns:
-        The task, its rows, and the split's name.
-    """
-    recorded_data = (recorded or {}).get("data", {})
-    if data.task:
-        task = load_task(data.task)
-    elif recorded:
-        task = Task.from_dict(recorded["task"], source="the posterior's task")
-    else:
-        raise DataError("no task; give one with --data (see `lapora tasks`)")
-    folder = data.data_dir or recorded_data.get("data_dir")
-    split = data.split or default_split
-    return task, load_rows(task, split, data_dir=Path(folder) if folder else None, limit=data.limit), split
-
-
-def are_training_rows(manifest: dict[str, Any], data: DataSettings) -> bool:
-    """Whether these are the rows that ``fit`` read, whatever they are called; ``data`` names a split."""
-    return source_of(manifest, data) == source_of(manifest, DataSettings(split=manifest["data"]["split"]))
-
-
-def source_of(manifest: dict[str, Any], data: DataSettings) -> tuple[str, ...]:
-    """What identifies a split, whatever it is called: the folder or the task's own source, and the split there.
-
-    Args:
-        manifest: The posterior's, for what ``data`` does not say.
-        data: The split.
-    """
-    recorded = manifest["task"]
-    task = load_task(data.task) if data.task else Task.from_dict(recorded, source="the posterior's task")
-    folder = data.data_dir or manifest["data"].get("data_dir")
-    return split_source(task, data.split or "", folder)
-
-
 @contextmanager
 def translate_row_errors(names: Sequence[str]) -> Iterator[None]:
-    """Name the example in place of its position.
+    """Name the example in errors about a position of a batch.
 
     Args:
-        names: The examples' names, by position.
+        names: Names of the examples, by position.
 
     Raises:
-        NumericalError: The error met, with the example's name.
+        NumericalError: The error, with the example's name.
     """
     try:
         yield
@@ -280,7 +341,7 @@ def translate_row_errors(names: Sequence[str]) -> Iterator[None]:
 
 
 def require_finite(covariance: Tensor, batch: Batch) -> None:
-    """Logits may be finite where their gradients are not.
+    """Check a batch's covariances: logits may be finite where their gradients are not.
 
     Raises:
         NonFiniteRowError: A row's covariance holds NaN or infinity.

@@ -1,4 +1,4 @@
-"""``lapora tune-prior``: choose the prior precision, from the files alone or by validation rows."""
+"""``lapora tune-prior``: choose the prior precision or average over it, with labelled rows or without."""
 
 from __future__ import annotations
 
@@ -10,32 +10,51 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from lapora.config import DataSettings, ModelSettings, PriorMethod, PriorSettings, Progress
+from lapora.config import DataSettings, ModelSettings, PriorSettings, PriorStructure, Progress
 from lapora.errors import MissingSplitError, UnlabelledError, UsageError
+from lapora.models.adapter import read_adapter
+from lapora.posterior.averaging import Averaged
 from lapora.posterior.marglik import EvidenceMaximum, evidence_at, maximize_evidence, truncation_bias
 from lapora.posterior.prior import ALL, PriorPrecision
 from lapora.storage.files import write_lock
 from lapora.storage.saved import SavedPosterior, posterior_folder
+from lapora.workflows.averaging import average_with_rows, average_without_rows, describe_averaged
 
 if TYPE_CHECKING:
-    pass
+    from lapora.workflows.rows import LabelledRows
+    from lapora.workflows.task_model import Fitted
+
+GRID = np.logspace(-3.0, 8.0, 23)
+"""Prior precisions tried by ``--method validation``: two a decade, from hardly any prior to MAP."""
+
+_NO_DIFFERENCE = 1e-6
+_WORTH_SAYING = 1e-4
+"""Nats a row: differences in NLL below these do not decide, and are not reported."""
+
+_UNDECIDED = 0.005
+"""Nats a row: components that differ by more than this could be told apart by more rows."""
+
+TUNING_SAMPLES = 512
+"""Quasi-Monte-Carlo points while the grid is searched; their error averages out over rows."""
+
+_FEW_ROWS = 100
 
 
 @dataclass(frozen=True)
 class TunedPrior:
-    """What was chosen.
+    """Result of ``tune-prior``.
 
     Attributes:
         prior: The manifest's new ``prior``.
-        precision: δ.
-        method: How it was chosen in the end.
-        reason: What was chosen and why, and what the other way would have given: one line.
-        notes: What the user should know, lines for people.
+        precision: δ; for an average, its weighted geometric mean.
+        method: How it was chosen: ``averaged``, ``validation``, ``marglik`` or ``adapted``.
+        reason: What was learned, in one line.
+        notes: What the user should know, one line each.
     """
 
     prior: dict[str, Any]
     precision: PriorPrecision
-    method: PriorMethod
+    method: str
     reason: str
     notes: list[str]
 
@@ -46,13 +65,13 @@ def tune_prior(
     settings: PriorSettings | None = None,
     progress: Progress | None = None,
 ) -> TunedPrior:
-    """Choose δ and record it in the manifest.
+    """Choose the prior, or average over it, and record it in the manifest.
 
     Args:
         model: The adapter (for the marginal likelihood only its folder is read).
-        data: Validation rows; None means a seeded half of the task's labelled split that ``fit`` did not read.
+        data: Labelled rows; None means a seeded half of the task's labelled split that ``fit`` did not read.
         settings: Method, structure of the prior, optimizer.
-        progress: Told of rows done.
+        progress: Progress callback.
 
     Raises:
         PosteriorError: No such posterior, or a damaged one.
@@ -63,6 +82,8 @@ def tune_prior(
     data, settings = data or DataSettings(), settings or PriorSettings()
     if settings.link == "map":
         raise UsageError("--link map has no prior to tune: give the link that you predict with")
+    if settings.structure == "point" and settings.method != "auto":
+        raise UsageError(f"--prior point goes with --method auto; {settings.method} gives one precision anyway")
     folder = posterior_folder(model.root, settings.name)
     with model.processes.raise_together():
         SavedPosterior(folder, validate_prior=False)  # nothing is written where no posterior is
@@ -74,16 +95,18 @@ def _tune(
     folder: Path, model: ModelSettings, data: DataSettings, settings: PriorSettings, progress: Progress | None
 ) -> TunedPrior:
     posterior = SavedPosterior(folder, validate_prior=False)
-    by_evidence = _maximize(posterior, settings)
+    evidence = _maximize(posterior, settings)
     if not all(model.processes.all_gather(posterior.prior_is_sound())):
-        _rewrite(model, posterior, by_evidence.describe(posterior.manifest["log_likelihood"] is not None))
+        _rewrite(model, posterior, evidence.describe(posterior.manifest.log_likelihood is not None))
     if settings.method == "adapted":
         tuned = _adapted(posterior, settings)
     elif settings.method == "marglik":
-        tuned = _by_evidence(posterior, by_evidence, "")
-        tuned.notes.extend(_unfinished_climb(posterior, settings, by_evidence))
+        tuned = _by_evidence(posterior, evidence)
+        tuned.notes.extend(_unfinished_adam(posterior, settings, evidence))
+    elif settings.method == "validation":
+        tuned = _by_validation(posterior, model, data, settings, evidence, progress)
     else:
-        tuned = _by_validation(posterior, model, data, settings, by_evidence, progress)
+        tuned = _by_average(posterior, model, data, settings, evidence, progress)
     _rewrite(model, posterior, tuned.prior)
     return tuned
 
@@ -94,24 +117,109 @@ def _rewrite(model: ModelSettings, posterior: SavedPosterior, prior: dict[str, A
             posterior.rewrite_manifest({"prior": prior})
 
 
+def _structure(settings: PriorSettings) -> PriorStructure:
+    return "scalar" if settings.structure == "point" else settings.structure
+
+
 def _maximize(posterior: SavedPosterior, settings: PriorSettings) -> EvidenceMaximum:
     return maximize_evidence(
         posterior.eigenvalues(),
-        posterior.manifest["parameters"],
-        posterior.manifest["log_likelihood"] or 0.0,
-        structure=settings.structure,
+        posterior.manifest.parameters,
+        posterior.manifest.log_likelihood or 0.0,
+        structure=_structure(settings),
         optimizer=settings.optimizer,
         learning_rate=settings.learning_rate,
         steps=settings.steps,
     )
 
 
-def _unfinished_climb(posterior: SavedPosterior, settings: PriorSettings, climbed: EvidenceMaximum) -> list[str]:
-    """Adam's fixed number of steps does not reach every optimum: compare with the exact solve."""
+def _by_average(
+    posterior: SavedPosterior,
+    model: ModelSettings,
+    data: DataSettings,
+    settings: PriorSettings,
+    evidence: EvidenceMaximum,
+    progress: Progress | None,
+) -> TunedPrior:
+    """Average over prior precision and temperature: with the labelled rows that there are, or with none."""
+    found = _rows_or_reason(posterior, model, data, settings)
+    manifest = posterior.manifest
+    if isinstance(found, str):
+        if manifest.training_curve is None:
+            tuned = _by_evidence(posterior, evidence, f", since there are no labelled rows ({found})")
+            why = "fitted by an earlier version, or on rows without labels"
+            tuned.notes.append(f"nothing is known of what the training rows tolerate ({why}): fit again to average")
+            return tuned
+        averaged = average_without_rows(manifest.training_curve)
+        notes = [f"no labelled rows ({found}): the average is over what the training rows tolerate"]
+        deviation = None
+    else:
+        from lapora.workflows.task_model import open_fitted
+
+        fitted = open_fitted(model, settings.name, data=data)
+        averaged, deviation = average_with_rows(fitted, found, evidence.prior, settings, progress)
+        notes = []
+    if settings.structure == "point":
+        averaged = averaged.point()
+    prior = describe_averaged(
+        averaged, evidence.prior, posterior.eigenvalues(), manifest.parameters, manifest.log_likelihood
+    )
+    notes += _notes_of_average(averaged, deviation)
+    mean = PriorPrecision.from_manifest(prior)
+    return TunedPrior(prior, mean, "averaged", _learned(averaged), notes)
+
+
+def _rows_or_reason(
+    posterior: SavedPosterior, model: ModelSettings, data: DataSettings, settings: PriorSettings
+) -> LabelledRows | str:
+    """Read the labelled rows, or say why there are none where none were asked for; no model is loaded."""
+    from lapora.workflows.rows import tuning_rows
+
+    try:
+        return tuning_rows(posterior, read_adapter(model.folder).kind, data, settings.seed)
+    except (MissingSplitError, UnlabelledError) as error:
+        if data.split is not None or data.task is not None or data.data_dir is not None:
+            raise
+        return str(error)
+
+
+def _learned(averaged: Averaged) -> str:
+    """Say in one line what the rows taught."""
+    source = "no labelled rows" if not averaged.n else f"{averaged.n} rows of {averaged.split}"
+    width = ""
+    if averaged.tolerance is not None:
+        ratio = averaged.mean_precision / averaged.tolerance
+        if averaged.map_weight > 0.5:
+            width = " (hardly any width: MAP has most of the weight)"
+        elif ratio < 1 / 1.2:
+            width = f" ({1 / ratio:.3g} x more variance than the training rows tolerate)"
+        elif ratio > 1.2:
+            width = f" ({ratio:.3g} x less variance than the training rows tolerate)"
+        else:
+            width = " (as wide as the training rows tolerate)"
+    line = f"from {source}: averaged over prior precisions around {averaged.mean_precision:.3g}{width}"
+    if averaged.n:
+        low, high = averaged.temperature_interval()
+        line += f", temperature {averaged.mean_temperature:.2f} ({low:.2f} to {high:.2f})"
+        if averaged.nll is not None and averaged.map_nll is not None:
+            line += f"; NLL {averaged.nll:.4f} on these rows, MAP {averaged.map_nll:.4f}"
+    return line
+
+
+def _notes_of_average(averaged: Averaged, deviation: float | None) -> list[str]:
+    if deviation is None:
+        return ["with labelled rows (--split, --data-dir) the temperature of the logits is averaged over, too"]
+    if deviation > _UNDECIDED:
+        return [f"more labelled rows would help: the averaged settings still differ by {deviation:.3f} nats a row"]
+    return [f"more labelled rows would change little: the averaged settings differ by {deviation:.4f} nats a row"]
+
+
+def _unfinished_adam(posterior: SavedPosterior, settings: PriorSettings, reached: EvidenceMaximum) -> list[str]:
+    """Compare with the exact solve: a fixed number of Adam steps does not always converge."""
     if settings.optimizer == "exact":
         return []
     exact = _maximize(posterior, replace(settings, optimizer="exact"))
-    gap = exact.log_marginal_likelihood - climbed.log_marginal_likelihood
+    gap = exact.log_marginal_likelihood - reached.log_marginal_likelihood
     if gap < 1e-3:
         return []
     return [
@@ -120,28 +228,31 @@ def _unfinished_climb(posterior: SavedPosterior, settings: PriorSettings, climbe
     ]
 
 
-def _by_evidence(posterior: SavedPosterior, best: EvidenceMaximum, because: str) -> TunedPrior:
-    prior = best.describe(posterior.manifest["log_likelihood"] is not None)
-    notes = [*_few_answers_note(posterior), *_at_bound_notes(best.at_bound)]
-    bias = truncation_bias(best, posterior.eigenvalues(), posterior.manifest["parameters"])
+def _by_evidence(posterior: SavedPosterior, best: EvidenceMaximum, because: str = "") -> TunedPrior:
+    prior = best.describe(posterior.manifest.log_likelihood is not None)
+    notes = [*_harm_note(posterior), *_at_bound_notes(best.at_bound)]
+    bias = truncation_bias(best, posterior.eigenvalues(), posterior.manifest.parameters)
     reason = f"prior precision {best.prior.describe()} by marginal likelihood{because}"
     return TunedPrior(prior, best.prior, "marglik", reason, [*notes, *bias])
 
 
 def _at_bound_notes(at_bound: dict[str, str]) -> list[str]:
     return [
-        f"the prior precision{'' if group == ALL else f' of {group}'} ran to the {bound} value allowed: the data do "
-        "not decide it"
+        f"the prior precision{'' if group == ALL else f' of {group}'} reached the {bound} value allowed: the data do "
+        "not determine it"
         for group, bound in at_bound.items()
     ]
 
 
-def _few_answers_note(posterior: SavedPosterior) -> list[str]:
-    if len(posterior.manifest["answers"]["choices"]) <= 2:
+def _harm_note(posterior: SavedPosterior) -> list[str]:
+    """Warn where the marginal likelihood is known to harm: causal models, and more than two answers."""
+    manifest = posterior.manifest
+    if manifest.answers.token_ids is None and len(manifest.answers.choices) <= 2:
         return []
+    kind = "with more than two answers" if manifest.answers.token_ids is None else "on causal language models"
     return [
-        "with more than two answers the marginal likelihood may choose too wide a posterior for an adapter that is "
-        "calibrated already: compare with MAP by `lapora eval`"
+        f"warning: {kind} the marginal likelihood often chooses far too small a prior precision, and makes the "
+        "predictions worse than the plain adapter's: compare by `lapora eval`, or use --method auto"
     ]
 
 
@@ -150,81 +261,46 @@ def _by_validation(
     model: ModelSettings,
     data: DataSettings,
     settings: PriorSettings,
-    by_evidence: EvidenceMaximum,
+    evidence: EvidenceMaximum,
     progress: Progress | None,
 ) -> TunedPrior:
+    """Choose the prior precision of least NLL on labelled rows.
 
-    try:
-        choice = choose_by_validation(model, data, settings, by_evidence.prior, progress)
-    except (MissingSplitError, UnlabelledError) as error:
-        asked = data.split is not None or data.task is not None or data.data_dir is not None
-        if settings.method == "validation" or asked:
-            raise
-        return _by_evidence(posterior, by_evidence, f", for want of validation rows ({error})")
+    A scalar prior is searched on :data:`GRID`. With one prior per kind or layer, the ratios are those of the
+    marginal likelihood and their common factor is searched.
+    """
+    from lapora.workflows.rows import tuning_rows
+    from lapora.workflows.task_model import open_fitted
+
+    rows = tuning_rows(posterior, read_adapter(model.folder).kind, data, settings.seed)
+    fitted = open_fitted(model, settings.name, data=data)
+    choice = _choose(fitted, rows, settings, evidence.prior, progress)
     manifest = posterior.manifest
-    evidence, effective = evidence_at(
-        choice.prior, posterior.eigenvalues(), manifest["parameters"], manifest["log_likelihood"] or 0.0
+    log_evidence, effective = evidence_at(
+        choice.prior, posterior.eigenvalues(), manifest.parameters, manifest.log_likelihood or 0.0
     )
     prior = {
         **choice.prior.to_manifest(),
         "method": "validation",
-        "log_marginal_likelihood": evidence if manifest["log_likelihood"] is not None else None,
+        "log_marginal_likelihood": log_evidence if manifest.log_likelihood is not None else None,
         "effective_parameters": effective,
         "at_bound": {ALL: choice.at_bound} if choice.at_bound else None,
         "validation": choice.record,
     }
-    return TunedPrior(prior, choice.prior, "validation", choice.reason, choice.notes)
-
-
-def _adapted(posterior: SavedPosterior, settings: PriorSettings) -> TunedPrior:
-    import numpy as np
-
-    from lapora.posterior.linearised_evidence import LinearModel
-
-    if posterior.manifest["structure"] != "full":
-        raise UsageError(
-            f"--method adapted needs a posterior of --structure full, not {posterior.manifest['structure']}"
+    if len(rows.examples) < _FEW_ROWS:
+        choice.notes.append(
+            f"with {len(rows.examples)} rows the choice of one prior precision is uncertain: --method auto averages"
         )
-    if settings.structure != "scalar":
-        raise UsageError(f"--method adapted chooses one precision: use --prior scalar, not {settings.structure}")
-    names = ["linear_model.kernel", "linear_model.prior_mean", "linear_model.labels"]
-    if names[0] not in posterior.manifest["tensors"]:
-        raise UsageError("--method adapted needs labelled rows and --fisher exact in `lapora fit`")
-    kernel, prior_mean, labels = (posterior.arrays(names)[name] for name in names)
-    model = LinearModel(np.asarray(kernel), np.asarray(prior_mean), np.asarray(labels))
-    precision, evidence, bound = model.maximize()
-    chosen = PriorPrecision("scalar", {ALL: precision})
-    parameters = posterior.manifest["parameters"]
-    _, effective = evidence_at(chosen, posterior.eigenvalues(), parameters, 0.0)
-    prior = {
-        **chosen.to_manifest(),
-        "method": "adapted",
-        "log_marginal_likelihood": evidence,
-        "effective_parameters": effective,
-        "at_bound": {ALL: bound} if bound else None,
-    }
-    reason = f"prior precision {precision:.4g} by adapted evidence"
-    return TunedPrior(prior, chosen, "adapted", reason, _at_bound_notes({ALL: bound} if bound else {}))
-
-
-GRID = np.logspace(-3.0, 8.0, 23)
-"""Prior precisions tried: half decades, from hardly any prior to MAP."""
-
-_NO_DIFFERENCE = 1e-6
-_WORTH_SAYING = 1e-4
-"""Nats a row: differences in NLL below these do not decide, and are not spoken of."""
-
-TUNING_SAMPLES = 512
-"""Points of the sampling links while the grid is searched: their error averages out over rows."""
+    return TunedPrior(prior, choice.prior, "validation", choice.reason, choice.notes)
 
 
 @dataclass(frozen=True)
 class ValidationChoice:
-    """What the validation rows say.
+    """A prior precision chosen on labelled rows.
 
     Attributes:
         prior: The prior of least NLL.
-        record: For the manifest: the curve, MAP, the rows used, and NLL at the marginal likelihood's prior.
+        record: The manifest's record: the curve, MAP, the rows used, and NLL at the marginal likelihood's prior.
         at_bound: ``lowest`` or ``highest`` where the least NLL is at the grid's end, else None.
         reason: What was chosen, and what the marginal likelihood would have given: one line.
         notes: What else the user should know.
@@ -237,36 +313,17 @@ class ValidationChoice:
     notes: list[str]
 
 
-def choose_by_validation(
-    model: ModelSettings,
-    data: DataSettings,
+def _choose(
+    fitted: Fitted,
+    rows: LabelledRows,
     settings: PriorSettings,
     by_evidence: PriorPrecision,
     progress: Progress | None = None,
 ) -> ValidationChoice:
-    """Choose the prior of least validation NLL.
-
-    A scalar prior is searched on :data:`GRID`. With one prior per kind or layer, the ratios are those of the
-    marginal likelihood and their common factor is searched.
-
-    Args:
-        model: The adapter and how to run it.
-        data: The rows: by default a seeded half of the first labelled split that ``fit`` did not read.
-        settings: Link, seed, structure of the prior.
-        by_evidence: The prior that the marginal likelihood chooses, shown beside.
-        progress: Told of rows done.
-
-    Raises:
-        MissingSplitError: No labelled split but the one that ``fit`` read.
-        DataError: A row that cannot be read.
-        UsageError: The split that ``fit`` read was asked for.
-    """
     from lapora import metrics
-    from lapora.workflows.scoring import row_digest, score_rows, tuning_rows
-    from lapora.workflows.task_model import open_session
+    from lapora.workflows.rows import row_digest
+    from lapora.workflows.scoring import score_rows
 
-    session = open_session(model, settings.name, data=data)
-    rows = tuning_rows(session, data, settings.seed)
     scalar = settings.structure == "scalar"
     # With several precisions the grid is that of the smallest, so that its top is MAP for all of them.
     smallest = min(by_evidence.precisions.values())
@@ -277,7 +334,7 @@ def choose_by_validation(
         by_evidence,
     ]
     scored = score_rows(
-        session,
+        fitted,
         rows,
         [settings.link],
         samples=TUNING_SAMPLES,
@@ -371,3 +428,32 @@ def _notes(at_bound: str | None) -> list[str]:
     if at_bound == "lowest":
         return ["the least NLL is at the lowest prior precision tried: look at the curve with `lapora inspect`"]
     return []
+
+
+def _adapted(posterior: SavedPosterior, settings: PriorSettings) -> TunedPrior:
+    import numpy as np
+
+    from lapora.posterior.linearised_evidence import LinearModel
+
+    if posterior.manifest.structure != "full":
+        raise UsageError(f"--method adapted needs a posterior of --structure full, not {posterior.manifest.structure}")
+    if settings.structure != "scalar":
+        raise UsageError(f"--method adapted chooses one precision: use --prior scalar, not {settings.structure}")
+    names = ["linear_model.kernel", "linear_model.prior_mean", "linear_model.labels"]
+    if names[0] not in posterior.tensors:
+        raise UsageError("--method adapted needs labelled rows and --fisher exact in `lapora fit`")
+    kernel, prior_mean, labels = (posterior.arrays(names)[name] for name in names)
+    model = LinearModel(np.asarray(kernel), np.asarray(prior_mean), np.asarray(labels))
+    precision, evidence, bound = model.maximize()
+    chosen = PriorPrecision("scalar", {ALL: precision})
+    parameters = posterior.manifest.parameters
+    _, effective = evidence_at(chosen, posterior.eigenvalues(), parameters, 0.0)
+    prior = {
+        **chosen.to_manifest(),
+        "method": "adapted",
+        "log_marginal_likelihood": evidence,
+        "effective_parameters": effective,
+        "at_bound": {ALL: bound} if bound else None,
+    }
+    reason = f"prior precision {precision:.4g} by adapted evidence"
+    return TunedPrior(prior, chosen, "adapted", reason, _at_bound_notes({ALL: bound} if bound else {}))

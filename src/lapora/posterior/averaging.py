@@ -1,0 +1,255 @@
+"""Average predictions over the prior precision δ and a temperature τ of the logits, instead of choosing them.
+
+The predictive is a mixture over a grid of δ (MAP, δ = ∞, included) and τ,
+
+    p(y|x) = Σ_ij w_ij E[softmax((f + ε) / τ_j)],   ε ~ N(0, Λ(δ_i)),
+    w_ij ∝ exp(-m NLL_ij) N(log τ_j; 0, s_τ²) N(log δ_i; log δ₀, s_δ²),
+
+where NLL_ij is the mean over m labelled rows that the adapter was not trained on; m may be 0, and then τ = 1. The
+center δ₀ is the tolerance: the smallest δ at which the predictive's NLL on training rows exceeds MAP's by at most ε₀.
+A tolerance in terms of the training loss is from TFB (Shi et al. 2024, "Training-free Bayesianization for low-rank
+adapters of large language models"); here it is absolute, and shrinks where the training rows are not fitted closely.
+Needs no torch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from msgspec import Struct
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
+
+PRECISIONS: Array = np.logspace(-2.0, 6.0, 17)
+"""Prior precisions of the grid, two a decade; MAP follows as one more."""
+
+TEMPERATURES: Array = np.exp(0.15 * np.arange(-6, 15))
+"""Temperatures of the grid, 0.41 to 8.2; 1 is one of them."""
+
+TOLERANCE_ROWS = 200
+"""Maximum number of training rows that the tolerance is estimated on."""
+
+TEMPERATURE_WIDTH = 0.4
+"""s_τ: standard deviation of the prior on log τ."""
+
+PRECISION_WIDTH = 4.0
+"""s_δ with labelled rows: standard deviation of the prior on log δ about the tolerance."""
+
+PRECISION_WIDTH_WITHOUT_ROWS = 1.0
+"""s_δ without labelled rows."""
+
+EXCESS = 0.05
+EXCESS_SCALE = 0.25
+"""ε₀ = EXCESS · exp(-t / EXCESS_SCALE) nats a row, with t the NLL of MAP on the training rows."""
+
+RETAINED_WEIGHT = 0.999
+"""Share of the weight that the components kept for prediction hold together."""
+
+
+class TrainingCurve(Struct, frozen=True, kw_only=True):
+    """NLL of the predictive on training rows over the prior precision.
+
+    Attributes:
+        precisions: δ, increasing.
+        nll: NLL at each δ, in nats a row.
+        map_nll: NLL of MAP, in nats a row.
+        n: Number of rows.
+    """
+
+    precisions: list[float]
+    nll: list[float]
+    map_nll: float
+    n: int
+
+
+class Averaged(Struct, frozen=True, kw_only=True):
+    """Weights of the averaged predictive.
+
+    Attributes:
+        precisions: δ of each component, increasing; None is MAP. For a prior of several precisions, the smallest.
+        temperatures: τ of each component.
+        weights: Weight of each pair, ``[precision][temperature]``; they sum to 1.
+        tolerance: δ₀, or None where the training rows had no labels.
+        n: Number m of labelled rows.
+        split: The split they come from.
+        rows: Their digests: they are not evaluated on.
+        link: Link of the predictive.
+        seed: Seed of the choice of the rows.
+        nll: NLL of the averaged predictive on these rows, in nats a row.
+        map_nll: NLL of MAP on them.
+    """
+
+    precisions: list[float | None]
+    temperatures: list[float]
+    weights: list[list[float]]
+    tolerance: float | None = None
+    n: int = 0
+    split: str | None = None
+    rows: list[str] = []
+    link: str | None = None
+    seed: int = 0
+    nll: float | None = None
+    map_nll: float | None = None
+
+    def check(self) -> None:
+        """Check that grid and weights belong together.
+
+        Raises:
+            ValueError: They do not; the message says why.
+        """
+        finite = [value for value in self.precisions if value is not None]
+        if not self.precisions or not self.temperatures:
+            raise ValueError("averaged: the grid is empty")
+        if not all(math.isfinite(value) and value > 0 for value in [*finite, *self.temperatures]):
+            raise ValueError("averaged: a precision or temperature is not a positive number")
+        if len(self.weights) != len(self.precisions) or {len(row) for row in self.weights} != {len(self.temperatures)}:
+            raise ValueError("averaged: the weights do not have the shape of the grid")
+        weights = np.array(self.weights, dtype=np.float64)
+        if not bool((weights >= 0).all()) or not math.isclose(float(weights.sum()), 1.0, abs_tol=1e-6):
+            raise ValueError("averaged: the weights are not positive numbers that sum to 1")
+
+    @property
+    def grid(self) -> Array:
+        """δ of each component, ``(D,)``; infinity for MAP."""
+        return np.array([math.inf if value is None else value for value in self.precisions])
+
+    @property
+    def log_precisions(self) -> Array:
+        """Log δ of each component, ``(D,)``; MAP counts as one step of the grid above the largest δ."""
+        return log_positions(self.grid)
+
+    @property
+    def mean_precision(self) -> float:
+        """Weighted geometric mean of δ."""
+        return float(np.exp(np.array(self.weights).sum(axis=1) @ self.log_precisions))
+
+    @property
+    def mean_temperature(self) -> float:
+        """Weighted geometric mean of τ."""
+        return float(np.exp(np.array(self.weights).sum(axis=0) @ np.log(self.temperatures)))
+
+    @property
+    def map_weight(self) -> float:
+        """Weight of MAP."""
+        return float(sum(sum(row) for row, value in zip(self.weights, self.precisions, strict=True) if value is None))
+
+    def temperature_interval(self, share: float = 0.9) -> tuple[float, float]:
+        """Return the central interval of τ that holds a share of the weight."""
+        return _interval(np.array(self.weights).sum(axis=0), np.array(self.temperatures), share)
+
+    def pruned(self, retained: float = RETAINED_WEIGHT) -> Averaged:
+        """Return the components of largest weight that hold a share of it, renormalized; empty rows are dropped."""
+        weights = np.array(self.weights)
+        order = np.argsort(weights, axis=None)[::-1]
+        total = np.cumsum(weights.reshape(-1)[order])
+        kept = np.zeros(weights.size, dtype=bool)
+        kept[order[: int(np.searchsorted(total, retained * total[-1])) + 1]] = True
+        weights = np.where(kept.reshape(weights.shape), weights, 0.0)
+        rows, columns = weights.sum(axis=1) > 0, weights.sum(axis=0) > 0
+        weights = weights[rows][:, columns] / weights.sum()
+        return Averaged(
+            precisions=[value for value, keep in zip(self.precisions, rows, strict=True) if keep],
+            temperatures=[value for value, keep in zip(self.temperatures, columns, strict=True) if keep],
+            weights=weights.tolist(),
+        )
+
+    def point(self) -> Averaged:
+        """Return a single component: the weighted geometric means of δ and τ."""
+        return Averaged(
+            precisions=[self.mean_precision],
+            temperatures=[self.mean_temperature],
+            weights=[[1.0]],
+            tolerance=self.tolerance,
+            n=self.n,
+            split=self.split,
+            rows=self.rows,
+            link=self.link,
+            seed=self.seed,
+        )
+
+
+def log_positions(precisions: Array) -> Array:
+    """Return log δ of an increasing grid, where infinity (MAP) is one step above the largest finite value."""
+    logs = np.log(np.where(np.isinf(precisions), 1.0, precisions))
+    finite = logs[~np.isinf(precisions)]
+    step = float(finite[-1] - finite[-2]) if len(finite) > 1 else math.log(10.0) / 2
+    top = (float(finite[-1]) if len(finite) else 0.0) + step
+    return np.where(np.isinf(precisions), top, logs)
+
+
+def allowed_excess(map_nll: float) -> float:
+    """Return ε₀, the excess of the training NLL over MAP's that is tolerated, in nats a row."""
+    return EXCESS * math.exp(-map_nll / EXCESS_SCALE)
+
+
+def tolerance_of(curve: TrainingCurve) -> float:
+    """Return δ₀: the smallest δ at which the training NLL exceeds MAP's by at most ε₀.
+
+    The crossing is interpolated linearly in log δ. Where every δ of the curve exceeds it, the largest is returned.
+    """
+    logs = np.log(curve.precisions)
+    excess = np.array(curve.nll) - curve.map_nll - allowed_excess(curve.map_nll)
+    within = np.flatnonzero(excess <= 0)
+    if not len(within):
+        return float(curve.precisions[-1])
+    first = int(within[0])
+    if first == 0:
+        return float(curve.precisions[0])
+    share = excess[first] / (excess[first] - excess[first - 1])
+    return float(math.exp(logs[first] - share * (logs[first] - logs[first - 1])))
+
+
+def _log_prior(precisions: Array, tolerance: float | None, width: float) -> Array:
+    """Return the log-weights of N(log δ; log δ₀, width²) on the grid; MAP has the mass above the last δ's cell."""
+    logs, finite = log_positions(precisions), np.isfinite(precisions)
+    if tolerance is None:
+        return np.zeros(len(logs))
+    scaled = (logs - math.log(tolerance)) / width
+    step = float(logs[1] - logs[0]) if len(logs) > 1 else 1.0
+    density = -0.5 * np.square(scaled) + math.log(step / (width * math.sqrt(2.0 * math.pi)))
+    edge = (logs - step / 2 - math.log(tolerance)) / width
+    tail = [max(0.5 * math.erfc(value / math.sqrt(2.0)), 1e-300) for value in edge]
+    return np.where(finite, density, np.log(tail))
+
+
+def average(
+    precisions: Array,
+    temperatures: Sequence[float] | Array,
+    tolerance: float | None,
+    nll: Array | None = None,
+    rows: int = 0,
+) -> Array:
+    """Return the weights ``w_ij``.
+
+    Args:
+        precisions: ``(D,)`` δ, increasing; infinity is MAP.
+        temperatures: ``(T,)`` τ.
+        tolerance: δ₀, or None for a flat prior on log δ.
+        nll: ``(D, T)`` mean NLL on the labelled rows, in nats; not needed without rows.
+        rows: Number m of labelled rows.
+
+    Returns:
+        ``(D, T)``, summing to 1. Without rows all weight is at the temperature nearest to 1.
+    """
+    log_temperatures = np.log(np.asarray(temperatures))
+    width = PRECISION_WIDTH if rows else PRECISION_WIDTH_WITHOUT_ROWS
+    log_weights = np.zeros((len(precisions), len(log_temperatures)))
+    log_weights += _log_prior(precisions, tolerance, width)[:, None]
+    if rows:
+        assert nll is not None
+        log_weights -= 0.5 * np.square(log_temperatures / TEMPERATURE_WIDTH)[None, :]
+        log_weights -= rows * nll
+    else:
+        log_weights[:, np.arange(len(log_temperatures)) != int(np.argmin(np.abs(log_temperatures)))] = -np.inf
+    weights = np.exp(log_weights - log_weights.max())
+    return np.asarray(weights / weights.sum())
+
+
+def _interval(weights: Array, values: Array, share: float) -> tuple[float, float]:
+    total = np.cumsum(weights) / weights.sum()
+    low = int(np.searchsorted(total, (1.0 - share) / 2))
+    high = int(np.searchsorted(total, 1.0 - (1.0 - share) / 2))
+    return float(values[min(low, len(values) - 1)]), float(values[min(high, len(values) - 1)])

@@ -1,0 +1,201 @@
+"""The rows that a command works on: which split, with which labels, and which rows are left out."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+import torch
+from torch import Tensor
+
+from lapora.config import DataSettings
+from lapora.errors import DataError, MissingSplitError, UnlabelledError, UsageError
+from lapora.storage.compatibility import answer_differences
+from lapora.tasks import (
+    Example,
+    Row,
+    Task,
+    data_fingerprint,
+    load_rows,
+    load_task,
+    render_all,
+    resolve_choices,
+    split_source,
+)
+
+if TYPE_CHECKING:
+    from lapora.models.adapter import ModelKind
+    from lapora.storage.manifest import Manifest
+    from lapora.storage.saved import SavedPosterior
+
+_ROWS_SEARCHED_FOR_LABELS = 100
+
+
+@dataclass(frozen=True, eq=False)
+class LabelledRows:
+    """Rows with their labels.
+
+    Attributes:
+        task: The task that rendered them.
+        split: The split they come from.
+        examples: The rows.
+        targets: Their labels, ``(N,)``.
+        excluded: Number of rows of the split that were left out.
+    """
+
+    task: Task
+    split: str
+    examples: list[Example]
+    targets: Tensor
+    excluded: int
+
+    def only(self, positions: Sequence[int]) -> LabelledRows:
+        """Return some of the rows."""
+        return replace(
+            self,
+            examples=[self.examples[position] for position in positions],
+            targets=self.targets[torch.tensor(positions, dtype=torch.long)],
+        )
+
+    def chosen(self, count: int, seed: int) -> LabelledRows:
+        """Return a seeded random choice of the rows, in their order."""
+        order = torch.randperm(len(self.examples), generator=torch.Generator().manual_seed(seed))
+        return self.only(sorted(order[:count].tolist()))
+
+
+@dataclass(frozen=True)
+class TuningRows:
+    """Labelled rows that tuned a prior.
+
+    Attributes:
+        split: The split they come from.
+        rows: Their digests.
+    """
+
+    split: str
+    rows: frozenset[str]
+
+
+def row_digest(example: Example) -> str:
+    """Return the digest that identifies a row in any file: of its texts, answers and label."""
+    return data_fingerprint([example])[:16]
+
+
+def resolve_task(data: DataSettings, recorded: Manifest | None = None) -> Task:
+    """Return the task asked for, or else the one that ``fit`` recorded.
+
+    Raises:
+        DataError: There is neither.
+    """
+    if data.task:
+        return load_task(data.task)
+    if recorded is None:
+        raise DataError("no task; give one with --data (see `lapora tasks`)")
+    return Task.from_dict(recorded.task, source="the posterior's task")
+
+
+def read_rows(data: DataSettings, recorded: Manifest | None, default_split: str) -> tuple[Task, list[Row], str]:
+    """Read the rows of a split.
+
+    Args:
+        data: Which rows; None means as recorded.
+        recorded: The manifest of a posterior.
+        default_split: The split when ``data`` names none.
+
+    Returns:
+        The task, its rows, and the split's name.
+    """
+    task = resolve_task(data, recorded)
+    folder = data.data_dir or (recorded.data.data_dir if recorded else None)
+    split = data.split or default_split
+    return task, load_rows(task, split, data_dir=Path(folder) if folder else None, limit=data.limit), split
+
+
+def are_training_rows(recorded: Manifest, data: DataSettings) -> bool:
+    """Return whether ``data``, which names a split, is the split that ``fit`` read, under any name."""
+    return split_identity(recorded, data) == split_identity(recorded, DataSettings(split=recorded.data.split))
+
+
+def split_identity(recorded: Manifest, data: DataSettings) -> tuple[str, ...]:
+    """Return what identifies a split under any name: its folder or the task's source, and its file or name there.
+
+    Args:
+        recorded: The manifest of a posterior, for what ``data`` leaves out.
+        data: The split.
+    """
+    folder = data.data_dir or recorded.data.data_dir
+    return split_source(resolve_task(data, recorded), data.split or "", folder)
+
+
+def read_labelled_rows(
+    posterior: SavedPosterior,
+    kind: ModelKind,
+    data: DataSettings,
+    default_split: str = "validation",
+    exclude: Collection[str] = (),
+) -> LabelledRows:
+    """Read the rows of a split with their labels, rendered as ``fit`` rendered its own.
+
+    Args:
+        posterior: The saved posterior.
+        kind: The kind of model that reads the rows.
+        data: Which rows; None means as ``fit`` recorded it. A limit counts the rows that are not excluded.
+        default_split: The split when ``data`` names none.
+        exclude: Digests of rows to leave out.
+
+    Raises:
+        UnlabelledError: No row has a label.
+        DataError: A row cannot be read, or has no label; or no row is left.
+        PosteriorError: The task's answers are not the posterior's.
+    """
+    wanted = replace(data, limit=None) if exclude else data
+    manifest, answers = posterior.manifest, tuple(posterior.manifest.answers.choices)
+    task, rows, split = read_rows(wanted, manifest, default_split)
+    choices = resolve_choices(task, rows)
+    if differences := answer_differences(manifest, task.task, choices):
+        raise posterior.mismatch(differences)
+    bare = render_all(task, rows[:_ROWS_SEARCHED_FOR_LABELS], kind=kind, choices=answers, labels="optional")
+    if all(example.target is None for example in bare):
+        raise UnlabelledError(f"{split}: the rows have no labels (first {len(bare)} rows); give a split that has them")
+    examples = render_all(task, rows, kind=kind, choices=answers, labels="required")
+    kept = [example for example in examples if not exclude or row_digest(example) not in exclude]
+    if not kept:
+        raise DataError(f"{split}: all {len(examples)} rows were used to tune the prior; score another --split")
+    excluded = len(examples) - len(kept)
+    kept = kept[: data.limit]
+    return LabelledRows(task, split, kept, torch.tensor([cast(int, row.target) for row in kept]), excluded)
+
+
+def tuning_rows(posterior: SavedPosterior, kind: ModelKind, data: DataSettings, seed: int) -> LabelledRows:
+    """Read a seeded half of a labelled split (or as many rows as the limit says) that ``fit`` did not read.
+
+    Raises:
+        MissingSplitError: No labelled split but the one that ``fit`` read.
+        UsageError: The split that ``fit`` read was asked for.
+        DataError: A row cannot be read.
+    """
+    rows = _labelled_split(posterior, kind, data)
+    return rows.chosen(data.limit or max(1, len(rows.examples) // 2), seed)
+
+
+def _labelled_split(posterior: SavedPosterior, kind: ModelKind, data: DataSettings) -> LabelledRows:
+    """Read the split asked for, or the first that has labels; never the one that ``fit`` read, under any name."""
+    manifest = posterior.manifest
+    if data.split is not None:
+        if are_training_rows(manifest, data):
+            raise UsageError(
+                f"--split {data.split}: the adapter was trained on these rows; give another split, or --method marglik"
+            )
+        return read_labelled_rows(posterior, kind, replace(data, limit=None))
+    reasons = []
+    for split in ("validation", "test"):
+        candidate = replace(data, split=split, limit=None)
+        if are_training_rows(manifest, candidate):
+            continue
+        try:
+            return read_labelled_rows(posterior, kind, candidate)
+        except (MissingSplitError, UnlabelledError) as error:
+            reasons.append(str(error))
+    raise MissingSplitError(f"no labelled rows but those that fit read ({reasons[0] if reasons else 'no other split'})")
