@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from types import SimpleNamespace
 
+import msgspec
 import pytest
 import torch
 
@@ -20,7 +21,8 @@ from lapora.posterior.eigen import decompose
 from lapora.posterior.gaussian import BlockPosterior
 from lapora.posterior.marglik import Evidence
 from lapora.posterior.structures import fit_structure
-from lapora.storage.saved import FORMAT_VERSION, SavedPosterior, write_posterior
+from lapora.storage.manifest import FORMAT_VERSION, Manifest
+from lapora.storage.saved import SavedPosterior, write_posterior
 from tiny_models import batches, close, dense_jacobian, moments, posterior, rows, tiny_causal, tiny_classifier
 
 DELTA = 0.7  # tiny_models.moments predicts at this prior precision
@@ -49,7 +51,8 @@ def save(folder, blocks, *, structure="kron", prior=None):
         "answers": {"choices": ["no", "yes"], "token_ids": None},
         "log_likelihood": -3.5,
     }
-    write_posterior(folder, manifest, posterior)
+    chosen = manifest.pop("prior")
+    write_posterior(folder, msgspec.convert(manifest, Manifest), chosen, posterior)
     return SavedPosterior(folder)
 
 

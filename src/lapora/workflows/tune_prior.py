@@ -142,6 +142,10 @@ def _by_average(
     progress: Progress | None,
 ) -> TunedPrior:
     """Average over prior precision and temperature: with the labelled rows that there are, or with none."""
+    from lapora.workflows.task_model import differences_of_answers, open_fitted
+
+    if differences_of_answers(posterior, data):  # opening it names every difference
+        open_fitted(model, settings.name, data=data)
     found = _rows_or_reason(posterior, model, data, settings)
     manifest = posterior.manifest
     if isinstance(found, str):
@@ -154,8 +158,6 @@ def _by_average(
         notes = [f"no labelled rows ({found}): the average is over what the training rows tolerate"]
         deviation = None
     else:
-        from lapora.workflows.task_model import open_fitted
-
         fitted = open_fitted(model, settings.name, data=data)
         averaged, deviation = average_with_rows(fitted, found, evidence.prior, settings, progress)
         notes = []
