@@ -130,7 +130,9 @@ def test_a_prior_for_each_layer(tmp_path):
     by_name = {block.name: delta for block, delta in zip(blocks, precisions, strict=True)}
     saved = save(tmp_path / "p", blocks, prior={"structure": "layer", "precision": by_name})
     exact(to_laplace_torch(saved).deltas, torch.tensor(precisions, dtype=torch.float64))
-    session = SimpleNamespace(posterior=saved, answers=answers, layers=layers, choices=("no", "yes"))
+    session = SimpleNamespace(
+        posterior=saved, layers=layers, model=SimpleNamespace(outputs=answers, choices=("no", "yes"))
+    )
     exact(to_kron_laplace(session).prior_precision, torch.tensor(precisions, dtype=torch.float64))
 
 
@@ -139,7 +141,9 @@ def test_a_session_brings_its_own_numbers(tmp_path):
     layers = find_bayesian_layers(answers.model)
     _, blocks = posterior(answers, layers, rows())
     saved = save(tmp_path / "p", blocks)
-    session = SimpleNamespace(posterior=saved, answers=answers, layers=layers, choices=("no", "yes"))
+    session = SimpleNamespace(
+        posterior=saved, layers=layers, model=SimpleNamespace(outputs=answers, choices=("no", "yes"))
+    )
     laplace = to_kron_laplace(session)
     assert (laplace.n_data, laplace.n_outputs, laplace.model.output_size) == (6, 2, 2)
     assert float(laplace.log_likelihood) == -3.5

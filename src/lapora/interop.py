@@ -16,6 +16,7 @@ head, a head's bias as one more input) has no place in these classes, and is ref
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -23,7 +24,7 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor
 
-from lapora.errors import UsageError
+from lapora.errors import LaporaWarning, UsageError
 from lapora.laplace_torch import kron_laplace as room
 from lapora.laplace_torch.kron_laplace import KroneckerBlock
 from lapora.models.lora_layers import BayesianLayer

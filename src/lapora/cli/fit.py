@@ -84,8 +84,7 @@ def _print_result(result: FitResult, as_json: bool) -> None:
             "rows without labels: the marginal likelihood is known up to a constant, which does not affect the prior"
         )
     print_message(
-        f"posterior over {result.parameters:,} parameters from {result.rows:,} rows, prior precision "
-        f"{result.evidence.prior.describe()} by marginal likelihood: {result.folder}"
+        f"posterior over {result.parameters:,} parameters from {result.rows:,} rows, {_prior(result)}: {result.folder}"
     )
     if result.kept < 1:
         print_message(
@@ -93,6 +92,12 @@ def _print_result(result: FitResult, as_json: bool) -> None:
         )
     if as_json:
         write_json_lines([result.describe()], "-")
+
+
+def _prior(result: FitResult) -> str:
+    if result.prior["method"] == "averaged":
+        return f"averaged over prior precisions around {result.prior['precision']:.3g}"
+    return f"prior precision {result.evidence.prior.describe()} by marginal likelihood"
 
 
 _BLOCK, _PREFIX = re.compile(r"\.\d+\."), "base_model.model."
