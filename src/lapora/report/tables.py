@@ -13,6 +13,7 @@ from rich.text import Text
 
 from lapora.config import method_label
 from lapora.errors import printable
+from lapora.posterior.averaging import Averaged
 from lapora.storage.manifest import Manifest, Prior, Scores, Validation
 
 if TYPE_CHECKING:
@@ -341,9 +342,47 @@ def print_posterior(manifest: Manifest, prior: Prior) -> None:
     console.print(table)
     if prior.validation is not None:
         console.print(_validation_curve(prior.validation))
+    if prior.averaged is not None:
+        console.print(_weights(prior.averaged))
 
 
 _COUNT_BAR = 30
+
+
+_SHADES = " ░▒▓█"
+_WEIGHT_BAR = 20
+
+
+def _weights(averaged: Averaged) -> Table:
+    """Return the weights of an average as a picture: prior precisions down, temperatures across, darker is heavier."""
+    source = f"{averaged.n} rows of {averaged.split}" if averaged.n else "training rows alone"
+    tolerance = "" if averaged.tolerance is None else f"; * what the training rows tolerate, {averaged.tolerance:.3g}"
+    table = Table(title=cell(f"weights, from {source}{tolerance}"), title_justify="left")
+    table.add_column("precision", justify="right", no_wrap=True)
+    shown = averaged.pruned(0.99)
+    if len(averaged.temperatures) > 1:
+        low, high = shown.temperatures[0], shown.temperatures[-1]
+        table.add_column(f"temperature {low:.2f}-{high:.2f}", no_wrap=True)
+    table.add_column("weight", justify="right", no_wrap=True)
+    table.add_column("", no_wrap=True)
+    heaviest = max(max(row) for row in shown.weights)
+    totals = [sum(row) for row in shown.weights]
+    for precision, row, total in zip(shown.precisions, shown.weights, totals, strict=True):
+        label = "MAP" if precision is None else f"{precision:.3g}"
+        if averaged.tolerance is not None and label != "MAP" and _is_nearest(averaged, precision):
+            label = f"* {label}"
+        shades = "".join(_SHADES[min(4, math.ceil(4 * value / heaviest))] for value in row)
+        bar = "█" * round(_WEIGHT_BAR * total / max(totals))
+        cells = [label, *([shades] if len(averaged.temperatures) > 1 else []), f"{total:.2f}", bar]
+        table.add_row(*cells)
+    return table
+
+
+def _is_nearest(averaged: Averaged, precision: float | None) -> bool:
+    assert averaged.tolerance is not None
+    finite = [value for value in averaged.precisions if value is not None]
+    tolerance = averaged.tolerance
+    return precision == min(finite, key=lambda value: abs(math.log(value / tolerance)))
 
 
 def _validation_curve(record: Validation) -> Table:
