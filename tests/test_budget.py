@@ -15,7 +15,7 @@ from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from safetensors.numpy import save_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from lapora.config import DataSettings, FitSettings
+from lapora.config import DataSettings, FitSettings, ModelSettings
 from lapora.curvature.backward import Linearisation
 from lapora.curvature.kfac import KronObserver
 from lapora.curvature.nystrom import NystromSketch
@@ -71,7 +71,7 @@ def without_weights(folder: Path, **shape: object) -> Path:
 @pytest.mark.parametrize("quantize", ["none", "8bit", "4bit"])
 def test_weights_are_those_of_the_loaded_model(folder, quantize):
     adapter = read_adapter(folder / "adapter")
-    model = load_model(adapter, quantize=quantize, device="cpu").model
+    model = load_model(adapter, ModelSettings("", quantize=quantize, device="cpu")).model
     held = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
     for module in model.modules():
         if hasattr(module, "weight") and quantize == "8bit":
@@ -79,7 +79,9 @@ def test_weights_are_those_of_the_loaded_model(folder, quantize):
             held += 0 if scales is None else scales.nbytes
         elif (state := getattr(getattr(module, "weight", None), "quant_state", None)) is not None:
             held += state.absmax.nbytes + state.state2.absmax.nbytes
-    assert sum(build_meta_model(adapter, quantize=quantize).weights.values()) == pytest.approx(held, rel=0.01)
+    assert sum(
+        build_meta_model(adapter, ModelSettings("", quantize=quantize), "cpu").weights.values()
+    ) == pytest.approx(held, rel=0.01)
 
 
 @pytest.mark.parametrize("structure", ["kron", "ekfac", "diag", "lowrank", "full"])
@@ -108,7 +110,7 @@ def test_sums_are_as_large_as_said(folder, rank):
         input_owners[name] = factors.input_owner
         sums = [factors.gradient_sum] + ([factors.input_sum] if factors.input_owner == name else [])
         held[name] = sum((each.image if isinstance(each, NystromSketch) else each).nbytes for each in sums)
-    skeleton = build_meta_model(read_adapter(folder / "adapter"))
+    skeleton = build_meta_model(read_adapter(folder / "adapter"), ModelSettings(""), "cpu")
     layers = find_bayesian_layers(skeleton.model)
     assert input_owners_of(skeleton, layers, 2) == input_owners
     found = footprint(StructureShape("kron", layers, input_owners, 2, 1, 24, rank))
@@ -121,7 +123,7 @@ def test_sums_are_as_large_as_said(folder, rank):
 def test_a_batch_holds_what_its_shape_says(folder, structure, directions, rerun):
     """The same pass on real tensors: every byte that it has alive at a time."""
     adapter = read_adapter(folder / "adapter")
-    loaded = load_model(adapter, device="cpu")
+    loaded = load_model(adapter, ModelSettings("", device="cpu"))
     classes = 4
     answers = OutputModel(loaded.model, "causal", 0, list(range(3, 3 + classes)), recompute_blocks=rerun)
     layers = find_bayesian_layers(loaded.model)
@@ -129,7 +131,7 @@ def test_a_batch_holds_what_its_shape_says(folder, structure, directions, rerun)
     observer = dry_pass._observer(structure, layers, classes, directions)
     with LiveMemory(loaded.model) as memory, Linearisation(answers, layers, observer) as linearisation:
         linearisation.run(batch, lambda logits: class_columns(logits)[:directions])
-    skeleton = build_meta_model(adapter)
+    skeleton = build_meta_model(adapter, ModelSettings(""), "cpu")
     shapes = find_bayesian_layers(skeleton.model)
     found = batch_memory(
         skeleton, shapes, structure, (8, 32), classes=classes, directions=directions, recompute_blocks=rerun
@@ -139,7 +141,7 @@ def test_a_batch_holds_what_its_shape_says(folder, structure, directions, rerun)
 
 def test_many_blocks_are_reckoned_from_fewer(tmp_path, monkeypatch):
     folder = without_weights(tmp_path, hidden_size=32, intermediate_size=64, num_hidden_layers=14, vocab_size=50)
-    skeleton = build_meta_model(read_adapter(folder / "adapter"))
+    skeleton = build_meta_model(read_adapter(folder / "adapter"), ModelSettings(""), "cpu")
     layers = find_bayesian_layers(skeleton.model)
     few = [batch_memory(skeleton, layers, s, (4, 32), classes=2, directions=1) for s in ("kron", "diag")]
     input_owners = input_owners_of(skeleton, layers, 2)
@@ -201,7 +203,7 @@ def test_what_cannot_be_reckoned_is_fitted_all_the_same(folder, monkeypatch, cap
     monkeypatch.setattr("lapora.memory.estimate.batch_memory", broken)
     arguments = ("fit", folder / "adapter", "--data", folder / "task.yaml", "--data-dir", folder / "data")
     status, _, err = command(monkeypatch, capfdbinary, *arguments, "--name", "odd")
-    assert status == 0 and "memory: not estimated (NotImplementedError)" in err
+    assert status == 0 and "memory not estimated" in err and "NotImplementedError" in err
 
 
 def test_an_adapter_of_another_base_is_refused(folder, tmp_path, monkeypatch, capfdbinary):

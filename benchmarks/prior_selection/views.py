@@ -20,6 +20,7 @@ from torch import Tensor
 
 from benchmarks.prior_selection.recipes import Recipe, Row, held_out_rows, texts_of, training_rows
 from benchmarks.prior_selection.train_adapters import FOLDER, base_model_folder
+from lapora.config import ModelSettings
 from lapora.curvature.backward import Linearisation
 from lapora.curvature.kfac import KronObserver
 from lapora.curvature.passes import collect
@@ -55,7 +56,8 @@ class Network:
 
     def __init__(self, one: Recipe, shared: Path) -> None:
         folder = (shared / "adapters" if one.shared else FOLDER) / one.name
-        loaded = load_model(read_adapter(str(folder)), base_model=str(base_model_folder()), device="cpu")
+        how = ModelSettings("", base_model=str(base_model_folder()), device="cpu")
+        loaded = load_model(read_adapter(str(folder)), how)
         self.recipe, self.tokenizer = one, loaded.tokenizer
         self.answers = OutputModel(loaded.model, loaded.kind, loaded.pad_token_id, None)
         self.layers = find_bayesian_layers(loaded.model, "lora")
