@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 # Processes that run the tests, one thread each.
 WORKERS ?= 2
 
-.PHONY: demo test test-slow lint docs docs-reference clean
+.PHONY: demo test test-slow lint docs docs-reference options clean
 
 demo: $(VENV)/.installed
 	$(BIN)/lapora demo
@@ -29,6 +29,11 @@ docs: $(VENV)/.installed-docs
 # The page of the command line is written from the code; a test fails where they differ.
 docs-reference: $(VENV)/.installed
 	$(BIN)/typer lapora.cli.app utils docs --name lapora --title "Command line" --output docs/reference/cli.md
+
+# The option classes of the Python API are written from lapora/config.py; a test fails where they differ.
+options: $(VENV)/.installed-dev
+	$(BIN)/python tools/make_options.py
+	$(BIN)/ruff format --quiet src/lapora/options.py
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

@@ -7,8 +7,10 @@ import doctest
 import inspect
 import json
 import re
+import runpy
 import subprocess
 import sys
+from pathlib import Path
 from typing import get_args, get_type_hints
 
 import pytest
@@ -17,8 +19,16 @@ import yaml
 from safetensors.torch import load_file
 
 import lapora
-from lapora import api
-from lapora.config import DataSettings, EvalSettings, FitSettings, ModelSettings, PredictSettings, PriorSettings
+from lapora import api, options
+from lapora.config import (
+    DataSettings,
+    EvalSettings,
+    FitSettings,
+    ModelSettings,
+    PredictSettings,
+    PriorSettings,
+    options_of,
+)
 from lapora.errors import AdapterError, DataError, UsageError
 from lapora.models.adapter import read_adapter
 from lapora.models.loading import load_model
@@ -69,9 +79,7 @@ def test_unknown_names_are_refused():
         lapora.no_such  # noqa: B018
 
 
-EXAMPLES = [
-    found for module in (api,) for found in doctest.DocTestFinder(exclude_empty=True).find(module) if found.examples
-]
+EXAMPLES = [found for found in doctest.DocTestFinder(exclude_empty=True).find(api) if found.examples]
 
 
 @pytest.mark.parametrize("examples", EXAMPLES, ids=lambda found: found.name)
@@ -116,6 +124,32 @@ def test_options_are_the_fields_of_the_settings(name):
         ) == str(types[key]).replace(", ...", ""), key
     shown = inspect.signature(function).parameters
     assert {key: shown[key].default for key in hints} == {key: fields[key].default for key in hints}
+
+
+def test_the_option_classes_are_those_that_the_settings_give():
+    script = Path(__file__).parents[1] / "tools" / "make_options.py"
+    written = runpy.run_path(str(script))["written"]()
+    assert Path(options.__file__).read_text(encoding="utf-8") == written, "run `make options`"
+
+
+def test_help_of_a_function_explains_its_options():
+    about = inspect.getdoc(lapora.fit)
+    for name, option in options_of(FitSettings).items():
+        assert f"{name}: {options.describe(option)}" in about
+    assert "--" not in about.partition("Options:")[2]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [({"limit": 0}, "limit=0: at least 1"), ({"save_every": -1.0}, "save_every=-1.0: at least 0")],
+)
+def test_numbers_out_of_bounds_are_refused(wrong, message):
+    with pytest.raises(UsageError, match=message):
+        lapora.fit("adapter", data="boolq", **wrong)
+
+
+def test_dir_of_the_package_is_the_api():
+    assert dir(lapora) == sorted(lapora.__all__)
 
 
 def test_options_of_predict_are_fields_of_the_settings():

@@ -201,7 +201,7 @@ def test_what_cannot_be_reckoned_is_fitted_all_the_same(folder, monkeypatch, cap
     monkeypatch.setattr("lapora.memory.estimate.batch_memory", broken)
     arguments = ("fit", folder / "adapter", "--data", folder / "task.yaml", "--data-dir", folder / "data")
     status, _, err = command(monkeypatch, capfdbinary, *arguments, "--name", "odd")
-    assert status == 0 and "memory: not reckoned (NotImplementedError)" in err
+    assert status == 0 and "memory: not estimated (NotImplementedError)" in err
 
 
 def test_an_adapter_of_another_base_is_refused(folder, tmp_path, monkeypatch, capfdbinary):

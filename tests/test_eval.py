@@ -332,7 +332,7 @@ def test_tables_for_a_terminal(adapter, demo, elsewhere, capsys, monkeypatch):
     ood = ["--ood", str(demo / "farm.yaml"), "--ood-data-dir", str(elsewhere)]
     app(["eval", str(adapter), "--limit", "60", "--coverage", "0.8", *ood], standalone_mode=False)
     out = capsys.readouterr().out
-    for words in ("adaptive", "nll less MAP's", "--abstain-below", "other data: farm", "mutual", "█", "┃"):
+    for words in ("adaptive", "nll minus MAP", "--abstain-below", "out of distribution: farm", "mutual", "█", "┃"):
         assert words in out
     assert "…" not in out
 
@@ -350,9 +350,9 @@ def test_a_narrow_terminal_shows_every_score_and_cuts_nothing(adapter, demo, els
         "brier",
         "auroc",
         "aurc",
-        "nll less MAP's",
+        "nll minus MAP",
         "mutual",
-        "a bar should end there",
+        "bars end at the mark",
     ):
         assert words in out
     assert "…" not in out and max(map(len, out.splitlines())) <= 80

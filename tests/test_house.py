@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -42,6 +43,13 @@ def test_the_drawing_is_the_imports():
             continue
         actual.setdefault(room, set()).update(imported_rooms(file) - EVERYBODYS - {room})
     assert drawn == {room: targets for room, targets in actual.items() if targets}
+
+
+def test_the_picture_of_the_architecture_is_what_its_program_draws():
+    program = runpy.run_path(str(ROOT / "docs" / "figures" / "architecture.py"))
+    assert (ROOT / "docs" / "figures" / "architecture.svg").read_text(encoding="utf-8") == program["draw"]()
+    modules = {where for where, _ in (*program["FIT"], *program["PREDICT"])}
+    assert all((SOURCE / f"{module.replace('.', '/')}.py").is_file() for module in modules)
 
 
 def test_the_citation_names_the_paper():

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from types import SimpleNamespace
 
+import msgspec
 import pytest
 import torch
 
@@ -20,7 +21,8 @@ from lapora.posterior.eigen import decompose
 from lapora.posterior.gaussian import BlockPosterior
 from lapora.posterior.marglik import Evidence
 from lapora.posterior.structures import fit_structure
-from lapora.storage.saved import FORMAT_VERSION, SavedPosterior, write_posterior
+from lapora.storage.manifest import FORMAT_VERSION, Manifest
+from lapora.storage.saved import SavedPosterior, write_posterior
 from tiny_models import batches, close, dense_jacobian, moments, posterior, rows, tiny_causal, tiny_classifier
 
 DELTA = 0.7  # tiny_models.moments predicts at this prior precision
@@ -49,7 +51,8 @@ def save(folder, blocks, *, structure="kron", prior=None):
         "answers": {"choices": ["no", "yes"], "token_ids": None},
         "log_likelihood": -3.5,
     }
-    write_posterior(folder, manifest, posterior)
+    chosen = manifest.pop("prior")
+    write_posterior(folder, msgspec.convert(manifest, Manifest), chosen, posterior)
     return SavedPosterior(folder)
 
 
@@ -127,7 +130,9 @@ def test_a_prior_for_each_layer(tmp_path):
     by_name = {block.name: delta for block, delta in zip(blocks, precisions, strict=True)}
     saved = save(tmp_path / "p", blocks, prior={"structure": "layer", "precision": by_name})
     exact(to_laplace_torch(saved).deltas, torch.tensor(precisions, dtype=torch.float64))
-    session = SimpleNamespace(posterior=saved, answers=answers, layers=layers, choices=("no", "yes"))
+    session = SimpleNamespace(
+        posterior=saved, layers=layers, model=SimpleNamespace(outputs=answers, choices=("no", "yes"))
+    )
     exact(to_kron_laplace(session).prior_precision, torch.tensor(precisions, dtype=torch.float64))
 
 
@@ -136,7 +141,9 @@ def test_a_session_brings_its_own_numbers(tmp_path):
     layers = find_bayesian_layers(answers.model)
     _, blocks = posterior(answers, layers, rows())
     saved = save(tmp_path / "p", blocks)
-    session = SimpleNamespace(posterior=saved, answers=answers, layers=layers, choices=("no", "yes"))
+    session = SimpleNamespace(
+        posterior=saved, layers=layers, model=SimpleNamespace(outputs=answers, choices=("no", "yes"))
+    )
     laplace = to_kron_laplace(session)
     assert (laplace.n_data, laplace.n_outputs, laplace.model.output_size) == (6, 2, 2)
     assert float(laplace.log_likelihood) == -3.5

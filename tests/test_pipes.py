@@ -138,7 +138,7 @@ def test_the_input_is_not_written_over(run, tmp_path):
     link.symlink_to(rows)
     for target in (rows, link):
         status, _, errors = run(b"", "--output", target, source=str(rows))
-        assert status == 2 and "is the file that is read" in errors and rows.read_bytes() == GOOD + b"\n"
+        assert status == 2 and "is the input file" in errors and rows.read_bytes() == GOOD + b"\n"
 
 
 def test_a_run_that_fails_before_its_first_answer_leaves_the_old_output(run, tmp_path):

@@ -1,7 +1,6 @@
 """Calibrated probabilities for LoRA fine-tuned language models, by the Laplace approximation.
 
-The functions here are those of :mod:`lapora.api`; they are imported when first used, since
-torch comes with them.
+The functions are those of :mod:`lapora.api`. They are imported at first use, because they import torch.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -41,3 +40,7 @@ def __getattr__(name: str) -> Any:
     from lapora import api
 
     return getattr(api, name)
+
+
+def __dir__() -> list[str]:
+    return __all__

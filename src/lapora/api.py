@@ -1,8 +1,8 @@
 """The Python API: the commands as functions, and a predictor that stays loaded.
 
-Options are the fields of the settings in :mod:`lapora.config`, with the defaults that the command line has too. The
-same workflows run as under the commands, so the results are the same. An option that does not exist is a ``TypeError``,
-a choice that does not exist a :class:`lapora.errors.UsageError`.
+Options are the fields of the settings in :mod:`lapora.config`, with the defaults of the command line. The functions run
+the same workflows as the commands, so the results are the same. An unknown option is a ``TypeError``, an invalid value
+a :class:`lapora.errors.UsageError`.
 
     >>> import lapora
     >>> lapora.fit("adapter", data="task.yaml", data_dir="data").rows
@@ -63,17 +63,17 @@ from lapora.workflows.tune_prior import tune_prior as run_tune_prior
 
 @dataclass(frozen=True)
 class RowPrediction:
-    """What is answered to one row.
+    """Prediction for one row.
 
     Attributes:
         prediction: The most probable answer.
         confidence: Its probability.
-        entropy: Of the probabilities, in nats.
-        probabilities: Of every answer, averaged over the posterior.
-        map_probabilities: The plain adapter's.
-        logit_mean: The C logits at the MAP, or None unless asked for.
-        logit_covariance: Their C x C covariance, or None unless asked for.
-        truncated: Whether the row was cut to the greatest length.
+        entropy: Entropy of the probabilities, in nats.
+        probabilities: Probability of each answer, averaged over the posterior.
+        map_probabilities: Probability of each answer under the plain adapter.
+        logit_mean: The C logits of the plain adapter; None without ``logits=True``.
+        logit_covariance: Their C x C covariance; None without ``logits=True``.
+        truncated: Whether the row was truncated to the maximum length.
     """
 
     prediction: str
@@ -87,7 +87,7 @@ class RowPrediction:
 
     @classmethod
     def of(cls, record: Mapping[str, Any]) -> RowPrediction:
-        """From a record of ``lapora predict``."""
+        """Convert a record of ``lapora predict``."""
         logits = record.get("logits", {})
         return cls(
             prediction=record["prediction"],
@@ -102,11 +102,11 @@ class RowPrediction:
 
 
 class Predictor:
-    """A fitted adapter, loaded; made by :func:`load` and :func:`fit_model`.
+    """A loaded adapter with its posterior, returned by :func:`load` and :func:`fit_model`.
 
     Attributes:
         session: The adapter with its task and posterior, for :mod:`lapora.interop`.
-        fitted: What the fit made, where :func:`fit_model` made this predictor.
+        fitted: Result of the fit, if :func:`fit_model` returned this predictor.
     """
 
     def __init__(
@@ -134,12 +134,12 @@ class Predictor:
 
         Args:
             rows: Rows with the task's fields, or ready prompts.
-            logits: Give the logits' mean and covariance too: C backward passes in place of C-1.
-            options: Link, points of the sampling links, seed: :class:`lapora.options.LinkOptions`.
+            logits: Add the mean and covariance of the logits: C backward passes instead of C-1.
+            options: Link, samples and seed: :class:`lapora.options.LinkOptions`.
 
         Raises:
             DataError: A row lacks a field; the message names the row, counted from 0.
-            NumericalError: The model makes NaN or infinity of a row.
+            NumericalError: The model returns NaN or infinity for a row.
         """
         settings = PredictSettings(name=self.session.posterior.folder.name, logits=logits, **options)
         given = ({"text": row} if isinstance(row, str) else row for row in rows)
@@ -149,7 +149,7 @@ class Predictor:
 
 
 @takes(ModelOptions, ModelSettings)
-def load(adapter: str | Path, *, name: str = "default", **options: Unpack[ModelOptions]) -> Predictor:
+def load(adapter: str | Path, *, name: str = PredictSettings.name, **options: Unpack[ModelOptions]) -> Predictor:
     """Load a fitted adapter.
 
         >>> predictor = lapora.load("adapter", name="default", device="cpu")
@@ -157,13 +157,13 @@ def load(adapter: str | Path, *, name: str = "default", **options: Unpack[ModelO
         ('no', 'yes')
 
     Args:
-        adapter: The adapter's folder, or its id on the Hub.
-        name: The posterior.
-        options: Base model, type, device, batch size, where ``laplace/`` is: :class:`lapora.options.ModelOptions`.
+        adapter: Folder or Hub id of the adapter.
+        name: Name of the posterior.
+        options: How to load the model: :class:`lapora.options.ModelOptions`.
 
     Raises:
         AdapterError: No such adapter, or its base model cannot be loaded.
-        PosteriorError: No such posterior, or one of another adapter or base.
+        PosteriorError: No such posterior, or a posterior of another adapter or base.
     """
     return Predictor(open_fitted(_model(adapter, options), name))
 
@@ -179,14 +179,14 @@ def fit(
         (24, 384, 'second')
 
     Args:
-        adapter: The adapter's folder, or its id on the Hub.
-        data: A built-in task, or the path of a task's YAML.
-        progress: Told of rows done and rows in all.
-        options: The curvature, the rows that the adapter was trained on (the split ``train`` by default), the
-            model: :class:`lapora.options.FitOptions`.
+        adapter: Folder or Hub id of the adapter.
+        data: Built-in task, or path of a YAML file.
+        progress: Progress callback: rows done, rows in total.
+        options: Curvature, training rows (by default the split ``train``) and model:
+            :class:`lapora.options.FitOptions`.
 
     Raises:
-        LaporaError: As the command; each kind has its class in :mod:`lapora.errors`.
+        LaporaError: As the command; one class per exit status, in :mod:`lapora.errors`.
     """
     settings = FitSettings(**settings_of(FitSettings, options))
     return run_fit(_model(adapter, options, writes=True), _data(data, options), settings, progress)
@@ -204,10 +204,10 @@ def fit_model(
     progress: Progress | None = None,
     **options: Unpack[CurvatureOptions],
 ) -> Predictor:
-    """Fit a PEFT model that stands in memory, on its own device, and predict with it without a reload.
+    """Fit the posterior of a PEFT model in memory, on its own device, and return a predictor on it.
 
-    The model is left as it was found: training mode, ``requires_grad``, padding token, and no hook, after errors
-    too. The posterior is that of the weights as they are now: after further training, fit again.
+    The model is restored afterwards, after errors too: training mode, ``requires_grad``, padding token, hooks. After
+    further training, fit again: the posterior belongs to the present weights.
 
         >>> from peft import PeftModel
         >>> from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -219,15 +219,15 @@ def fit_model(
         (2, 2)
 
     Args:
-        model: A PEFT model, unwrapped; its base not quantised.
+        model: A PEFT model, unwrapped, whose base is not quantized.
         tokenizer: Its tokenizer.
-        rows: The rows it was trained on, with the task's fields: a list, a ``datasets.Dataset``, or what
-            ``lapora.tasks.load_rows`` gives.
-        task: A task: a built-in name, a YAML's path, or its content as a mapping.
-        output_dir: Where ``laplace/`` goes; by default into a temporary folder that goes with the predictor.
-        batch_size: Rows per batch; by default a token budget.
-        progress: Told of rows done and rows in all.
-        options: The curvature: :class:`lapora.options.CurvatureOptions`.
+        rows: Training rows with the task's fields: a list, a ``datasets.Dataset``, or the result of
+            ``lapora.tasks.load_rows``.
+        task: Built-in task, path of a YAML file, or its content as a mapping.
+        output_dir: Folder for ``laplace/``; by default a temporary folder that is deleted with the predictor.
+        batch_size: Rows per batch; by default adapted to the memory.
+        progress: Progress callback: rows done, rows in total.
+        options: Curvature: :class:`lapora.options.CurvatureOptions`.
 
     Raises:
         LaporaError: As :func:`fit`.
@@ -262,10 +262,10 @@ def tune_prior(
         ['A', 'B']
 
     Args:
-        adapter: The adapter's folder, or its id on the Hub.
+        adapter: Folder or Hub id of the adapter.
         data: Task of the validation rows, if not the recorded one.
-        progress: Told of rows done and rows in all.
-        options: The method, the validation rows (half of their split by default), the model:
+        progress: Progress callback: rows done, rows in total.
+        options: Method, validation rows (by default half of their split) and model:
             :class:`lapora.options.PriorOptions`.
 
     Raises:
@@ -290,13 +290,13 @@ def evaluate(
         (12, ['map', 'laplace'])
 
     Args:
-        adapter: The adapter's folder, or its id on the Hub.
+        adapter: Folder or Hub id of the adapter.
         data: Task, if not the recorded one.
-        progress: Told of rows done and rows in all.
-        options: What is scored, the rows, the model: :class:`lapora.options.EvalOptions`.
+        progress: Progress callback: rows done, rows in total.
+        options: Methods, rows and model: :class:`lapora.options.EvalOptions`.
 
     Returns:
-        What ``lapora eval --json`` prints, with ``warnings`` added.
+        The record that ``lapora eval --json`` prints, with ``warnings``.
 
     Raises:
         LaporaError: As the command.
@@ -315,7 +315,7 @@ def _data(task: str | Path | None, options: Mapping[str, Any]) -> DataSettings:
 
 
 class RoutedPredictor:
-    """Adapters of one base, opened when they are first asked for; made by :func:`load_many`."""
+    """Adapters on shared bases, each loaded at its first row; returned by :func:`load_many`."""
 
     def __init__(self, routes: AdapterPool, name: str) -> None:
         self._routes = routes
@@ -323,7 +323,7 @@ class RoutedPredictor:
 
     @property
     def adapters(self) -> list[str]:
-        """The names that rows may give; the first answers rows that give none."""
+        """Names of the adapters; the first is used for rows without a name."""
         return self._routes.names
 
     @takes(LinkOptions, PredictSettings)
@@ -338,14 +338,14 @@ class RoutedPredictor:
             [['no', 'yes'], ['no', 'yes']]
 
         Args:
-            rows: Rows with their task's fields and, in ``adapter``, a name.
-            logits: Give the logits' mean and covariance too.
-            options: Link, points of the sampling links, seed: :class:`lapora.options.LinkOptions`.
+            rows: Rows with the fields of their task and, in ``adapter``, the name of an adapter.
+            logits: Add the mean and covariance of the logits.
+            options: Link, samples and seed: :class:`lapora.options.LinkOptions`.
 
         Raises:
-            DataError: A row lacks a field, or names an adapter that is none; the message names the row, from 0.
-            AdapterError, PosteriorError: The adapter that a row names cannot be used.
-            NumericalError: The model makes NaN or infinity of a row.
+            DataError: A row lacks a field, or names an unknown adapter; the message names the row, counted from 0.
+            AdapterError, PosteriorError: The adapter of a row cannot be used.
+            NumericalError: The model returns NaN or infinity for a row.
         """
         settings = PredictSettings(name=self._name, logits=logits, **options)
         return [RowPrediction.of(record) for record in predict_routed(self._routes, settings, rows)]
@@ -356,9 +356,9 @@ def load_many(
     adapter: str | Path,
     adapters: Sequence[str | Path],
     *,
-    name: str = "default",
-    adapter_field: str = "adapter",
-    adapters_kept: int = 16,
+    name: str = PredictSettings.name,
+    adapter_field: str = PredictSettings.adapter_field,
+    adapters_kept: int = PredictSettings.adapters_kept,
     **options: Unpack[ModelOptions],
 ) -> RoutedPredictor:
     """Load fitted adapters on the base models that they share; ``lapora predict --adapter``.
@@ -367,17 +367,17 @@ def load_many(
         ['adapter', 'other']
 
     Args:
-        adapter: Answers rows that name none.
-        adapters: The others: folders, ``NAME=FOLDER``, ids on the Hub, or folders of adapters.
-        name: Of their posteriors.
-        adapter_field: The field in which rows name their adapter.
-        adapters_kept: How many stay in memory between calls.
-        options: Base model, type, device, batch size: :class:`lapora.options.ModelOptions`.
+        adapter: Adapter for rows without a name.
+        adapters: Further adapters: folders, ``NAME=FOLDER``, Hub ids, or folders of adapters.
+        name: Name of their posteriors.
+        adapter_field: Field of a row that names its adapter.
+        adapters_kept: Number of adapters kept in memory between calls.
+        options: How to load the model: :class:`lapora.options.ModelOptions`.
 
     Raises:
-        UsageError: Two adapters of one name, or a folder without any.
-        AdapterError: ADAPTER cannot be loaded.
-        PosteriorError: It has no posterior, or one of something else.
+        UsageError: Two adapters with the same name, or a folder without adapters.
+        AdapterError: ``adapter`` cannot be loaded.
+        PosteriorError: It has no posterior, or that of another adapter or base.
     """
     model = local_model(ModelSettings(str(adapter), **settings_of(ModelSettings, options)))
     settings = PredictSettings(

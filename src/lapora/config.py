@@ -1,11 +1,18 @@
-"""Settings of every command, with their defaults; the command line reads both from here."""
+"""Settings of every command. An option is declared here once: name, type, default, help, bounds and panel.
+
+The command line (:mod:`lapora.cli.arguments`), the Python API (:mod:`lapora.options`) and their reference pages are
+made from these classes. To add an option, add a field with an :class:`Option` and run ``make options docs-reference``.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import difflib
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
-from typing import Literal
+from types import NoneType
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 from lapora.distributed import SINGLE_PROCESS, Processes
 from lapora.errors import UsageError
@@ -28,29 +35,208 @@ Method = Literal["constant", "map", "temperature", "mc-dropout", "ensemble", "la
 OnError = Literal["stop", "report"]
 
 Progress = Callable[[int, int], None]
-"""Told of rows done and rows in all."""
+"""Progress callback: rows done, rows in total."""
 
 JOINT_STRUCTURES: tuple[Structure, ...] = ("lowrank", "full")
-"""Structures with one basis for all layers; the others have blocks, one for each layer."""
+"""Structures with one basis for all layers; the others have one block per layer."""
 
 JOINT = "joint"
 """Prefix of the tensors of a posterior whose basis spans all layers."""
 
 BASELESS_STRUCTURES: tuple[Structure, ...] = ("diag",)
-"""Structures of blocks in the weights' own coordinates."""
+"""Structures whose blocks are diagonal in the coordinates of the weights."""
+
+DEFAULT_RANK = 400
+"""Default rank of ``--structure lowrank``: real adapters need it to come within 0.01 of ``full`` in NLL."""
+
+WHOLE_WIDTH = 1024
+"""Largest Kronecker factor that is kept at full rank, unless a rank is given."""
+
+WIDE_RANK = 256
+"""Default rank of wider Kronecker factors: on adapters of width 384, rank 128 is within 0.001 of full rank in NLL."""
 
 DEFAULT_SAMPLES = 2048
-"""Quasi-Monte-Carlo points of the sampling links, for more than two answers."""
+"""Default number of quasi-Monte-Carlo points of the sampling links; used for more than two answers."""
+
+TOKEN_BUDGET = 2048
+"""Tokens per batch, padding included, that ``--batch-size auto`` starts with."""
+
+MOST_TOKENS = 2**17
+"""Maximum tokens per batch of ``--batch-size auto``: larger batches are no faster on any device."""
+
+LONGEST_LINE = 16 * 2**20
+"""Maximum length of an input line of ``predict``, in bytes; longer lines are rejected without being stored."""
+
+
+FITTED, PRIOR, PREDICTIONS, SCORES = "What is fitted", "Prior", "Predictions", "What is scored"
+CHECKPOINTS, DATA, MODEL, OUTPUT, ADVANCED = "Checkpoints", "Data", "Model", "Output", "Advanced"
+PANELS = (FITTED, PRIOR, PREDICTIONS, SCORES, CHECKPOINTS, DATA, MODEL, OUTPUT, ADVANCED)
+"""Panels of ``--help``, in the order in which they are shown."""
+
+ONE_PANEL = 10
+"""Commands with no more options than this show them in one panel."""
+
+
+@dataclass(frozen=True)
+class Option:
+    """Declaration of an option, beside its type: ``rank: Annotated[int | None, Option("Rank.", min=1)] = None``.
+
+    Attributes:
+        help: Noun phrase or imperative that names every choice.
+        panel: Panel of ``--help``, one of :data:`PANELS`.
+        flag: Flag, if not the field's name; without dashes, a positional argument.
+        also: Further flags.
+        metavar: Placeholder of the value, such as ``N`` or ``SECONDS``.
+        min: Smallest value.
+        max: Largest value.
+        above: Value that must be exceeded.
+        none: Word on the command line for None.
+        shown: What to show as the default, where the value itself says too little.
+        commas: Whether one flag may give several values, separated by commas.
+        synonyms: Other names of choices, for "did you mean".
+        command_line: Whether the command line has the option.
+        keyword: Whether the Python API has the option among its keyword options.
+    """
+
+    help: str
+    panel: str = ADVANCED
+    flag: str | None = None
+    also: tuple[str, ...] = ()
+    metavar: str | None = None
+    min: float | None = None
+    max: float | None = None
+    above: float | None = None
+    none: str | None = None
+    shown: str | None = None
+    commas: bool = False
+    synonyms: Mapping[str, str] = field(default_factory=dict)
+    command_line: bool = True
+    keyword: bool = True
+
+
+@dataclass(frozen=True)
+class DeclaredOption:
+    """An option with its name, type and default.
+
+    Attributes:
+        name: Name of the field.
+        hint: Its type.
+        option: Its declaration.
+        default: Its default, or ``dataclasses.MISSING``.
+    """
+
+    name: str
+    hint: Any
+    option: Option
+    default: Any = MISSING
+
+    @property
+    def flag(self) -> str:
+        """The flag, or the placeholder of a positional argument."""
+        return self.option.flag or "--" + self.name.replace("_", "-")
+
+    @property
+    def several(self) -> bool:
+        """Whether the option takes several values."""
+        return get_origin(self.hint) in (tuple, list)
+
+    @property
+    def kind(self) -> Any:
+        """The type of one value, without None."""
+        kinds = [each for each in get_args(self.hint) if each not in (NoneType, Ellipsis)]
+        return kinds[0] if kinds and get_origin(self.hint) is not Literal else self.hint
+
+    @property
+    def default_text(self) -> str:
+        """The default as help and documentation show it; empty where there is none to show."""
+        if self.option.shown:
+            return self.option.shown
+        if self.default is None:
+            return self.option.none or ""
+        if self.default is MISSING or self.default is False or self.default in ((), ""):
+            return ""
+        if isinstance(self.default, tuple):
+            return ", ".join(map(str, self.default))
+        return f"{self.default:g}" if isinstance(self.default, float) else str(self.default)
+
+    @property
+    def choices(self) -> tuple[str, ...]:
+        """The values of one that has a fixed set; None is left out."""
+        return _choices(self.kind)
+
+    def problem(self, value: Any) -> str | None:
+        """Return what is wrong with one value, or None."""
+        option = self.option
+        if value is None:
+            return None
+        if self.choices and value not in self.choices:
+            return f"one of {', '.join(self.choices)}{self._suggestion(str(value))}"
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            low, above, high = option.min, option.above, option.max
+            outside = [low is not None and not value >= low, above is not None and not value > above]
+            if any(outside) or (high is not None and not value <= high):
+                return self.bounds
+        return None
+
+    @property
+    def bounds(self) -> str:
+        """The bounds of a number; empty without any."""
+        option = self.option
+        parts = [
+            f"at least {option.min:g}" if option.min is not None else "",
+            f"above {option.above:g}" if option.above is not None else "",
+            f"at most {option.max:g}" if option.max is not None else "",
+        ]
+        return ", ".join(filter(None, parts))
+
+    def _suggestion(self, value: str) -> str:
+        names = {**{choice: choice for choice in self.choices}, **self.option.synonyms}
+        near = difflib.get_close_matches(value.lower(), names, 1)
+        return f" (did you mean {names[near[0]]}?)" if near else ""
+
+
+def _choices(hint: Any) -> tuple[str, ...]:
+    if get_origin(hint) is Literal:
+        return get_args(hint)
+    parts = [_choices(part) for part in get_args(hint)]
+    return tuple(choice for part in parts for choice in part) if parts and all(parts) else ()
+
+
+def declared(name: str, hint: Any, default: Any = MISSING) -> DeclaredOption | None:
+    """Read ``Annotated[type, Option(...)]``; None without an :class:`Option`."""
+    for extra in getattr(hint, "__metadata__", ()):
+        if isinstance(extra, Option):
+            return DeclaredOption(name, get_args(hint)[0], extra, default)
+    return None
+
+
+@functools.cache
+def options_of(settings: type) -> dict[str, DeclaredOption]:
+    """Return the options of a settings class, by field."""
+    hints = get_type_hints(settings, include_extras=True)
+    found = (declared(each.name, hints[each.name], each.default) for each in fields(settings))
+    return {each.name: each for each in found if each is not None}
+
+
+_LINKS = "mc-joint (sampled logits), mc-indep (no covariance), probit, bridge (Laplace bridge) or map (plain adapter)."
+_LINK_SYNONYMS = {"mc": "mc-joint", "joint": "mc-joint", "sampling": "mc-joint", "indep": "mc-indep"}
+_PRIOR_SYNONYMS = {
+    "evidence": "marglik",
+    "marginal-likelihood": "marglik",
+    "ml": "marglik",
+    "val": "validation",
+    "grid": "validation",
+}
 
 
 @dataclass(frozen=True)
 class Placement:
-    """How a model larger than a device is spread, by Accelerate.
+    """How Accelerate spreads a model that is larger than a device.
 
     Attributes:
         device_map: ``auto``, ``balanced``, ``balanced_low_0`` or ``sequential``.
-        max_memory: Bounds for devices and host: ``0=20GiB,cpu=60GiB``.
-        offload_dir: Folder for what does not fit in memory, where the base's own files cannot serve.
+        max_memory: Memory limits of devices and host: ``0=20GiB,cpu=60GiB``.
+        offload_dir: Folder for weights that do not fit in memory and cannot be read from the base model's files.
     """
 
     device_map: DeviceMap
@@ -60,45 +246,82 @@ class Placement:
 
 @dataclass(frozen=True)
 class ModelSettings:
-    """Which adapter, on which base, run how. None means: as ``fit`` recorded it.
+    """How to load the adapter and its base. None means the value recorded by ``fit``.
 
-    Attributes:
-        adapter: Its folder, or its id on the Hub.
-        base_model: Folder or Hub id, if not the one that the adapter records.
-        quantize: Load the base in 8 or 4 bits.
-        dtype: Of the base's weights.
-        device: ``auto``, ``cpu``, ``cuda`` ...
-        batch_size: Rows per batch; None is a token budget.
-        output_dir: Where ``laplace/`` is, if not in the adapter's folder.
-        trust_remote_code: Run the code that a base model or tokenizer brings along.
-        revision: Branch, tag or commit of an adapter on the Hub.
-        fetched: Where an adapter of the Hub was fetched to; set by :func:`lapora.models.adapter.local_model`.
-        processes: Those that share the rows, from :func:`lapora.distributed.init_processes`.
-        gradient_checkpointing: Keep of a transformer block its input alone, and run it again in the backward pass.
-        device_map: Spread the layers of a model larger than a device over devices, host and disk.
-        max_memory: With ``device_map``: ``0=20GiB,cpu=60GiB``.
-        offload_dir: With ``device_map``: folder for what does not fit in memory.
+    ``fetched`` is no option: the folder to which an adapter on the Hub was downloaded, set by
+    :func:`lapora.models.adapter.local_model`.
     """
 
-    adapter: str
-    base_model: str | None = None
-    quantize: Quantization | None = None
-    dtype: Dtype | None = None
-    device: str = "auto"
-    batch_size: int | None = None
-    output_dir: Path | None = None
-    trust_remote_code: bool = False
-    revision: str | None = None
+    adapter: Annotated[str, Option("Folder or Hub id of a PEFT LoRA adapter.", flag="ADAPTER", keyword=False)]
+    base_model: Annotated[
+        str | None,
+        Option("Base model, if not the one the adapter records.", MODEL, metavar="MODEL"),
+    ] = None
+    quantize: Annotated[
+        Quantization | None,
+        Option(
+            "Quantization of the base model: none, 8bit, 4bit.",
+            MODEL,
+            metavar="BITS",
+            synonyms={"8": "8bit", "int8": "8bit", "4": "4bit", "int4": "4bit", "nf4": "4bit", "no": "none"},
+        ),
+    ] = None
+    dtype: Annotated[
+        Dtype | None,
+        Option(
+            "Weight type: float32, bfloat16, float16, float64 or auto (float32 on a CPU, else as saved).",
+            MODEL,
+            metavar="DTYPE",
+            synonyms={
+                "fp16": "float16",
+                "half": "float16",
+                "bf16": "bfloat16",
+                "fp32": "float32",
+                "float": "float32",
+                "double": "float64",
+            },
+        ),
+    ] = None
+    device: Annotated[str, Option("auto (GPU if any), cpu, cuda:1 ...", MODEL, metavar="DEVICE")] = "auto"
+    batch_size: Annotated[
+        int | None,
+        Option("Rows per batch; auto: by memory.", MODEL, metavar="N", none="auto", min=1),
+    ] = None
+    output_dir: Annotated[Path | None, Option("Folder that holds laplace/, if not ADAPTER.", OUTPUT, metavar="DIR")] = (
+        None
+    )
+    trust_remote_code: Annotated[bool, Option("Run code that comes with the base model or tokenizer.")] = False
+    revision: Annotated[str | None, Option("Branch, tag or commit of an adapter on the Hub.", MODEL, metavar="REV")] = (
+        None
+    )
     fetched: Path | None = None
-    processes: Processes = SINGLE_PROCESS
-    gradient_checkpointing: bool = False
-    device_map: DeviceMap | None = None
-    max_memory: str | None = None
-    offload_dir: Path | None = None
+    processes: Annotated[
+        Processes,
+        Option(
+            "Processes that share the rows, from :func:`lapora.distributed.init_processes`.",
+            command_line=False,
+            shown="this process",
+        ),
+    ] = SINGLE_PROCESS
+    gradient_checkpointing: Annotated[bool, Option("Recompute activations: less memory, more time.")] = False
+    device_map: Annotated[
+        DeviceMap | None,
+        Option(
+            "Spread layers over devices: auto or balanced (evenly), balanced_low_0 (least on GPU 0), sequential.",
+            metavar="MAP",
+        ),
+    ] = None
+    max_memory: Annotated[
+        str | None,
+        Option("With --device-map: limits, as 0=20GiB,cpu=60GiB.", metavar="LIMITS"),
+    ] = None
+    offload_dir: Annotated[Path | None, Option("With --device-map: folder for offloaded weights.", metavar="DIR")] = (
+        None
+    )
 
     @property
     def folder(self) -> Path:
-        """The folder that holds the adapter's files; of a Hub id, where they were fetched to."""
+        """The folder that holds the adapter's files; of a Hub id, the folder of the download."""
         return self.fetched or Path(self.adapter)
 
     @property
@@ -106,7 +329,7 @@ class ModelSettings:
         """How the layers are spread, or None for one device.
 
         Raises:
-            UsageError: Options of a spread without one, or beside a device.
+            UsageError: ``max_memory`` or ``offload_dir`` without ``device_map``, or ``device_map`` with a device.
         """
         if self.device_map is None:
             if self.max_memory is not None or self.offload_dir is not None:
@@ -124,168 +347,273 @@ class ModelSettings:
 
 @dataclass(frozen=True)
 class DataSettings:
-    """Which rows. None means: as ``fit`` recorded it.
+    """Which rows to read. None means the value recorded by ``fit``."""
 
-    Attributes:
-        task: A built-in task, or the path of a YAML file.
-        data_dir: Folder with ``SPLIT.jsonl`` (.json, .csv, .parquet); None reads the Hub.
-        split: Its name.
-        limit: Only the first so many rows; for ``tune-prior``, how many of the split.
-    """
-
-    task: str | None = None
-    data_dir: Path | None = None
-    split: str | None = None
-    limit: int | None = None
+    task: Annotated[
+        str | None,
+        Option("Built-in task (see lapora tasks), or a YAML file.", DATA, flag="--data", metavar="TASK", keyword=False),
+    ] = None
+    data_dir: Annotated[
+        Path | None,
+        Option("Folder with SPLIT.jsonl, .json, .csv or .parquet.", DATA, metavar="DIR"),
+    ] = None
+    split: Annotated[str | None, Option("Split to read.", DATA, metavar="SPLIT")] = None
+    limit: Annotated[int | None, Option("Maximum number of rows.", DATA, metavar="N", min=1)] = None
 
 
 @dataclass(frozen=True)
 class FitSettings:
-    """What the posterior is made of.
+    """Curvature, weights and name of a posterior, and how a fit runs."""
 
-    Attributes:
-        structure: Shape of the curvature.
-        weight_sharing: KFAC for shared weights; asdl is the paper's stack.
-        engine: Who computes it; two are laplace-torch's.
-        subset: Which weights are Bayesian.
-        fisher: Which Fisher.
-        rank: Rank kept, of kron's wide sides or of lowrank; None keeps kron's sides whole up to
-            :data:`WHOLE_WIDTH`, else :data:`WIDE_RANK`, and is :data:`DEFAULT_RANK` for lowrank.
-        name: Of the posterior.
-        max_length: Tokens per row; None is the task's.
-        chat_template: Wrap prompts in the tokenizer's chat template.
-        seed: Of whatever is random.
-        overwrite: Replace a posterior of that name.
-        resume: Go on from what a fit that was ended has saved.
-        save_every: Seconds between saves for ``resume``; 0 is every batch.
-        offload_factors: Keep Kronecker sums in the host's memory.
-        prior_method: Average over the prior precisions that the training rows tolerate, or choose one by marginal
-            likelihood.
-    """
-
-    structure: Structure = "kron"
-    weight_sharing: WeightSharing = "expand"
-    engine: Engine = "native"
-    subset: Subset = "lora"
-    fisher: FisherType = "exact"
-    rank: int | None = None
-    name: str = "default"
-    max_length: int | None = None
-    chat_template: bool = False
-    seed: int = 0
-    overwrite: bool = False
-    resume: bool = False
-    save_every: float = 60.0
-    offload_factors: bool = False
-    prior_method: FitPrior = "averaged"
+    structure: Annotated[
+        Structure,
+        Option(
+            "Curvature: kron (KFAC), ekfac (better eigenvalues), diag, lowrank (over all layers) or full.",
+            FITTED,
+            metavar="NAME",
+            synonyms={
+                "kfac": "kron",
+                "k-fac": "kron",
+                "kronecker": "kron",
+                "diagonal": "diag",
+                "low-rank": "lowrank",
+                "low_rank": "lowrank",
+                "dense": "full",
+            },
+        ),
+    ] = "kron"
+    weight_sharing: Annotated[
+        WeightSharing,
+        Option(
+            "KFAC over tokens: expand (one by one), reduce (summed) or asdl (as in the paper).",
+            FITTED,
+            metavar="NAME",
+        ),
+    ] = "expand"
+    engine: Annotated[
+        Engine,
+        Option(
+            "Curvature backend: native, or laplace-torch with asdl or curvlinops.",
+            FITTED,
+            metavar="NAME",
+            synonyms={"lapora": "native", "laplace": "curvlinops"},
+        ),
+    ] = "native"
+    subset: Annotated[
+        Subset,
+        Option(
+            "Bayesian weights: lora, last-layer or all (both).",
+            FITTED,
+            metavar="NAME",
+            synonyms={"head": "last-layer", "llla": "last-layer", "adapter": "lora"},
+        ),
+    ] = "lora"
+    fisher: Annotated[
+        FisherType,
+        Option(
+            "Fisher estimator: exact (C-1 backward passes), mc (sampled labels) or empirical.",
+            FITTED,
+            metavar="NAME",
+            synonyms={"sampled": "mc", "monte-carlo": "mc", "ggn": "exact", "true": "exact", "ef": "empirical"},
+        ),
+    ] = "exact"
+    rank: Annotated[
+        int | None,
+        Option(
+            f"Rank of lowrank (by default {DEFAULT_RANK}), or of Kronecker factors over {WHOLE_WIDTH:,} wide "
+            f"(by default {WIDE_RANK}).",
+            FITTED,
+            metavar="N",
+            min=1,
+        ),
+    ] = None
+    name: Annotated[str, Option("Name of the posterior.", OUTPUT, metavar="NAME")] = "default"
+    max_length: Annotated[
+        int | None, Option("Maximum tokens per row.", DATA, metavar="N", min=1, shown="the task's")
+    ] = None
+    chat_template: Annotated[bool, Option("Wrap prompts in the tokenizer's chat template.", DATA)] = False
+    seed: Annotated[int, Option("Random seed.", metavar="N")] = 0
+    overwrite: Annotated[bool, Option("Replace an existing posterior of this name.", OUTPUT)] = False
+    resume: Annotated[bool, Option("Resume an interrupted fit from its last checkpoint.", OUTPUT)] = False
+    save_every: Annotated[
+        float,
+        Option("Checkpoint interval; 0: every batch.", OUTPUT, metavar="SECONDS", min=0),
+    ] = 60.0
+    offload_factors: Annotated[bool, Option("Keep curvature factors in host memory, not on the GPU.")] = False
+    prior_method: Annotated[
+        FitPrior,
+        Option(
+            "Prior after a fit: averaged (over the precisions that the training rows tolerate) or marglik (one "
+            "precision, by marginal likelihood).",
+            command_line=False,
+        ),
+    ] = "averaged"
 
 
 @dataclass(frozen=True)
 class PriorSettings:
-    """How the prior precision is chosen.
+    """How to choose the prior precision."""
 
-    Attributes:
-        name: Of the posterior.
-        method: How; auto is validation where the task has rows for it, else the marginal likelihood.
-        structure: One precision, or one per kind (A, B, head) or layer.
-        optimizer: Of the marginal likelihood; adam is the paper's.
-        learning_rate: Of adam, on log δ.
-        steps: Of adam.
-        link: Link to tune for, by validation.
-        seed: Of the half of the validation rows that is taken.
-    """
-
-    name: str = "default"
-    method: PriorMethod = "auto"
-    structure: PriorChoice = "scalar"
-    optimizer: Optimizer = "exact"
-    learning_rate: float = 0.1
-    steps: int = 1000
-    link: Link = "mc-joint"
-    seed: int = 0
+    name: Annotated[str, Option("Name of the posterior.", OUTPUT, metavar="NAME")] = "default"
+    method: Annotated[
+        PriorMethod,
+        Option(
+            "auto (average over precisions), validation (best NLL on held-out rows), marglik (marginal likelihood) or "
+            "adapted (marglik, linearized).",
+            PRIOR,
+            metavar="NAME",
+            synonyms=_PRIOR_SYNONYMS,
+        ),
+    ] = "auto"
+    structure: Annotated[
+        PriorChoice,
+        Option(
+            "scalar, kind (A, B, head), layer or point (scalar, not averaged).",
+            PRIOR,
+            flag="--prior",
+            metavar="NAME",
+            synonyms={"one": "scalar", "single": "scalar", "layerwise": "layer", "per-layer": "layer"},
+        ),
+    ] = "scalar"
+    optimizer: Annotated[
+        Optimizer,
+        Option("For marglik: exact (root finding) or adam (as in the paper).", PRIOR, metavar="NAME"),
+    ] = "exact"
+    learning_rate: Annotated[float, Option("Learning rate of adam.", PRIOR, flag="--lr", metavar="RATE", min=0)] = 0.1
+    steps: Annotated[int, Option("Steps of adam.", PRIOR, metavar="N", min=1)] = 1000
+    link: Annotated[
+        Link,
+        Option(f"For validation: {_LINKS}", PRIOR, metavar="NAME", synonyms=_LINK_SYNONYMS),
+    ] = "mc-joint"
+    seed: Annotated[int, Option("Random seed.", metavar="N")] = 0
 
 
 @dataclass(frozen=True)
 class EvalSettings:
-    """What is scored beside what.
+    """Which methods to score, and how."""
 
-    Attributes:
-        methods: Which; ``all`` is every one that there is, and every saved posterior and link unless named.
-        names: Saved posteriors; empty means ``default``, or under ``all`` every one.
-        links: Links of each; empty means mc-joint, or under ``all`` every one.
-        samples: Points of the sampling links.
-        seed: Of whatever is random.
-        dropout_samples: Passes of MC dropout.
-        ensemble: Other adapters, or folders of checkpoints, to average with ADAPTER.
-        temperature_split: Split that the temperature is fitted on; None means the rows that tuned the prior.
-        temperature_oracle: Add the temperature fitted on the scored rows themselves.
-        ood: Tasks of other data.
-        ood_data_dirs: Their folders: one for all, or one for each.
-        coverage: Share of rows to keep, for which a threshold is wanted.
-    """
+    methods: Annotated[
+        tuple[Method | Literal["all"], ...],
+        Option(
+            "constant (label frequencies), map (plain adapter), temperature, mc-dropout, ensemble, laplace or all. "
+            "Repeatable.",
+            SCORES,
+            also=("--method",),
+            metavar="NAME",
+            commas=True,
+            synonyms={"dropout": "mc-dropout", "ts": "temperature", "la": "laplace", "ensembles": "ensemble"},
+        ),
+    ] = ("constant", "map", "laplace")
+    names: Annotated[
+        tuple[str, ...], Option("Posterior to score. Repeatable.", SCORES, "--name", metavar="NAME", shown="default")
+    ] = ()
+    links: Annotated[
+        tuple[Link, ...],
+        Option(
+            f"{_LINKS} Repeatable.",
+            SCORES,
+            flag="--link",
+            metavar="NAME",
+            shown="mc-joint",
+            synonyms=_LINK_SYNONYMS,
+        ),
+    ] = ()
+    samples: Annotated[int, Option("Points of the mc links.", metavar="N", min=2)] = DEFAULT_SAMPLES
+    seed: Annotated[int, Option("Random seed.", metavar="N")] = 0
+    dropout_samples: Annotated[int, Option("Forward passes of mc-dropout.", SCORES, metavar="N", min=2)] = 20
+    ensemble: Annotated[
+        tuple[Path, ...],
+        Option("Adapter, or folder of checkpoints. Repeatable.", SCORES, metavar="PATH"),
+    ] = ()
+    temperature_split: Annotated[
+        str | None,
+        Option("Split for temperature.", SCORES, metavar="SPLIT", shown="rows of tune-prior"),
+    ] = None
+    temperature_oracle: Annotated[bool, Option("Add the temperature fitted on the scored rows.", SCORES)] = False
+    ood: Annotated[tuple[str, ...], Option("Out-of-distribution task. Repeatable.", DATA, metavar="TASK")] = ()
+    ood_data_dirs: Annotated[
+        tuple[Path, ...],
+        Option("Folder of the --ood rows. Repeatable.", DATA, flag="--ood-data-dir", metavar="DIR"),
+    ] = ()
+    coverage: Annotated[
+        float | None,
+        Option("Print the --abstain-below that keeps this share.", SCORES, metavar="SHARE", above=0, max=1),
+    ] = None
 
-    methods: tuple[Method | Literal["all"], ...] = ("constant", "map", "laplace")
-    names: tuple[str, ...] = ()
-    links: tuple[Link, ...] = ()
-    samples: int = DEFAULT_SAMPLES
-    seed: int = 0
-    dropout_samples: int = 20
-    ensemble: tuple[Path, ...] = ()
-    temperature_split: str | None = None
-    temperature_oracle: bool = False
-    ood: tuple[str, ...] = ()
-    ood_data_dirs: tuple[Path, ...] = ()
-    coverage: float | None = None
+
+@dataclass(frozen=True)
+class CheckpointSettings:
+    """How ``lapora eval --checkpoints`` fits the checkpoints of a training run."""
+
+    fit_split: Annotated[str, Option("Split the checkpoints were trained on.", CHECKPOINTS, metavar="SPLIT")] = "train"
+    fit_limit: Annotated[int | None, Option("Maximum number of rows to fit on.", CHECKPOINTS, metavar="N", min=1)] = (
+        None
+    )
+    max_length: Annotated[
+        int | None, Option("Maximum tokens per row.", CHECKPOINTS, metavar="N", min=1, shown="the task's")
+    ] = None
+    chat_template: Annotated[bool, Option("Wrap prompts in the tokenizer's chat template.", CHECKPOINTS)] = False
+    prior_method: Annotated[
+        PriorMethod,
+        Option(
+            "Choice of the prior: auto, marglik, validation (see tune-prior); adapted is refused.",
+            CHECKPOINTS,
+            metavar="NAME",
+            synonyms=_PRIOR_SYNONYMS,
+        ),
+    ] = "auto"
 
 
 @dataclass(frozen=True)
 class PredictSettings:
-    """How logit moments become probabilities, what is written, and which adapters answer.
+    """How logits become probabilities, what is written, and which adapters predict."""
 
-    Attributes:
-        name: Of the posterior.
-        link: How moments become probabilities.
-        samples: Points of the sampling links.
-        seed: Their scrambling.
-        logits: Write the logits' mean and covariance.
-        on_error: What a bad line does.
-        abstain_below: Mark rows of less confidence.
-        adapters: Further adapters, ``[NAME=]LOCATION`` each, for rows that name them.
-        adapter_field: The field in which rows do so.
-        adapters_kept: How many adapters stay open between windows.
-    """
+    name: Annotated[str, Option("Name of the posterior.", PREDICTIONS, metavar="NAME")] = "default"
+    link: Annotated[
+        Link, Option(f"Probabilities from logits: {_LINKS}", PREDICTIONS, metavar="NAME", synonyms=_LINK_SYNONYMS)
+    ] = "mc-joint"
+    samples: Annotated[int, Option("Points of the mc links.", metavar="N", min=2)] = DEFAULT_SAMPLES
+    seed: Annotated[int, Option("Random seed.", metavar="N")] = 0
+    logits: Annotated[bool, Option("Add the mean and covariance of the logits.", OUTPUT, keyword=False)] = False
+    on_error: Annotated[
+        OnError,
+        Option(
+            "Invalid row: stop, or report it and continue.",
+            OUTPUT,
+            metavar="ACTION",
+            synonyms={"skip": "report", "continue": "report", "fail": "stop", "raise": "stop"},
+        ),
+    ] = "stop"
+    abstain_below: Annotated[
+        float | None, Option("Mark rows of lower confidence.", OUTPUT, metavar="P", min=0, max=1)
+    ] = None
+    adapters: Annotated[
+        tuple[str, ...],
+        Option(
+            "Another adapter, or a folder of them. Repeatable.",
+            MODEL,
+            flag="--adapter",
+            metavar="[NAME=]DIR",
+        ),
+    ] = ()
+    adapter_field: Annotated[str, Option("Field of a row that names its adapter.", MODEL, metavar="FIELD")] = "adapter"
+    adapters_kept: Annotated[int, Option("Number of adapters kept in memory.", MODEL, metavar="N", min=1)] = 16
 
-    name: str = "default"
-    link: Link = "mc-joint"
-    samples: int = DEFAULT_SAMPLES
-    seed: int = 0
-    logits: bool = False
-    on_error: OnError = "stop"
-    abstain_below: float | None = None
-    adapters: tuple[str, ...] = ()
-    adapter_field: str = "adapter"
-    adapters_kept: int = 16
 
+@dataclass(frozen=True)
+class PushSettings:
+    """What ``lapora push`` uploads, and where to."""
 
-DEFAULT_RANK = 400
-"""Rank of ``--structure lowrank``: what real adapters needed to come within 0.01 in NLL of ``full``."""
-
-WHOLE_WIDTH = 1024
-"""Sides of a Kronecker block up to this width are kept whole, unless a rank is asked for."""
-
-WIDE_RANK = 256
-"""Rank kept of wider sides: on real adapters of width 384, rank 128 came within 0.001 in NLL of the whole."""
-
-TOKEN_BUDGET = 2048
-"""Tokens per batch, padding included, that ``--batch-size auto`` begins with."""
-
-MOST_TOKENS = 2**17
-"""Tokens per batch beyond which ``--batch-size auto`` does not grow: larger ones are no faster on any device."""
-
-LONGEST_LINE = 16 * 2**20
-"""Bytes of an input line of ``predict``; a longer one is no row, and not held in memory."""
+    repository: Annotated[str, Option("OWNER/NAME on the Hub; created if missing.", flag="REPO")]
+    name: Annotated[str, Option("Name of the posterior.", OUTPUT, metavar="NAME")] = "default"
+    private: Annotated[bool, Option("Make a repository that is created private.", OUTPUT)] = False
+    revision: Annotated[str | None, Option("Branch of REPO to commit to.", OUTPUT, metavar="BRANCH")] = None
+    scores: Annotated[
+        Path | None,
+        Option("File of eval --output, for the model card.", OUTPUT, metavar="FILE"),
+    ] = None
 
 
 def method_label(method: str, name: str | None = None, link: str | None = None) -> str:
-    """How tables, pictures and gates name a method: ``laplace default (mc-joint)``."""
+    """Return the name of a method in tables, pictures and gates: ``laplace default (mc-joint)``."""
     return " ".join(part for part in (method, name, f"({link})" if link else None) if part)

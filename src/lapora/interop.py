@@ -16,6 +16,7 @@ head, a head's bias as one more input) has no place in these classes, and is ref
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -23,7 +24,7 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor
 
-from lapora.errors import UsageError
+from lapora.errors import LaporaWarning, UsageError
 from lapora.laplace_torch import kron_laplace as room
 from lapora.laplace_torch.kron_laplace import KroneckerBlock
 from lapora.models.lora_layers import BayesianLayer
@@ -168,10 +169,16 @@ def _read(posterior: SavedPosterior) -> tuple[list[EigenBlock], list[float]]:
     structure = posterior.manifest.structure
     if structure != "kron":
         raise UsageError(f"{posterior.folder}: structure {structure} has no form in laplace-torch; only kron has")
+    prior = posterior.prior
+    if prior.averaged is not None and len(prior.averaged.pruned().precisions) > 1:
+        warnings.warn(
+            f"{posterior.folder}: predictions average over prior precisions, and laplace-torch has one: the weighted "
+            f"geometric mean {prior.averaged.mean_precision:.3g} is taken (`lapora tune-prior --prior point` sets one)",
+            LaporaWarning,
+            stacklevel=3,
+        )
     gaussian = cast(BlockPosterior, posterior.gaussian())
-    return gaussian.blocks, [
-        float(delta) for delta in posterior.prior.precisions.per_layer(posterior.manifest.parameters)
-    ]
+    return gaussian.blocks, [float(delta) for delta in prior.precisions.per_layer(posterior.manifest.parameters)]
 
 
 def _kronecker_blocks(blocks: Sequence[EigenBlock], device: torch.device, dtype: torch.dtype) -> list[KroneckerBlock]:

@@ -1,7 +1,8 @@
-"""Keyword arguments of the Python API: the fields of the settings in :mod:`lapora.config`, each of them optional.
+"""Keyword options of the Python API, made from the settings in :mod:`lapora.config`.
 
-A type checker reads them from the classes here; ``help`` and completion get them, with the settings' defaults, from
-:func:`takes`, which also refuses a name or a choice that does not exist. A test holds the classes against the settings.
+The classes below the line are for type checkers, editors and the documentation. ``make options`` writes them from the
+settings, and a test fails where they differ. :func:`takes` gives a function the same names, with their defaults, for
+``help`` and completion, and refuses wrong names and values.
 """
 
 from __future__ import annotations
@@ -9,135 +10,36 @@ from __future__ import annotations
 import difflib
 import functools
 import inspect
+import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal, TypedDict, TypeVar, cast, get_args, get_origin, get_type_hints
 
-from lapora.config import (
-    DeviceMap,
-    Dtype,
-    Engine,
-    FisherType,
-    Link,
-    Method,
-    Optimizer,
-    PriorMethod,
-    PriorStructure,
-    Quantization,
-    Structure,
-    Subset,
-    WeightSharing,
-)
+from lapora import config
+from lapora.config import DeclaredOption, options_of
 from lapora.distributed import Processes
 from lapora.errors import UsageError
-
-
-class ModelOptions(TypedDict, total=False):
-    """How the adapter is loaded and run, and where ``laplace/`` is: :class:`lapora.config.ModelSettings`."""
-
-    base_model: str | None
-    quantize: Quantization | None
-    dtype: Dtype | None
-    device: str
-    batch_size: int | None
-    output_dir: str | Path | None
-    trust_remote_code: bool
-    revision: str | None
-    processes: Processes
-    gradient_checkpointing: bool
-    device_map: DeviceMap | None
-    max_memory: str | None
-    offload_dir: str | Path | None
-
-
-class DataOptions(TypedDict, total=False):
-    """Which rows of the task: :class:`lapora.config.DataSettings`."""
-
-    data_dir: str | Path | None
-    split: str | None
-    limit: int | None
-
-
-class CurvatureOptions(TypedDict, total=False):
-    """What the posterior is made of: :class:`lapora.config.FitSettings`."""
-
-    structure: Structure
-    weight_sharing: WeightSharing
-    engine: Engine
-    subset: Subset
-    fisher: FisherType
-    rank: int | None
-    name: str
-    max_length: int | None
-    chat_template: bool
-    seed: int
-    overwrite: bool
-    resume: bool
-    save_every: float
-    offload_factors: bool
-
-
-class FitOptions(CurvatureOptions, DataOptions, ModelOptions, total=False):
-    """All that ``fit`` may be told."""
-
-
-class PriorOptions(DataOptions, ModelOptions, total=False):
-    """All that ``tune_prior`` may be told: fields of :class:`lapora.config.PriorSettings`, the rows, the model."""
-
-    name: str
-    method: PriorMethod
-    structure: PriorStructure
-    optimizer: Optimizer
-    learning_rate: float
-    steps: int
-    link: Link
-    seed: int
-
-
-class EvalOptions(DataOptions, ModelOptions, total=False):
-    """All that ``evaluate`` may be told: fields of :class:`lapora.config.EvalSettings`, the rows, the model."""
-
-    methods: Sequence[Method | Literal["all"]]
-    names: Sequence[str]
-    links: Sequence[Link]
-    samples: int
-    seed: int
-    dropout_samples: int
-    ensemble: Sequence[str | Path]
-    temperature_split: str | None
-    temperature_oracle: bool
-    ood: Sequence[str]
-    ood_data_dirs: Sequence[str | Path]
-    coverage: float | None
-
-
-class LinkOptions(TypedDict, total=False):
-    """How logit moments become probabilities: these fields of :class:`lapora.config.PredictSettings`."""
-
-    link: Link
-    samples: int
-    seed: int
-
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 def takes(options: type, *settings: type) -> Callable[[_Function], _Function]:
-    """Name a function's ``**options`` one by one, and refuse what is none of them.
+    """Name the ``**options`` of a function one by one, and refuse wrong names and values.
 
     Args:
-        options: The class of the options.
-        settings: The dataclasses whose fields they are, for the defaults.
+        options: The TypedDict of the options.
+        settings: The settings classes whose fields they are.
 
     Raises:
-        TypeError: When the function is called with a name that it does not have.
-        UsageError: When it is called with a choice that does not exist.
+        TypeError: By the function: a name that it does not have.
+        UsageError: By the function: a choice that does not exist, or a number out of bounds.
     """
     hints = get_type_hints(options)
-    defaults = {field.name: field.default for each in settings for field in fields(each)}
+    known: dict[str, DeclaredOption] = {}
+    for each in settings:
+        known |= {name: option for name, option in options_of(each).items() if name in hints}
     named = [
-        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=defaults[name], annotation=hint)
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=known[name].default, annotation=hint)
         for name, hint in hints.items()
     ]
 
@@ -153,38 +55,46 @@ def takes(options: type, *settings: type) -> Callable[[_Function], _Function]:
                     near = difflib.get_close_matches(name, signature.parameters, 1)
                     hint = f"; did you mean {near[0]!r}?" if near else f"; it has {', '.join(signature.parameters)}"
                     raise TypeError(f"{function.__name__}() has no option {name!r}{hint}")
-                if name in hints:
-                    _refuse_unknown_choice(name, value, hints[name])
+                if name in known:
+                    _check(known[name], value)
             return function(*arguments, **given)
 
         checked.__signature__ = signature  # type: ignore[attr-defined]
+        about = "\n".join(f"    {name}: {describe(known[name])}" for name in hints)
+        checked.__doc__ = f"{inspect.getdoc(function)}\n\nOptions:\n{about}\n"
         return cast("_Function", checked)
 
     return decorate
 
 
-def _refuse_unknown_choice(name: str, value: Any, hint: Any) -> None:
-    several = get_origin(hint) is Sequence
-    if several and isinstance(value, str | Path):
-        raise UsageError(f"{name}={value!r}: give a list, [{value!r}]")
-    choices = _choices(get_args(hint)[0] if several else hint)
-    for each in value if several else [value]:
-        if choices and each not in choices:
-            raise UsageError(f"{name}={each!r}: one of {', '.join(str(choice) for choice in choices)}")
+def _check(option: DeclaredOption, value: Any) -> None:
+    if option.several and isinstance(value, str | Path):
+        raise UsageError(f"{option.name}={value!r}: give a list, [{value!r}]")
+    if value is None and type(None) not in get_args(option.hint):
+        allowed = f"one of {', '.join(option.choices)}" if option.choices else "give a value"
+        raise UsageError(f"{option.name}=None: {allowed}")
+    for each in value if option.several else [value]:
+        if problem := option.problem(each):
+            raise UsageError(f"{option.name}={each!r}: {problem}")
 
 
-def _choices(hint: Any) -> tuple[Any, ...]:
-    """What a union of Literals and None allows; nothing where anything of a type will do."""
-    if get_origin(hint) is Literal:
-        return get_args(hint)
-    if hint is type(None):
-        return (None,)
-    parts = [_choices(part) for part in get_args(hint)]
-    return tuple(choice for part in parts for choice in part) if parts and all(parts) else ()
+def describe(option: DeclaredOption) -> str:
+    """Return the help of an option with its bounds and default, in the words of Python."""
+    text = re.sub(r"--([a-z][a-z-]*)", lambda found: f"``{found[1].replace('-', '_')}``", option.option.help)
+    text = text.replace(" Repeatable.", " A list." if option.several else "")
+    if option.option.none:
+        text = text.replace(option.option.none, "None")
+    if option.option.metavar == "SECONDS":
+        text = text.replace(";", " in seconds;")
+    if bounds := option.bounds:
+        text += f" {bounds.capitalize()}."
+    if shown := option.option.shown:
+        return f"{text} Default: {shown}."
+    return text if option.default in (None, ()) else f"{text} Default: ``{option.default!r}``."
 
 
 def settings_of(settings: type, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of the options that are fields of one dataclass, in its types: paths and tuples."""
+    """Return the options that are fields of one settings class, converted to its types: paths and tuples."""
     known = get_type_hints(settings)
     return {name: _as_setting(value, known[name]) for name, value in options.items() if name in known}
 
@@ -193,3 +103,174 @@ def _as_setting(value: Any, hint: Any) -> Any:
     if get_origin(hint) is tuple:
         return tuple(_as_setting(each, get_args(hint)[0]) for each in value)
     return Path(value) if value is not None and Path in (hint, *get_args(hint)) else value
+
+
+# Written by `make options` from lapora/config.py; do not edit below this line.
+
+
+class ModelOptions(TypedDict, total=False):
+    """How to load the adapter and its base.
+
+    Attributes:
+        base_model: Base model, if not the one the adapter records.
+        quantize: Quantization of the base model: none, 8bit, 4bit.
+        dtype: Weight type: float32, bfloat16, float16, float64 or auto (float32 on a CPU, else as saved).
+        device: auto (GPU if any), cpu, cuda:1 ... Default: ``'auto'``.
+        batch_size: Rows per batch; None: by memory. At least 1.
+        output_dir: Folder that holds laplace/, if not ADAPTER.
+        trust_remote_code: Run code that comes with the base model or tokenizer. Default: ``False``.
+        revision: Branch, tag or commit of an adapter on the Hub.
+        processes: Processes that share the rows, from :func:`lapora.distributed.init_processes`. Default: this process.
+        gradient_checkpointing: Recompute activations: less memory, more time. Default: ``False``.
+        device_map: Spread layers over devices: auto or balanced (evenly), balanced_low_0 (least on GPU 0), sequential.
+        max_memory: With ``device_map``: limits, as 0=20GiB,cpu=60GiB.
+        offload_dir: With ``device_map``: folder for offloaded weights.
+    """
+
+    base_model: str | None
+    quantize: config.Quantization | None
+    dtype: config.Dtype | None
+    device: str
+    batch_size: int | None
+    output_dir: str | Path | None
+    trust_remote_code: bool
+    revision: str | None
+    processes: Processes
+    gradient_checkpointing: bool
+    device_map: config.DeviceMap | None
+    max_memory: str | None
+    offload_dir: str | Path | None
+
+
+class DataOptions(TypedDict, total=False):
+    """Which rows to read.
+
+    Attributes:
+        data_dir: Folder with SPLIT.jsonl, .json, .csv or .parquet.
+        split: Split to read.
+        limit: Maximum number of rows. At least 1.
+    """
+
+    data_dir: str | Path | None
+    split: str | None
+    limit: int | None
+
+
+class CurvatureOptions(TypedDict, total=False):
+    """Curvature, weights and name of the posterior.
+
+    Attributes:
+        structure: Curvature: kron (KFAC), ekfac (better eigenvalues), diag, lowrank (over all layers) or full. Default:
+            ``'kron'``.
+        weight_sharing: KFAC over tokens: expand (one by one), reduce (summed) or asdl (as in the paper). Default:
+            ``'expand'``.
+        engine: Curvature backend: native, or laplace-torch with asdl or curvlinops. Default: ``'native'``.
+        subset: Bayesian weights: lora, last-layer or all (both). Default: ``'lora'``.
+        fisher: Fisher estimator: exact (C-1 backward passes), mc (sampled labels) or empirical. Default: ``'exact'``.
+        rank: Rank of lowrank (by default 400), or of Kronecker factors over 1,024 wide (by default 256). At least 1.
+        name: Name of the posterior. Default: ``'default'``.
+        max_length: Maximum tokens per row. At least 1. Default: the task's.
+        chat_template: Wrap prompts in the tokenizer's chat template. Default: ``False``.
+        seed: Random seed. Default: ``0``.
+        overwrite: Replace an existing posterior of this name. Default: ``False``.
+        resume: Resume an interrupted fit from its last checkpoint. Default: ``False``.
+        save_every: Checkpoint interval in seconds; 0: every batch. At least 0. Default: ``60.0``.
+        offload_factors: Keep curvature factors in host memory, not on the GPU. Default: ``False``.
+        prior_method: Prior after a fit: averaged (over the precisions that the training rows tolerate) or marglik (one
+            precision, by marginal likelihood). Default: ``'averaged'``.
+    """
+
+    structure: config.Structure
+    weight_sharing: config.WeightSharing
+    engine: config.Engine
+    subset: config.Subset
+    fisher: config.FisherType
+    rank: int | None
+    name: str
+    max_length: int | None
+    chat_template: bool
+    seed: int
+    overwrite: bool
+    resume: bool
+    save_every: float
+    offload_factors: bool
+    prior_method: config.FitPrior
+
+
+class FitOptions(CurvatureOptions, DataOptions, ModelOptions, total=False):
+    """Options of :func:`lapora.api.fit`."""
+
+
+class PriorOptions(DataOptions, ModelOptions, total=False):
+    """Options of :func:`lapora.api.tune_prior`, beside those of rows and model.
+
+    Attributes:
+        name: Name of the posterior. Default: ``'default'``.
+        method: auto (average over precisions), validation (best NLL on held-out rows), marglik (marginal likelihood) or
+            adapted (marglik, linearized). Default: ``'auto'``.
+        structure: scalar, kind (A, B, head), layer or point (scalar, not averaged). Default: ``'scalar'``.
+        optimizer: For marglik: exact (root finding) or adam (as in the paper). Default: ``'exact'``.
+        learning_rate: Learning rate of adam. At least 0. Default: ``0.1``.
+        steps: Steps of adam. At least 1. Default: ``1000``.
+        link: For validation: mc-joint (sampled logits), mc-indep (no covariance), probit, bridge (Laplace bridge) or
+            map (plain adapter). Default: ``'mc-joint'``.
+        seed: Random seed. Default: ``0``.
+    """
+
+    name: str
+    method: config.PriorMethod
+    structure: config.PriorChoice
+    optimizer: config.Optimizer
+    learning_rate: float
+    steps: int
+    link: config.Link
+    seed: int
+
+
+class EvalOptions(DataOptions, ModelOptions, total=False):
+    """Options of :func:`lapora.api.evaluate`, beside those of rows and model.
+
+    Attributes:
+        methods: constant (label frequencies), map (plain adapter), temperature, mc-dropout, ensemble, laplace or all. A
+            list. Default: ``('constant', 'map', 'laplace')``.
+        names: Posterior to score. A list. Default: default.
+        links: mc-joint (sampled logits), mc-indep (no covariance), probit, bridge (Laplace bridge) or map (plain
+            adapter). A list. Default: mc-joint.
+        samples: Points of the mc links. At least 2. Default: ``2048``.
+        seed: Random seed. Default: ``0``.
+        dropout_samples: Forward passes of mc-dropout. At least 2. Default: ``20``.
+        ensemble: Adapter, or folder of checkpoints. A list.
+        temperature_split: Split for temperature. Default: rows of tune-prior.
+        temperature_oracle: Add the temperature fitted on the scored rows. Default: ``False``.
+        ood: Out-of-distribution task. A list.
+        ood_data_dirs: Folder of the ``ood`` rows. A list.
+        coverage: Print the ``abstain_below`` that keeps this share. Above 0, at most 1.
+    """
+
+    methods: Sequence[config.Method | Literal["all"]]
+    names: Sequence[str]
+    links: Sequence[config.Link]
+    samples: int
+    seed: int
+    dropout_samples: int
+    ensemble: Sequence[str | Path]
+    temperature_split: str | None
+    temperature_oracle: bool
+    ood: Sequence[str]
+    ood_data_dirs: Sequence[str | Path]
+    coverage: float | None
+
+
+class LinkOptions(TypedDict, total=False):
+    """How logits become probabilities, in ``predict``.
+
+    Attributes:
+        link: Probabilities from logits: mc-joint (sampled logits), mc-indep (no covariance), probit, bridge (Laplace
+            bridge) or map (plain adapter). Default: ``'mc-joint'``.
+        samples: Points of the mc links. At least 2. Default: ``2048``.
+        seed: Random seed. Default: ``0``.
+    """
+
+    link: config.Link
+    samples: int
+    seed: int

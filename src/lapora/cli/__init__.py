@@ -1,1 +1,1 @@
-"""The command line: options parsed, one workflow called, its result printed. No torch is imported here."""
+"""The command line: parse options, run one workflow, print its result. Imports no torch."""

@@ -1,11 +1,12 @@
-"""The commands put together, and the status that a run ends with."""
+"""The commands, and the exit status of a run."""
 
 from __future__ import annotations
 
 import logging
 import sys
 import warnings
-from typing import Annotated, TextIO
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, TextIO
 
 import typer
 
@@ -13,6 +14,7 @@ from lapora._version import __version__
 from lapora.cli.console import print_error, print_message
 from lapora.cli.evaluate import eval_command
 from lapora.cli.fit import fit_command
+from lapora.cli.help import Command, Group
 from lapora.cli.others import compare_command, demo_command, inspect_command, push_command, tasks_command
 from lapora.cli.predict import predict_command
 from lapora.cli.tune_prior import tune_prior_command
@@ -20,9 +22,10 @@ from lapora.errors import LaporaError, LaporaWarning, UsageError
 
 app = typer.Typer(
     name="lapora",
-    no_args_is_help=True,
+    cls=Group,
     pretty_exceptions_enable=False,
-    help="Calibrated probabilities for LoRA fine-tuned language models, by the Laplace approximation.",
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 
@@ -34,18 +37,54 @@ def root(version: Annotated[bool, typer.Option("--version", help="Print the vers
         raise typer.Exit
 
 
-app.command("fit")(fit_command)
-app.command("tune-prior")(tune_prior_command)
-app.command("predict")(predict_command)
-app.command("eval")(eval_command)
-app.command("compare")(compare_command)
-app.command("tasks")(tasks_command)
-app.command("inspect")(inspect_command)
-app.command("push")(push_command)
-app.command("demo")(demo_command)
+COMMANDS: Mapping[str, Callable[..., None]] = {
+    "fit": fit_command,
+    "tune-prior": tune_prior_command,
+    "predict": predict_command,
+    "eval": eval_command,
+    "compare": compare_command,
+    "tasks": tasks_command,
+    "inspect": inspect_command,
+    "push": push_command,
+    "demo": demo_command,
+}
+for _name, _function in COMMANDS.items():
+    app.command(_name, cls=Command)(_function)
 
 INTERRUPTED = 130
-"""What Typer makes of Ctrl-C."""
+
+ENDINGS: Mapping[type[BaseException], Callable[[Any], tuple[int, str, int]]] = {
+    LaporaError: lambda error: (error.exit_status, str(error), error.reporting_rank),
+    typer.TyperException: lambda error: (UsageError.exit_status, _usage_message(error), 0),
+    KeyboardInterrupt: lambda _: (INTERRUPTED, "interrupted", 0),
+}
+"""Exit status, message and reporting rank of each expected exception; any other is a bug, with a traceback."""
+
+
+def run() -> None:
+    """Run the command line and exit with the documented status."""
+    warnings.simplefilter("once", LaporaWarning)
+    warnings.showwarning = _show_warning
+    # Silence the messages about missing kernels (bitsandbytes) and about offloaded weights (accelerate).
+    for library in ("bitsandbytes", "accelerate"):
+        logging.getLogger(library).setLevel(logging.ERROR)
+    try:
+        # Without its standalone mode Typer returns an exit status and does not end the process.
+        status = app(standalone_mode=False)
+        if status == INTERRUPTED:  # how Typer returns Ctrl-C
+            raise KeyboardInterrupt
+    except tuple(ENDINGS) as error:
+        ending = next(ending for kind, ending in ENDINGS.items() if isinstance(error, kind))
+        status, message, reporting_rank = ending(error)
+        print_error(message, reporting_rank)
+    sys.exit(status if isinstance(status, int) else 0)
+
+
+def _usage_message(error: typer.TyperException) -> str:
+    """Return Typer's message, in one line."""
+    if similar := getattr(error, "possibilities", None):
+        return f"{getattr(error, 'message', '')}; did you mean {' or '.join(sorted(similar))}? (see --help)"
+    return f"{getattr(error, 'format_message', error.__str__)().strip()} (see --help)"
 
 
 def _show_warning(
@@ -56,29 +95,6 @@ def _show_warning(
     file: TextIO | None = None,
     line: str | None = None,
 ) -> None:
-    """Lapora's own warnings are lines for people; a library's are no news for them."""
+    """Print lapora's warnings on stderr; drop those of other libraries."""
     if issubclass(category, LaporaWarning):
         print_message(f"warning: {message}")
-
-
-def run() -> None:
-    """Run the command line and end the process with the promised status."""
-    warnings.simplefilter("once", LaporaWarning)
-    warnings.showwarning = _show_warning
-    # They speak of kernels that nobody asked for, and of weights that rest on the disk as they were told to.
-    for library in ("bitsandbytes", "accelerate"):
-        logging.getLogger(library).setLevel(logging.ERROR)
-    try:
-        # Without its standalone mode Typer returns an exit status instead of ending the process.
-        status = app(standalone_mode=False)
-    except LaporaError as error:
-        print_error(str(error), error.reporting_rank)
-        sys.exit(error.exit_status)
-    except typer.TyperException as error:
-        # `lapora` alone has printed its help already, and has no message.
-        if message := getattr(error, "format_message", error.__str__)().strip():
-            print_error(f"{message} (see --help)")
-        sys.exit(UsageError.exit_status)
-    if status == INTERRUPTED:
-        print_error("interrupted")
-    sys.exit(status if isinstance(status, int) else 0)

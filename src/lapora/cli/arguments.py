@@ -1,187 +1,234 @@
-"""Command-line arguments and options that several commands share."""
+"""The options of a command, made from the settings in :mod:`lapora.config` that it takes."""
 
 from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, dataclass, is_dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, get_args, get_type_hints
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import typer
 
 from lapora.cli.console import set_rank
-from lapora.config import DeviceMap, Dtype, Link, Method, ModelSettings, Quantization
+from lapora.config import ONE_PANEL, OUTPUT, PANELS, DeclaredOption, ModelSettings, Option, declared, options_of
 from lapora.distributed import init_processes, is_launched
 from lapora.errors import UsageError
 from lapora.models.adapter import local_model
 
-
-def _known_links(links: list[str]) -> list[str]:
-    """Typer checks a Literal, but not a list of them."""
-    for link in links:
-        if link not in get_args(Link):
-            raise UsageError(f"--link {link}: one of {', '.join(get_args(Link))}")
-    return links
+JsonOption = Annotated[bool, Option("Print JSON on standard output.", OUTPUT, flag="--json")]
 
 
-LinksOption = Annotated[
-    list[str],
-    typer.Option(
-        callback=_known_links, metavar=f"<{'|'.join(get_args(Link))}>", help="Link to score; may be repeated."
-    ),
-]
+class Fields:
+    """What a command changes in the options of a settings class.
 
-
-def _known_methods(methods: list[str]) -> list[str]:
-    """Repeated, or several in one with commas."""
-    known = ("all", *get_args(Method))
-    found = [part.strip() for method in methods for part in method.split(",")]
-    for method in found:
-        if method not in known:
-            raise UsageError(f"--methods {method}: one of {', '.join(known)}")
-    return found
-
-
-MethodsOption = Annotated[
-    list[str],
-    typer.Option(
-        "--methods",
-        "--method",
-        callback=_known_methods,
-        metavar=f"<all|{'|'.join(get_args(Method))}>",
-        help="What to score; may be repeated. all: every method, saved posterior and link.",
-        show_default="constant, map, laplace",
-    ),
-]
-AdapterArgument = Annotated[
-    str, typer.Argument(metavar="ADAPTER", help="Folder of a PEFT LoRA adapter, or its Hub id.")
-]
-BaseModelOption = Annotated[str | None, typer.Option(help="Base model, if not the one the adapter records.")]
-RevisionOption = Annotated[str | None, typer.Option(help="Branch, tag or commit of an adapter on the Hub.")]
-OutputDirOption = Annotated[Path | None, typer.Option(help="Where laplace/NAME is, if not in ADAPTER.")]
-TaskOption = Annotated[str | None, typer.Option("--data", metavar="TASK", help="Built-in task, or a YAML file.")]
-DataDirOption = Annotated[Path | None, typer.Option(help="Folder with SPLIT.jsonl (.json, .csv, .parquet).")]
-LimitOption = Annotated[int | None, typer.Option(min=1, help="Only the first so many rows.")]
-NameOption = Annotated[str, typer.Option(help="Name of the posterior.")]
-SeedOption = Annotated[int, typer.Option(help="Seed of whatever is random.")]
-SamplesOption = Annotated[int, typer.Option(min=2, help="Points of the sampling links (more than two answers).")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-
-
-_ONE = Annotated[str, typer.Argument(metavar="ADAPTER", help="Folder of a PEFT LoRA adapter, or its Hub id.")]
-_SEVERAL = Annotated[
-    list[str],
-    typer.Argument(metavar="ADAPTER", help="Folders of PEFT LoRA adapters, or Hub ids; several share a base."),
-]
-
-
-def _options(
-    *,
-    base_model: BaseModelOption = None,
-    quantize: Annotated[Quantization | None, typer.Option(help="Load the base model in 8 or 4 bits.")] = None,
-    dtype: Annotated[Dtype | None, typer.Option(help="Type of the base model's weights.")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda ...")] = "auto",
-    device_map: Annotated[
-        DeviceMap | None, typer.Option(help="Spread a model larger than a device over devices, host and disk.")
-    ] = None,
-    max_memory: Annotated[
-        str | None, typer.Option(metavar="DEVICE=SIZE,...", help="With --device-map: bounds, 0=20GiB,cpu=60GiB.")
-    ] = None,
-    offload_dir: Annotated[
-        Path | None, typer.Option(help="With --device-map: folder for what fits in no memory.")
-    ] = None,
-    batch_size: Annotated[str, typer.Option(help="Rows per batch, or auto (a token budget).")] = "auto",
-    gradient_checkpointing: Annotated[
-        bool,
-        typer.Option(
-            "--gradient-checkpointing", help="Run blocks twice instead of keeping what they compute: less memory."
-        ),
-    ] = False,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run the code that a base model or tokenizer brings along.")
-    ] = False,
-    revision: RevisionOption = None,
-    output_dir: OutputDirOption = None,
-) -> dict[str, Any]:
-    """The fields of the settings, from the command line's words.
-
-    Raises:
-        UsageError: A batch size that is neither ``auto`` nor a positive number.
-    """
-    if batch_size != "auto" and not (batch_size.isdigit() and int(batch_size) > 0):
-        raise UsageError(f"--batch-size {batch_size}: auto, or a positive number")
-    return {
-        "base_model": base_model,
-        "quantize": quantize,
-        "dtype": dtype,
-        "device": device,
-        "device_map": device_map,
-        "max_memory": max_memory,
-        "offload_dir": offload_dir,
-        "batch_size": None if batch_size == "auto" else int(batch_size),
-        "gradient_checkpointing": gradient_checkpointing,
-        "trust_remote_code": trust_remote_code,
-        "revision": revision,
-        "output_dir": output_dir,
-    }
-
-
-def takes_model(*, writes: bool = False) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a command its ``model`` (or ``models``, where it takes several), with all options that decide it.
-
-    An adapter on the Hub is fetched, and where a launcher has started several processes, they meet here.
+    ``Annotated[DataSettings, Fields("split", "limit", limit={"help": "Validation rows."})]`` has two of the
+    options, one of them with another help.
 
     Args:
-        writes: Whether the command writes a posterior, which needs a place that is not the Hub's cache.
+        only: Fields that are options; by default all. A model of some fields is not prepared (:func:`command`).
+        changed: By field, attributes of its :class:`lapora.config.Option` to replace, and its ``default``.
+    """
+
+    def __init__(self, *only: str, **changed: Mapping[str, Any]) -> None:
+        self.only = only
+        self.changed = changed
+
+    def options(self, settings: type) -> dict[str, DeclaredOption]:
+        """Return the options of a settings class, by field, as the command has them."""
+        found = {name: each for name, each in options_of(settings).items() if each.option.command_line}
+        if self.only:
+            found = {name: found[name] for name in self.only}
+        for name, changes in self.changed.items():
+            rest = dict(changes)
+            default = rest.pop("default", found[name].default)
+            found[name] = replace(found[name], option=replace(found[name].option, **rest), default=default)
+        return found
+
+
+@dataclass(frozen=True)
+class _Group:
+    """A parameter of a command that is a settings object."""
+
+    name: str
+    settings: type
+    several: bool
+    partial: bool
+    options: dict[str, DeclaredOption]
+
+
+def command(*, writes: bool = False) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Make a command of a function whose parameters are settings, and options of its own.
+
+    A parameter that is a settings class of :mod:`lapora.config` becomes one option per field; two classes with a flag
+    of the same name share the option. Any other parameter is ``Annotated[type, Option(...)]``. ``models:
+    list[ModelSettings]`` takes several adapters. A model with all its options is prepared: its adapter is fetched from
+    the Hub, and the processes of a launcher are joined.
+
+    Args:
+        writes: Whether the command writes a posterior, which cannot go into the cache of the Hub.
 
     Raises:
-        UsageError: By the command: options that contradict each other, or an adapter on the Hub and nowhere to write.
+        UsageError: By the command: options that contradict each other.
         AdapterError: By the command: the Hub has no such adapter, or cannot be reached.
     """
 
-    def decorate(command: Callable[..., None]) -> Callable[..., None]:
-        own = inspect.signature(command, eval_str=True)
-        several = "models" in own.parameters
-        given = inspect.Parameter(
-            "adapters" if several else "adapter",
-            inspect.Parameter.KEYWORD_ONLY,
-            annotation=_SEVERAL if several else _ONE,
-        )
-        rest = [
-            each.replace(kind=inspect.Parameter.KEYWORD_ONLY)
-            for name, each in own.parameters.items()
-            if name not in ("model", "models")
-        ]
-        shared = list(inspect.signature(_options, eval_str=True).parameters.values())
+    def decorate(function: Callable[..., None]) -> Callable[..., None]:
+        hints = get_type_hints(function, include_extras=True)
+        defaults = {name: each.default for name, each in inspect.signature(function).parameters.items()}
+        groups: list[_Group] = []
+        own: dict[str, DeclaredOption] = {}
+        options: dict[str, DeclaredOption] = {}
+        for name, hint in hints.items():
+            if name == "return":
+                continue
+            if group := _group(name, hint):
+                groups.append(group)
+                for each in group.options.values():
+                    options.setdefault(_key(each), each)
+                continue
+            default = MISSING if defaults[name] is inspect.Parameter.empty else defaults[name]
+            option = declared(name, hint, default)
+            assert option is not None, f"{function.__name__}: {name} has no Option"
+            own[name] = options[_key(option)] = option
 
-        @functools.wraps(command)
+        @functools.wraps(function)
         def run(**words: Any) -> None:
-            adapters = words.pop(given.name)
-            settings = _options(**{each.name: words.pop(each.name) for each in shared})
-            models = _models(adapters if several else [adapters], settings, writes=writes)
-            command(**({"models": models} if several else {"model": models[0]}), **words)
+            values = {key: _converted(each, words[key]) for key, each in options.items()}
+            arguments = {name: values[_key(each)] for name, each in own.items()}
+            for group in groups:
+                found = {field: values[_key(each)] for field, each in group.options.items()}
+                if group.settings is not ModelSettings or group.partial:
+                    arguments[group.name] = group.settings(**found)
+                else:
+                    adapters = found.pop("adapter")
+                    models = _models(adapters if group.several else [adapters], found, writes=writes)
+                    arguments[group.name] = models if group.several else models[0]
+            function(**arguments)
 
+        parameters = [_parameter(key, each) for key, each in _in_order(options)]
         wrapper: Any = run
-        wrapper.__signature__ = own.replace(parameters=[given, *rest, *shared])
-        wrapper.__annotations__ = get_type_hints(command, include_extras=True)
+        wrapper.__signature__ = inspect.Signature(parameters)
+        wrapper.__annotations__ = {each.name: each.annotation for each in parameters}
+        wrapper.refuse_wrong_values = functools.partial(_refuse_wrong_values, options)  # see cli/help.py
         return run
 
     return decorate
 
 
-def _models(adapters: list[str], settings: dict[str, Any], *, writes: bool) -> list[ModelSettings]:
+def _in_order(options: Mapping[str, DeclaredOption]) -> list[tuple[str, DeclaredOption]]:
+    """Sort the options by panel, if they are many; positional arguments stay first."""
+    flags = [each for each in options.items() if each[1].flag.startswith("-")]
+    if len(flags) > ONE_PANEL:
+        flags.sort(key=lambda each: PANELS.index(each[1].option.panel))
+    return [each for each in options.items() if each not in flags] + flags
+
+
+def _group(name: str, hint: Any) -> _Group | None:
+    fields = next((each for each in getattr(hint, "__metadata__", ()) if isinstance(each, Fields)), Fields())
+    settings = get_args(hint)[0] if get_origin(hint) is Annotated else hint
+    several = get_origin(settings) is list
+    if several:
+        settings = get_args(settings)[0]
+    if not is_dataclass(settings):
+        return None
+    assert isinstance(settings, type)
+    options = fields.options(settings)
+    if several:
+        several_help = "Folders or Hub ids of LoRA adapters of one base."
+        adapter = options["adapter"]
+        options["adapter"] = replace(
+            adapter, hint=tuple[str, ...], option=replace(adapter.option, help=several_help, flag="ADAPTER...")
+        )
+    return _Group(name, settings, several, bool(fields.only), options)
+
+
+def _key(option: DeclaredOption) -> str:
+    """Return the name of the parameter for Typer, made from the flag: ``--adapter`` is not the argument ``ADAPTER``."""
+    word = option.flag.strip("-.").replace("-", "_").lower()
+    return word if option.flag.startswith("-") else f"{word}_argument"
+
+
+def _parameter(key: str, declared_option: DeclaredOption) -> inspect.Parameter:
+    """Describe one option to Typer."""
+    option, default, choices = declared_option.option, declared_option.default, declared_option.choices
+    kind = str if choices or option.none else declared_option.kind
+    about: dict[str, Any] = {
+        "help": option.help,
+        "rich_help_panel": option.panel,
+        "show_default": option.shown or bool(declared_option.default_text),
+        "autocompletion": _completion(choices) if choices else None,
+    }
+    hint = list[kind] if declared_option.several else kind if kind is bool else kind | None  # type: ignore[valid-type]
+    if declared_option.flag.startswith("-"):
+        flags = sorted((declared_option.flag, *option.also), key=len)
+        info: Any = typer.Option(*flags, metavar=option.metavar, **about)
+    else:
+        info = typer.Argument(metavar=declared_option.flag, **about)
+        hint = hint if default is not MISSING or declared_option.several else kind
+    if default is MISSING:
+        default = inspect.Parameter.empty
+    elif declared_option.several:
+        default = list(default)
+    elif default is None:
+        default = option.none
+    return inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[hint, info])
+
+
+def _completion(choices: tuple[str, ...]) -> Callable[[str], list[str]]:
+    def complete(incomplete: str) -> list[str]:
+        return [choice for choice in choices if choice.startswith(incomplete)]
+
+    return complete
+
+
+def _refuse_wrong_values(options: Mapping[str, DeclaredOption], words: Mapping[str, Any]) -> None:
+    """Check all values of the command line.
+
+    Raises:
+        UsageError: Wrong values; the message names every one.
+    """
+    problems = []
+    for key, each in options.items():
+        found = _converted(each, words[key])
+        for value in found if each.several else [found]:
+            problem = each.problem(value)
+            if each.option.none and value is not None and (problem or not isinstance(value, int)):
+                problem = f"{each.option.none}, or a positive number"
+            if problem:
+                problems.append(f"{each.flag} {value}: {problem}")
+    if problems:
+        raise UsageError("; ".join(problems))
+
+
+def _converted(option: DeclaredOption, word: Any) -> Any:
+    """Return the value of an option: the word for None as None, several values as a tuple."""
+    if option.several:
+        return tuple(part.strip() for each in word for part in each.split(",")) if option.option.commas else tuple(word)
+    if option.option.none:
+        return None if word == option.option.none else int(word) if word.isdigit() else word
+    return word
+
+
+def _models(adapters: tuple[str, ...] | list[str], settings: dict[str, Any], *, writes: bool) -> list[ModelSettings]:
+    """Join the processes of a launcher and fetch the adapters.
+
+    Raises:
+        UsageError: Options that contradict each other, or an adapter on the Hub without a folder to write to.
+        AdapterError: The Hub has no such adapter, or cannot be reached.
+    """
     if settings["device_map"] is not None and is_launched():
         raise UsageError("--device-map runs in one process, which spreads the model: start it without a launcher")
-    if settings["output_dir"] is not None and len({Path(adapter).name for adapter in adapters}) < len(adapters):
+    folder = settings["output_dir"]
+    if folder is not None and len({Path(adapter).name for adapter in adapters}) < len(adapters):
         raise UsageError("--output-dir: two adapters have folders of one name; fit them one by one")
-    processes, settings["device"] = init_processes(settings["device"])
+    processes, device = init_processes(settings["device"])
     set_rank(processes.rank)
-    folder = settings.pop("output_dir")
+    shared = ModelSettings("", **{**settings, "device": device, "processes": processes})
+    _ = shared.spread  # refuse options that contradict each other before anything is fetched
     found = []
     for adapter in adapters:
         here = folder / Path(adapter).name if folder and len(adapters) > 1 else folder
-        model = ModelSettings(adapter=adapter, output_dir=here, processes=processes, **settings)
-        _ = model.spread  # what contradicts itself is said at once
-        found.append(local_model(model, writes=writes))
+        found.append(local_model(replace(shared, adapter=adapter, output_dir=here), writes=writes))
     return found

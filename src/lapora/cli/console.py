@@ -1,4 +1,4 @@
-"""Data goes to stdout; messages and progress go to stderr, progress only to a terminal."""
+"""Data on stdout, messages on stderr, progress bars on stderr if it is a terminal."""
 
 from __future__ import annotations
 
@@ -15,41 +15,41 @@ _rank = 0
 
 
 def set_rank(rank: int) -> None:
-    """Say what this process of a run has to say: all but the first are silent, but for their own errors."""
+    """Set this process's rank. Only rank 0 prints; other ranks print only their own errors."""
     global _rank
     _rank = rank
 
 
 def print_message(message: str) -> None:
-    """Print a message for people."""
+    """Print a message on stderr."""
     if _rank == 0:
         _stderr.print(_plain(message), markup=False)
 
 
 def on_terminal() -> bool:
-    """Whether messages go to a terminal."""
+    """Return whether stderr is a terminal."""
     return _stderr.is_terminal
 
 
 def show(renderable: Any) -> None:
-    """Print a table for people."""
+    """Print a table on stderr."""
     if _rank == 0:
         _stderr.print(renderable)
 
 
 def print_error(message: str, reporting_rank: int = 0) -> None:
-    """Print an error, one line, if it is this process that says it."""
+    """Print an error in one line on stderr, if this process has the reporting rank."""
     if reporting_rank == _rank:
         _stderr.print(f"error: {_plain(message)}", markup=False)
 
 
 def _plain(message: str) -> str:
-    """Terminal escapes and line breaks that came with the data are not passed on."""
+    """Replace terminal escapes and line breaks, which data may contain, by spaces."""
     return "".join(character if character.isprintable() else " " for character in message)
 
 
 class RowProgress:
-    """A progress bar of rows with the time left; silent unless stderr is a terminal."""
+    """Progress bar with rows and time left; silent unless stderr is a terminal."""
 
     def __init__(self, label: str) -> None:
         self._label = label
@@ -74,19 +74,19 @@ class RowProgress:
         self._bar.stop()
 
     def __call__(self, done: int, total: int) -> None:
-        """Show how far it is."""
+        """Update the bar."""
         self._bar.update(self._task, completed=done, total=total)
 
 
-# Terminal controls (C1, delete), marks that turn the direction of text, line separators, halves of a surrogate pair.
+# Terminal controls (C1, delete), bidirectional marks, line separators, lone surrogates.
 _ESCAPED = re.compile("[\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def json_text(content: Any, indent: int | None = None) -> str:
-    """JSON that a terminal may be shown: what is no text for people is escaped, as JSON allows.
+    """Return JSON that is safe to print: control characters are escaped.
 
     Raises:
-        ValueError: A number is NaN or infinite, which JSON has no word for.
+        ValueError: A number is NaN or infinite, which JSON cannot express.
     """
     text = json.dumps(content, ensure_ascii=False, allow_nan=False, indent=indent)
     return _ESCAPED.sub(lambda found: f"\\u{ord(found.group()):04x}", text)

@@ -7,21 +7,12 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated
 
-import typer
 from rich.table import Table
 
-from lapora.cli.arguments import (
-    DataDirOption,
-    JsonOption,
-    LimitOption,
-    NameOption,
-    SeedOption,
-    TaskOption,
-    takes_model,
-)
+from lapora.cli.arguments import Fields, JsonOption, command
 from lapora.cli.console import RowProgress, on_terminal, print_error, print_message, show
 from lapora.cli.jsonl import write_json_lines
-from lapora.config import DataSettings, Engine, FisherType, FitSettings, ModelSettings, Structure, Subset, WeightSharing
+from lapora.config import OUTPUT, DataSettings, FitSettings, ModelSettings, Option
 from lapora.errors import LaporaError, SeveralError, UsageError
 
 if TYPE_CHECKING:
@@ -29,62 +20,26 @@ if TYPE_CHECKING:
     from lapora.workflows.fit import FitResult
 
 
-@takes_model(writes=True)
+@command(writes=True)
 def fit_command(
+    *,
     models: list[ModelSettings],
-    task: TaskOption = None,
-    data_dir: DataDirOption = None,
-    split: Annotated[str, typer.Option(help="Split the adapter was trained on.")] = "train",
-    limit: LimitOption = None,
-    structure: Annotated[Structure, typer.Option(help="Shape of the curvature.")] = FitSettings.structure,
-    weight_sharing: Annotated[
-        WeightSharing, typer.Option(help="KFAC for shared weights; asdl is the paper's stack.")
-    ] = FitSettings.weight_sharing,
-    engine: Annotated[Engine, typer.Option(help="Who computes it; two are laplace-torch's.")] = FitSettings.engine,
-    subset: Annotated[Subset, typer.Option(help="Which weights are Bayesian.")] = FitSettings.subset,
-    fisher: Annotated[FisherType, typer.Option(help="Which Fisher.")] = FitSettings.fisher,
-    rank: Annotated[int | None, typer.Option(min=1, help="Rank kept, of kron's wide sides or of lowrank.")] = None,
-    name: NameOption = "default",
-    max_length: Annotated[int | None, typer.Option(min=1, help="Tokens per row.")] = None,
-    chat_template: Annotated[bool, typer.Option("--chat-template", help="Wrap prompts as a chat.")] = False,
-    seed: SeedOption = 0,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a posterior of that name.")] = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from what a fit that was ended has saved.")] = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the memory that it would take, load no weights, and stop.")
-    ] = False,
+    data: Annotated[DataSettings, Fields(split={"default": "train", "help": "Split the adapter was trained on."})],
+    settings: FitSettings,
+    dry_run: Annotated[bool, Option("Print the memory estimate only; load no weights.", OUTPUT)] = False,
     memory: Annotated[
-        float | None,
-        typer.Option(min=0, metavar="GIB", help="With --dry-run: what the device has free, if it is another's."),
+        float | None, Option("With --dry-run: memory of the target device.", OUTPUT, metavar="GIB", min=0)
     ] = None,
     as_json: JsonOption = False,
-    offload_factors: Annotated[
-        bool, typer.Option("--offload-factors", help="Keep the curvature's sums in the host's memory, not the GPU's.")
-    ] = False,
-    save_every: Annotated[float, typer.Option(min=0, help="Seconds between saves for --resume; 0: every batch.")] = (
-        FitSettings.save_every
-    ),
 ) -> None:
-    """Fit the Laplace posterior of ADAPTER on the rows it was trained on; of several, one after the other."""
-    if task is None:
+    """Fit the posterior of an adapter. Laplace approximation on its training rows.
+
+    Examples:
+        lapora fit ADAPTER --data boolq
+        lapora fit ADAPTER --data task.yaml --data-dir data --structure ekfac
+    """
+    if data.task is None:
         raise UsageError("--data is missing: a built-in task (see `lapora tasks`) or the path of a task YAML")
-    data = DataSettings(task, data_dir, split, limit)
-    settings = FitSettings(
-        structure=structure,
-        weight_sharing=weight_sharing,
-        engine=engine,
-        subset=subset,
-        fisher=fisher,
-        rank=rank,
-        name=name,
-        max_length=max_length,
-        chat_template=chat_template,
-        seed=seed,
-        overwrite=overwrite,
-        resume=resume,
-        save_every=save_every,
-        offload_factors=offload_factors,
-    )
     if memory is not None and not dry_run:
         raise UsageError("--memory goes with --dry-run")
     from lapora.workflows.fit import estimate_memory, fit, fit_several
@@ -123,17 +78,26 @@ def _print_result(result: FitResult, as_json: bool) -> None:
     for note in result.notes:
         print_message(f"note: {note}")
     if result.truncated:
-        print_message(f"{result.truncated} of {result.rows} rows were cut to the greatest length")
+        print_message(f"{result.truncated} of {result.rows} rows were truncated to the maximum length")
     if result.log_likelihood is None:
-        print_message("rows without labels: the evidence is known only up to a constant, which does not move the prior")
+        print_message(
+            "rows without labels: the marginal likelihood is known up to a constant, which does not affect the prior"
+        )
     print_message(
-        f"posterior over {result.parameters:,} parameters from {result.rows:,} rows, prior precision "
-        f"{result.evidence.prior.describe()} by marginal likelihood: {result.folder}"
+        f"posterior over {result.parameters:,} parameters from {result.rows:,} rows, {_prior(result)}: {result.folder}"
     )
     if result.kept < 1:
-        print_message(f"the basis keeps {result.kept:.1%} of the curvature's trace; the rest keeps the prior")
+        print_message(
+            f"the basis keeps {result.kept:.1%} of the trace of the curvature; the other directions keep the prior"
+        )
     if as_json:
         write_json_lines([result.describe()], "-")
+
+
+def _prior(result: FitResult) -> str:
+    if result.prior["method"] == "averaged":
+        return f"averaged over prior precisions around {result.prior['precision']:.3g}"
+    return f"prior precision {result.evidence.prior.describe()} by marginal likelihood"
 
 
 _BLOCK, _PREFIX = re.compile(r"\.\d+\."), "base_model.model."
@@ -141,11 +105,11 @@ _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
 
 def print_memory_estimate(budget: MemoryEstimate, *, whole: bool) -> None:
-    """Print a budget to stderr.
+    """Print a memory estimate on stderr.
 
     Args:
-        budget: What was reckoned.
-        whole: As a table with a line for each part; otherwise, or where stderr is no terminal, in one line.
+        budget: The estimate.
+        whole: Whether to print a table with a row per part even if stderr is no terminal.
     """
     if whole or on_terminal():
         show(_table(budget))
@@ -187,7 +151,7 @@ def _table(budget: MemoryEstimate) -> Table:
 
 
 def _groups(by_layer: Mapping[str, int]) -> Counter[tuple[str, int]]:
-    """Layers of one name in all blocks and of one size."""
+    """Count the layers of the same size and of the same name in all blocks."""
     named = ((_BLOCK.sub(".*.", name.removeprefix(_PREFIX)), count) for name, count in by_layer.items() if count)
     return Counter(named)
 
@@ -197,7 +161,7 @@ def _free(free: float | None) -> str:
 
 
 def verdict(budget: MemoryEstimate) -> str:
-    """Whether it fits, and what would make it fit."""
+    """Return a sentence: whether the fit fits in memory, and which options would make it fit."""
     needed = f"peak {size(budget.peak_device)} on {budget.device}"
     if budget.fits is None:
         return f"{needed}; what is free there is not known here: give --memory GIB"
@@ -213,7 +177,7 @@ def verdict(budget: MemoryEstimate) -> str:
 
 
 def size(count: float) -> str:
-    """Bytes in a unit that people read."""
+    """Format a number of bytes."""
     for unit in _UNITS[:-1]:
         if count < 1024:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"

@@ -1,4 +1,4 @@
-"""JSON lines in and out: read a file or a pipe as it comes, write whole lines only."""
+"""Stream JSON lines from and to files and pipes; never write a partial line."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from lapora.config import LONGEST_LINE
 from lapora.errors import DataError, UsageError
 
 PATIENCE = 0.2
-"""Seconds without a further line after which what has come is answered."""
+"""Seconds without a further line after which the rows read so far are predicted."""
 _CHUNK = 1 << 18
 
 
 @contextmanager
 def binary_lines(source: str) -> Iterator[Iterator[bytes | None]]:
-    """Lines of a file, or of standard input for ``-``; see :func:`read_lines`.
+    """Open a file, or standard input for ``-``, and yield its lines; see :func:`read_lines`.
 
     Raises:
         DataError: No such file.
@@ -34,7 +34,7 @@ def binary_lines(source: str) -> Iterator[Iterator[bytes | None]]:
     if source == "-":
         try:
             descriptor = sys.stdin.fileno()
-        except (AttributeError, OSError, ValueError):  # closed, or not of the system
+        except (AttributeError, OSError, ValueError):  # closed, or without a file descriptor
             yield iter(getattr(sys.stdin, "buffer", io.BytesIO()))
             return
         yield read_lines(descriptor)
@@ -50,10 +50,10 @@ def binary_lines(source: str) -> Iterator[Iterator[bytes | None]]:
 
 
 def read_lines(descriptor: int) -> Iterator[bytes | None]:
-    """Lines with their ends, and None whenever the writer of a pipe pauses.
+    """Yield lines with their line ends, and None whenever the writer of a pipe pauses.
 
-    No thread reads ahead and nothing is buffered but the line that is not complete yet. Of a line longer than
-    :data:`lapora.config.LONGEST_LINE` the rest is dropped; what is left is still too long to be a row.
+    No thread reads ahead, and only the incomplete last line is buffered. Lines longer than
+    :data:`lapora.config.LONGEST_LINE` are cut, one byte beyond it, so that they are still recognized as too long.
 
     Raises:
         DataError: Reading fails.
@@ -86,29 +86,29 @@ def _within(pending: bytearray, part: bytes) -> bytes:
 
 
 def _ready(descriptor: int) -> bool:
-    """Whether there is something to read, or the end, within our patience."""
+    """Wait at most :data:`PATIENCE` seconds for input or its end; return whether it came."""
     try:
         return bool(select.select([descriptor], [], [], PATIENCE)[0])
-    except (OSError, ValueError):  # what cannot be asked is waited for
+    except (OSError, ValueError):  # `select` is not supported here: block instead
         return True
 
 
-# What a pipe that is ready takes without waiting (POSIX's least PIPE_BUF is smaller, Linux's is this).
+# Bytes that a ready pipe takes without blocking: PIPE_BUF of Linux.
 _AT_ONCE = 4096
 _PATIENCE = 0.1
-"""Seconds after which a reader that takes nothing is asked about again."""
+"""Timeout of one wait for a reader, in seconds."""
 
 
 def write_json_lines(records: Iterable[Mapping[str, Any]], target: str, source: str = "-") -> None:
-    """Write records as they come, one JSON line each in UTF-8 whatever the locale, each handed on whole.
+    """Stream records to a file or pipe, one JSON line each, in UTF-8 whatever the locale; never a partial line.
 
-    A file is emptied when its first record is there, or the end: a run that fails before leaves it as it was.
+    A file is truncated at the first record, or at the end: a run that fails earlier leaves it unchanged.
 
     Args:
-        records: What to write.
-        target: A file's path, or ``-`` for standard output. A reader that has gone, as with ``| head -1``, ends
-            the run quietly: it has had what it wanted.
-        source: The file that the records are made from, which cannot be the one to write.
+        records: Records to write.
+        target: Path of a file, or ``-`` for standard output. If the reader closes the pipe, as ``| head -1`` does,
+            the run ends without an error.
+        source: File that the records are made from; it must not be the target.
 
     Raises:
         UsageError: Source and target are one file.
@@ -120,7 +120,7 @@ def write_json_lines(records: Iterable[Mapping[str, Any]], target: str, source: 
         return
     with _descriptor(target) as descriptor:
         if source != "-" and _one_file(source, descriptor):
-            raise UsageError(f"--output {target} is the file that is read; give another")
+            raise UsageError(f"--output {target} is the input file; give another")
         begun = target == "-"
         try:
             for record in records:
@@ -135,7 +135,7 @@ def write_json_lines(records: Iterable[Mapping[str, Any]], target: str, source: 
 
 
 def _only_in_python(stream: TextIO | None) -> bool:
-    """Whether a stream is none of the system's, as in a notebook."""
+    """Return whether the stream has no file descriptor, as in a notebook."""
     try:
         return stream is not None and stream.fileno() < 0
     except (AttributeError, OSError, ValueError):
@@ -175,7 +175,7 @@ def _empty(descriptor: int) -> bool:
 
 
 def _write_line(descriptor: int, line: bytes) -> None:
-    """Write a line whole. Ctrl-C waits for the end of a line that has begun; a second one does not."""
+    """Write a whole line. Ctrl-C takes effect at the end of a started line; a second Ctrl-C at once."""
     with _interruption_held_back() as pressed:
         left = memoryview(line)
         while left and not (pressed and len(left) == len(line)):
@@ -187,13 +187,13 @@ def _write_line(descriptor: int, line: bytes) -> None:
 def _takes_more(descriptor: int) -> bool:
     try:
         return bool(select.select([], [descriptor], [], _PATIENCE)[1])
-    except (OSError, ValueError):  # what cannot be asked is written to
+    except (OSError, ValueError):  # `select` is not supported here: block instead
         return True
 
 
 @contextlib.contextmanager
 def _interruption_held_back() -> Iterator[list[int]]:
-    """Note Ctrl-C and raise it at the end; yields the list that is no longer empty then."""
+    """Postpone Ctrl-C to the end of the block; the list that is yielded is not empty once it was pressed."""
     pressed: list[int] = []
     ours = threading.current_thread() is threading.main_thread()
     if not ours or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:

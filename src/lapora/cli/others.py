@@ -8,45 +8,47 @@ from typing import Annotated
 
 import typer
 
-from lapora.cli.arguments import (
-    AdapterArgument,
-    BaseModelOption,
-    DataDirOption,
-    JsonOption,
-    LimitOption,
-    NameOption,
-    OutputDirOption,
-    RevisionOption,
-)
+from lapora.cli.arguments import Fields, JsonOption, command
 from lapora.cli.console import json_text, print_message
-from lapora.config import DataSettings, ModelSettings
+from lapora.config import DataSettings, ModelSettings, Option, PushSettings
 from lapora.errors import UsageError
 from lapora.models.adapter import local_model
 
 
+@command()
 def tasks_command(
-    name: Annotated[str | None, typer.Argument(help="Print this task's YAML.")] = None,
-    check: Annotated[str | None, typer.Option(metavar="TASK", help="Show what a task makes of rows.")] = None,
-    adapter: Annotated[str | None, typer.Option(help="Adapter to check the task with.")] = None,
-    data_dir: DataDirOption = None,
-    split: Annotated[str | None, typer.Option(help="Split to check.")] = None,
-    limit: LimitOption = None,
-    base_model: BaseModelOption = None,
+    *,
+    name: Annotated[str | None, Option("Built-in task: print its YAML.", flag="NAME")] = None,
+    check: Annotated[str | None, Option("Task to check on rows: prompts, tokens, labels.", metavar="TASK")] = None,
+    model: Annotated[
+        ModelSettings,
+        Fields(
+            "adapter",
+            "base_model",
+            adapter={"flag": "--adapter", "default": "", "metavar": "ADAPTER", "help": "Adapter to check with."},
+        ),
+    ],
+    data: Annotated[DataSettings, Fields("data_dir", "split", "limit", split={"help": "Split to check."})],
 ) -> None:
-    """List the built-in tasks, print one as YAML to start your own from, or check one on rows."""
+    """List, print or check tasks. Check your own task before a fit.
+
+    Examples:
+        lapora tasks boolq > task.yaml
+        lapora tasks --check task.yaml --adapter ADAPTER --data-dir data
+    """
     if check is not None:
-        if adapter is None:
-            raise UsageError("--check needs --adapter, whose tokenizer and kind decide what a row becomes")
+        if not model.adapter:
+            raise UsageError("--check needs --adapter: its tokenizer and model kind decide how rows are encoded")
         from lapora.workflows.check_task import check as check_rows
 
-        report = check_rows(adapter, DataSettings(check, data_dir, split, limit), base_model=base_model)
-        typer.echo(json_text(report, indent=2))
+        rows = DataSettings(check, data.data_dir, data.split, data.limit)
+        typer.echo(json_text(check_rows(model.adapter, rows, base_model=model.base_model), indent=2))
         return
     from lapora.tasks import builtin_tasks, builtin_yaml, describe_task, load_task
 
     if name is not None:
         if name not in builtin_tasks():
-            raise UsageError(f"{name}: no such built-in task; there are {', '.join(builtin_tasks())}")
+            raise UsageError(f"no built-in task named {name}; available: {', '.join(builtin_tasks())}")
         typer.echo(builtin_yaml(name), nl=False)
         return
     from lapora.report import print_tasks
@@ -54,18 +56,21 @@ def tasks_command(
     print_tasks([describe_task(load_task(each)) for each in builtin_tasks()])
 
 
+@command()
 def inspect_command(
-    adapter: AdapterArgument,
-    name: NameOption = "default",
-    output_dir: OutputDirOption = None,
-    revision: RevisionOption = None,
+    *,
+    model: Annotated[ModelSettings, Fields("adapter", "output_dir", "revision")],
+    name: Annotated[str, Option("Name of the posterior.", metavar="NAME")] = "default",
     as_json: JsonOption = False,
 ) -> None:
-    """Say what the saved posterior is."""
+    """Show a summary of a saved posterior.
+
+    Examples:
+        lapora inspect ADAPTER
+    """
     from lapora.storage.saved import SavedPosterior, posterior_folder
 
-    # A posterior elsewhere is read without its adapter.
-    root = output_dir or local_model(ModelSettings(adapter, revision=revision)).root
+    root = model.output_dir or local_model(model).root  # with --output-dir the adapter is not needed
     posterior = SavedPosterior(posterior_folder(root, name))
     if as_json:
         typer.echo(json.dumps(posterior.content))
@@ -75,60 +80,66 @@ def inspect_command(
     print_posterior(posterior.manifest, posterior.prior)
 
 
-_SIDE_BY_SIDE = ["accuracy", "ece", "nll"]
-
-
+@command()
 def compare_command(
-    files: Annotated[list[Path], typer.Argument(metavar="RESULTS.jsonl...", help="Files of `lapora eval --output`.")],
-    metric: Annotated[list[str], typer.Option(help="Score to show on a terminal; may be repeated.")] = _SIDE_BY_SIDE,
+    *,
+    files: Annotated[tuple[Path, ...], Option("Files written by lapora eval --output.", flag="RESULTS...")],
+    metric: Annotated[
+        tuple[str, ...],
+        Option(
+            "Score to show: accuracy, mcc, ece, adaptive_ece, nll, brier, auroc or aurc. Repeatable.", metavar="NAME"
+        ),
+    ] = ("accuracy", "ece", "nll"),
     as_json: JsonOption = False,
 ) -> None:
-    """Show runs side by side: a table on a terminal, tab-separated lines in a pipe."""
+    """Show results of eval side by side. Tab-separated lines in a pipe.
+
+    Examples:
+        lapora compare results.jsonl --metric nll
+    """
     from lapora.report.tables import HEADINGS, print_comparison
     from lapora.workflows.results import read_results, same_rows
 
     for score in metric:
         if score not in HEADINGS:
             raise UsageError(f"--metric {score}: one of {', '.join(HEADINGS)}")
-    runs = read_results(files)
+    runs = read_results(list(files))
     if as_json:
         typer.echo(json.dumps(runs))
     else:
         print_comparison(runs, list(dict.fromkeys(metric)))
     if not same_rows(runs):
-        print_message("note: these runs did not score the same rows: their numbers differ by chance too")
+        print_message("note: these runs did not score the same rows, so their scores also differ by chance")
 
 
-def push_command(
-    adapter: AdapterArgument,
-    repository: Annotated[str, typer.Argument(metavar="REPO", help="owner/name on the Hub; made if there is none.")],
-    name: NameOption = "default",
-    private: Annotated[bool, typer.Option("--private", help="Make REPO private, if it is made.")] = False,
-    revision: Annotated[str | None, typer.Option(help="Branch of REPO to commit to.")] = None,
-    scores: Annotated[
-        Path | None, typer.Option(help="File of `lapora eval --output`: its last run goes into the model card.")
-    ] = None,
-    output_dir: OutputDirOption = None,
-) -> None:
-    """Upload a posterior beside its adapter on the Hub, and describe it in the model card."""
-    from lapora.workflows.push import PushSettings, push
+@command()
+def push_command(*, model: Annotated[ModelSettings, Fields("adapter", "output_dir")], settings: PushSettings) -> None:
+    """Upload a posterior to the Hub. Adds a section to the model card.
 
-    model = local_model(ModelSettings(adapter, output_dir=output_dir))
-    done = push(model, PushSettings(repository, name, private, revision, scores))
+    Examples:
+        lapora push ADAPTER me/my-adapter --scores results.jsonl
+    """
+    from lapora.workflows.push import push
+
+    done = push(local_model(model), settings)
     for note in done.notes:
         print_message(f"note: {note}")
     print_message(f"{len(done.files)} files: {done.address}")
 
 
+@command()
 def demo_command(
-    directory: Annotated[Path, typer.Argument(metavar="[DIR]", help="Where the demo's files go.")] = Path(
-        "lapora-demo"
-    ),
+    *,
+    directory: Annotated[Path, Option("Folder for the files of the demo.", flag="DIR")] = Path("lapora-demo"),
 ) -> None:
-    """Build a small base model, adapter and data offline, and run the whole pipeline on them."""
+    """Run the whole pipeline on a small model. Builds model and data offline.
+
+    Examples:
+        lapora demo
+    """
     from lapora.report import print_evaluation
     from lapora.workflows.demo import run_demo
 
     record = run_demo(directory, print_message)
     print_evaluation(record)
-    print_message(f"the files stay in {directory}; try: lapora eval {directory}/adapter --link mc-joint --link probit")
+    print_message(f"the files are in {directory}; try: lapora eval {directory}/adapter --link mc-joint --link probit")

@@ -7,45 +7,35 @@ from typing import Annotated
 
 import typer
 
-from lapora.cli.arguments import (
-    DataDirOption,
-    JsonOption,
-    NameOption,
-    SeedOption,
-    TaskOption,
-    takes_model,
-)
+from lapora.cli.arguments import Fields, JsonOption, command
 from lapora.cli.console import RowProgress, print_message
-from lapora.config import DataSettings, Link, ModelSettings, Optimizer, PriorChoice, PriorMethod, PriorSettings
+from lapora.config import DataSettings, ModelSettings, PriorSettings
 
 
-@takes_model(writes=True)
+@command(writes=True)
 def tune_prior_command(
+    *,
     model: ModelSettings,
-    name: NameOption = "default",
-    method: Annotated[PriorMethod, typer.Option(help="How it is chosen.")] = PriorSettings.method,
-    prior: Annotated[PriorChoice, typer.Option(help="One precision, or one per kind or layer.")] = (
-        PriorSettings.structure
-    ),
-    optimizer: Annotated[
-        Optimizer, typer.Option(help="Of the marginal likelihood; adam is the paper's.")
-    ] = PriorSettings.optimizer,
-    lr: Annotated[float, typer.Option(min=0, help="Learning rate of adam.")] = PriorSettings.learning_rate,
-    steps: Annotated[int, typer.Option(min=1, help="Steps of adam.")] = PriorSettings.steps,
-    link: Annotated[Link, typer.Option(help="Link to tune for, by validation.")] = PriorSettings.link,
-    task: TaskOption = None,
-    data_dir: DataDirOption = None,
-    split: Annotated[str | None, typer.Option(help="Split with validation rows.")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Validation rows to use; half of the split.")] = None,
-    seed: SeedOption = 0,
+    settings: PriorSettings,
+    data: Annotated[
+        DataSettings,
+        Fields(
+            split={"help": "Split with validation rows.", "shown": "validation"},
+            limit={"help": "Number of validation rows.", "shown": "half of them"},
+        ),
+    ],
     as_json: JsonOption = False,
 ) -> None:
-    """Choose the prior precision: by validation rows where there are some, else by the marginal likelihood."""
+    """Choose the prior precision. It decides how uncertain the weights are.
+
+    Examples:
+        lapora tune-prior ADAPTER
+        lapora tune-prior ADAPTER --method marglik --prior layer
+    """
     from lapora.workflows.tune_prior import tune_prior
 
-    settings = PriorSettings(name, method, prior, optimizer, lr, steps, link, seed)
     with RowProgress("tune-prior") as progress:
-        tuned = tune_prior(model, DataSettings(task, data_dir, split, limit), settings, progress)
+        tuned = tune_prior(model, data, settings, progress)
     if as_json and model.processes.is_main:
         typer.echo(json.dumps(tuned.prior))
     print_message(tuned.reason)

@@ -1,4 +1,4 @@
-"""What people read: tables for a terminal, and a page."""
+"""Tables for the terminal, the HTML report and its figures, the section of a model card."""
 
 from lapora.report.page import write_page
 from lapora.report.tables import (

@@ -14,32 +14,32 @@ _SCORES = ("accuracy", "ece", "nll", "brier")
 
 
 def with_section(card: str, name: str, section: str) -> str:
-    """The card with the section of a posterior: in place of the one that stands there, else at its end.
+    """Return the card with the section of a posterior: replaced if it is there, else appended.
 
     Args:
-        card: The card as it is.
-        name: The posterior's; each has a section of its own.
-        section: What it is to say.
+        card: The present card.
+        name: Name of the posterior; each has its own section.
+        section: The text of the section.
     """
     begin, end = f"<!-- lapora {name}: begin -->", f"<!-- lapora {name}: end -->"
     block = f"{begin}\n{section.strip()}\n{end}"
-    standing = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}", re.DOTALL)
-    if standing.search(card):
-        return standing.sub(lambda _: block, card, count=1)
+    present = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}", re.DOTALL)
+    if present.search(card):
+        return present.sub(lambda _: block, card, count=1)
     return f"{card.rstrip()}\n\n{block}\n" if card.strip() else f"{block}\n"
 
 
 def posterior_section(
     manifest: Manifest, prior: Prior, name: str, repository: str, scores: Mapping[str, Any] | None = None
 ) -> str:
-    """What a posterior is, how it did and how it is used, in Markdown.
+    """Return the section of a posterior in Markdown: what it is, its scores, how to use it.
 
     Args:
-        manifest: The posterior's manifest.
+        manifest: Manifest of the posterior.
         prior: Its prior.
         name: Its name.
-        repository: Where the adapter is.
-        scores: A record of ``lapora eval``, whose table is added.
+        repository: Repository of the adapter.
+        scores: A record of ``lapora eval``, added as a table.
     """
     base = manifest.base_model
     asked = "" if name == "default" else f" --name {name}"
@@ -66,5 +66,5 @@ def posterior_section(
 
 
 def _cell(text: Any) -> str:
-    """One cell of a table: no bars, no markup, no line breaks that came with the data."""
+    """Escape a table cell: bars, markup and line breaks that the data may contain."""
     return printable(str(text), 300).replace("|", "\\|").replace("<", "&lt;")

@@ -1,4 +1,4 @@
-"""One self-contained HTML page: what was run, the tables, the pictures and the manifests."""
+"""The HTML report: one self-contained page with facts, tables, figures and manifests."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ class PageTable:
     """A table.
 
     Attributes:
-        title: What it shows.
-        headings: Of the columns; all but the first hold numbers.
-        rows: Their cells.
-        note: What a reader should know.
+        title: Title.
+        headings: Headings of the columns; all columns but the first hold numbers.
+        rows: Rows of cells.
+        note: Note below the table.
     """
 
     title: str
@@ -33,15 +33,15 @@ class PageTable:
 
 @dataclass(frozen=True)
 class Page:
-    """What the page holds; everything is escaped when it is written.
+    """Content of the page; everything is escaped when it is written.
 
     Attributes:
         title: Heading.
-        facts: What was run, by name.
-        tables: The tables.
-        pictures: Caption and SVG of each picture.
-        warnings: Lines for people.
-        manifests: Whatever else belongs to the result, by name.
+        facts: Facts about the run, by name.
+        tables: Tables.
+        pictures: Caption and SVG of each figure.
+        warnings: Warnings.
+        manifests: JSON records of the result, by name.
     """
 
     title: str
@@ -73,13 +73,13 @@ def write_page(file: Path, page: Page) -> None:
 
 
 def evaluation_tables(record: Mapping[str, Any]) -> list[PageTable]:
-    """The tables of an evaluation's record."""
+    """Return the tables of an evaluation."""
     results = record["results"]
     scores = [score for score in HEADINGS if score in results[0]]
     tables = [
         PageTable(
             f"Scores on {record['n']} rows of {record['split']}",
-            ["method", *(HEADINGS[score] for score in scores), "nll less MAP's (95 %)", "ece less MAP's (95 %)"],
+            ["method", *(HEADINGS[score] for score in scores), "nll minus MAP (95 %)", "ece minus MAP (95 %)"],
             [
                 [
                     label_of(result),
@@ -89,14 +89,14 @@ def evaluation_tables(record: Mapping[str, Any]) -> list[PageTable]:
                 ]
                 for result in results
             ],
-            "Below each score its 95 % bootstrap interval; differences are paired row by row. Calibration errors are "
-            "biased upwards on few rows, and so are their intervals.",
+            "Below each score: its 95 % bootstrap interval. Differences are paired by row. Calibration errors and "
+            "their intervals are biased upwards on few rows.",
         )
     ]
     if "coverage" in results[0]:
         tables.append(
             PageTable(
-                f"To answer {results[0]['coverage']['asked']:.0%} of the rows",
+                f"Coverage of {results[0]['coverage']['asked']:.0%} of the rows",
                 ["method", "--abstain-below", "rows answered", "accuracy of these", "accuracy of all"],
                 [
                     [
@@ -115,14 +115,14 @@ def evaluation_tables(record: Mapping[str, Any]) -> list[PageTable]:
         aurocs = ("max_probability", "entropy", "mutual_information")
         tables.append(
             PageTable(
-                f"Other data: {shifted['task']}, {shifted['n']} rows of {shifted['split']}",
+                f"Out of distribution: {shifted['task']}, {shifted['n']} rows of {shifted['split']}",
                 [
                     "method",
                     "accuracy",
                     "confidence",
-                    "(own rows)",
+                    "(in distr.)",
                     "entropy",
-                    "(own rows)",
+                    "(in distr.)",
                     "AUROC by max probability",
                     "by entropy",
                     "by mutual information",
@@ -135,14 +135,14 @@ def evaluation_tables(record: Mapping[str, Any]) -> list[PageTable]:
                     ]
                     for result in shifted["results"]
                 ],
-                "AUROC of telling these rows from the adapter's own; 0.5 is chance.",
+                "AUROC of separating these rows from in-distribution rows; 0.5 is chance.",
             )
         )
     return tables
 
 
 def checkpoint_page_tables(record: Mapping[str, Any]) -> list[PageTable]:
-    """Accuracy, ECE and NLL of every checkpoint: methods down, training steps across."""
+    """Return accuracy, ECE and NLL of every checkpoint: methods by training steps."""
     checkpoints = record["checkpoints"]
     columns = [{label_of(result): result for result in checkpoint["results"]} for checkpoint in checkpoints]
     headings = ["method", *(f"step {checkpoint['step']}" for checkpoint in checkpoints)]

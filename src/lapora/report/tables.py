@@ -13,6 +13,7 @@ from rich.text import Text
 
 from lapora.config import method_label
 from lapora.errors import printable
+from lapora.posterior.averaging import Averaged
 from lapora.storage.manifest import Manifest, Prior, Scores, Validation
 
 if TYPE_CHECKING:
@@ -31,29 +32,29 @@ HEADINGS = {
 """Scores in the order of the table, with their headings."""
 
 _SECOND_TABLE = ("auroc", "aurc")
-"""Scores that have no room in the first table of a narrow terminal."""
+"""Scores that go into the second table on a narrow terminal."""
 
 _WIDE_TERMINAL = 112
 _IN_A_PIPE = 140
 
 
 def number(value: float | None, digits: int = 3) -> str:
-    """A score, or a dash where it is not defined."""
+    """Format a score; a dash if it is not defined."""
     return "-" if value is None else f"{value:.{digits}f}"
 
 
 def threshold(value: float) -> str:
-    """A threshold, rounded down: rows that stand on it are kept."""
+    """Format a threshold, rounded down so that rows exactly on it are kept."""
     return f"{math.floor(value * 1e6) / 1e6:.6f}"
 
 
 def label_of(result: Mapping[str, Any]) -> str:
-    """How a result is named."""
+    """Return the label of a result."""
     return method_label(result["method"], result.get("name"), result.get("link"))
 
 
 def difference_of(result: Mapping[str, Any], score: str = "nll") -> str:
-    """The paired difference to MAP with its interval."""
+    """Format the paired difference to MAP with its interval."""
     found = result.get("difference_to_map", {}).get(score)
     if found is None:
         return ""
@@ -62,15 +63,15 @@ def difference_of(result: Mapping[str, Any], score: str = "nll") -> str:
 
 
 def console_of_data() -> Console:
-    """Standard output; wide enough for any table where it is not a terminal."""
+    """Return a console on standard output, wide enough for any table if it is not a terminal."""
     console = Console()
     return console if console.is_terminal else Console(width=_IN_A_PIPE)
 
 
 def print_evaluation(record: Mapping[str, Any]) -> None:
-    """Print the table of ``eval``, with those of other data and of coverage where they were asked for.
+    """Print the tables of ``eval``: scores and, on request, coverage and out-of-distribution rows.
 
-    A terminal that is too narrow for all columns gets two tables, so that nothing is cut or left out.
+    On a narrow terminal the columns are split into two tables, so that nothing is cut.
     """
     console = console_of_data()
     results = record["results"]
@@ -91,11 +92,11 @@ def print_evaluation(record: Mapping[str, Any]) -> None:
 
 
 def _scores(results: Sequence[Mapping[str, Any]], title: str, scores: Sequence[str], *, with_difference: bool) -> Table:
-    table = _table(title, "nll less MAP's: paired, with its 95 % bootstrap interval" if with_difference else "")
+    table = _table(title, "nll minus MAP: paired by row, with its 95 % bootstrap interval" if with_difference else "")
     for score in scores:
         _number_column(table, HEADINGS[score].replace(" ", "\n"))
     if with_difference:
-        _number_column(table, "nll less MAP's")
+        _number_column(table, "nll minus MAP")
     for result in results:
         cells = [number(result[score]) for score in scores]
         table.add_row(cell(label_of(result)), *cells, *([difference_of(result)] if with_difference else []))
@@ -103,7 +104,7 @@ def _scores(results: Sequence[Mapping[str, Any]], title: str, scores: Sequence[s
 
 
 def _table(title: str, caption: str = "") -> Table:
-    """A table whose first column alone may be wrapped."""
+    """Return a table in which only the first column may be wrapped."""
     table = Table(title=cell(title) if title else None, caption=caption or None, box=box.SIMPLE_HEAD)
     table.add_column("method")
     return table
@@ -115,7 +116,7 @@ def _number_column(table: Table, heading: str) -> None:
 
 def _coverage(results: Sequence[Mapping[str, Any]]) -> Table:
     asked = results[0]["coverage"]["asked"]
-    table = _table(f"to answer {asked:.0%} of the rows")
+    table = _table(f"coverage of {asked:.0%} of the rows")
     for heading in ("--abstain-below", "rows\nanswered", "accuracy\nof these", "of all"):
         _number_column(table, heading)
     for result in results:
@@ -128,17 +129,19 @@ def _coverage(results: Sequence[Mapping[str, Any]]) -> Table:
 _SHIFT = {
     "accuracy": "accuracy",
     "confidence": "confidence",
-    "confidence_in": "(own\nrows)",
+    "confidence_in": "(in\ndistr.)",
     "entropy": "entropy",
-    "entropy_in": "(own\nrows)",
+    "entropy_in": "(in\ndistr.)",
 }
 _SHIFT_AUROC = {"max_probability": "AUROC\nmax p", "entropy": "\nentropy", "mutual_information": "mutual\ninf."}
 
 
 def _shift(shifted: Mapping[str, Any], wide: bool) -> list[Table]:
-    """One table; on a narrow terminal two, AUROC in the second."""
-    caption = "AUROC of telling them from the rows above; 0.5 is chance"
-    first = _table(f"other data: {shifted['task']}, {shifted['split']}: {shifted['n']} rows", caption if wide else "")
+    """Return one table, or on a narrow terminal two, with AUROC in the second."""
+    caption = "AUROC of separating them from the rows above; 0.5 is chance"
+    first = _table(
+        f"out of distribution: {shifted['task']}, {shifted['split']}: {shifted['n']} rows", caption if wide else ""
+    )
     second = first if wide else _table("", caption)
     for heading in _SHIFT.values():
         _number_column(first, heading)
@@ -160,7 +163,7 @@ _BAR = 24
 
 
 def print_reliability(diagrams: Mapping[str, Sequence[Bin]]) -> None:
-    """Draw reliability diagrams side by side, on a terminal alone.
+    """Draw reliability diagrams side by side, if standard output is a terminal.
 
     Args:
         diagrams: Bins by method, at most two.
@@ -169,8 +172,8 @@ def print_reliability(diagrams: Mapping[str, Sequence[Bin]]) -> None:
     if not console.is_terminal:
         return
     table = Table(
-        title="how often right, by confidence",
-        caption="█ share right, ┃ mean confidence: a bar should end there",
+        title="accuracy by confidence",
+        caption="█ accuracy, ┃ mean confidence; calibrated: bars end at the mark",
         box=box.SIMPLE_HEAD,
     )
     table.add_column("confidence")
@@ -201,7 +204,7 @@ def print_checkpoints(record: Mapping[str, Any]) -> None:
 
 
 def checkpoint_tables(record: Mapping[str, Any]) -> list[Table]:
-    """One table for each score: training steps down, methods across."""
+    """Return one table per score: one row per training step, one column per method."""
     tables = []
     for score in ("accuracy", "ece", "nll"):
         results = record["checkpoints"][0]["results"]
@@ -222,16 +225,16 @@ def checkpoint_tables(record: Mapping[str, Any]) -> list[Table]:
 
 
 _BEST_IS_HIGH = ("accuracy", "mcc", "auroc")
-# The constant predictor is calibrated and says nothing, and an oracle has seen the labels: they are no candidates.
+# Not compared: the constant predictor is calibrated by construction, and the oracle has seen the labels.
 _NO_CANDIDATES = ("constant", "temperature (oracle)")
 
 
 def print_comparison(runs: Sequence[Mapping[str, Any]], scores: Sequence[str]) -> None:
-    """Print runs: a table of each score for a terminal, tab-separated lines for a pipe.
+    """Print runs: one table per score on a terminal, tab-separated lines otherwise.
 
     Args:
-        runs: What :func:`lapora.workflows.results.read_results` read.
-        scores: Which scores.
+        runs: Records from :func:`lapora.workflows.results.read_results`.
+        scores: Scores to show.
     """
     console = Console()
     if not console.is_terminal:
@@ -250,7 +253,7 @@ def print_comparison(runs: Sequence[Mapping[str, Any]], scores: Sequence[str]) -
 
 
 def _side_by_side(runs: Sequence[Mapping[str, Any]], score: str) -> Table:
-    """Methods down, runs across; the best of each run is bold."""
+    """Return a table with one row per method and one column per run; the best method of each run is bold."""
     table = Table(title=HEADINGS[score], box=box.SIMPLE_HEAD)
     table.add_column("method")
     columns = [{label_of(result): result.get(score) for result in run["results"]} for run in runs]
@@ -276,7 +279,7 @@ def _side_by_side(runs: Sequence[Mapping[str, Any]], score: str) -> Table:
 
 
 def _print_lines(runs: Sequence[Mapping[str, Any]]) -> None:
-    """One line a run and method, so that ``sort`` and ``cut`` work."""
+    """Print one line per run and method, for ``sort`` and ``cut``."""
     print("\t".join(["run", "time", "adapter", "task", "split", "n", "method", "name", "link", *HEADINGS]))
     for run in runs:
         about = [run["run"], run.get("time"), run.get("adapter"), run["task"], run["split"], run["n"]]
@@ -288,12 +291,12 @@ def _print_lines(runs: Sequence[Mapping[str, Any]]) -> None:
 
 
 def cell(text: str) -> Text:
-    """Text as it is: no markup that data brought along, no terminal controls."""
+    """Return literal text, without markup or terminal controls that the data may contain."""
     return Text(printable(text, 1000))
 
 
 def print_tasks(tasks: list[dict[str, Any]]) -> None:
-    """Print the built-in tasks: a table for a terminal, tab-separated lines for a pipe."""
+    """Print the built-in tasks: a table on a terminal, tab-separated lines otherwise."""
     header = ("task", "model kinds", "answers", "metric", "Hub")
     rows = [
         (
@@ -319,7 +322,7 @@ def print_tasks(tasks: list[dict[str, Any]]) -> None:
 
 
 def print_posterior(manifest: Manifest, prior: Prior) -> None:
-    """Print a summary of a saved posterior."""
+    """Print a summary of a posterior."""
     lines = {
         "structure": f"{manifest.structure}, {manifest.weight_sharing}, {manifest.fisher} Fisher",
         "subset": f"{manifest.subset}, {len(manifest.parameters)} matrices",
@@ -339,13 +342,51 @@ def print_posterior(manifest: Manifest, prior: Prior) -> None:
     console.print(table)
     if prior.validation is not None:
         console.print(_validation_curve(prior.validation))
+    if prior.averaged is not None:
+        console.print(_weights(prior.averaged))
 
 
 _COUNT_BAR = 30
 
 
+_SHADES = " ░▒▓█"
+_WEIGHT_BAR = 20
+
+
+def _weights(averaged: Averaged) -> Table:
+    """Return the weights of an average as a picture: prior precisions down, temperatures across, darker is heavier."""
+    source = f"{averaged.n} rows of {averaged.split}" if averaged.n else "training rows alone"
+    tolerance = "" if averaged.tolerance is None else f"; * what the training rows tolerate, {averaged.tolerance:.3g}"
+    table = Table(title=cell(f"weights, from {source}{tolerance}"), title_justify="left")
+    table.add_column("precision", justify="right", no_wrap=True)
+    shown = averaged.pruned(0.99)
+    if len(averaged.temperatures) > 1:
+        low, high = shown.temperatures[0], shown.temperatures[-1]
+        table.add_column(f"temperature {low:.2f}-{high:.2f}", no_wrap=True)
+    table.add_column("weight", justify="right", no_wrap=True)
+    table.add_column("", no_wrap=True)
+    heaviest = max(max(row) for row in shown.weights)
+    totals = [sum(row) for row in shown.weights]
+    for precision, row, total in zip(shown.precisions, shown.weights, totals, strict=True):
+        label = "MAP" if precision is None else f"{precision:.3g}"
+        if averaged.tolerance is not None and label != "MAP" and _is_nearest(averaged, precision):
+            label = f"* {label}"
+        shades = "".join(_SHADES[min(4, math.ceil(4 * value / heaviest))] for value in row)
+        bar = "█" * round(_WEIGHT_BAR * total / max(totals))
+        cells = [label, *([shades] if len(averaged.temperatures) > 1 else []), f"{total:.2f}", bar]
+        table.add_row(*cells)
+    return table
+
+
+def _is_nearest(averaged: Averaged, precision: float | None) -> bool:
+    assert averaged.tolerance is not None
+    finite = [value for value in averaged.precisions if value is not None]
+    tolerance = averaged.tolerance
+    return precision == min(finite, key=lambda value: abs(math.log(value / tolerance)))
+
+
 def _validation_curve(record: Validation) -> Table:
-    """Return NLL, ECE and accuracy at every prior precision tried, at MAP and at the marginal likelihood's."""
+    """Return NLL, ECE and accuracy of each prior tried, of MAP and of the marginal likelihood, with NLL as a bar."""
     title = f"{record.n} rows of {record.split}, {record.link} ({record.scheme})"
     table = Table(title=cell(title), title_justify="left")
     for title in ("prior precision", "nll", "ece", "accuracy"):

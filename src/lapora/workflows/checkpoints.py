@@ -10,17 +10,17 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from lapora._version import __version__
 from lapora.config import (
+    CheckpointSettings,
     DataSettings,
     EvalSettings,
     FitSettings,
     ModelSettings,
-    PriorMethod,
     PriorSettings,
     Progress,
 )
@@ -42,25 +42,6 @@ POSTERIORS: dict[str, FitSettings] = {
 """The paper's: LA over all LoRA weights and LLLA over the last layer, each by KFAC and by a diagonal."""
 
 CACHE_FILE = "checkpoint-scores.json"
-
-
-@dataclass(frozen=True)
-class CheckpointSettings:
-    """How checkpoints are fitted.
-
-    Attributes:
-        fit_split: Split the adapters were trained on.
-        fit_limit: Only its first so many rows.
-        max_length: Tokens per row.
-        chat_template: Whether prompts are wrapped as a chat.
-        prior_method: How the prior precision is chosen.
-    """
-
-    fit_split: str = "train"
-    fit_limit: int | None = None
-    max_length: int | None = None
-    chat_template: bool = False
-    prior_method: PriorMethod = "auto"
 
 
 def evaluate_checkpoints(

@@ -7,6 +7,7 @@ time; an adapter trained long on few rows is sure of itself all the same.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 from collections.abc import Callable
@@ -28,6 +29,8 @@ _TIMES = ["morning", "noon", "evening", "night"]
 _FLIPPED = 0.25
 _TRAINING_ROWS = 100
 _VALIDATION_ROWS = 600
+_RECIPE = ".made-with"
+"""File with the digest of the code that made base model and adapter."""
 
 _TASK: dict[str, Any] = {
     "task": "farm",
@@ -61,9 +64,16 @@ def run_demo(directory: Path, print_message: Callable[[str], None]) -> dict[str,
         text = "".join(json.dumps(row) + "\n" for row in content)
         (directory / "data" / f"{split}.jsonl").write_text(text, encoding="utf-8")
     (directory / "farm.yaml").write_text(yaml.safe_dump(_TASK, sort_keys=False), encoding="utf-8")
-    torch.manual_seed(0)
-    with silence_libraries():
-        _make_model(directory, splits["train"], print_message)
+    recipe = directory / _RECIPE
+    digest = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+    if recipe.is_file() and recipe.read_text(encoding="utf-8") == digest:
+        print_message("base model and adapter are there from an earlier demo")
+    else:
+        recipe.unlink(missing_ok=True)
+        torch.manual_seed(0)
+        with silence_libraries():
+            _make_model(directory, splits["train"], print_message)
+        recipe.write_text(digest, encoding="utf-8")
 
     from lapora.workflows.evaluate import evaluate
     from lapora.workflows.fit import fit

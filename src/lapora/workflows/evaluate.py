@@ -289,17 +289,21 @@ def remedy_options(model: ModelSettings, data: DataSettings) -> str:
 
 
 def _remedy(fitted: Fitted, link: Link, options: str) -> str:
-    prior = fitted.posterior.prior
-    command = f"lapora tune-prior {options} --name {fitted.posterior.folder.name} --method validation"
+    """Return what to do where Laplace is worse than MAP: a command that works as typed, or other options."""
+    prior = fitted.prior
+    command = f"lapora tune-prior {options} --name {fitted.posterior.folder.name}"
     if link != PriorSettings.link:
         command += f" --link {link}"
-    if prior.validation is None:
-        return f"tune the prior on validation rows: {command}"
-    if prior.validation.link != link:
-        return f"the prior was tuned for {prior.validation.link}: {command}"
-    if min(point.nll for point in prior.validation.curve) > prior.validation.map.nll:
-        return "so it was on the rows that tuned the prior, at every precision: predict with another --link, or map"
-    return "the tuning rows said otherwise: tune on more rows (--limit), or predict with --link map"
+    tuned = prior.validation or (prior.averaged if prior.averaged is not None and prior.averaged.n else None)
+    if tuned is None:
+        return f"tune the prior with labelled rows: {command}"
+    if tuned.link != link:
+        return f"the prior was tuned for {tuned.link}: {command}"
+    if prior.validation is not None:
+        if min(point.nll for point in prior.validation.curve) > prior.validation.map.nll:
+            return f"it was worse on the tuning rows too, at every precision: average instead ({command})"
+        return f"the tuning rows differ from these: average instead of choosing ({command})"
+    return "tune on more rows (--limit), or predict with --link map"
 
 
 @dataclass(frozen=True)

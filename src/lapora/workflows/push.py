@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lapora.config import ModelSettings
+from lapora.config import ModelSettings, PushSettings
 from lapora.errors import PosteriorError, UsageError
 from lapora.models.adapter import CONFIG_FILE, WEIGHTS_FILE, Adapter, hub_errors
 from lapora.report.card import posterior_section, with_section
@@ -19,25 +19,6 @@ from lapora.workflows.results import read_results
 from lapora.workflows.task_model import open_posterior
 
 _CARD = "README.md"
-
-
-@dataclass(frozen=True)
-class PushSettings:
-    """What goes where.
-
-    Attributes:
-        repository: ``owner/name``; made where there is none.
-        name: The posterior.
-        private: Whether a repository that is made is private.
-        revision: Branch to commit to; None is the default branch.
-        scores: File of ``lapora eval --output`` or ``--json``, whose last run goes into the model card.
-    """
-
-    repository: str
-    name: str = "default"
-    private: bool = False
-    revision: str | None = None
-    scores: Path | None = None
 
 
 @dataclass(frozen=True)

@@ -267,7 +267,7 @@ def _open_fitted(
     adapter, posterior = open_posterior(model, name)
     manifest = posterior.manifest
     recorded = manifest.base_model
-    differences = [*adapter_differences(manifest, adapter), *_differences_of_answers(posterior, data)]
+    differences = [*adapter_differences(manifest, adapter), *differences_of_answers(posterior, data)]
     try:
         if earlier is not None and earlier.posterior.manifest.base_model == recorded:
             loaded = earlier.model.loaded
@@ -309,8 +309,8 @@ def join_posterior(
     return Fitted.build(model, posterior, layers)
 
 
-def _differences_of_answers(posterior: SavedPosterior, data: DataSettings | None) -> list[str]:
-    """Compare the answers of the rows asked for with the posterior's."""
+def differences_of_answers(posterior: SavedPosterior, data: DataSettings | None) -> list[str]:
+    """Return how the answers of the rows asked for differ from the posterior's."""
     if data is None:
         return []
     manifest = posterior.manifest

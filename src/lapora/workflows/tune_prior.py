@@ -98,6 +98,8 @@ def _tune(
     evidence = _maximize(posterior, settings)
     if not all(model.processes.all_gather(posterior.prior_is_sound())):
         _rewrite(model, posterior, evidence.describe(posterior.manifest.log_likelihood is not None))
+    if settings.method in ("auto", "validation"):
+        _refuse_other_answers(posterior, model, data, settings)
     if settings.method == "adapted":
         tuned = _adapted(posterior, settings)
     elif settings.method == "marglik":
@@ -115,6 +117,16 @@ def _rewrite(model: ModelSettings, posterior: SavedPosterior, prior: dict[str, A
     with model.processes.raise_together():
         if model.processes.is_main:
             posterior.rewrite_manifest({"prior": prior})
+
+
+def _refuse_other_answers(
+    posterior: SavedPosterior, model: ModelSettings, data: DataSettings, settings: PriorSettings
+) -> None:
+    """Refuse rows with other answers than the posterior's; everything else that differs is named with them."""
+    from lapora.workflows.task_model import differences_of_answers, open_fitted
+
+    if differences_of_answers(posterior, data):
+        open_fitted(model, settings.name, data=data)
 
 
 def _structure(settings: PriorSettings) -> PriorStructure:
@@ -142,6 +154,8 @@ def _by_average(
     progress: Progress | None,
 ) -> TunedPrior:
     """Average over prior precision and temperature: with the labelled rows that there are, or with none."""
+    from lapora.workflows.task_model import open_fitted
+
     found = _rows_or_reason(posterior, model, data, settings)
     manifest = posterior.manifest
     if isinstance(found, str):
@@ -154,8 +168,6 @@ def _by_average(
         notes = [f"no labelled rows ({found}): the average is over what the training rows tolerate"]
         deviation = None
     else:
-        from lapora.workflows.task_model import open_fitted
-
         fitted = open_fitted(model, settings.name, data=data)
         averaged, deviation = average_with_rows(fitted, found, evidence.prior, settings, progress)
         notes = []

@@ -1,4 +1,4 @@
-"""Pictures by matplotlib, readable in greyscale. Imported only where a picture is asked for."""
+"""Figures by matplotlib, readable in grayscale. Imported only when a figure is requested."""
 
 from lapora.report.figures.checkpoints import checkpoint_pictures
 from lapora.report.figures.evaluation import evaluation_pictures

@@ -12,7 +12,7 @@ from lapora.report.figures.style import Picture, line_style, new_figure, style
 
 _SCORES = {"accuracy": "accuracy", "ece": "ECE", "nll": "NLL"}
 _LINKS = ("mc-joint", "mc-indep", "probit", "bridge")
-# (name in the legend, posterior), each with a look of its own in every picture.
+# (label in the legend, posterior); each has the same style in every figure.
 _MAP = ("MAP", None)
 _LLLA, _LA = ("LLLA", "llla-kron"), ("LA", "la-kron")
 _DIAGONAL = (("LLLA, diagonal", "llla-diag"), ("LA, diagonal", "la-diag"))
@@ -22,10 +22,10 @@ Curve = tuple[str, str | None]
 
 
 def checkpoint_pictures(record: Mapping[str, Any]) -> list[Picture]:
-    """Pictures of a training run's checkpoints.
+    """Return the figures of a training run's checkpoints.
 
     Args:
-        record: What ``lapora eval RUN_DIR --checkpoints`` found.
+        record: Record of ``lapora eval RUN_DIR --checkpoints``.
 
     Returns:
         Figures 1 to 3 (MAP, LLLA, LA), 4 (the links) and 5 to 7 (diagonal against KFAC) of Yang et al., as far as
@@ -36,7 +36,7 @@ def checkpoint_pictures(record: Mapping[str, Any]) -> list[Picture]:
     if not links:
         return []
     where = f"{record['task']}, {record['n']} rows of {record['split']}"
-    dashed = "The dashed line is the checkpoint of the best MAP accuracy."
+    dashed = "Dashed line: checkpoint with the best MAP accuracy."
     chosen = "" if record.get("prior_method") == "marglik" else " The priors were chosen for mc-joint."
     with style():
         pictures = [
@@ -65,7 +65,7 @@ def checkpoint_pictures(record: Mapping[str, Any]) -> list[Picture]:
 
 
 def _grid(record: Mapping[str, Any], curves: Sequence[Curve], links: Sequence[str], *, across: str) -> Any:
-    """Scores across for one link; or links across and scores down."""
+    """Return one column per score for one link, or one column per link and one row per score."""
     if across == "scores":
         figure = new_figure(8.4, 3.2)
         axes = figure.subplots(1, len(_SCORES), squeeze=False)

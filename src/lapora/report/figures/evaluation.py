@@ -1,4 +1,4 @@
-"""Pictures of one evaluation: reliability diagrams, histograms of confidence, risk against coverage."""
+"""Figures of one evaluation: reliability diagrams, histograms of confidence, risk-coverage curves."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ _NORMAL_95 = 1.96
 
 
 def evaluation_pictures(tables: Mapping[str, Tensor], targets: Tensor, after: Sequence[str]) -> list[Picture]:
-    """All pictures of an evaluation.
+    """Return all figures of an evaluation.
 
     Args:
         tables: ``(N, C)`` log-probabilities by method; ``map`` is among them.
         targets: ``(N,)`` labels.
-        after: The methods that are shown beside MAP, each in pictures of its own.
+        after: Methods to show beside MAP, each in its own figures.
     """
     pictures = []
     with style():
@@ -69,7 +69,7 @@ def _reliability(pair: Mapping[str, Tensor], targets: Tensor, ending: str) -> Pi
         lower.set(xlabel="confidence")
         most = max(most, *counts)
     lowest = math.floor(metrics.ECE_BINS / next(iter(pair.values())).shape[1]) / metrics.ECE_BINS
-    axes[0, 0].set(ylabel="share of right answers", xlim=(max(0.0, lowest - 0.02), 1.02))
+    axes[0, 0].set(ylabel="accuracy", xlim=(max(0.0, lowest - 0.02), 1.02))
     axes[1, 0].set(ylabel="rows")
     for lower in axes[1]:
         lower.set_ylim(0, 1.25 * most)
@@ -77,15 +77,15 @@ def _reliability(pair: Mapping[str, Tensor], targets: Tensor, ending: str) -> Pi
         lower.tick_params(labelleft=False)
     before, now = pair
     caption = (
-        f"Reliability of {before} (left) and {now} (right): bars and points are the share of right answers in each "
-        f"bin of confidence, points at the bin's mean confidence with a 95 % Wilson interval; below, rows in each bin. "
-        "On the dashed line confidence is what it says."
+        f"Reliability of {before} (left) and {now} (right): bars and points are the accuracy in each bin of "
+        f"confidence, points at the bin's mean confidence with a 95 % Wilson interval; below, rows in each bin. "
+        "Calibrated probabilities lie on the dashed line."
     )
     return Picture(f"reliability{ending}", caption, figure)
 
 
 def _wilson(share: float, count: int) -> tuple[float, float]:
-    """The 95 % interval of a share (Wilson 1927)."""
+    """Return the 95 % interval of a proportion (Wilson 1927)."""
     square = _NORMAL_95**2 / count
     middle = (share + square / 2) / (1 + square)
     half = _NORMAL_95 * math.sqrt(share * (1 - share) / count + square / (4 * count)) / (1 + square)
@@ -115,16 +115,16 @@ def _histograms(pair: Mapping[str, Tensor], targets: Tensor, ending: str) -> Pic
     names = ["right", "wrong", "mean confidence", "accuracy"]
     figure.legend(handles, names, loc="outside lower center", ncols=4)
     caption = (
-        f"Confidence of right and wrong answers under {' and '.join(pair)}; calibrated probabilities have the two "
-        "vertical lines together."
+        f"Confidence of right and wrong answers under {' and '.join(pair)}; with calibrated probabilities the two "
+        "vertical lines coincide."
     )
     return Picture(f"confidence{ending}", caption, figure)
 
 
 def _risk_coverage(tables: Mapping[str, Tensor], targets: Tensor, first: Sequence[str]) -> Picture:
-    """One curve for methods that put the rows in the same order, as a temperature leaves it with two answers.
+    """Draw one curve for all methods that rank the rows alike, as MAP and a temperature do with two answers.
 
-    Where there are too many, the baselines and ``first`` are drawn.
+    If there are too many, draw the baselines and ``first``.
     """
     order = [label for label in tables if not label.startswith("laplace") or label in first]
     tables = {label: tables[label] for label in (*order, *(label for label in tables if label not in order))}
@@ -139,7 +139,7 @@ def _risk_coverage(tables: Mapping[str, Tensor], targets: Tensor, first: Sequenc
     for index, labels in enumerate(shown):
         coverage, risk = metrics.risk_coverage(tables[labels[0]], targets)
         area = metrics.evaluate(tables[labels[0]], targets)["aurc"]
-        # The first few rows say nothing: their error rate is one of few.
+        # The error rate of the first few rows is too noisy to draw.
         drawn = (coverage >= _LEAST_COVERAGE) | (coverage == coverage[-1])
         every = max(1, int(drawn.sum()) // 9)
         axis.plot(
@@ -149,7 +149,7 @@ def _risk_coverage(tables: Mapping[str, Tensor], targets: Tensor, first: Sequenc
             markevery=(index * every // len(shown), every),
             **line_style(index),
         )
-    axis.set(xlabel="coverage: share of rows answered", ylabel="risk: share of wrong answers")
+    axis.set(xlabel="coverage: share of rows answered", ylabel="risk: error rate")
     axis.set(xlim=(0, 1.01), ylim=(0, None))
     longest = max(len(", ".join(labels)) for labels in shown)
     title = "area under the curve"
@@ -157,8 +157,8 @@ def _risk_coverage(tables: Mapping[str, Tensor], targets: Tensor, first: Sequenc
         title=title, title_fontsize=8, loc="outside lower center", ncols=1 if longest > 30 or len(shown) < 3 else 2
     )
     caption = (
-        "Risk against coverage: the error rate if only the most confident rows are answered (from "
-        f"{_LEAST_COVERAGE:.0%} of them on); lower is better."
+        "Risk against coverage: error rate if only the most confident rows are answered (at least "
+        f"{_LEAST_COVERAGE:.0%} of them); lower is better."
     )
     if len(curves) > len(shown):
         caption += f" The first {len(shown)} curves; {len(curves) - len(shown)} more are in the table."

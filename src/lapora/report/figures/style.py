@@ -1,4 +1,4 @@
-"""One look for all pictures: methods differ by marker and line style, colours by lightness too."""
+"""Style of all figures: methods differ by marker and line style, and colors also by lightness."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 
 from lapora.errors import DataError
 
-# Okabe and Ito's colours, ordered so that neighbours differ in lightness as well.
+# Okabe and Ito's colors, ordered so that neighbors also differ in lightness.
 _COLORS = ("#000000", "#E69F00", "#0072B2", "#8C8C8C", "#D55E00", "#56B4E9", "#005F46", "#CC79A7")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 _LINES: tuple[Any, ...] = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)), (0, (7, 2, 1, 2)))
@@ -29,18 +29,18 @@ _SETTINGS: dict[Any, Any] = {
     "legend.fontsize": 8,
     "hatch.linewidth": 0.6,
     "figure.dpi": 110,
-    "svg.hashsalt": "lapora",  # the same picture gives the same file
+    "svg.hashsalt": "lapora",  # the same figure gives the same file
     "svg.fonttype": "path",
 }
 
 
 @dataclass(frozen=True, eq=False)
 class Picture:
-    """A figure with what it shows.
+    """A figure with its name and caption.
 
     Attributes:
-        name: File name without its ending.
-        caption: What it shows, in a sentence.
+        name: File name without suffix.
+        caption: Caption, in a sentence.
         figure: The figure.
     """
 
@@ -49,20 +49,20 @@ class Picture:
     figure: Figure
 
     def __post_init__(self) -> None:
-        """Lay the figure out once: every further drawing would move it by a hair."""
+        """Lay out the figure once: another layout would shift it slightly."""
         self.figure.draw_without_rendering()
         self.figure.set_layout_engine("none")
 
 
 @contextmanager
 def style() -> Iterator[None]:
-    """Draw within this."""
+    """Apply the style to figures drawn in the block."""
     with mpl.rc_context(_SETTINGS):
         yield
 
 
 def line_style(index: int) -> dict[str, Any]:
-    """Colour, marker and line of the method at a position."""
+    """Return color, marker and line of the method at a position."""
     each = index % len(_COLORS)
     return {
         "color": _COLORS[each],
@@ -75,14 +75,14 @@ def line_style(index: int) -> dict[str, Any]:
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """An empty figure, in inches, that lays itself out."""
+    """Return an empty figure with a constrained layout; sizes are in inches."""
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure
 
 
 def to_svg(figure: Figure) -> bytes:
-    """The figure as SVG."""
+    """Return the figure as SVG."""
     with style():
         stream = io.BytesIO()
         figure.savefig(stream, format="svg", metadata={"Date": None})
@@ -90,7 +90,7 @@ def to_svg(figure: Figure) -> bytes:
 
 
 def save_pictures(pictures: Sequence[Picture], folder: Path) -> list[Path]:
-    """Write each picture as PNG and SVG.
+    """Write each figure as PNG and SVG.
 
     Raises:
         DataError: The folder cannot be written.
