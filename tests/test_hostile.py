@@ -51,7 +51,7 @@ def test_an_adapter_that_is_a_pickle_is_refused_unopened(tiny):
     (tiny / "adapter" / "adapter_model.bin").write_bytes(pickle.dumps(Bomb(tiny / MARK)))
     assert len(list(predict(model_of(tiny), PredictSettings(), json_lines(1)))) == 1  # beside safetensors: ignored
     (tiny / "adapter" / "adapter_model.safetensors").unlink()
-    with pytest.raises(AdapterError, match=r"adapter_model.bin \(a pickle, which lapora does not open\)"):
+    with pytest.raises(AdapterError, match=r"adapter_model.bin, a pickle, which lapora never opens"):
         fit_tiny(tiny, overwrite=True)
     assert not (tiny / MARK).exists()
 
@@ -67,7 +67,7 @@ def test_a_base_model_that_is_a_pickle_runs_nothing(tiny, protocol):
     with pytest.raises(AdapterError) as caught:
         list(predict(model_of(tiny), PredictSettings(), json_lines(1)))
     assert not (tiny / MARK).exists() and "\n" not in str(caught.value)
-    assert "could run any code" in str(caught.value)
+    assert "could run code" in str(caught.value)
 
 
 def test_a_posterior_that_is_a_pickle_runs_nothing(tiny):
@@ -141,7 +141,7 @@ def test_names_in_a_manifest_are_names_and_never_paths(tiny):
 def test_a_split_and_a_task_in_a_manifest_cannot_name_other_files(tiny):
     folder = tiny / "adapter" / "laplace" / "default"
     for split in ("../../etc/passwd", "/etc/passwd", ".."):
-        with pytest.raises(DataError, match="no file name"):
+        with pytest.raises(DataError, match="is not a valid file name"):
             evaluate(model_of(tiny), DataSettings(split=split))
     saved = SavedPosterior(folder)
     task = saved.content["task"] | {"doc_to_text": "{{ ''.__class__.__mro__ }}"}

@@ -112,7 +112,7 @@ def test_a_base_saved_in_4_bits_needs_no_option(saved_in_4_bits, monkeypatch, ca
             monkeypatch, capfdbinary, *arguments, "--base-model", base, "--name", "other", "--quantize", asked
         )
         assert status == UsageError.exit_status
-        assert "saved in 4 bits already; leave --quantize out" in err
+        assert "already quantized to 4 bits; omit --quantize" in err
 
 
 def test_another_quantisation_is_refused(saved_in_4_bits):
@@ -122,7 +122,7 @@ def test_another_quantisation_is_refused(saved_in_4_bits):
     content["quantization_config"] = {"quant_method": "gptq", "bits": 4}
     file.write_text(json.dumps(content))
     try:
-        with pytest.raises(AdapterError, match="quantised by gptq, and lapora covers bitsandbytes alone"):
+        with pytest.raises(AdapterError, match="quantization by gptq is not supported, only by bitsandbytes"):
             fit_tiny(saved_in_4_bits, model={"base_model": str(file.parent)}, name="gptq")
     finally:
         file.write_text(before)
