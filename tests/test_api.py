@@ -37,7 +37,7 @@ from tiny_adapter import command, fit_tiny, json_lines, make_adapter, make_rows,
 
 
 def loaded(folder):
-    return load_model(read_adapter(folder / "adapter"), device="cpu")
+    return load_model(read_adapter(folder / "adapter"), ModelSettings(str(folder / "adapter"), device="cpu"))
 
 
 def training_state(model):
