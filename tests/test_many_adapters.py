@@ -79,7 +79,7 @@ def test_an_adapter_taken_off_and_put_on_again_is_the_same(several):
     }
     loaded = {}
     for name in expected:
-        loaded[name] = shared.load(read_adapter(several / name), device="cpu")
+        loaded[name] = shared.load(read_adapter(several / name), ModelSettings("", device="cpu"))
         torch.testing.assert_close(logits(loaded[name].model), expected[name], rtol=0, atol=0)
     for name in ("adapter", "third", "adapter", "second"):
         shared.attach(loaded[name])
@@ -98,8 +98,8 @@ def test_an_adapter_that_writes_into_the_base_has_one_of_its_own(several):
     save_file(tensors, file, {"format": "pt"})
     assert config.is_file()
     shared = BaseCache()
-    first = shared.load(read_adapter(several / "adapter"), device="cpu")
-    second = shared.load(read_adapter(several / "second"), device="cpu")
+    first = shared.load(read_adapter(several / "adapter"), ModelSettings("", device="cpu"))
+    second = shared.load(read_adapter(several / "second"), ModelSettings("", device="cpu"))
     assert shared.loads == 2
     assert first.model.get_base_model() is not second.model.get_base_model()
     embedding = first.model.get_base_model().get_input_embeddings().weight
@@ -239,12 +239,12 @@ def test_an_adapter_that_does_not_fit_leaves_nothing_on_the_base(several):
         with torch.no_grad():
             return loaded.model.get_base_model()(input_ids=ids).logits
 
-    good = shared.load(read_adapter(several / "adapter"), device="cpu")
+    good = shared.load(read_adapter(several / "adapter"), ModelSettings("", device="cpu"))
     expected = logits(good)
     config = several / "second" / "adapter_config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "target_modules": ["q_proj", "v_proj", "up_proj"]}))
     with pytest.raises(LaporaError):
-        shared.load(read_adapter(several / "second"), device="cpu")
+        shared.load(read_adapter(several / "second"), ModelSettings("", device="cpu"))
     shared.attach(good)
     torch.testing.assert_close(logits(good), expected, rtol=0, atol=0)
 
@@ -258,11 +258,11 @@ def test_a_base_that_had_to_go_still_serves_the_adapters_that_were_on_it(several
         with torch.no_grad():
             return loaded.model.get_base_model()(input_ids=ids).logits
 
-    first = shared.load(read_adapter(several / "adapter"), device="cpu")
+    first = shared.load(read_adapter(several / "adapter"), ModelSettings("", device="cpu"))
     expected = [logits(first)]
-    second = shared.load(read_adapter(several / "second"), device="cpu")
+    second = shared.load(read_adapter(several / "second"), ModelSettings("", device="cpu"))
     expected.append(logits(second))
-    shared.load(read_adapter(several / "third"), device="cpu", dtype="float64")
+    shared.load(read_adapter(several / "third"), ModelSettings("", device="cpu", dtype="float64"))
     assert shared.loads == 2
     for loaded, before in zip((first, second, first), (*expected, expected[0]), strict=True):
         torch.testing.assert_close(logits(loaded), before, rtol=0, atol=0)
@@ -272,7 +272,7 @@ def test_adapters_that_are_done_with_are_freed(several):
     shared = BaseCache()
     seen = []
     for name in ("adapter", "second", "third"):
-        seen.append(weakref.ref(shared.load(read_adapter(several / name), device="cpu").model))
+        seen.append(weakref.ref(shared.load(read_adapter(several / name), ModelSettings("", device="cpu")).model))
     gc.collect()
     assert [reference() is None for reference in seen] == [True, True, False]
 

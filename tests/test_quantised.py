@@ -34,7 +34,7 @@ def folder(tmp_path_factory):
 def _factors(folder, quantize, change=None):
     prepared = prepare_fit(model_of(folder, quantize=quantize), data_of(folder), FitSettings())
     if change:
-        change(prepared.answers.network)
+        change(prepared.model.outputs.network)
     run = prepared.run(FitSettings())
     observer = KronObserver("expand")
     data = run.observe(observer)
