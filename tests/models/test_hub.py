@@ -21,7 +21,7 @@ from tiny_adapter import command, fit_tiny, json_lines, make_adapter
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     folder = make_adapter(tmp_path_factory.mktemp("hub"))
-    fit_tiny(folder)
+    fit_tiny(folder, prior_method="averaged")
     return folder
 
 

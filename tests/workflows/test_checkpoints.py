@@ -18,7 +18,7 @@ from lapora.errors import UsageError
 from lapora.workflows import checkpoints as workflow
 from lapora.workflows.checkpoints import CheckpointSettings, evaluate_checkpoints
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 POSTERIORS = ["la-kron", "la-diag", "llla-kron", "llla-diag"]
 
 

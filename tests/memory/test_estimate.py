@@ -247,7 +247,7 @@ def test_structures_take_what_the_footprint_says_or_less(folder):
     for structure in ("kron", "diag", "lowrank"):
         settings = FitSettings(structure=structure, max_length=13)  # as long as the longest row
         run = prepared.run(settings)
-        with LiveMemory(prepared.loaded.model) as memory:
+        with LiveMemory(prepared.model.loaded.model) as memory:
             fit_structure(structure, run)
         budget = estimate_memory(model_of(folder), data_of(folder), settings)
         reckoned = (budget.peak_device - sum(budget.weights.values())) / allocator_overhead("cpu")

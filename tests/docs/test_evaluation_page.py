@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from lapora.cli.app import app
 
-PAGE = Path(__file__).parents[1] / "docs" / "evaluation.md"
+PAGE = Path(__file__).parents[2] / "docs" / "evaluation.md"
 
 
 def test_every_command_of_the_page(demo, tmp_path, monkeypatch, capsys):

@@ -234,7 +234,7 @@ print(size.tokens)
 def test_real_memory_that_ends(tmp_path):
     from pathlib import Path
 
-    script = SCRIPT.format(tests=str(Path(__file__).parent))
+    script = SCRIPT.format(tests=str(Path(__file__).parents[1]))
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     assert int(done.stdout) < 100_000
