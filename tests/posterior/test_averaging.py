@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from lapora.posterior import averaging
-from lapora.posterior.averaging import Averaged, TrainingCurve, allowed_excess, average, tolerance_of
+from lapora.posterior.averaging import Averaged, TrainingCurve, average, tolerance_of
 
 DELTAS = np.array([0.1, 1.0, 10.0, 100.0, math.inf])
 TEMPERATURES = np.array([0.5, 1.0, 2.0])
@@ -18,23 +18,32 @@ def normal_tail(value: float) -> float:
     return 0.5 * math.erfc(value / math.sqrt(2.0))
 
 
+def of_precisions(tolerance: float, width: float) -> list[float]:
+    step = math.log(10.0)
+    masses = []
+    for delta in DELTAS:
+        if math.isinf(delta):  # all of the prior's mass above the last cell
+            masses.append(normal_tail((math.log(100.0) + step / 2 - math.log(tolerance)) / width))
+        else:
+            z = (math.log(delta) - math.log(tolerance)) / width
+            masses.append(math.exp(-0.5 * z * z) / math.sqrt(2 * math.pi) * step / width)
+    return [mass / sum(masses) for mass in masses]
+
+
 def test_the_weights_are_the_formula():
     nll = np.random.default_rng(0).uniform(0.2, 1.2, (5, 3))
     rows, tolerance = 7, 3.0
-    step = math.log(10.0)
+    priors = of_precisions(tolerance, averaging.PRECISION_WIDTH)
+    of_tau = [math.exp(-0.5 * (math.log(tau) / averaging.TEMPERATURE_WIDTH) ** 2) for tau in TEMPERATURES]
     expected = np.zeros((5, 3))
-    for i, delta in enumerate(DELTAS):
-        for j, tau in enumerate(TEMPERATURES):
-            if math.isinf(delta):  # all of the prior's mass above the last cell
-                edge = math.log(100.0) + step / 2
-                prior = normal_tail((edge - math.log(tolerance)) / averaging.PRECISION_WIDTH)
-            else:
-                z = (math.log(delta) - math.log(tolerance)) / averaging.PRECISION_WIDTH
-                prior = math.exp(-0.5 * z * z) / math.sqrt(2 * math.pi) * step / averaging.PRECISION_WIDTH
-            of_tau = math.exp(-0.5 * (math.log(tau) / averaging.TEMPERATURE_WIDTH) ** 2)
-            expected[i, j] = prior * of_tau * math.exp(-rows * nll[i, j])
+    for i in range(5):
+        for j in range(3):
+            prior = 0.5 * priors[i] * of_tau[j] / sum(of_tau) + (0.5 if (i, j) == (4, 1) else 0.0)
+            expected[i, j] = prior * math.exp(-rows * nll[i, j])
     found = average(DELTAS, TEMPERATURES, tolerance, nll, rows)
     assert np.allclose(found, expected / expected.sum(), rtol=1e-10)
+    alone = average(DELTAS, [1.0], tolerance)
+    assert np.allclose(alone[:, 0], of_precisions(tolerance, averaging.PRECISION_WIDTH_WITHOUT_ROWS))
 
 
 def test_without_rows_the_temperature_is_one_and_the_tolerance_is_the_center():
@@ -60,26 +69,51 @@ def test_rows_that_say_nothing_leave_the_prior():
     assert np.allclose(few, many)
 
 
-def test_the_tolerance_is_where_the_training_nll_exceeds_map_by_the_excess_allowed():
-    deltas = np.logspace(-2, 4, 13)
-    excess = 0.5 / (1.0 + deltas)  # falls with δ
-    curve = TrainingCurve(precisions=deltas.tolist(), nll=(0.1 + excess).tolist(), map_nll=0.1, n=100)
-    allowed = allowed_excess(0.1)
-    exact = 0.5 / allowed - 1.0
-    assert tolerance_of(curve) == pytest.approx(exact, rel=0.15)  # linear between the points of the grid
-    assert deltas[0] < exact < deltas[-1]
+def curve(mean_excess: np.ndarray, variance: np.ndarray, map_nll: float = 0.1) -> TrainingCurve:
+    deltas = np.logspace(-2, 4, len(mean_excess))
+    return TrainingCurve(
+        precisions=deltas.tolist(),
+        nll=(map_nll + mean_excess).tolist(),
+        variance=variance.tolist(),
+        map_nll=map_nll,
+        n=100,
+    )
+
+
+def test_the_tolerance_is_where_the_excess_meets_what_is_allowed():
+    """With an excess of k/δ and a variance of r times its square, δ₀ = k / (a exp(-t/b) r)."""
+    deltas = np.logspace(-2, 4, 25)
+    for ratio in (0.5, 2.0, 9.0):
+        excess = 0.02 / deltas
+        found = tolerance_of(curve(excess, ratio * excess**2))
+        assert found == pytest.approx(0.02 / (0.01 * math.exp(-0.1 / 0.2) * ratio), rel=1e-6)
+    capped = tolerance_of(curve(0.02 / deltas, 1e4 * (0.02 / deltas) ** 2))
+    assert capped == pytest.approx(0.02 / (0.01 * math.exp(-0.1 / 0.2) * 10.0), rel=1e-6)
 
 
 def test_the_tolerance_at_the_ends_of_the_grid():
-    deltas = [0.1, 1.0, 10.0]
-    harmless = TrainingCurve(precisions=deltas, nll=[0.1, 0.1, 0.1], map_nll=0.1, n=9)
-    assert tolerance_of(harmless) == 0.1
-    harmful = TrainingCurve(precisions=deltas, nll=[9.0, 8.0, 7.0], map_nll=0.1, n=9)
-    assert tolerance_of(harmful) == 10.0
+    few = np.array([1.0, 1.0, 1.0])
+    assert tolerance_of(curve(np.zeros(3), few)) == 0.01  # harmless everywhere
+    assert tolerance_of(curve(np.array([-0.1, -0.2, 0.0]), few)) == 0.01  # better than MAP
+    assert tolerance_of(curve(np.array([9.0, 8.0, 7.0]), few)) == pytest.approx(1e4)  # harmful everywhere
+
+
+def test_what_is_tolerated_at_a_smaller_precision_again_does_not_count():
+    excess = np.array([0.0, 5.0, 1e-3, 0.0])
+    found = tolerance_of(curve(excess, 100 * excess**2 + 1.0))
+    assert 1.0 < found < 1e4
 
 
 def test_the_less_closely_rows_are_fitted_the_less_is_tolerated():
-    assert allowed_excess(0.0) > allowed_excess(0.1) > allowed_excess(0.7) > 0
+    excess = 0.02 / np.logspace(-2, 4, 25)
+    close, loose = (tolerance_of(curve(excess, 4 * excess**2, map_nll)) for map_nll in (0.01, 0.5))
+    assert close < loose
+
+
+def test_an_excess_that_all_rows_bear_is_tolerated_less_than_one_that_few_bear():
+    excess = 0.02 / np.logspace(-2, 4, 25)
+    few, all_alike = (tolerance_of(curve(excess, ratio * excess**2)) for ratio in (9.0, 0.25))
+    assert few < all_alike
 
 
 def averaged(weights: np.ndarray) -> Averaged:

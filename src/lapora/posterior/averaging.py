@@ -2,14 +2,19 @@
 
 The predictive is a mixture over a grid of δ (MAP, δ = ∞, included) and τ,
 
-    p(y|x) = Σ_ij w_ij E[softmax((f + ε) / τ_j)],   ε ~ N(0, Λ(δ_i)),
-    w_ij ∝ exp(-m NLL_ij) N(log τ_j; 0, s_τ²) N(log δ_i; log δ₀, s_δ²),
+    p(y|x) = Σ_ij w_ij E[softmax((f + ε) / τ_j)],   ε ~ N(0, Λ(δ_i)),   w_ij ∝ exp(-m NLL_ij) π_ij,
 
-where NLL_ij is the mean over m labelled rows that the adapter was not trained on; m may be 0, and then τ = 1. The
-center δ₀ is the tolerance: the smallest δ at which the predictive's NLL on training rows exceeds MAP's by at most ε₀.
-A tolerance in terms of the training loss is from TFB (Shi et al. 2024, "Training-free Bayesianization for low-rank
-adapters of large language models"); here it is absolute, and shrinks where the training rows are not fitted closely.
-Needs no torch.
+where NLL_ij is the mean over m labelled rows that the adapter was not trained on. With rows, half of the prior π is on
+the adapter as it is (MAP, τ = 1) and half on N(log δ; log δ₀, s_δ²) N(log τ; 0, s_τ²); without rows, π is
+N(log δ; log δ₀, 1²) at τ = 1.
+
+The center δ₀ is the tolerance: how small δ may be before the predictive fits the training rows worse than MAP. Let
+``d_n(δ)`` be the excess of row n's NLL over MAP's, and t the NLL of MAP on the training rows. δ₀ is the least δ from
+which on ``mean(d) <= a exp(-t/b) min(var(d) / mean(d)², 10)``. The exponential is there because rows that are not
+fitted closely say little about overfitting. The ratio is there because an excess that all rows bear alike is one that
+new rows will bear too, while an excess that a few rows bear is the mark of rows learnt by heart. A tolerance in terms of the
+training loss is from TFB (Shi et al. 2024, "Training-free Bayesianization for low-rank adapters of large language
+models"). How the constants were chosen: docs/prior-selection.md. Needs no torch.
 """
 
 from __future__ import annotations
@@ -23,27 +28,32 @@ from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
 
-PRECISIONS: Array = np.logspace(-2.0, 6.0, 17)
-"""Prior precisions of the grid, two a decade; MAP follows as one more."""
+PRECISIONS: Array = np.logspace(-3.0, 7.0, 16)
+"""Prior precisions of the grid, three in two decades; MAP follows as one more."""
 
-TEMPERATURES: Array = np.exp(0.15 * np.arange(-6, 15))
-"""Temperatures of the grid, 0.41 to 8.2; 1 is one of them."""
+TEMPERATURES: Array = np.exp(0.2 * np.arange(-8, 13))
+"""Temperatures of the grid, 0.2 to 11; 1 is one of them."""
 
 TOLERANCE_ROWS = 200
 """Maximum number of training rows that the tolerance is estimated on."""
 
-TEMPERATURE_WIDTH = 0.4
+MAP_SHARE = 0.5
+"""Share of the prior, with labelled rows, that is on MAP at temperature 1."""
+
+TEMPERATURE_WIDTH = 0.6
 """s_τ: standard deviation of the prior on log τ."""
 
-PRECISION_WIDTH = 4.0
+PRECISION_WIDTH = 6.0
 """s_δ with labelled rows: standard deviation of the prior on log δ about the tolerance."""
 
 PRECISION_WIDTH_WITHOUT_ROWS = 1.0
 """s_δ without labelled rows."""
 
-EXCESS = 0.05
-EXCESS_SCALE = 0.25
-"""ε₀ = EXCESS · exp(-t / EXCESS_SCALE) nats a row, with t the NLL of MAP on the training rows."""
+EXCESS, EXCESS_SCALE, LARGEST_RATIO = 0.01, 0.2, 10.0
+"""a and b of the tolerance, in nats a row, and the largest ratio of variance and squared mean that counts."""
+
+_NO_EXCESS = 1e-6
+"""Nats a row: a mean excess below this is tolerated."""
 
 RETAINED_WEIGHT = 0.999
 """Share of the weight that the components kept for prediction hold together."""
@@ -55,12 +65,14 @@ class TrainingCurve(Struct, frozen=True, kw_only=True):
     Attributes:
         precisions: δ, increasing.
         nll: NLL at each δ, in nats a row.
+        variance: Variance over the rows of the excess of their NLL over MAP's, at each δ.
         map_nll: NLL of MAP, in nats a row.
         n: Number of rows.
     """
 
     precisions: list[float]
     nll: list[float]
+    variance: list[float]
     map_nll: float
     n: int
 
@@ -180,39 +192,42 @@ def log_positions(precisions: Array) -> Array:
     return np.where(np.isinf(precisions), top, logs)
 
 
-def allowed_excess(map_nll: float) -> float:
-    """Return ε₀, the excess of the training NLL over MAP's that is tolerated, in nats a row."""
-    return EXCESS * math.exp(-map_nll / EXCESS_SCALE)
-
-
 def tolerance_of(curve: TrainingCurve) -> float:
-    """Return δ₀: the smallest δ at which the training NLL exceeds MAP's by at most ε₀.
+    """Return δ₀, the tolerance, between two points of the curve by linear interpolation of logarithms.
 
-    The crossing is interpolated linearly in log δ. Where every δ of the curve exceeds it, the largest is returned.
+    Where the largest δ of the curve is not tolerated, it is returned.
     """
     logs = np.log(curve.precisions)
-    excess = np.array(curve.nll) - curve.map_nll - allowed_excess(curve.map_nll)
-    within = np.flatnonzero(excess <= 0)
-    if not len(within):
-        return float(curve.precisions[-1])
-    first = int(within[0])
-    if first == 0:
+    excess = np.array(curve.nll) - curve.map_nll
+    mean = np.maximum(excess, _NO_EXCESS)
+    ratio = np.minimum(np.array(curve.variance) / np.square(mean), LARGEST_RATIO)
+    allowed = EXCESS * math.exp(-curve.map_nll / EXCESS_SCALE) * ratio
+    over = np.where(excess <= _NO_EXCESS, -np.inf, np.log(mean) - np.log(np.maximum(allowed, 1e-300)))
+    above = np.flatnonzero(over > 0)
+    if not len(above):
         return float(curve.precisions[0])
-    share = excess[first] / (excess[first] - excess[first - 1])
-    return float(math.exp(logs[first] - share * (logs[first] - logs[first - 1])))
+    last = int(above[-1])
+    if last == len(logs) - 1:
+        return float(curve.precisions[-1])
+    share = 1.0 if np.isinf(over[last + 1]) else over[last] / (over[last] - over[last + 1])
+    return float(math.exp(logs[last] + share * (logs[last + 1] - logs[last])))
 
 
-def _log_prior(precisions: Array, tolerance: float | None, width: float) -> Array:
-    """Return the log-weights of N(log δ; log δ₀, width²) on the grid; MAP has the mass above the last δ's cell."""
+def _prior_of_precisions(precisions: Array, tolerance: float | None, width: float) -> Array:
+    """Return N(log δ; log δ₀, width²) on the grid, summing to 1; MAP has the mass above the last δ's cell.
+
+    Without a tolerance it is flat.
+    """
     logs, finite = log_positions(precisions), np.isfinite(precisions)
     if tolerance is None:
-        return np.zeros(len(logs))
-    scaled = (logs - math.log(tolerance)) / width
+        return np.full(len(logs), 1.0 / len(logs))
     step = float(logs[1] - logs[0]) if len(logs) > 1 else 1.0
-    density = -0.5 * np.square(scaled) + math.log(step / (width * math.sqrt(2.0 * math.pi)))
+    scaled = (logs - math.log(tolerance)) / width
+    density = np.exp(-0.5 * np.square(scaled)) * step / (width * math.sqrt(2.0 * math.pi))
     edge = (logs - step / 2 - math.log(tolerance)) / width
-    tail = [max(0.5 * math.erfc(value / math.sqrt(2.0)), 1e-300) for value in edge]
-    return np.where(finite, density, np.log(tail))
+    tail = [0.5 * math.erfc(value / math.sqrt(2.0)) for value in edge]
+    mass = np.maximum(np.where(finite, density, tail), 1e-300)
+    return np.asarray(mass / mass.sum())
 
 
 def average(
@@ -235,15 +250,20 @@ def average(
         ``(D, T)``, summing to 1. Without rows all weight is at the temperature nearest to 1.
     """
     log_temperatures = np.log(np.asarray(temperatures))
-    width = PRECISION_WIDTH if rows else PRECISION_WIDTH_WITHOUT_ROWS
-    log_weights = np.zeros((len(precisions), len(log_temperatures)))
-    log_weights += _log_prior(precisions, tolerance, width)[:, None]
-    if rows:
-        assert nll is not None
-        log_weights -= 0.5 * np.square(log_temperatures / TEMPERATURE_WIDTH)[None, :]
-        log_weights -= rows * nll
-    else:
-        log_weights[:, np.arange(len(log_temperatures)) != int(np.argmin(np.abs(log_temperatures)))] = -np.inf
+    at_one = int(np.argmin(np.abs(log_temperatures)))
+    if not rows:
+        weights = np.zeros((len(precisions), len(log_temperatures)))
+        weights[:, at_one] = _prior_of_precisions(precisions, tolerance, PRECISION_WIDTH_WITHOUT_ROWS)
+        return weights
+    assert nll is not None
+    of_temperatures = np.exp(-0.5 * np.square(log_temperatures / TEMPERATURE_WIDTH))
+    of_precisions = _prior_of_precisions(precisions, tolerance, PRECISION_WIDTH)
+    prior = np.outer(of_precisions, of_temperatures / of_temperatures.sum())
+    is_map = np.isinf(precisions)
+    if is_map.any():
+        prior *= 1.0 - MAP_SHARE
+        prior[is_map, at_one] += MAP_SHARE
+    log_weights = np.log(np.maximum(prior, 1e-300)) - rows * nll
     weights = np.exp(log_weights - log_weights.max())
     return np.asarray(weights / weights.sum())
 

@@ -84,8 +84,15 @@ def training_curve(
         seed=run.seed,
         progress=progress,
     )
-    nll = (-table[:, 0].mean(dim=1)).tolist()
-    return TrainingCurve(precisions=PRECISIONS.tolist(), nll=nll[:-1], map_nll=nll[-1], n=len(chosen))
+    nll = -table[:, 0]
+    excess = nll[:-1] - nll[-1]
+    return TrainingCurve(
+        precisions=PRECISIONS.tolist(),
+        nll=nll[:-1].mean(dim=1).tolist(),
+        variance=excess.var(dim=1, correction=0).tolist(),
+        map_nll=float(nll[-1].mean()),
+        n=len(chosen),
+    )
 
 
 def average_without_rows(curve: TrainingCurve) -> Averaged:
