@@ -1,8 +1,8 @@
 """Compare the cost of averaged predictions, and of a grid of priors, with one prediction of the same rows.
 
-``python -m benchmarks.validation_cost``: every structure under mc-joint, and KFAC under every other link. The average is
-over a prior made with no labelled row, with 20 and with 250. Times are CPU seconds of this process, in alternation, as
-medians; loading is excluded.
+``python -m benchmarks.validation_cost``: every structure under mc-joint, and KFAC under every other link. The average
+is over a prior made with no labelled row, with 20 and with 250. Times are medians of CPU seconds of this process, in
+alternation; loading is excluded.
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ from lapora.workflows.task_model import Fitted, open_fitted
 from lapora.workflows.tune_prior import GRID, TUNING_SAMPLES, tune_prior
 
 _LINKS: dict[Structure, tuple[Link, ...]] = {"kron": ("mc-joint", "mc-indep", "probit", "bridge")}
-_ONE = [PriorPrecision("scalar", {"all": 7.0})]
 
 
 def main() -> None:
@@ -47,7 +46,6 @@ def main() -> None:
 
 
 def _measure(name: str, folder: Path, options: argparse.Namespace) -> None:
-    grid = [PriorPrecision("scalar", {"all": float(value)}) for value in (*GRID, 7.0)]
     model, data = ADAPTERS[name].place(folder)
     fitted = None
     for structure in options.structures:
@@ -57,19 +55,23 @@ def _measure(name: str, folder: Path, options: argparse.Namespace) -> None:
             if options.links and link not in options.links:
                 continue
             averages = [fitted := _average(model, data, structure, link, m, fitted) for m in options.tuned]
-            first = averages[0]
-            rows = read_labelled_rows(first.posterior, first.model.kind, DataSettings(limit=options.rows))
-            runs: list[Callable[[], object]] = [
-                lambda link=link, it=first: score_rows(it, rows, [link], samples=DEFAULT_SAMPLES, priors=_ONE)
-            ]
-            runs += [lambda link=link, it=it: score_rows(it, rows, [link], samples=DEFAULT_SAMPLES) for it in averages]
-            runs += [
-                lambda link=link, it=first: score_rows(it, rows, [link], samples=TUNING_SAMPLES, priors=grid)
-            ]
+            runs = _runs(averages, link, options.rows)
             one, *others = _times(runs, options.repeats)
             sizes = [f" ({len(each.averaging.components)} components)" for each in averages] + [""]
             cells = [f"{taken / one:.2f}{size}" for taken, size in zip(others, sizes, strict=True)]
             print("| " + " | ".join([name, structure, link, f"{one:.2f} s", *cells]) + " |", flush=True)
+
+
+def _runs(averages: list[Fitted], link: Link, limit: int) -> list[Callable[[], object]]:
+    """One prior precision, each average, and a grid."""
+    first = averages[0]
+    rows = read_labelled_rows(first.posterior, first.model.kind, DataSettings(limit=limit))
+    one, *grid = [PriorPrecision("scalar", {"all": float(value)}) for value in (7.0, *GRID, 7.0)]
+    return [
+        lambda: score_rows(first, rows, [link], samples=DEFAULT_SAMPLES, priors=[one]),
+        *(lambda it=it: score_rows(it, rows, [link], samples=DEFAULT_SAMPLES) for it in averages),
+        lambda: score_rows(first, rows, [link], samples=TUNING_SAMPLES, priors=grid),
+    ]
 
 
 def _average(
