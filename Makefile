@@ -24,7 +24,7 @@ lint: $(VENV)/.installed-dev
 
 # The site, in site/; a warning is an error. NO_MKDOCS_2_WARNING: an advertisement of the theme.
 docs: $(VENV)/.installed-docs
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # The page of the command line is written from the code; a test fails where they differ.
 docs-reference: $(VENV)/.installed

@@ -45,8 +45,8 @@ _SCORED = 90
 """Least number of scored rows: larger m are left out for an adapter with few rows."""
 _EVERY = 2
 """Every second of the prior precisions is in the tool's grid."""
-_DENSE: Array = np.arange(math.log(0.01), math.log(100.0) + 1e-9, 0.02)
-"""Logarithms of the temperatures that plain temperature scaling searches."""
+_DENSE: Array = 0.02 * np.arange(-230, 231)
+"""Logarithms of the temperatures, 0.01 to 100, that plain temperature scaling searches."""
 _AT_ONE = int(np.argmin(np.abs(np.log(averaging.TEMPERATURES))))
 
 

@@ -22,7 +22,8 @@ ADAPTERS = {
 STYLES = {
     "MAP": ("MAP, the plain adapter", "#777777", ":"),
     "marginal likelihood": ("marginal likelihood", "#D55E00", "--"),
-    "temperature": ("one temperature", "#CC79A7", "-."),
+    "temperature": ("one temperature, no prior (mean only)", "#CC79A7", (0, (1, 1))),
+    "temperature, prior": ("one temperature, prior on log τ (as in eval)", "#CC79A7", "-."),
     "prior precision": ("one prior precision, by validation", "#56B4E9", (0, (5, 1))),
     "averaged": ("averaged (default)", "black", "-"),
 }
@@ -46,9 +47,9 @@ def main() -> None:
                 places = [_SIZES.index(int(each["m"])) for each in points]
                 mean = [float(each[score]) for each in points]
                 spread = [float(each[f"{score}_sd"]) for each in points]
-                thick = 2.4 if method == "averaged" else 1.6
+                thick = 2.4 if method == "averaged" else 1.0 if method == "temperature" else 1.6
                 axis.plot(places, mean, color=color, linestyle=line, linewidth=thick, label=label)
-                if method != "MAP":
+                if method not in ("MAP", "temperature"):
                     low, high = zip(*((m - s, m + s) for m, s in zip(mean, spread, strict=True)), strict=True)
                     axis.fill_between(places, low, high, color=color, alpha=0.15, linewidth=0)
             axis.set_xticks(range(len(_SIZES)), [str(size) for size in _SIZES])
