@@ -68,6 +68,7 @@ def run_demo(directory: Path, print_message: Callable[[str], None]) -> dict[str,
     digest = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
     if recipe.is_file() and recipe.read_text(encoding="utf-8") == digest:
         print_message("base model and adapter are there from an earlier demo")
+        _point_to_base(directory)
     else:
         recipe.unlink(missing_ok=True)
         torch.manual_seed(0)
@@ -85,6 +86,15 @@ def run_demo(directory: Path, print_message: Callable[[str], None]) -> dict[str,
     fit(model, data, FitSettings(overwrite=True))
     print_message(tune_prior(model).reason)
     return evaluate(model, DataSettings(split="validation"))
+
+
+def _point_to_base(directory: Path) -> None:
+    """Record where the base model is now: the folder of an earlier demo may have been moved."""
+    file = directory / "adapter" / "adapter_config.json"
+    config = json.loads(file.read_text(encoding="utf-8"))
+    base = str((directory / "base").resolve())
+    if config["base_model_name_or_path"] != base:
+        file.write_text(json.dumps({**config, "base_model_name_or_path": base}, indent=2) + "\n", encoding="utf-8")
 
 
 def _make_model(directory: Path, rows: list[dict[str, Any]], print_message: Callable[[str], None]) -> None:
