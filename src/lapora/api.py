@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Unpack
@@ -42,6 +42,7 @@ from lapora.config import (
 from lapora.models.adapter import local_model
 from lapora.models.in_memory import prepared_for_fit
 from lapora.options import (
+    CalibrateOptions,
     CurvatureOptions,
     EvalOptions,
     FitOptions,
@@ -52,6 +53,8 @@ from lapora.options import (
     takes,
 )
 from lapora.tasks import Row, Task
+from lapora.workflows.calibrate import Calibration
+from lapora.workflows.calibrate import calibrate as run_calibrate
 from lapora.workflows.evaluate import run_evaluation
 from lapora.workflows.fit import FitResult, fit_in_memory
 from lapora.workflows.fit import fit as run_fit
@@ -245,6 +248,37 @@ def fit_model(
         progress=progress,
     )
     return Predictor(session, fitted, keeps)
+
+
+@takes(CalibrateOptions, FitSettings, DataSettings, ModelSettings, PriorSettings)
+def calibrate(
+    adapter: str | Path, *, data: str | Path, progress: Progress | None = None, **options: Unpack[CalibrateOptions]
+) -> Calibration:
+    """Fit, tune the prior on half of the labelled rows, and score the other half; ``lapora calibrate``.
+
+        >>> done = lapora.calibrate("adapter", data="task.yaml", data_dir="data", name="calibrated")
+        >>> [result["method"] for result in done.evaluation.record["results"]]
+        ['map', 'temperature', 'laplace']
+        >>> done.verdict.better in (True, False)
+        True
+
+    Args:
+        adapter: Folder or Hub id of the adapter.
+        data: Built-in task, or path of a YAML file.
+        progress: Progress callback: rows done, rows in total, of each step.
+        options: Curvature, training rows (by default the split ``train``), model and link:
+            :class:`lapora.options.CalibrateOptions`.
+
+    Raises:
+        LaporaError: As the command.
+    """
+    return run_calibrate(
+        _model(adapter, options, writes=True),
+        _data(data, options),
+        FitSettings(**settings_of(FitSettings, options)),
+        PriorSettings(link=options.get("link", PriorSettings.link)),
+        lambda _: nullcontext(progress),
+    )
 
 
 @takes(PriorOptions, PriorSettings, DataSettings, ModelSettings)

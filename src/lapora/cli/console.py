@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+import sys
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -29,6 +32,28 @@ def print_message(message: str) -> None:
 def on_terminal() -> bool:
     """Return whether stderr is a terminal."""
     return _stderr.is_terminal
+
+
+def program() -> list[str]:
+    """Return the words that started this program, for commands that work as typed.
+
+    ``lapora`` where the shell finds it under that name, else its path, or ``python -m lapora``.
+    """
+    started = Path(sys.argv[0])
+    if started.name == "__main__.py":
+        found = shutil.which(Path(sys.executable).name)
+        same = found is not None and Path(found).absolute() == Path(sys.executable).absolute()
+        return [Path(sys.executable).name if same else _from_here(Path(sys.executable)), "-m", "lapora"]
+    found = shutil.which(started.name)
+    if not started.is_file() or (found is not None and Path(found).absolute() == started.absolute()):
+        return [started.name]
+    return [_from_here(started)]
+
+
+def _from_here(path: Path) -> str:
+    """Return a path relative to the working directory, if it is inside."""
+    absolute = path.absolute()
+    return str(absolute.relative_to(Path.cwd())) if absolute.is_relative_to(Path.cwd()) else str(absolute)
 
 
 def show(renderable: Any) -> None:

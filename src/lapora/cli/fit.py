@@ -38,8 +38,7 @@ def fit_command(
         lapora fit ADAPTER --data boolq
         lapora fit ADAPTER --data task.yaml --data-dir data --structure ekfac
     """
-    if data.task is None:
-        raise UsageError("--data is missing: a built-in task (see `lapora tasks`) or the path of a task YAML")
+    refuse_missing_task(data)
     if memory is not None and not dry_run:
         raise UsageError("--memory goes with --dry-run")
     from lapora.workflows.fit import estimate_memory, fit, fit_several
@@ -74,7 +73,24 @@ def fit_command(
         )
 
 
+def refuse_missing_task(data: DataSettings) -> None:
+    """Check that a task was given.
+
+    Raises:
+        UsageError: There is none.
+    """
+    if data.task is None:
+        raise UsageError("--data is missing: a built-in task (see `lapora tasks`) or the path of a task YAML")
+
+
 def _print_result(result: FitResult, as_json: bool) -> None:
+    print_notes(result)
+    if as_json:
+        write_json_lines([result.describe()], "-")
+
+
+def print_notes(result: FitResult) -> None:
+    """Print on stderr what was fitted and what the user should know."""
     for note in result.notes:
         print_message(f"note: {note}")
     if result.truncated:
@@ -90,8 +106,6 @@ def _print_result(result: FitResult, as_json: bool) -> None:
         print_message(
             f"the basis keeps {result.kept:.1%} of the trace of the curvature; the other directions keep the prior"
         )
-    if as_json:
-        write_json_lines([result.describe()], "-")
 
 
 def _prior(result: FitResult) -> str:

@@ -23,7 +23,7 @@ from lapora.memory.estimate import MemoryEstimate, estimate
 from lapora.models.adapter import Adapter, read_adapter
 from lapora.models.fingerprint import library_versions
 from lapora.models.in_memory import adapter_in_memory, loaded_in_memory, prepared_for_fit
-from lapora.models.loading import LoadedModel, load_model
+from lapora.models.loading import Loader, load_model
 from lapora.models.lora_layers import find_bayesian_layers
 from lapora.models.shared_base import BaseCache
 from lapora.posterior.eigen import decompose
@@ -158,7 +158,7 @@ def fit(
     data: DataSettings,
     settings: FitSettings,
     progress: Progress | None = None,
-    bases: BaseCache | None = None,
+    load: Loader = load_model,
     on_estimate: Callable[[MemoryEstimate], None] | None = None,
 ) -> FitResult:
     """Fit the Laplace posterior of an adapter.
@@ -168,7 +168,7 @@ def fit(
         data: The rows it was trained on.
         settings: The curvature.
         progress: Progress callback.
-        bases: Base models that stay loaded for other adapters.
+        load: Loads the model.
         on_estimate: Called with the memory estimate, before any weight is loaded.
 
     Raises:
@@ -188,7 +188,7 @@ def fit(
             on_estimate(memory)
     with processes.on_main(write_lock(folder)):
         with processes.raise_together():
-            inputs = load_inputs(model, rows, settings, load_model if bases is None else bases.load)
+            inputs = load_inputs(model, rows, settings, load)
         result = _fit(inputs, settings, folder, progress)
     return replace(result, memory=memory, notes=(*notes, *result.notes))
 
@@ -219,7 +219,7 @@ def fit_several(
         try:
             with progress(model) as report:
                 found: FitResult | LaporaError = fit(
-                    model, data, settings, report, bases, None if number else on_estimate
+                    model, data, settings, report, bases.load, None if number else on_estimate
                 )
         except LaporaError as error:
             if model.processes.count > 1:  # the other processes may be at another step
@@ -297,7 +297,7 @@ def load_inputs(
     model: ModelSettings,
     rows: TrainingRows,
     settings: FitSettings,
-    load: Callable[[Adapter, ModelSettings], LoadedModel] = load_model,
+    load: Loader = load_model,
 ) -> FitInputs:
     """Load the model and encode the rows.
 

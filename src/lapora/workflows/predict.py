@@ -378,7 +378,7 @@ class AdapterPool:
             raise copy.copy(self._broken[name])
         fitted = self._open.pop(name, None)
         if fitted is None:
-            fitted = open_fitted(self._models[name], self._settings.name, bases=self._bases)
+            fitted = open_fitted(self._models[name], self._settings.name, load=self._bases.load)
         self._open[name] = fitted  # the last asked for stands last
         return fitted
 
