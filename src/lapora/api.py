@@ -28,7 +28,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Any, Unpack, overload
 
 from lapora.config import (
     DataSettings,
@@ -52,7 +52,7 @@ from lapora.options import (
     settings_of,
     takes,
 )
-from lapora.tasks import Row, Task
+from lapora.tasks import Row, Task, given_rows, is_one_row
 from lapora.workflows.calibrate import Calibration
 from lapora.workflows.calibrate import calibrate as run_calibrate
 from lapora.workflows.evaluate import run_evaluation
@@ -124,31 +124,44 @@ class Predictor:
         """The answers."""
         return self.session.model.choices
 
+    @overload
+    def predict(
+        self, rows: str | Mapping[str, Any], *, logits: bool = True, **options: Unpack[LinkOptions]
+    ) -> RowPrediction: ...
+    @overload
+    def predict(
+        self, rows: Iterable[Any], *, logits: bool = True, **options: Unpack[LinkOptions]
+    ) -> list[RowPrediction]: ...
     @takes(LinkOptions, PredictSettings)
     def predict(
-        self, rows: Iterable[Mapping[str, Any] | str], *, logits: bool = True, **options: Unpack[LinkOptions]
-    ) -> list[RowPrediction]:
-        """Predict rows, in order.
+        self, rows: Any, *, logits: bool = True, **options: Unpack[LinkOptions]
+    ) -> RowPrediction | list[RowPrediction]:
+        """Predict one row, or several in order.
 
             >>> predictor = lapora.load("adapter")
-            >>> answers = predictor.predict(["the cows are in the barn ?"], link="probit", logits=False)
+            >>> predictor.predict("the cows are in the barn ?").prediction in ("no", "yes")
+            True
+            >>> answers = predictor.predict([{"story": "the cows are loud"}], link="probit", logits=False)
             >>> answers[0].logit_covariance is None
             True
 
         Args:
-            rows: Rows with the task's fields, or ready prompts.
+            rows: A row, which is answered by one prediction; or several: a list, a pandas DataFrame, a
+                ``datasets.Dataset``. A row is a mapping with the task's fields, or a ready prompt.
             logits: Add the mean and covariance of the logits: C backward passes instead of C-1.
             options: Link, samples and seed: :class:`lapora.options.LinkOptions`.
 
         Raises:
+            TypeError: Something else than rows.
             DataError: A row lacks a field; the message names the row, counted from 0.
             NumericalError: The model returns NaN or infinity for a row.
         """
         settings = PredictSettings(name=self.session.posterior.folder.name, logits=logits, **options)
-        given = ({"text": row} if isinstance(row, str) else row for row in rows)
+        given = given_rows(rows, texts=True)
         loaded = self.session.model.loaded
         with prepared_for_fit(loaded.model, loaded.pad_token_id):
-            return [RowPrediction.of(record) for record in predict_rows(self.session, settings, given)]
+            found = [RowPrediction.of(record) for record in predict_rows(self.session, settings, given)]
+        return found[0] if is_one_row(rows) else found
 
 
 @takes(ModelOptions, ModelSettings)
@@ -224,8 +237,8 @@ def fit_model(
     Args:
         model: A PEFT model, unwrapped, whose base is not quantized.
         tokenizer: Its tokenizer.
-        rows: Training rows with the task's fields: a list, a ``datasets.Dataset``, or the result of
-            ``lapora.tasks.load_rows``.
+        rows: Training rows with the task's fields: a list, a pandas DataFrame, a ``datasets.Dataset``, or the result
+            of ``lapora.tasks.load_rows``.
         task: Built-in task, path of a YAML file, or its content as a mapping.
         output_dir: Folder for ``laplace/``; by default a temporary folder that is deleted with the predictor.
         batch_size: Rows per batch; by default adapted to the memory.
@@ -233,6 +246,7 @@ def fit_model(
         options: Curvature: :class:`lapora.options.CurvatureOptions`.
 
     Raises:
+        TypeError: Something else than rows.
         LaporaError: As :func:`fit`.
     """
     keeps = tempfile.TemporaryDirectory(prefix="lapora-") if output_dir is None else None
@@ -360,11 +374,19 @@ class RoutedPredictor:
         """Names of the adapters; the first is used for rows without a name."""
         return self._routes.names
 
+    @overload
+    def predict(
+        self, rows: str | Mapping[str, Any], *, logits: bool = False, **options: Unpack[LinkOptions]
+    ) -> RowPrediction: ...
+    @overload
+    def predict(
+        self, rows: Iterable[Any], *, logits: bool = False, **options: Unpack[LinkOptions]
+    ) -> list[RowPrediction]: ...
     @takes(LinkOptions, PredictSettings)
     def predict(
-        self, rows: Iterable[Mapping[str, Any]], *, logits: bool = False, **options: Unpack[LinkOptions]
-    ) -> list[RowPrediction]:
-        """Predict rows, in order.
+        self, rows: Any, *, logits: bool = False, **options: Unpack[LinkOptions]
+    ) -> RowPrediction | list[RowPrediction]:
+        """Predict one row, or several in order.
 
             >>> predictor = lapora.load_many("adapter", ["other=adapter"])
             >>> rows = [{"story": "the cows are in the barn ?"}, {"story": "anna is quiet ?", "adapter": "other"}]
@@ -372,17 +394,20 @@ class RoutedPredictor:
             [['no', 'yes'], ['no', 'yes']]
 
         Args:
-            rows: Rows with the fields of their task and, in ``adapter``, the name of an adapter.
+            rows: A row or several, as for :meth:`Predictor.predict`; their field ``adapter`` names an adapter.
             logits: Add the mean and covariance of the logits.
             options: Link, samples and seed: :class:`lapora.options.LinkOptions`.
 
         Raises:
+            TypeError: Something else than rows.
             DataError: A row lacks a field, or names an unknown adapter; the message names the row, counted from 0.
             AdapterError, PosteriorError: The adapter of a row cannot be used.
             NumericalError: The model returns NaN or infinity for a row.
         """
         settings = PredictSettings(name=self._name, logits=logits, **options)
-        return [RowPrediction.of(record) for record in predict_routed(self._routes, settings, rows)]
+        given = given_rows(rows, texts=True)
+        found = [RowPrediction.of(record) for record in predict_routed(self._routes, settings, given)]
+        return found[0] if is_one_row(rows) else found
 
 
 @takes(ModelOptions, ModelSettings)

@@ -13,7 +13,7 @@ from rich.text import Text
 from lapora.cli.arguments import Fields, JsonOption, command
 from lapora.cli.console import RowProgress, print_message, program
 from lapora.cli.fit import print_notes, refuse_missing_task, verdict
-from lapora.config import DataSettings, FitSettings, ModelSettings, PriorSettings
+from lapora.config import DataSettings, FitSettings, ModelSettings, PredictSettings, PriorSettings
 
 if TYPE_CHECKING:
     from lapora.memory.estimate import MemoryEstimate
@@ -26,7 +26,7 @@ def calibrate_command(
     model: ModelSettings,
     data: Annotated[DataSettings, Fields(split={"default": "train", "help": "Split the adapter was trained on."})],
     settings: FitSettings,
-    prior: Annotated[PriorSettings, Fields("link")],
+    predictions: Annotated[PredictSettings, Fields("link")],
     as_json: JsonOption = False,
 ) -> None:
     """Fit, tune the prior and evaluate. Says whether the probabilities are better, and how to predict.
@@ -38,6 +38,7 @@ def calibrate_command(
     refuse_missing_task(data)
     from lapora.workflows.calibrate import calibrate
 
+    prior = PriorSettings(link=predictions.link)
     done = calibrate(model, data, settings, prior, RowProgress, _warn_of_memory)
     if not model.processes.is_main:
         return

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 from rich.table import Table
 
 from lapora.cli.arguments import Fields, JsonOption, command
-from lapora.cli.console import RowProgress, on_terminal, print_error, print_message, show
+from lapora.cli.console import RowProgress, on_terminal, print_error, print_message, program, show
 from lapora.cli.jsonl import write_json_lines
 from lapora.config import OUTPUT, DataSettings, FitSettings, ModelSettings, Option
 from lapora.errors import LaporaError, SeveralError, UsageError
@@ -41,6 +41,7 @@ def fit_command(
     refuse_missing_task(data)
     if memory is not None and not dry_run:
         raise UsageError("--memory goes with --dry-run")
+    from lapora.workflows.commands import command_line, tune_prior_arguments
     from lapora.workflows.fit import estimate_memory, fit, fit_several
 
     if dry_run:
@@ -58,6 +59,7 @@ def fit_command(
         with RowProgress("fit") as progress:
             result = fit(models[0], data, settings, progress, on_estimate=show_estimate)
         _print_result(result, as_json and models[0].processes.is_main)
+        print_message(f"next: {command_line(tune_prior_arguments(models[0], settings.name), program())}")
         return
     failures = []
     bars = fit_several(models, data, settings, lambda model: RowProgress(f"fit {model.adapter}"), show_estimate)

@@ -6,6 +6,7 @@ from collections import deque
 from typing import Annotated
 
 from lapora.cli.arguments import command
+from lapora.cli.console import print_message, program
 from lapora.cli.jsonl import binary_lines, write_json_lines
 from lapora.config import OUTPUT, ModelSettings, Option, PredictSettings
 from lapora.errors import UsageError
@@ -33,10 +34,15 @@ def predict_command(
         default.adapters_kept,
     ):
         raise UsageError("--adapter-field and --adapters-kept go with --adapter")
+    from lapora.workflows.commands import command_line
     from lapora.workflows.predict import predict
 
     if not model.processes.is_main:
         deque(predict(model, settings, ()), maxlen=0)  # the main process reads and writes for all
         return
+
+    def note(message: str, arguments: list[str]) -> None:
+        print_message(f"{message}: {command_line(arguments, program())}")
+
     with binary_lines(source) as lines:
-        write_json_lines(predict(model, settings, lines), output, source)
+        write_json_lines(predict(model, settings, lines, note), output, source)

@@ -32,6 +32,11 @@ def model_arguments(model: ModelSettings, name: str) -> list[str]:
     return found
 
 
+def tune_prior_arguments(model: ModelSettings, name: str) -> list[str]:
+    """Return the arguments of ``lapora`` that tune the prior of a posterior."""
+    return ["tune-prior", model.adapter, *model_arguments(model, name)]
+
+
 def command_line(arguments: Sequence[str], program: Sequence[str] = ("lapora",)) -> str:
     """Return a command as it is typed in a shell; ``predict`` writes to a file."""
     typed = shlex.join([*program, *arguments])
