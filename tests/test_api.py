@@ -103,7 +103,6 @@ def test_every_public_function_has_an_example():
 SETTINGS = {
     "load": [ModelSettings],
     "fit": [FitSettings, DataSettings, ModelSettings],
-    "calibrate": [FitSettings, DataSettings, ModelSettings],
     "fit_model": [FitSettings],
     "tune_prior": [PriorSettings, DataSettings, ModelSettings],
     "evaluate": [EvalSettings, DataSettings, ModelSettings],
@@ -125,6 +124,14 @@ def test_options_are_the_fields_of_the_settings(name):
         ) == str(types[key]).replace(", ...", ""), key
     shown = inspect.signature(function).parameters
     assert {key: shown[key].default for key in hints} == {key: fields[key].default for key in hints}
+
+
+def test_calibrate_takes_the_options_of_fit_and_a_link():
+    options = {
+        name: set(get_args(get_type_hints(inspect.unwrap(getattr(lapora, name)))["options"])[0].__annotations__)
+        for name in ("fit", "calibrate")
+    }
+    assert options["calibrate"] == options["fit"] | {"link"}
 
 
 def test_the_option_classes_are_those_that_the_settings_give():

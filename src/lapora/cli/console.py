@@ -6,15 +6,26 @@ import json
 import re
 import shutil
 import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
 
 _stderr = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
 _rank = 0
+_Record = TypeVar("_Record")
 
 
 def set_rank(rank: int) -> None:
@@ -101,6 +112,42 @@ class RowProgress:
     def __call__(self, done: int, total: int) -> None:
         """Update the bar."""
         self._bar.update(self._task, completed=done, total=total)
+
+
+class RowRate:
+    """Progress bar with rows, rows per second and time left, for predictions; silent unless stderr is a terminal.
+
+    Args:
+        label: Label of the bar.
+        total: Number of rows, if known.
+        shown: Whether the bar is shown at all.
+    """
+
+    def __init__(self, label: str, total: int | None, shown: bool) -> None:
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            _RateColumn(),
+            TimeRemainingColumn(),
+            console=_stderr,
+            transient=True,
+            disable=not shown or _rank != 0 or not _stderr.is_terminal,
+        )
+        self._task = self._bar.add_task(label, total=total)
+
+    def count(self, records: Iterable[_Record]) -> Iterator[_Record]:
+        """Yield the records, counted."""
+        with self._bar:
+            for record in records:
+                yield record
+                self._bar.update(self._task, advance=1)
+
+
+class _RateColumn(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        """Return the rows per second since the first."""
+        return Text(f"{task.speed:,.1f} rows/s" if task.speed else "")
 
 
 # Terminal controls (C1, delete), bidirectional marks, line separators, lone surrogates.

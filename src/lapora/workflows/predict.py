@@ -40,7 +40,7 @@ class _Item:
 def predict(
     model: ModelSettings,
     settings: PredictSettings,
-    lines: Iterable[bytes | None],
+    lines: Iterable[bytes | Mapping[str, Any] | None],
     note: Callable[[str, list[str]], None] | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Predict one record per input line.
@@ -48,7 +48,7 @@ def predict(
     Args:
         model: The adapter and how to run it.
         settings: Link, samples, what is written, other adapters.
-        lines: JSON lines, as bytes; None says that no more will come for a while, and what came is answered.
+        lines: JSON lines, as bytes, or rows; None says that no more will come for a while, and what came is answered.
         note: Called if the prior was not tuned on labelled rows, with a message and the arguments of the command that
             tunes it.
 
