@@ -32,7 +32,7 @@ from lapora.config import (
 from lapora.errors import AdapterError, DataError, UsageError
 from lapora.models.adapter import read_adapter
 from lapora.models.loading import load_model
-from lapora.tasks import load_rows, load_task
+from lapora.tasks import given_rows, load_rows, load_task
 from tiny_adapter import command, fit_tiny, json_lines, make_adapter, make_rows, model_of
 
 
@@ -124,6 +124,14 @@ def test_options_are_the_fields_of_the_settings(name):
         ) == str(types[key]).replace(", ...", ""), key
     shown = inspect.signature(function).parameters
     assert {key: shown[key].default for key in hints} == {key: fields[key].default for key in hints}
+
+
+def test_calibrate_takes_the_options_of_fit_and_a_link():
+    options = {
+        name: set(get_args(get_type_hints(inspect.unwrap(getattr(lapora, name)))["options"])[0].__annotations__)
+        for name in ("fit", "calibrate")
+    }
+    assert options["calibrate"] == options["fit"] | {"link"}
 
 
 def test_the_option_classes_are_those_that_the_settings_give():
@@ -287,8 +295,55 @@ def test_rows_may_be_those_that_a_task_loads(in_memory):
     loaded_rows = load_rows(load_task(str(folder / "task.yaml")), "train", data_dir=folder / "data")
     one, other = (lapora.fit_model(model, tokenizer, each, task=task) for each in (rows, loaded_rows))
     assert one.predict(rows[:2]) == other.predict(rows[:2])
-    with pytest.raises(DataError, match="row 0: a str; a row is a mapping"):
+    with pytest.raises(TypeError, match="row 0: a str; a row is a mapping"):
         lapora.fit_model(model, tokenizer, ["the cows are loud"], task=task)
+    with pytest.raises(TypeError, match="give a list of the rows"):
+        lapora.fit_model(model, tokenizer, rows[0], task=task)
+    with pytest.raises(DataError, match="no row has story, the fields of task tiny; the first row has text, label"):
+        lapora.fit_model(model, tokenizer, [{"text": "the cows are loud", "label": 1}], task=task)
+
+
+def test_rows_may_be_one_a_frame_or_a_dataset(tmp_path):
+    import datasets
+    import pandas
+
+    folder = make_adapter(tmp_path)
+    fit_tiny(folder)
+    predictor = lapora.load(folder / "adapter", device="cpu")
+    several = lapora.load_many(folder / "adapter", [], device="cpu")
+    rows = make_rows(5, 5)
+    expected = predictor.predict(rows)
+    assert predictor.predict(rows[0]).probabilities == pytest.approx(expected[0].probabilities, abs=1e-6)
+    assert several.predict(rows[0], logits=True) == predictor.predict(rows[0])
+    assert predictor.predict(f"{rows[0]['story']} ?") == predictor.predict([f"{rows[0]['story']} ?"])[0]
+    given = [pandas.DataFrame(rows), datasets.Dataset.from_list(rows), (row for row in rows), tuple(rows)]
+    assert all(predictor.predict(each) == expected for each in given)
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (7, "rows: an int; give a row .*DataFrame, or a datasets.Dataset"),
+        (b"text", "rows: a bytes; give a row"),
+        ([{"story": "a"}, 7], "row 1: an int; a row is a text or a mapping"),
+        ("series", "a Series may be a row or a column"),
+        ("splits", r"a DatasetDict holds several splits; give one of them, rows\['train'\]"),
+    ],
+)
+def test_a_wrong_type_says_what_to_give(rows, message):
+    import datasets
+    import pandas
+
+    made = {"series": pandas.Series(["a"]), "splits": datasets.DatasetDict()}
+    with pytest.raises(TypeError, match=message):
+        list(given_rows(made.get(rows, rows) if isinstance(rows, str) else rows, texts=True))
+
+
+def test_missing_values_of_a_frame_are_none():
+    import pandas
+
+    frame = pandas.DataFrame({"story": ["a", None], "label": [1, float("nan")]})
+    assert list(given_rows(frame, texts=True)) == [{"story": "a", "label": 1.0}, {"story": None, "label": None}]
 
 
 def test_training_goes_on_after_a_fit(in_memory):

@@ -21,6 +21,7 @@ CLASSES: dict[str, tuple[str, type | None, tuple[str, ...], str]] = {
     "DataOptions": ("TypedDict", config.DataSettings, (), "Which rows to read."),
     "CurvatureOptions": ("TypedDict", config.FitSettings, (), "Curvature, weights and name of the posterior."),
     "FitOptions": ("CurvatureOptions, DataOptions, ModelOptions", None, (), "Options of :func:`lapora.api.fit`."),
+    "CalibrateOptions": ("FitOptions", config.PriorSettings, ("link",), "Options of :func:`lapora.api.calibrate`."),
     "PriorOptions": (
         "DataOptions, ModelOptions",
         config.PriorSettings,

@@ -25,10 +25,10 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Any, Unpack, overload
 
 from lapora.config import (
     DataSettings,
@@ -42,6 +42,7 @@ from lapora.config import (
 from lapora.models.adapter import local_model
 from lapora.models.in_memory import prepared_for_fit
 from lapora.options import (
+    CalibrateOptions,
     CurvatureOptions,
     EvalOptions,
     FitOptions,
@@ -51,7 +52,9 @@ from lapora.options import (
     settings_of,
     takes,
 )
-from lapora.tasks import Row, Task
+from lapora.tasks import Row, Task, given_rows, is_one_row
+from lapora.workflows.calibrate import Calibration
+from lapora.workflows.calibrate import calibrate as run_calibrate
 from lapora.workflows.evaluate import run_evaluation
 from lapora.workflows.fit import FitResult, fit_in_memory
 from lapora.workflows.fit import fit as run_fit
@@ -121,31 +124,44 @@ class Predictor:
         """The answers."""
         return self.session.model.choices
 
+    @overload
+    def predict(
+        self, rows: str | Mapping[str, Any], *, logits: bool = True, **options: Unpack[LinkOptions]
+    ) -> RowPrediction: ...
+    @overload
+    def predict(
+        self, rows: Iterable[Any], *, logits: bool = True, **options: Unpack[LinkOptions]
+    ) -> list[RowPrediction]: ...
     @takes(LinkOptions, PredictSettings)
     def predict(
-        self, rows: Iterable[Mapping[str, Any] | str], *, logits: bool = True, **options: Unpack[LinkOptions]
-    ) -> list[RowPrediction]:
-        """Predict rows, in order.
+        self, rows: Any, *, logits: bool = True, **options: Unpack[LinkOptions]
+    ) -> RowPrediction | list[RowPrediction]:
+        """Predict one row, or several in order.
 
             >>> predictor = lapora.load("adapter")
-            >>> answers = predictor.predict(["the cows are in the barn ?"], link="probit", logits=False)
+            >>> predictor.predict("the cows are in the barn ?").prediction in ("no", "yes")
+            True
+            >>> answers = predictor.predict([{"story": "the cows are loud"}], link="probit", logits=False)
             >>> answers[0].logit_covariance is None
             True
 
         Args:
-            rows: Rows with the task's fields, or ready prompts.
+            rows: A row, which is answered by one prediction; or several: a list, a pandas DataFrame, a
+                ``datasets.Dataset``. A row is a mapping with the task's fields, or a ready prompt.
             logits: Add the mean and covariance of the logits: C backward passes instead of C-1.
             options: Link, samples and seed: :class:`lapora.options.LinkOptions`.
 
         Raises:
+            TypeError: Something else than rows.
             DataError: A row lacks a field; the message names the row, counted from 0.
             NumericalError: The model returns NaN or infinity for a row.
         """
         settings = PredictSettings(name=self.session.posterior.folder.name, logits=logits, **options)
-        given = ({"text": row} if isinstance(row, str) else row for row in rows)
+        given = given_rows(rows, texts=True)
         loaded = self.session.model.loaded
         with prepared_for_fit(loaded.model, loaded.pad_token_id):
-            return [RowPrediction.of(record) for record in predict_rows(self.session, settings, given)]
+            found = [RowPrediction.of(record) for record in predict_rows(self.session, settings, given)]
+        return found[0] if is_one_row(rows) else found
 
 
 @takes(ModelOptions, ModelSettings)
@@ -221,8 +237,8 @@ def fit_model(
     Args:
         model: A PEFT model, unwrapped, whose base is not quantized.
         tokenizer: Its tokenizer.
-        rows: Training rows with the task's fields: a list, a ``datasets.Dataset``, or the result of
-            ``lapora.tasks.load_rows``.
+        rows: Training rows with the task's fields: a list, a pandas DataFrame, a ``datasets.Dataset``, or the result
+            of ``lapora.tasks.load_rows``.
         task: Built-in task, path of a YAML file, or its content as a mapping.
         output_dir: Folder for ``laplace/``; by default a temporary folder that is deleted with the predictor.
         batch_size: Rows per batch; by default adapted to the memory.
@@ -230,6 +246,7 @@ def fit_model(
         options: Curvature: :class:`lapora.options.CurvatureOptions`.
 
     Raises:
+        TypeError: Something else than rows.
         LaporaError: As :func:`fit`.
     """
     keeps = tempfile.TemporaryDirectory(prefix="lapora-") if output_dir is None else None
@@ -245,6 +262,37 @@ def fit_model(
         progress=progress,
     )
     return Predictor(session, fitted, keeps)
+
+
+@takes(CalibrateOptions, FitSettings, DataSettings, ModelSettings, PriorSettings)
+def calibrate(
+    adapter: str | Path, *, data: str | Path, progress: Progress | None = None, **options: Unpack[CalibrateOptions]
+) -> Calibration:
+    """Fit, tune the prior on half of the labelled rows, and score the other half; ``lapora calibrate``.
+
+        >>> done = lapora.calibrate("adapter", data="task.yaml", data_dir="data", name="calibrated")
+        >>> [result["method"] for result in done.evaluation.record["results"]]
+        ['map', 'temperature', 'laplace']
+        >>> done.verdict.better in (True, False)
+        True
+
+    Args:
+        adapter: Folder or Hub id of the adapter.
+        data: Built-in task, or path of a YAML file.
+        progress: Progress callback: rows done, rows in total, of each step.
+        options: Curvature, training rows (by default the split ``train``), model and link:
+            :class:`lapora.options.CalibrateOptions`.
+
+    Raises:
+        LaporaError: As the command.
+    """
+    return run_calibrate(
+        _model(adapter, options, writes=True),
+        _data(data, options),
+        FitSettings(**settings_of(FitSettings, options)),
+        PriorSettings(link=options.get("link", PriorSettings.link)),
+        lambda _: nullcontext(progress),
+    )
 
 
 @takes(PriorOptions, PriorSettings, DataSettings, ModelSettings)
@@ -326,11 +374,19 @@ class RoutedPredictor:
         """Names of the adapters; the first is used for rows without a name."""
         return self._routes.names
 
+    @overload
+    def predict(
+        self, rows: str | Mapping[str, Any], *, logits: bool = False, **options: Unpack[LinkOptions]
+    ) -> RowPrediction: ...
+    @overload
+    def predict(
+        self, rows: Iterable[Any], *, logits: bool = False, **options: Unpack[LinkOptions]
+    ) -> list[RowPrediction]: ...
     @takes(LinkOptions, PredictSettings)
     def predict(
-        self, rows: Iterable[Mapping[str, Any]], *, logits: bool = False, **options: Unpack[LinkOptions]
-    ) -> list[RowPrediction]:
-        """Predict rows, in order.
+        self, rows: Any, *, logits: bool = False, **options: Unpack[LinkOptions]
+    ) -> RowPrediction | list[RowPrediction]:
+        """Predict one row, or several in order.
 
             >>> predictor = lapora.load_many("adapter", ["other=adapter"])
             >>> rows = [{"story": "the cows are in the barn ?"}, {"story": "anna is quiet ?", "adapter": "other"}]
@@ -338,17 +394,20 @@ class RoutedPredictor:
             [['no', 'yes'], ['no', 'yes']]
 
         Args:
-            rows: Rows with the fields of their task and, in ``adapter``, the name of an adapter.
+            rows: A row or several, as for :meth:`Predictor.predict`; their field ``adapter`` names an adapter.
             logits: Add the mean and covariance of the logits.
             options: Link, samples and seed: :class:`lapora.options.LinkOptions`.
 
         Raises:
+            TypeError: Something else than rows.
             DataError: A row lacks a field, or names an unknown adapter; the message names the row, counted from 0.
             AdapterError, PosteriorError: The adapter of a row cannot be used.
             NumericalError: The model returns NaN or infinity for a row.
         """
         settings = PredictSettings(name=self._name, logits=logits, **options)
-        return [RowPrediction.of(record) for record in predict_routed(self._routes, settings, rows)]
+        given = given_rows(rows, texts=True)
+        found = [RowPrediction.of(record) for record in predict_routed(self._routes, settings, given)]
+        return found[0] if is_one_row(rows) else found
 
 
 @takes(ModelOptions, ModelSettings)

@@ -53,6 +53,10 @@ class UnlabelledError(DataError):
     """None of the rows has a label, and labels are required."""
 
 
+class NoRowsLeftError(DataError):
+    """All rows of a split were used to tune the prior."""
+
+
 class NumericalError(LaporaError):
     """A value is NaN or infinite, or a matrix is not positive semi-definite."""
 

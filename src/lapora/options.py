@@ -201,6 +201,17 @@ class FitOptions(CurvatureOptions, DataOptions, ModelOptions, total=False):
     """Options of :func:`lapora.api.fit`."""
 
 
+class CalibrateOptions(FitOptions, total=False):
+    """Options of :func:`lapora.api.calibrate`.
+
+    Attributes:
+        link: For validation: mc-joint (sampled logits), mc-indep (no covariance), probit, bridge (Laplace bridge) or
+            map (plain adapter). Default: ``'mc-joint'``.
+    """
+
+    link: config.Link
+
+
 class PriorOptions(DataOptions, ModelOptions, total=False):
     """Options of :func:`lapora.api.tune_prior`, beside those of rows and model.
 

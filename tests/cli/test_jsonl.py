@@ -17,9 +17,10 @@ from pathlib import Path
 import pytest
 
 from lapora.cli.jsonl import read_lines
-from lapora.config import LONGEST_LINE, PredictSettings
+from lapora.config import LONGEST_LINE, PredictSettings, PriorSettings
 from lapora.errors import DataError
 from lapora.workflows.predict import predict
+from lapora.workflows.tune_prior import tune_prior
 from tiny_adapter import command, fit_tiny, json_lines, make_adapter, model_of
 
 
@@ -27,6 +28,7 @@ from tiny_adapter import command, fit_tiny, json_lines, make_adapter, model_of
 def tiny(tmp_path_factory) -> Path:
     folder = make_adapter(tmp_path_factory.mktemp("tiny"))
     fit_tiny(folder)
+    tune_prior(model_of(folder), None, PriorSettings(method="validation"))  # one precision, tuned on labelled rows
     return folder
 
 

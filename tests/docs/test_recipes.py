@@ -46,7 +46,7 @@ def test_the_start_page(folder, capsys):
                 answer = json.loads(found.out)
                 assert answer["id"] == 1 and answer["prediction"] == "yes"
             ran += 1
-    assert ran == 5
+    assert ran == 6
 
 
 def test_programs_of_the_reference_pages(folder, capsys):

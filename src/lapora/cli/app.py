@@ -11,6 +11,7 @@ from typing import Annotated, Any, TextIO
 import typer
 
 from lapora._version import __version__
+from lapora.cli.calibrate import calibrate_command
 from lapora.cli.console import print_error, print_message
 from lapora.cli.evaluate import eval_command
 from lapora.cli.fit import fit_command
@@ -38,6 +39,7 @@ def root(version: Annotated[bool, typer.Option("--version", help="Print the vers
 
 
 COMMANDS: Mapping[str, Callable[..., None]] = {
+    "calibrate": calibrate_command,
     "fit": fit_command,
     "tune-prior": tune_prior_command,
     "predict": predict_command,

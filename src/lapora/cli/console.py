@@ -4,14 +4,28 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
 
 _stderr = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
 _rank = 0
+_Record = TypeVar("_Record")
 
 
 def set_rank(rank: int) -> None:
@@ -29,6 +43,28 @@ def print_message(message: str) -> None:
 def on_terminal() -> bool:
     """Return whether stderr is a terminal."""
     return _stderr.is_terminal
+
+
+def program() -> list[str]:
+    """Return the words that started this program, for commands that work as typed.
+
+    ``lapora`` where the shell finds it under that name, else its path, or ``python -m lapora``.
+    """
+    started = Path(sys.argv[0])
+    if started.name == "__main__.py":
+        found = shutil.which(Path(sys.executable).name)
+        same = found is not None and Path(found).absolute() == Path(sys.executable).absolute()
+        return [Path(sys.executable).name if same else _from_here(Path(sys.executable)), "-m", "lapora"]
+    found = shutil.which(started.name)
+    if not started.is_file() or (found is not None and Path(found).absolute() == started.absolute()):
+        return [started.name]
+    return [_from_here(started)]
+
+
+def _from_here(path: Path) -> str:
+    """Return a path relative to the working directory, if it is inside."""
+    absolute = path.absolute()
+    return str(absolute.relative_to(Path.cwd())) if absolute.is_relative_to(Path.cwd()) else str(absolute)
 
 
 def show(renderable: Any) -> None:
@@ -76,6 +112,42 @@ class RowProgress:
     def __call__(self, done: int, total: int) -> None:
         """Update the bar."""
         self._bar.update(self._task, completed=done, total=total)
+
+
+class RowRate:
+    """Progress bar with rows, rows per second and time left, for predictions; silent unless stderr is a terminal.
+
+    Args:
+        label: Label of the bar.
+        total: Number of rows, if known.
+        shown: Whether the bar is shown at all.
+    """
+
+    def __init__(self, label: str, total: int | None, shown: bool) -> None:
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            _RateColumn(),
+            TimeRemainingColumn(),
+            console=_stderr,
+            transient=True,
+            disable=not shown or _rank != 0 or not _stderr.is_terminal,
+        )
+        self._task = self._bar.add_task(label, total=total)
+
+    def count(self, records: Iterable[_Record]) -> Iterator[_Record]:
+        """Yield the records, counted."""
+        with self._bar:
+            for record in records:
+                yield record
+                self._bar.update(self._task, advance=1)
+
+
+class _RateColumn(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        """Return the rows per second since the first."""
+        return Text(f"{task.speed:,.1f} rows/s" if task.speed else "")
 
 
 # Terminal controls (C1, delete), bidirectional marks, line separators, lone surrogates.

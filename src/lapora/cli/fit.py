@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 from rich.table import Table
 
 from lapora.cli.arguments import Fields, JsonOption, command
-from lapora.cli.console import RowProgress, on_terminal, print_error, print_message, show
+from lapora.cli.console import RowProgress, on_terminal, print_error, print_message, program, show
 from lapora.cli.jsonl import write_json_lines
 from lapora.config import OUTPUT, DataSettings, FitSettings, ModelSettings, Option
 from lapora.errors import LaporaError, SeveralError, UsageError
@@ -38,10 +38,10 @@ def fit_command(
         lapora fit ADAPTER --data boolq
         lapora fit ADAPTER --data task.yaml --data-dir data --structure ekfac
     """
-    if data.task is None:
-        raise UsageError("--data is missing: a built-in task (see `lapora tasks`) or the path of a task YAML")
+    refuse_missing_task(data)
     if memory is not None and not dry_run:
         raise UsageError("--memory goes with --dry-run")
+    from lapora.workflows.commands import command_line, tune_prior_arguments
     from lapora.workflows.fit import estimate_memory, fit, fit_several
 
     if dry_run:
@@ -59,6 +59,7 @@ def fit_command(
         with RowProgress("fit") as progress:
             result = fit(models[0], data, settings, progress, on_estimate=show_estimate)
         _print_result(result, as_json and models[0].processes.is_main)
+        print_message(f"next: {command_line(tune_prior_arguments(models[0], settings.name), program())}")
         return
     failures = []
     bars = fit_several(models, data, settings, lambda model: RowProgress(f"fit {model.adapter}"), show_estimate)
@@ -74,7 +75,24 @@ def fit_command(
         )
 
 
+def refuse_missing_task(data: DataSettings) -> None:
+    """Check that a task was given.
+
+    Raises:
+        UsageError: There is none.
+    """
+    if data.task is None:
+        raise UsageError("--data is missing: a built-in task (see `lapora tasks`) or the path of a task YAML")
+
+
 def _print_result(result: FitResult, as_json: bool) -> None:
+    print_notes(result)
+    if as_json:
+        write_json_lines([result.describe()], "-")
+
+
+def print_notes(result: FitResult) -> None:
+    """Print on stderr what was fitted and what the user should know."""
     for note in result.notes:
         print_message(f"note: {note}")
     if result.truncated:
@@ -90,8 +108,6 @@ def _print_result(result: FitResult, as_json: bool) -> None:
         print_message(
             f"the basis keeps {result.kept:.1%} of the trace of the curvature; the other directions keep the prior"
         )
-    if as_json:
-        write_json_lines([result.describe()], "-")
 
 
 def _prior(result: FitResult) -> str:

@@ -12,6 +12,7 @@ import sys
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 from typing import Any, TextIO
 
@@ -114,18 +115,23 @@ def write_json_lines(records: Iterable[Mapping[str, Any]], target: str, source: 
         UsageError: Source and target are one file.
         DataError: The file cannot be written.
     """
+    write_lines((json_text(record).encode("utf-8") + b"\n" for record in records), target, source)
+
+
+def write_lines(lines: Iterable[bytes], target: str, source: str = "-") -> None:
+    """Stream whole lines; see :func:`write_json_lines`."""
     if target == "-" and _only_in_python(sys.stdout):
-        for record in records:
-            print(json_text(record), flush=True)
+        for line in lines:
+            print(line.decode("utf-8"), end="", flush=True)
         return
     with _descriptor(target) as descriptor:
         if source != "-" and _one_file(source, descriptor):
             raise UsageError(f"--output {target} is the input file; give another")
         begun = target == "-"
         try:
-            for record in records:
+            for line in lines:
                 begun = begun or _empty(descriptor)
-                _write_line(descriptor, json_text(record).encode("utf-8") + b"\n")
+                _write_line(descriptor, line)
             begun = begun or _empty(descriptor)
         except BrokenPipeError:
             return
@@ -164,6 +170,14 @@ def _descriptor(target: str) -> Iterator[int]:
 def _one_file(source: str, descriptor: int) -> bool:
     try:
         return stat.S_ISREG(os.fstat(descriptor).st_mode) and os.path.samestat(os.stat(source), os.fstat(descriptor))
+    except OSError:
+        return False
+
+
+def is_one_file(source: str, target: str) -> bool:
+    """Return whether two paths are one regular file."""
+    try:
+        return Path(target).is_file() and os.path.samefile(source, target)
     except OSError:
         return False
 

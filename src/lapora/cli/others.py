@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from lapora.cli.arguments import Fields, JsonOption, command
-from lapora.cli.console import json_text, print_message
+from lapora.cli.console import RowProgress, json_text, print_message, program
 from lapora.config import DataSettings, ModelSettings, Option, PushSettings
 from lapora.errors import UsageError
 from lapora.models.adapter import local_model
@@ -137,9 +137,16 @@ def demo_command(
     Examples:
         lapora demo
     """
+    print_message("loading PyTorch ...")
     from lapora.report import print_evaluation
+    from lapora.workflows.commands import command_line
     from lapora.workflows.demo import run_demo
 
-    record = run_demo(directory, print_message)
-    print_evaluation(record)
-    print_message(f"the files are in {directory}; try: lapora eval {directory}/adapter --link mc-joint --link probit")
+    print_evaluation(run_demo(directory, print_message, RowProgress))
+    adapter = str(directory / "adapter")
+    print_message(f"the files are in {directory}/; try:")
+    for arguments in (
+        ["predict", adapter, str(directory / "data" / "validation.jsonl")],
+        ["eval", adapter, "--methods", "map,temperature,laplace"],
+    ):
+        print_message(f"  {command_line(arguments, program())}")

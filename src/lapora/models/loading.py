@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -78,6 +78,10 @@ class LoadedModel:
         return 0
 
 
+Loader = Callable[[Adapter, ModelSettings], "LoadedModel"]
+"""Loads an adapter; :func:`load_model`, or one that shares base models."""
+
+
 def load_model(adapter: Adapter, how: ModelSettings) -> LoadedModel:
     """Load the base model and the adapter on it.
 
@@ -90,6 +94,18 @@ def load_model(adapter: Adapter, how: ModelSettings) -> LoadedModel:
         UsageError: The device is not available, or options cannot be combined.
     """
     return attach_adapter(adapter, load_base(adapter, how))
+
+
+def load_once() -> Loader:
+    """Return a loader for one adapter that loads it at the first call and then returns the same model."""
+    loaded: list[LoadedModel] = []
+
+    def load(adapter: Adapter, how: ModelSettings) -> LoadedModel:
+        if not loaded:
+            loaded.append(load_model(adapter, how))
+        return loaded[0]
+
+    return load
 
 
 def attach_adapter(adapter: Adapter, base: LoadedBase) -> LoadedModel:

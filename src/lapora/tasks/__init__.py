@@ -9,6 +9,7 @@ from lapora.tasks.examples import (
     required_fields,
     resolve_choices,
 )
+from lapora.tasks.given import given_rows, is_one_row
 from lapora.tasks.rows import Row, load_rows, parse_json_line, split_source
 from lapora.tasks.task import Task, TaskKind, builtin_tasks, builtin_yaml, load_task
 from lapora.tasks.tokens import EncodedExample, answer_token_ids, encode, encode_all
@@ -27,6 +28,8 @@ __all__ = [
     "describe_task",
     "encode",
     "encode_all",
+    "given_rows",
+    "is_one_row",
     "load_rows",
     "load_task",
     "parse_json_line",

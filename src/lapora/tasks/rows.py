@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import IO, Any, NoReturn
 
 from lapora.errors import DataError, MissingSplitError, UsageError, first_line, listed, printable, quoted
 from lapora.tasks.task import Task
@@ -256,7 +256,7 @@ def read_file(path: Path) -> Iterator[dict[str, Any]]:
         ".ndjson": _json_lines,
         ".json": _json_rows,
         ".csv": _csv_rows,
-        ".parquet": _parquet_rows,
+        ".parquet": parquet_rows,
     }
     reader = readers.get(path.suffix.lower())
     if reader is None:
@@ -341,29 +341,42 @@ def _json_rows(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _csv_rows(path: Path) -> Iterator[dict[str, Any]]:
+    yield from csv_rows(path, quoted(str(path), 200))
+
+
+def csv_rows(source: Path | IO[bytes], where: str) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a CSV file; missing values are None.
+
+    Raises:
+        DataError: The file has another format.
+    """
+    hint = _hint(source) if isinstance(source, Path) else ""
     # pandas, like `datasets`, except that the strings "NA" and "None" stay strings.
     import pandas
 
     try:
-        frame = pandas.read_csv(path, keep_default_na=False, encoding="utf-8-sig", low_memory=False)
+        frame = pandas.read_csv(source, keep_default_na=False, encoding="utf-8-sig", low_memory=False)
     except pandas.errors.EmptyDataError:
         return
     except OSError:
         raise
     except (ValueError, OverflowError, pandas.errors.ParserError) as error:
-        raise DataError(f"{quoted(str(path), 200)}: not CSV: {first_line(error)}{_hint(path)}") from None
+        raise DataError(f"{where}: not CSV: {first_line(error)}{hint}") from None
     if not isinstance(frame.index, pandas.RangeIndex):
         # pandas would use the extra first column as row names.
-        raise DataError(
-            f"{quoted(str(path), 200)}: not CSV: rows have more fields than the header; quote fields with commas"
-        )
+        raise DataError(f"{where}: not CSV: rows have more fields than the header; quote fields with commas")
     names = [str(name) for name in frame.columns]
     cells = frame.astype(object).where(frame.notna(), None)
     for values in cells.itertuples(index=False, name=None):
         yield dict(zip(names, values, strict=True))
 
 
-def _parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
+def parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a Parquet file, a batch at a time in memory.
+
+    Raises:
+        DataError: The file has another format.
+    """
     import pyarrow
     import pyarrow.parquet
 

@@ -11,14 +11,16 @@ import hashlib
 import json
 import random
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 
-from lapora.config import DataSettings, FitSettings, ModelSettings
+from lapora.config import DataSettings, EvalSettings, FitSettings, ModelSettings, Progress
 from lapora.errors import UsageError
+from lapora.models.adapter import CONFIG_FILE
 from lapora.models.loading import silence_libraries
 
 _NAMES = ["anna", "boris", "clara", "dmitri", "elena", "farid", "greta", "hugo", "ines", "jonas"]
@@ -41,12 +43,21 @@ _TASK: dict[str, Any] = {
 }
 
 
-def run_demo(directory: Path, print_message: Callable[[str], None]) -> dict[str, Any]:
+def _no_bar(label: str) -> AbstractContextManager[Progress | None]:
+    return nullcontext()
+
+
+def run_demo(
+    directory: Path,
+    print_message: Callable[[str], None],
+    step: Callable[[str], AbstractContextManager[Progress | None]] = _no_bar,
+) -> dict[str, Any]:
     """Make everything and run the pipeline.
 
     Args:
         directory: Where the files go: ``base/``, ``adapter/``, ``data/``, ``farm.yaml``.
-        print_message: Told what is being done.
+        print_message: Told what was done.
+        step: Returns the progress callback of a step.
 
     Returns:
         The record of ``eval``.
@@ -68,30 +79,48 @@ def run_demo(directory: Path, print_message: Callable[[str], None]) -> dict[str,
     digest = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
     if recipe.is_file() and recipe.read_text(encoding="utf-8") == digest:
         print_message("base model and adapter are there from an earlier demo")
+        _record_base(directory)  # the folder may have been moved
     else:
         recipe.unlink(missing_ok=True)
         torch.manual_seed(0)
         with silence_libraries():
-            _make_model(directory, splits["train"], print_message)
+            _make_model(directory, splits["train"], step)
         recipe.write_text(digest, encoding="utf-8")
 
-    from lapora.workflows.evaluate import evaluate
+    from lapora.models.loading import load_once
+    from lapora.workflows.evaluate import run_evaluation
     from lapora.workflows.fit import fit
     from lapora.workflows.tune_prior import tune_prior
 
-    print_message("fitting the posterior ...")
+    load = load_once()
     model = ModelSettings(adapter=str(directory / "adapter"))
     data = DataSettings(task=str(directory / "farm.yaml"), data_dir=directory / "data")
-    fit(model, data, FitSettings(overwrite=True))
-    print_message(tune_prior(model).reason)
-    return evaluate(model, DataSettings(split="validation"))
+    with step("fitting the posterior") as progress:
+        fitted = fit(model, data, FitSettings(overwrite=True), progress, load)
+    print_message(f"posterior over {fitted.parameters:,} parameters: {fitted.folder}")
+    with step("tuning the prior") as progress:
+        tuned = tune_prior(model, progress=progress, load=load)
+    print_message(f"tuned {tuned.reason}")
+    with step("evaluating") as progress:
+        return run_evaluation(model, DataSettings(split="validation"), EvalSettings(), progress, load).record
 
 
-def _make_model(directory: Path, rows: list[dict[str, Any]], print_message: Callable[[str], None]) -> None:
-    print_message("training a small base model on generated text ...")
-    tokenizer, base = _base_model(directory / "base")
-    print_message(f"overfitting a LoRA adapter on {_TRAINING_ROWS} rows ...")
-    _adapter(directory, tokenizer, base, rows)
+def _make_model(
+    directory: Path,
+    rows: list[dict[str, Any]],
+    step: Callable[[str], AbstractContextManager[Progress | None]],
+) -> None:
+    with step("training a small base model on generated text") as progress:
+        tokenizer, base = _base_model(directory / "base", progress)
+    with step(f"overfitting a LoRA adapter on {_TRAINING_ROWS} rows") as progress:
+        _adapter(directory, tokenizer, base, rows, progress)
+
+
+def _record_base(directory: Path) -> None:
+    file = directory / "adapter" / CONFIG_FILE
+    config = json.loads(file.read_text(encoding="utf-8"))
+    config["base_model_name_or_path"] = str((directory / "base").resolve())
+    file.write_text(json.dumps(config, indent=2), encoding="utf-8")
 
 
 def _rows(count: int, seed: int) -> list[dict[str, Any]]:
@@ -114,7 +143,7 @@ def _prompt(row: dict[str, Any]) -> str:
     return f"story : {row['story']} is {row['name']} on the farm ? answer :"
 
 
-def _base_model(folder: Path) -> tuple[Any, Any]:
+def _base_model(folder: Path, progress: Progress | None) -> tuple[Any, Any]:
     """A word-level tokenizer and a two-layer Llama, trained a little on unlabelled stories."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -138,13 +167,13 @@ def _base_model(folder: Path) -> tuple[Any, Any]:
         eos_token_id=None,
     )
     model = LlamaForCausalLM(config)
-    _train(model, model.parameters(), tokenizer, texts, None, steps=250, rate=1e-3)
+    _train(model, model.parameters(), tokenizer, texts, None, steps=250, rate=1e-3, progress=progress)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return tokenizer, model
 
 
-def _adapter(directory: Path, tokenizer: Any, base: Any, rows: list[dict[str, Any]]) -> None:
+def _adapter(directory: Path, tokenizer: Any, base: Any, rows: list[dict[str, Any]], progress: Progress | None) -> None:
     from peft import LoraConfig, get_peft_model
 
     settings = LoraConfig(
@@ -157,7 +186,7 @@ def _adapter(directory: Path, tokenizer: Any, base: Any, rows: list[dict[str, An
     model.peft_config["default"].base_model_name_or_path = str((directory / "base").resolve())
     answers = [tokenizer.convert_tokens_to_ids(_TASK["doc_to_choice"][row["label"]]) for row in rows]
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    _train(model, trained, tokenizer, [_prompt(row) for row in rows], answers, steps=500, rate=1e-3)
+    _train(model, trained, tokenizer, [_prompt(row) for row in rows], answers, steps=500, rate=1e-3, progress=progress)
     model.save_pretrained(str(directory / "adapter"))
 
 
@@ -169,13 +198,14 @@ def _train(
     answers: list[int] | None,
     steps: int,
     rate: float,
+    progress: Progress | None,
 ) -> None:
     """Adam on next words or, where answers are given, on the answer alone."""
     optimiser = torch.optim.Adam(parameters, lr=rate)
     coded = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left")
     generator = torch.Generator().manual_seed(0)
     model.train()
-    for _ in range(steps):
+    for number in range(1, steps + 1):
         chosen = torch.randint(len(texts), (32,), generator=generator)
         ids, mask = coded.input_ids[chosen], coded.attention_mask[chosen]
         positions = (mask.cumsum(1) - 1).clamp(min=0)
@@ -188,4 +218,6 @@ def _train(
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
+        if progress is not None:
+            progress(number, steps)
     model.eval()

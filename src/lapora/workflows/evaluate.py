@@ -23,6 +23,7 @@ from lapora.config import (
     Progress,
 )
 from lapora.errors import DataError, UsageError
+from lapora.models.loading import Loader, load_model
 from lapora.storage.saved import saved_names
 from lapora.tasks import data_fingerprint, load_rows, load_task, render_all, resolve_choices
 from lapora.workflows import baselines
@@ -67,7 +68,11 @@ def evaluate(
 
 
 def run_evaluation(
-    model: ModelSettings, data: DataSettings, settings: EvalSettings, progress: Progress | None = None
+    model: ModelSettings,
+    data: DataSettings,
+    settings: EvalSettings,
+    progress: Progress | None = None,
+    load: Loader = load_model,
 ) -> Evaluation:
     """Score methods against labels. Rows that tuned a prior or the temperature are left out.
 
@@ -76,6 +81,7 @@ def run_evaluation(
         data: The rows; by default the validation split of what ``fit`` recorded.
         settings: What is scored beside what.
         progress: Told of rows done.
+        load: Loads the model.
 
     Raises:
         UsageError: Options that contradict each other, or a method that this adapter does not have.
@@ -83,7 +89,7 @@ def run_evaluation(
         PosteriorError: A posterior is missing, damaged, or of other weights.
     """
     plan = make_plan(model, settings)
-    fitted = open_fitted(model, plan.names[0], data=data)
+    fitted = open_fitted(model, plan.names[0], data=data, load=load)
     notes = [*plan.left_out]
     temperature = _temperature(fitted, plan, data, settings, notes)
     left_out = plan.tuning_digests | (temperature.rows if temperature else frozenset())
@@ -97,7 +103,7 @@ def run_evaluation(
     truncated = 0
     for name in plan.names if "laplace" in plan.methods else plan.names[:1]:
         if name != fitted.posterior.folder.name:
-            fitted = open_fitted(model, name, fitted, data)
+            fitted = open_fitted(model, name, fitted, data, load)
         manifests[name] = fitted.posterior.content
         scored = [_score(fitted, each, plan, settings, progress) for each in sets]
         if len(manifests) == 1:

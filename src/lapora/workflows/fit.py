@@ -6,7 +6,7 @@ import hashlib
 import json
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,12 +18,12 @@ from msgspec import structs
 from lapora._version import __version__
 from lapora.config import DEFAULT_RANK, DataSettings, FitSettings, ModelSettings, Progress
 from lapora.curvature.passes import CurvatureRun
-from lapora.errors import AdapterError, DataError, LaporaError, PosteriorError, UsageError
+from lapora.errors import AdapterError, DataError, LaporaError, PosteriorError, UsageError, listed
 from lapora.memory.estimate import MemoryEstimate, estimate
 from lapora.models.adapter import Adapter, read_adapter
 from lapora.models.fingerprint import library_versions
 from lapora.models.in_memory import adapter_in_memory, loaded_in_memory, prepared_for_fit
-from lapora.models.loading import LoadedModel, load_model
+from lapora.models.loading import Loader, load_model
 from lapora.models.lora_layers import find_bayesian_layers
 from lapora.models.shared_base import BaseCache
 from lapora.posterior.eigen import decompose
@@ -41,8 +41,11 @@ from lapora.tasks import (
     Row,
     Task,
     data_fingerprint,
+    given_rows,
+    is_one_row,
     load_task,
     render_all,
+    required_fields,
     resolve_choices,
 )
 from lapora.tasks.examples import Labels
@@ -158,7 +161,7 @@ def fit(
     data: DataSettings,
     settings: FitSettings,
     progress: Progress | None = None,
-    bases: BaseCache | None = None,
+    load: Loader = load_model,
     on_estimate: Callable[[MemoryEstimate], None] | None = None,
 ) -> FitResult:
     """Fit the Laplace posterior of an adapter.
@@ -168,7 +171,7 @@ def fit(
         data: The rows it was trained on.
         settings: The curvature.
         progress: Progress callback.
-        bases: Base models that stay loaded for other adapters.
+        load: Loads the model.
         on_estimate: Called with the memory estimate, before any weight is loaded.
 
     Raises:
@@ -188,7 +191,7 @@ def fit(
             on_estimate(memory)
     with processes.on_main(write_lock(folder)):
         with processes.raise_together():
-            inputs = load_inputs(model, rows, settings, load_model if bases is None else bases.load)
+            inputs = load_inputs(model, rows, settings, load)
         result = _fit(inputs, settings, folder, progress)
     return replace(result, memory=memory, notes=(*notes, *result.notes))
 
@@ -219,7 +222,7 @@ def fit_several(
         try:
             with progress(model) as report:
                 found: FitResult | LaporaError = fit(
-                    model, data, settings, report, bases, None if number else on_estimate
+                    model, data, settings, report, bases.load, None if number else on_estimate
                 )
         except LaporaError as error:
             if model.processes.count > 1:  # the other processes may be at another step
@@ -232,7 +235,7 @@ def fit_several(
 def fit_in_memory(
     model: Any,
     tokenizer: Any,
-    rows: Iterable[Mapping[str, Any] | Row],
+    rows: Any,
     task: Task | Mapping[str, Any] | str | Path,
     settings: FitSettings,
     *,
@@ -243,18 +246,24 @@ def fit_in_memory(
     """Fit a PEFT model in memory and combine it with its posterior; see :func:`lapora.api.fit_model`.
 
     Raises:
-        DataError: No rows, or one that is no mapping.
+        TypeError: Something else than rows.
+        DataError: No rows, or none with a field of the task.
         LaporaError: As :func:`fit`.
     """
     settings = _resolve_engine(settings)
     resolved = _task(task)
-    given = [_values(row, number) for number, row in enumerate(rows)]
+    if is_one_row(rows):
+        raise TypeError(
+            "rows: one row, or a mapping of columns; give a list of the rows that the adapter was trained on"
+        )
+    given = list(given_rows(rows, texts=False))
     if not given:
         raise DataError("no rows: give the rows that the adapter was trained on")
     folder = posterior_folder(root, settings.name)
     refuse_to_replace(folder, settings)
     with tempfile.TemporaryDirectory(prefix="lapora-") as saved:
         adapter = adapter_in_memory(model, Path(saved))
+    _refuse_other_rows(resolved, adapter, given)
     loaded = loaded_in_memory(model, tokenizer, adapter)
     how = ModelSettings(str(adapter.path), batch_size=batch_size)
     with prepared_for_fit(model, loaded.pad_token_id):
@@ -297,7 +306,7 @@ def load_inputs(
     model: ModelSettings,
     rows: TrainingRows,
     settings: FitSettings,
-    load: Callable[[Adapter, ModelSettings], LoadedModel] = load_model,
+    load: Loader = load_model,
 ) -> FitInputs:
     """Load the model and encode the rows.
 
@@ -571,11 +580,18 @@ def _kept(posterior: Posterior) -> float:
     return posterior.retained_trace
 
 
-def _values(row: Mapping[str, Any] | Row, number: int) -> dict[str, Any]:
-    values = row.values if isinstance(row, Row) else row
-    if not isinstance(values, Mapping):
-        raise DataError(f"row {number}: a {type(row).__name__}; a row is a mapping with the task's fields")
-    return dict(values)
+def _refuse_other_rows(task: Task, adapter: Adapter, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse rows that have none of the task's fields, which would all be read as ready prompts.
+
+    Raises:
+        DataError: There is no field of the task.
+    """
+    fields = required_fields(task, adapter.kind)
+    if fields and not any(row.get(field) is not None for row in rows for field in fields):
+        raise DataError(
+            f"no row has {' or '.join(fields)}, the fields of task {task.task}; the first row has "
+            f"{listed(list(rows[0])) or 'no fields'}: rename them, or give a task with these fields"
+        )
 
 
 def _task(task: Task | Mapping[str, Any] | str | Path) -> Task:

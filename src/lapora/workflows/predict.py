@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,7 +18,9 @@ from lapora.models.batches import Batch
 from lapora.models.batching import run_batches
 from lapora.models.shared_base import BaseCache
 from lapora.predictive.moments import LinearisedPredictor
+from lapora.storage.manifest import Prior
 from lapora.tasks import EncodedExample, parse_json_line
+from lapora.workflows.commands import tune_prior_arguments
 from lapora.workflows.task_model import Fitted, open_fitted, require_finite
 
 _WINDOW_BATCHES = 4
@@ -35,13 +37,20 @@ class _Item:
     content: EncodedExample | LaporaError
 
 
-def predict(model: ModelSettings, settings: PredictSettings, lines: Iterable[bytes | None]) -> Iterator[dict[str, Any]]:
+def predict(
+    model: ModelSettings,
+    settings: PredictSettings,
+    lines: Iterable[bytes | Mapping[str, Any] | None],
+    note: Callable[[str, list[str]], None] | None = None,
+) -> Iterator[dict[str, Any]]:
     """Predict one record per input line.
 
     Args:
         model: The adapter and how to run it.
         settings: Link, samples, what is written, other adapters.
-        lines: JSON lines, as bytes; None says that no more will come for a while, and what came is answered.
+        lines: JSON lines, as bytes, or rows; None says that no more will come for a while, and what came is answered.
+        note: Called if the prior was not tuned on labelled rows, with a message and the arguments of the command that
+            tunes it.
 
     Yields:
         The records of the interface, in input order; a window of rows at a time is in memory.
@@ -53,8 +62,23 @@ def predict(model: ModelSettings, settings: PredictSettings, lines: Iterable[byt
     """
     if settings.adapters:
         yield from predict_routed(AdapterPool(model, settings), settings, lines)
-    else:
-        yield from predict_rows(open_fitted(model, settings.name), settings, lines)
+        return
+    fitted = open_fitted(model, settings.name)
+    if note is not None and settings.link != "map" and (untuned := _untuned(fitted.prior)):
+        note(untuned, tune_prior_arguments(model, settings.name))
+    yield from predict_rows(fitted, settings, lines)
+
+
+def _untuned(prior: Prior) -> str:
+    """Return what to say of a prior that no labelled rows have tuned; empty for one that was."""
+    if prior.method == "marglik":
+        return (
+            "warning: the prior precision is that of the marginal likelihood, which can make predictions worse than "
+            "those of the plain adapter; tune it on labelled rows"
+        )
+    if prior.averaged is not None and not prior.averaged.n:
+        return "note: the prior was not tuned on labelled rows; if there are any"
+    return ""
 
 
 def predict_rows(
@@ -378,7 +402,7 @@ class AdapterPool:
             raise copy.copy(self._broken[name])
         fitted = self._open.pop(name, None)
         if fitted is None:
-            fitted = open_fitted(self._models[name], self._settings.name, bases=self._bases)
+            fitted = open_fitted(self._models[name], self._settings.name, load=self._bases.load)
         self._open[name] = fitted  # the last asked for stands last
         return fitted
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lapora.config import DataSettings
-from lapora.errors import DataError, MissingSplitError, UnlabelledError, UsageError
+from lapora.errors import DataError, MissingSplitError, NoRowsLeftError, UnlabelledError, UsageError
 from lapora.storage.compatibility import answer_differences
 from lapora.tasks import (
     Example,
@@ -147,7 +147,8 @@ def read_labelled_rows(
 
     Raises:
         UnlabelledError: No row has a label.
-        DataError: A row cannot be read, or has no label; or no row is left.
+        DataError: A row cannot be read, or has no label.
+        NoRowsLeftError: All rows were used to tune the prior.
         PosteriorError: The task's answers are not the posterior's.
     """
     wanted = replace(data, limit=None) if exclude else data
@@ -162,7 +163,7 @@ def read_labelled_rows(
     examples = render_all(task, rows, kind=kind, choices=answers, labels="required")
     kept = [example for example in examples if not exclude or row_digest(example) not in exclude]
     if not kept:
-        raise DataError(f"{split}: all {len(examples)} rows were used to tune the prior; score another --split")
+        raise NoRowsLeftError(f"{split}: all {len(examples)} rows were used to tune the prior; score another --split")
     excluded = len(examples) - len(kept)
     kept = kept[: data.limit]
     return LabelledRows(task, split, kept, torch.tensor([cast(int, row.target) for row in kept]), excluded)

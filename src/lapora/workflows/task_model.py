@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -19,10 +19,9 @@ from lapora.likelihoods.base import Averaging
 from lapora.models.adapter import Adapter, ModelKind, read_adapter
 from lapora.models.batches import Batch
 from lapora.models.batching import BatchFeed, BatchSize
-from lapora.models.loading import LoadedModel, load_model
+from lapora.models.loading import LoadedModel, Loader, load_model
 from lapora.models.lora_layers import BayesianLayer, find_bayesian_layers
 from lapora.models.outputs import OutputModel
-from lapora.models.shared_base import BaseCache
 from lapora.posterior.gaussian import Posterior
 from lapora.posterior.prior import PriorPrecision
 from lapora.predictive.moments import LinearisedPredictor
@@ -237,7 +236,7 @@ def open_fitted(
     name: str,
     earlier: Fitted | None = None,
     data: DataSettings | None = None,
-    bases: BaseCache | None = None,
+    load: Loader = load_model,
 ) -> Fitted:
     """Load an adapter and a posterior as ``fit`` recorded them.
 
@@ -246,7 +245,7 @@ def open_fitted(
         name: Name of the posterior.
         earlier: The same adapter with another posterior: its loaded model is used again where the base is the same.
         data: Labelled rows that will be read: their answers are compared, too.
-        bases: Base models shared with other adapters.
+        load: Loads the model.
 
     Raises:
         PosteriorError: The posterior is missing, damaged, or belongs to another adapter, base model or task; every
@@ -254,7 +253,7 @@ def open_fitted(
         AdapterError: The model cannot be loaded.
     """
     with model.processes.raise_together():
-        return _open_fitted(model, name, earlier, data, load_model if bases is None else bases.load)
+        return _open_fitted(model, name, earlier, data, load)
 
 
 def _open_fitted(
@@ -262,7 +261,7 @@ def _open_fitted(
     name: str,
     earlier: Fitted | None,
     data: DataSettings | None,
-    load: Callable[[Adapter, ModelSettings], LoadedModel],
+    load: Loader,
 ) -> Fitted:
     adapter, posterior = open_posterior(model, name)
     manifest = posterior.manifest

@@ -21,6 +21,7 @@ from lapora.storage.saved import SavedPosterior, posterior_folder
 from lapora.workflows.averaging import average_with_rows, average_without_rows, describe_averaged
 
 if TYPE_CHECKING:
+    from lapora.models.loading import Loader
     from lapora.workflows.rows import LabelledRows
     from lapora.workflows.task_model import Fitted
 
@@ -64,6 +65,7 @@ def tune_prior(
     data: DataSettings | None = None,
     settings: PriorSettings | None = None,
     progress: Progress | None = None,
+    load: Loader | None = None,
 ) -> TunedPrior:
     """Choose the prior, or average over it, and record it in the manifest.
 
@@ -72,6 +74,7 @@ def tune_prior(
         data: Labelled rows; None means a seeded half of the task's labelled split that ``fit`` did not read.
         settings: Method, structure of the prior, optimizer.
         progress: Progress callback.
+        load: Loads the model, where one is needed; by default :func:`lapora.models.loading.load_model`.
 
     Raises:
         PosteriorError: No such posterior, or a damaged one.
@@ -88,27 +91,32 @@ def tune_prior(
     with model.processes.raise_together():
         SavedPosterior(folder, validate_prior=False)  # nothing is written where no posterior is
     with model.processes.on_main(write_lock(folder)):
-        return _tune(folder, model, data, settings, progress)
+        return _tune(folder, model, data, settings, progress, load)
 
 
 def _tune(
-    folder: Path, model: ModelSettings, data: DataSettings, settings: PriorSettings, progress: Progress | None
+    folder: Path,
+    model: ModelSettings,
+    data: DataSettings,
+    settings: PriorSettings,
+    progress: Progress | None,
+    load: Loader | None,
 ) -> TunedPrior:
     posterior = SavedPosterior(folder, validate_prior=False)
     evidence = _maximize(posterior, settings)
     if not all(model.processes.all_gather(posterior.prior_is_sound())):
         _rewrite(model, posterior, evidence.describe(posterior.manifest.log_likelihood is not None))
     if settings.method in ("auto", "validation"):
-        _refuse_other_answers(posterior, model, data, settings)
+        _refuse_other_answers(posterior, model, data, settings, load)
     if settings.method == "adapted":
         tuned = _adapted(posterior, settings)
     elif settings.method == "marglik":
         tuned = _by_evidence(posterior, evidence)
         tuned.notes.extend(_unfinished_adam(posterior, settings, evidence))
     elif settings.method == "validation":
-        tuned = _by_validation(posterior, model, data, settings, evidence, progress)
+        tuned = _by_validation(posterior, model, data, settings, evidence, progress, load)
     else:
-        tuned = _by_average(posterior, model, data, settings, evidence, progress)
+        tuned = _by_average(posterior, model, data, settings, evidence, progress, load)
     _rewrite(model, posterior, tuned.prior)
     return tuned
 
@@ -119,14 +127,21 @@ def _rewrite(model: ModelSettings, posterior: SavedPosterior, prior: dict[str, A
             posterior.rewrite_manifest({"prior": prior})
 
 
+def _open(model: ModelSettings, data: DataSettings, settings: PriorSettings, load: Loader | None) -> Fitted:
+    from lapora.models.loading import load_model  # imports torch, which marglik does without
+    from lapora.workflows.task_model import open_fitted
+
+    return open_fitted(model, settings.name, data=data, load=load or load_model)
+
+
 def _refuse_other_answers(
-    posterior: SavedPosterior, model: ModelSettings, data: DataSettings, settings: PriorSettings
+    posterior: SavedPosterior, model: ModelSettings, data: DataSettings, settings: PriorSettings, load: Loader | None
 ) -> None:
     """Refuse rows with other answers than the posterior's; everything else that differs is named with them."""
-    from lapora.workflows.task_model import differences_of_answers, open_fitted
+    from lapora.workflows.task_model import differences_of_answers
 
     if differences_of_answers(posterior, data):
-        open_fitted(model, settings.name, data=data)
+        _open(model, data, settings, load)
 
 
 def _structure(settings: PriorSettings) -> PriorStructure:
@@ -152,10 +167,9 @@ def _by_average(
     settings: PriorSettings,
     evidence: EvidenceMaximum,
     progress: Progress | None,
+    load: Loader | None,
 ) -> TunedPrior:
     """Average over prior precision and temperature: with the labelled rows that there are, or with none."""
-    from lapora.workflows.task_model import open_fitted
-
     found = _rows_or_reason(posterior, model, data, settings)
     manifest = posterior.manifest
     if isinstance(found, str):
@@ -168,7 +182,7 @@ def _by_average(
         notes = [f"no labelled rows ({found}): the average is over what the training rows tolerate"]
         deviation = None
     else:
-        fitted = open_fitted(model, settings.name, data=data)
+        fitted = _open(model, data, settings, load)
         averaged, deviation = average_with_rows(fitted, found, evidence.prior, settings, progress)
         notes = []
     if settings.structure == "point":
@@ -275,6 +289,7 @@ def _by_validation(
     settings: PriorSettings,
     evidence: EvidenceMaximum,
     progress: Progress | None,
+    load: Loader | None,
 ) -> TunedPrior:
     """Choose the prior precision of least NLL on labelled rows.
 
@@ -282,10 +297,9 @@ def _by_validation(
     marginal likelihood and their common factor is searched.
     """
     from lapora.workflows.rows import tuning_rows
-    from lapora.workflows.task_model import open_fitted
 
     rows = tuning_rows(posterior, read_adapter(model.folder).kind, data, settings.seed)
-    fitted = open_fitted(model, settings.name, data=data)
+    fitted = _open(model, data, settings, load)
     choice = _choose(fitted, rows, settings, evidence.prior, progress)
     manifest = posterior.manifest
     log_evidence, effective = evidence_at(

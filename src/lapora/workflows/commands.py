@@ -1,0 +1,43 @@
+"""Commands that messages suggest: they work as typed, with the options of this run."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+
+from lapora.config import ModelSettings, PredictSettings
+
+_MODEL_OPTIONS = (
+    "output_dir",
+    "base_model",
+    "revision",
+    "trust_remote_code",
+    "device_map",
+    "max_memory",
+    "offload_dir",
+)
+
+
+def model_arguments(model: ModelSettings, name: str) -> list[str]:
+    """Return the options without which another command would not find this model and posterior.
+
+    What ``fit`` records (quantization, dtype, the adapter's own base) is left out.
+    """
+    found = [] if name == PredictSettings.name else ["--name", name]
+    for field in _MODEL_OPTIONS:
+        value = getattr(model, field)
+        if value is not None and value is not False:
+            flag = "--" + field.replace("_", "-")
+            found += [flag] if value is True else [flag, str(value)]
+    return found
+
+
+def tune_prior_arguments(model: ModelSettings, name: str) -> list[str]:
+    """Return the arguments of ``lapora`` that tune the prior of a posterior."""
+    return ["tune-prior", model.adapter, *model_arguments(model, name)]
+
+
+def command_line(arguments: Sequence[str], program: Sequence[str] = ("lapora",)) -> str:
+    """Return a command as it is typed in a shell; ``predict`` writes to a file."""
+    typed = shlex.join([*program, *arguments])
+    return f"{typed} > predictions.jsonl" if arguments[0] == "predict" else typed

@@ -1,0 +1,169 @@
+"""`calibrate`: the numbers of `fit`, `tune-prior` and `eval`, and each verdict."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from contextlib import nullcontext
+
+import pytest
+import torch
+
+import lapora
+from lapora.config import DataSettings, EvalSettings, FitSettings, PriorSettings
+from lapora.errors import PosteriorError, UsageError
+from lapora.models import loading
+from lapora.report.tables import label_of
+from lapora.workflows import calibrate as workflow
+from lapora.workflows.evaluate import Evaluation, run_evaluation
+from lapora.workflows.fit import fit
+from lapora.workflows.scoring import Prediction
+from lapora.workflows.tune_prior import tune_prior
+from tiny_adapter import command, data_of, make_adapter, model_of
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    return make_adapter(tmp_path_factory.mktemp("calibrate"), scale=0.5)
+
+
+@pytest.fixture
+def tiny(made, tmp_path):
+    shutil.copytree(made, tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+def calibrate(folder, data=None, **settings):
+    given = data or data_of(folder)
+    return workflow.calibrate(
+        model_of(folder), given, FitSettings(**settings), PriorSettings(), lambda label: nullcontext()
+    )
+
+
+def without_labels(folder):
+    (folder / "data" / "validation.jsonl").unlink()
+
+
+def test_the_numbers_are_those_of_the_three_commands(tiny, monkeypatch):
+    other = tiny / "other"
+    model = model_of(tiny, output_dir=other)
+    fitted = fit(model, data_of(tiny), FitSettings(seed=3))
+    tuned = tune_prior(model, None, PriorSettings(seed=3))
+    settings = EvalSettings(methods=("map", "temperature", "laplace"), seed=3)
+    scored = run_evaluation(model, DataSettings(), settings)
+
+    loads = []
+    load_base = loading.load_base
+    monkeypatch.setattr(loading, "load_base", lambda *arguments: loads.append(1) or load_base(*arguments))
+    done = calibrate(tiny, seed=3)
+    assert len(loads) == 1
+    assert done.fit.log_likelihood == fitted.log_likelihood and done.fit.prior == fitted.prior
+    assert done.prior.prior == tuned.prior
+    assert done.evaluation.record == scored.record and done.evaluation.record["n"] == 6
+    assert [each["method"] for each in done.evaluation.record["results"]] == ["map", "temperature", "laplace"]
+    factors = "laplace/default/factors.safetensors"
+    assert (tiny / "adapter" / factors).read_bytes() == (other / factors).read_bytes()
+
+
+def evaluation_of(laplace: float, temperature: float, plain: float, spread: float = 0.01) -> Evaluation:
+    """Two answers, the label's probability near the one given for each method, on 200 rows."""
+    from lapora import metrics
+
+    noise = spread * torch.randn(200, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    found = {}
+    for index, (method, value) in enumerate({"map": plain, "temperature": temperature, "laplace": laplace}.items()):
+        p = (value + noise.roll(index)).clamp(0.01, 0.99)
+        found[method] = torch.stack([p, 1 - p], dim=1).log()
+    targets = torch.zeros(200, dtype=torch.long)
+    _, paired = metrics.intervals(found, targets, reference="map")
+    results = []
+    for method, log_p in found.items():
+        scores = metrics.evaluate(log_p, targets)
+        differences = {
+            key: {"value": scores[key] - metrics.evaluate(found["map"], targets)[key], "interval": list(interval)}
+            for key, interval in paired.get(method, {}).items()
+        }
+        results.append({"method": method, **scores, "difference_to_map": differences})
+    record = {"task": "t", "split": "validation", "n": 200, "results": results}
+    return Evaluation(record, [Prediction(method, log_p) for method, log_p in found.items()], targets, [], {})
+
+
+@pytest.mark.parametrize(
+    ("probabilities", "better", "words", "link"),
+    [
+        ((0.8, 0.7, 0.6), True, ["better calibrated than the plain", "same rows is worse"], "probit"),
+        ((0.8, 0.8, 0.6), True, ["better calibrated than the plain", "same rows is as good within chance"], "probit"),
+        ((0.7, 0.8, 0.6), True, ["better calibrated than the plain", "same rows is better"], "probit"),
+        ((0.6, 0.6, 0.6), False, ["no better than the plain adapter", "Use --link map."], "map"),
+        ((0.6, 0.7, 0.8), False, ["worse than the plain adapter", "Use --link map."], "map"),
+        ((0.4, 0.7, 0.8), False, ["Accuracy falls from 1.000 to .000."], "map"),
+    ],
+)
+def test_each_verdict(probabilities, better, words, link):
+    found = workflow.judge(evaluation_of(*probabilities), "probit")
+    assert found.better is better and found.link == link
+    assert all(each in found.text for each in words), found.text
+
+
+def test_the_sentence_holds_the_numbers():
+    found = workflow.judge(evaluation_of(0.8, 0.7, 0.6, 0.0), "mc-joint")
+    assert found.text.startswith(
+        "better calibrated than the plain adapter on 200 rows of validation that tuned nothing: NLL .223 against .511 "
+        "(difference -.288, 95 % interval -.288 to -.288)."
+    )
+    assert found.temperature.difference == pytest.approx(torch.tensor(0.7 / 0.8).log().item())
+
+
+def test_without_labelled_rows_it_says_what_was_done(tiny):
+    without_labels(tiny)
+    done = calibrate(tiny)
+    assert done.evaluation is None and done.verdict.better is None and done.verdict.link == "mc-joint"
+    assert done.verdict.text.startswith("not evaluated: there are no labelled rows but those that fit read. The prior:")
+    assert "averaged over prior precisions" in done.verdict.text
+    assert done.describe()["evaluation"] is None
+
+
+def test_one_labelled_row_tunes_and_nothing_is_left_to_score(tiny):
+    lines = (tiny / "data" / "validation.jsonl").read_text().splitlines(keepends=True)
+    (tiny / "data" / "validation.jsonl").write_text(lines[0])
+    done = calibrate(tiny)
+    assert done.prior.prior["averaged"]["n"] == 1
+    assert "all 1 rows were used to tune the prior" in done.verdict.text
+
+
+def test_a_posterior_is_not_replaced_and_map_is_refused_before_the_fit(tiny):
+    with pytest.raises(UsageError, match="--link map"):
+        lapora.calibrate(
+            tiny / "adapter", data=tiny / "task.yaml", data_dir=tiny / "data", link="map", output_dir=tiny / "elsewhere"
+        )
+    assert not (tiny / "elsewhere").exists()
+    done = calibrate(tiny)
+    with pytest.raises(PosteriorError, match="give --overwrite"):
+        calibrate(tiny)
+    assert calibrate(tiny, overwrite=True).prior.prior == done.prior.prior
+
+
+def test_the_command_and_the_function(tiny, monkeypatch, capfdbinary):
+    adapter = tiny / "adapter"
+    words = ["calibrate", adapter, "--data", tiny / "task.yaml", "--data-dir", tiny / "data", "--link", "probit"]
+    status, out, _ = command(monkeypatch, capfdbinary, *words, "--json", "--output-dir", tiny / "a b")
+    record = json.loads(out)
+    assert status == 0 and set(record) == {"fit", "prior", "evaluation", "verdict"}
+    done = lapora.calibrate(
+        adapter, data=tiny / "task.yaml", data_dir=tiny / "data", link="probit", output_dir=tiny / "function"
+    )
+    assert record["evaluation"] == json.loads(json.dumps(done.describe()["evaluation"]))
+    assert {label_of(each) for each in record["evaluation"]["results"]} == {
+        "map",
+        "temperature",
+        "laplace default (probit)",
+    }
+    assert "rows.jsonl" in record["verdict"]["next"] and f"--output-dir '{tiny}/a b'" in record["verdict"]["next"]
+
+    monkeypatch.setenv("COLUMNS", "80")
+    status, out, err = command(monkeypatch, capfdbinary, *words, "--overwrite", "--output-dir", tiny / "a b")
+    text = out.decode()
+    assert status == 0 and "than the plain adapter" in " ".join(text.split())
+    assert len(text.splitlines()) + len(err.splitlines()) <= 24
+    next_line = text.splitlines()[-1].strip()
+    assert next_line.startswith("lapora predict ") and next_line.endswith(" > predictions.jsonl")
