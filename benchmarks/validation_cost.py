@@ -51,10 +51,12 @@ def _measure(name: str, folder: Path, options: argparse.Namespace) -> None:
     for structure in options.structures:
         settings = FitSettings(structure=structure, name=structure, max_length=ADAPTERS[name].max_length)
         fit(model, replace(data, limit=options.rows), settings)
+        untuned = fitted = open_fitted(model, structure, fitted)
+        assert len(untuned.priors) > 1  # read before it is tuned
         for link in _LINKS.get(structure, ("mc-joint",)):
             if options.links and link not in options.links:
                 continue
-            averages = [fitted := _average(model, data, structure, link, m, fitted) for m in options.tuned]
+            averages = [_average(model, data, link, m, untuned) if m else untuned for m in options.tuned]
             runs = _runs(averages, link, options.rows)
             one, *others = _times(runs, options.repeats)
             sizes = [f" ({len(each.averaging.components)} components)" for each in averages] + [""]
@@ -74,13 +76,11 @@ def _runs(averages: list[Fitted], link: Link, limit: int) -> list[Callable[[], o
     ]
 
 
-def _average(
-    model: ModelSettings, data: DataSettings, name: Structure, link: Link, rows: int, earlier: Fitted | None
-) -> Fitted:
+def _average(model: ModelSettings, data: DataSettings, link: Link, rows: int, earlier: Fitted) -> Fitted:
     """Return the adapter with its prior averaged over, given some labelled rows."""
-    labelled = DataSettings(task=data.task, data_dir=data.data_dir, split="validation", limit=rows) if rows else None
-    if labelled is not None:
-        tune_prior(model, labelled, PriorSettings(name=name, link=link))
+    name = earlier.posterior.folder.name
+    labelled = DataSettings(task=data.task, data_dir=data.data_dir, split="validation", limit=rows)
+    tune_prior(model, labelled, PriorSettings(name=name, link=link))
     return open_fitted(model, name, earlier)
 
 
