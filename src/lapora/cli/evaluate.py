@@ -16,6 +16,7 @@ import typer
 from lapora._version import __version__
 from lapora.cli.arguments import Fields, JsonOption, command
 from lapora.cli.console import RowProgress, print_message
+from lapora.cli.early import check_fitted
 from lapora.config import (
     CHECKPOINTS,
     OUTPUT,
@@ -74,6 +75,8 @@ def eval_command(
         raise UsageError(
             "--fit-split, --fit-limit, --max-length, --chat-template and --prior-method need --checkpoints"
         )
+    everything = "all" in settings.methods
+    check_fitted(model, settings.names or (() if everything else ("default",)), data)
     from lapora.workflows.evaluate import run_evaluation
     from lapora.workflows.results import append_result, check_gates, parse_gate
 

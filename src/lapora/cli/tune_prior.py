@@ -9,6 +9,7 @@ import typer
 
 from lapora.cli.arguments import Fields, JsonOption, command
 from lapora.cli.console import RowProgress, print_message
+from lapora.cli.early import check_fitted
 from lapora.config import DataSettings, ModelSettings, PriorSettings
 
 
@@ -32,6 +33,7 @@ def tune_prior_command(
         lapora tune-prior ADAPTER
         lapora tune-prior ADAPTER --method marglik --prior layer
     """
+    check_fitted(model, (settings.name,), data)
     from lapora.workflows.tune_prior import tune_prior
 
     with RowProgress("tune-prior") as progress:

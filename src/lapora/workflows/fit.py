@@ -18,7 +18,7 @@ from msgspec import structs
 from lapora._version import __version__
 from lapora.config import DEFAULT_RANK, DataSettings, FitSettings, ModelSettings, Progress
 from lapora.curvature.passes import CurvatureRun
-from lapora.errors import AdapterError, DataError, LaporaError, PosteriorError, UsageError, listed
+from lapora.errors import AdapterError, DataError, LaporaError, UsageError, listed
 from lapora.memory.estimate import MemoryEstimate, estimate
 from lapora.models.adapter import Adapter, read_adapter
 from lapora.models.fingerprint import library_versions
@@ -34,7 +34,7 @@ from lapora.storage.compatibility import adapter_settings, base_digests, tokeniz
 from lapora.storage.files import write_lock
 from lapora.storage.manifest import FORMAT_VERSION, Answers, BaseModel, Data, Manifest
 from lapora.storage.partial import Checkpoint
-from lapora.storage.saved import SavedPosterior, posterior_exists, posterior_folder, write_posterior
+from lapora.storage.saved import SavedPosterior, posterior_folder, refuse_to_replace, write_posterior
 from lapora.tasks import (
     EncodedExample,
     Example,
@@ -181,7 +181,7 @@ def fit(
     settings = resolve_settings(model, settings)
     folder = posterior_folder(model.root, settings.name)
     with processes.raise_together():
-        refuse_to_replace(folder, settings)
+        refuse_to_replace(folder, overwrite=settings.overwrite)
         rows = read_training_rows(model, data, settings)
     notes: list[str] = []
     memory = None
@@ -260,7 +260,7 @@ def fit_in_memory(
     if not given:
         raise DataError("no rows: give the rows that the adapter was trained on")
     folder = posterior_folder(root, settings.name)
-    refuse_to_replace(folder, settings)
+    refuse_to_replace(folder, overwrite=settings.overwrite)
     with tempfile.TemporaryDirectory(prefix="lapora-") as saved:
         adapter = adapter_in_memory(model, Path(saved))
     _refuse_other_rows(resolved, adapter, given)
@@ -420,16 +420,6 @@ def _resolve_engine(settings: FitSettings) -> FitSettings:
     if settings.fisher != "exact":
         raise UsageError(f"--engine {engine} computes the exact Fisher alone, not --fisher {settings.fisher}")
     return settings
-
-
-def refuse_to_replace(folder: Path, settings: FitSettings) -> None:
-    """Refuse to replace a posterior unless asked to.
-
-    Raises:
-        PosteriorError: The posterior exists, and ``overwrite`` is not set.
-    """
-    if posterior_exists(folder) and not settings.overwrite:
-        raise PosteriorError(f"{folder}: exists already; give --overwrite, or another --name")
 
 
 def _fit(inputs: FitInputs, settings: FitSettings, folder: Path, progress: Progress | None) -> FitResult:
