@@ -39,7 +39,7 @@ lint: $(STAMP)-dev ## run ruff, mypy and the import contracts
 
 # A warning is an error. NO_MKDOCS_2_WARNING: an advertisement of the theme.
 docs: $(STAMP)-docs ## build the site
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 	@echo "the site: file://$(CURDIR)/site/index.html"
 
 # The page of the command line is written from the code; a test fails where they differ.

@@ -22,7 +22,7 @@ from benchmarks.models import Subject
 from lapora.curvature.passes import CurvatureRun
 from lapora.interop import kron_laplace
 from lapora.laplace_torch import asdl_factors, curvlinops_factors
-from lapora.laplace_torch.network import as_inputs, silenced, trainable
+from lapora.laplace_torch.network import as_inputs, silence_warnings, trainable
 from lapora.posterior.gaussian import BlockPosterior
 from lapora.posterior.structures import fit_structure
 
@@ -102,7 +102,7 @@ class _Documented:
     def fit(self) -> None:
         from laplace import Laplace
 
-        with silenced():
+        with silence_warnings():
             self._laplace = Laplace(
                 self._network,
                 "classification",
@@ -115,7 +115,7 @@ class _Documented:
     def predict(self) -> None:
         if self._laplace is None:
             self.fit()
-        with silenced():
+        with silence_warnings():
             for batch in self._rows:
                 self._laplace(batch, pred_type="glm", link_approx="mc", n_samples=100)
 
@@ -136,7 +136,7 @@ def _laplace_torch_predict(it: Subject, backend: Any) -> None:
     laplace = kron_laplace(
         it.answers, it.layers, posterior.blocks, 1.0, classes=it.classes, rows=it.rows, log_likelihood=0.0
     )
-    with silenced(), trainable(it.layers):
+    with silence_warnings(), trainable(it.layers):
         engine = backend(laplace.model, "classification")
         for batch in it.batches:
             jacobian, mean = engine.jacobians(as_inputs(batch))

@@ -235,7 +235,7 @@ def measure(shape: Shape) -> dict[str, float]:
     from lapora.curvature.kfac import KronObserver
     from lapora.curvature.passes import CurvatureRun
     from lapora.models.meta_model import LiveMemory
-    from lapora.posterior.gaussian import decompose
+    from lapora.posterior.eigen import decompose
 
     torch.set_num_threads(1)
     it = subject(

@@ -19,7 +19,8 @@ from lapora import metrics
 from lapora.config import DataSettings, FitSettings, PriorMethod, PriorSettings
 from lapora.workflows import fit as fitting
 from lapora.workflows.fit import prepare_fit
-from lapora.workflows.scoring import read_labelled_rows, score_rows
+from lapora.workflows.rows import read_labelled_rows
+from lapora.workflows.scoring import score_rows
 from lapora.workflows.task_model import open_fitted
 from lapora.workflows.tune_prior import tune_prior
 
@@ -80,7 +81,7 @@ def table(chosen: BenchmarkAdapter, folder: Path):
                 fit_time = time.perf_counter() - started
             tuned = tune_prior(model, settings=PriorSettings(name=name, method=method))
             session = open_fitted(model, name, session)
-            rows = read_labelled_rows(session, DataSettings(limit=chosen.scored))
+            rows = read_labelled_rows(session.posterior, session.model.kind, DataSettings(limit=chosen.scored))
             started = time.perf_counter()
             scored = score_rows(session, rows, ["mc-joint"], samples=2048)
             predict_time = time.perf_counter() - started

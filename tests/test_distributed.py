@@ -126,9 +126,9 @@ def test_the_commands_by_three_processes(demo, adapter, tmp_path):
     priors = [
         json.loads((adapter / "laplace" / name / "posterior.json").read_text())["prior"] for name in ("many", "alone")
     ]
-    assert priors[0]["method"] == "validation"
+    assert priors[0]["method"] == "averaged"
     assert priors[0]["precision"] == pytest.approx(priors[1]["precision"], rel=1e-3)
-    assert priors[0]["validation"]["rows"] == priors[1]["validation"]["rows"]
+    assert priors[0]["averaged"]["rows"] == priors[1]["averaged"]["rows"]
 
     scores = [json.loads((adapter / "laplace" / f"{name}.eval").read_text()) for name in ("many", "alone")]
     assert scores[0]["rows"] == scores[1]["rows"] and scores[0]["n"] == 47

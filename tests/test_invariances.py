@@ -87,16 +87,16 @@ def test_gradients_that_are_not_finite_are_refused_too(tiny, monkeypatch):
     from lapora.predictive.moments import LinearisedPredictor
 
     fit_tiny(tiny)
-    moments = LinearisedPredictor.moments
+    moments = LinearisedPredictor.moments_under_each_prior
 
     office = json.loads((tiny / "base" / "tokenizer.json").read_text())["model"]["vocab"]["office"]
 
     def spoiled(self, batch):
         found = moments(self, batch)
-        found.covariance[(batch.input_ids == office).any(dim=1)] = float("nan")
+        found[0].covariance[(batch.input_ids == office).any(dim=1)] = float("nan")
         return found
 
-    monkeypatch.setattr(LinearisedPredictor, "moments", spoiled)
+    monkeypatch.setattr(LinearisedPredictor, "moments_under_each_prior", spoiled)
     lines = [json.dumps(row).encode() for row in [*CLEAN[:5], SPOILED, *CLEAN]]
     records = predict(model_of(tiny, batch_size=2), PredictSettings(), lines)
     seen = []
@@ -142,7 +142,7 @@ def test_a_fresh_adapter_has_curvature_in_b_alone(tmp_path, structure):
     result = fit_tiny(tiny, structure=structure, **options)
     saved = SavedPosterior(result.folder)
     assert all(each["squared_norm"] == 0 for each in saved.content["parameters"] if each["role"] == "B")
-    if not saved.joint:
+    if not saved.manifest.joint:
         for parameter, values in zip(saved.content["parameters"], saved.eigenvalues(), strict=True):
             assert (values.max() == 0) if parameter["role"] == "A" else (values.max() > 0)
     for record in predict(model_of(tiny), PredictSettings(logits=True), json_lines(4)):
@@ -214,7 +214,7 @@ def test_the_same_bytes_again_and_the_same_numbers_at_other_batch_sizes(tiny, st
 
 
 def within_a_millionth(session: Fitted, lines: list[bytes]) -> None:
-    sizes = [replace(session, batch_size=BatchSize(size)) for size in (None, 1, 3, 64)]
+    sizes = [replace(session, model=replace(session.model, batch_size=BatchSize(size))) for size in (None, 1, 3, 64)]
     for link in LINKS:
         whole, *others = (list(predict_rows(each, PredictSettings(link=link), lines)) for each in sizes)
         assert len(whole) == len(lines) and max(furthest(whole, other) for other in others) < 1e-6

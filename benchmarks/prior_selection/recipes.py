@@ -99,10 +99,23 @@ RECIPES: tuple[Recipe, ...] = (
     Recipe("sources2-noise", "sources", _TWO, 400, "test", 8, 1e-3, 200, seed=14, label_noise=0.15, batch=16),
 )  # fmt: skip
 
+FURTHER: tuple[Recipe, ...] = (
+    Recipe("boolq-question-heart", "boolq-question", _YES_NO, 1000, "choose", 8, 1e-3, 500, seed=21),
+    Recipe("sources2-heart", "sources", _TWO, 200, "test", 8, 2e-3, 300, seed=24, batch=16),
+    Recipe("sources2-easy", "sources", ("boolq", "winogrande-s"), 300, "choose", 8, 1e-3, 300, seed=31, batch=16),
+    Recipe("sources3-easy", "sources", ("boolq", "winogrande-s", "arc-e"), 450, "choose", steps=300, seed=33, batch=16),
+    Recipe("boolq-obqa-easy", "sources", ("boolq", "obqa"), 300, "test", 8, 1e-3, 300, seed=32, batch=16),
+)
+"""Adapters for the averaged prior: they have learnt their rows by heart, without skill or on easy tasks. Their halves
+were set before any was scored."""
+
+DECODERS: dict[str, Half] = {"smollm2-source2": "choose", "smollm2-source5-over": "test"}
+"""Shared adapters of SmolLM2-135M, and their halves."""
+
 
 def recipe(name: str) -> Recipe:
     """The recipe of one adapter."""
-    return next(one for one in RECIPES if one.name == name)
+    return next(one for one in (*RECIPES, *FURTHER) if one.name == name)
 
 
 def training_rows(one: Recipe, data: Path) -> list[Row]:

@@ -18,7 +18,7 @@ import torch
 from peft import LoraConfig, TaskType, get_peft_model
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from benchmarks.prior_selection.recipes import RECIPES, Recipe, texts_of, training_rows
+from benchmarks.prior_selection.recipes import FURTHER, RECIPES, Recipe, texts_of, training_rows
 
 BASE_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
 FOLDER = Path(__file__).parent / "adapters"
@@ -101,7 +101,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", help="names of adapters; all by default")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    for one in RECIPES:
+    for one in (*RECIPES, *FURTHER):
         folder = FOLDER / one.name
         if one.shared or (options.only and one.name not in options.only) or folder.exists():
             continue

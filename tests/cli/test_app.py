@@ -1,4 +1,4 @@
-"""The commands as a user runs them: real processes, real pipes, on the demo's own files."""
+"""The commands on the demo's own files: in this process, and in a real one where the process is what is tested."""
 
 from __future__ import annotations
 
@@ -11,11 +11,18 @@ from functools import partial
 
 import pytest
 
+from tiny_adapter import command
 
-def lapora(*arguments, stdin: str | None = None) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "lapora", *map(str, arguments)], input=stdin, capture_output=True, text=True, timeout=300
-    )
+
+@pytest.fixture
+def lapora(monkeypatch, capfdbinary):
+    """Run the command line in this process, on real file descriptors."""
+
+    def run(*arguments, stdin: str = "") -> subprocess.CompletedProcess[str]:
+        status, out, errors = command(monkeypatch, capfdbinary, *arguments, stdin=stdin.encode())
+        return subprocess.CompletedProcess(arguments, status, out.decode(), errors)
+
+    return run
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +30,7 @@ def lines(demo) -> str:
     return "".join((demo / "data" / "validation.jsonl").read_text().splitlines(keepends=True)[:9])
 
 
-def test_demo_shows_map_overconfident_and_laplace_better(demo):
+def test_demo_shows_map_overconfident_and_laplace_better(lapora, demo):
     done = lapora("eval", demo / "adapter", "--json")
     assert done.returncode == 0, done.stderr
     record = json.loads(done.stdout)
@@ -34,17 +41,17 @@ def test_demo_shows_map_overconfident_and_laplace_better(demo):
     assert by_method["laplace"]["accuracy"] > by_method["constant"]["accuracy"] + 0.1
 
 
-def test_tune_prior_chooses_the_same_again_and_says_what_the_other_would_give(demo, tmp_path):
+def test_tune_prior_gives_the_same_again_and_says_what_was_learned(lapora, demo, tmp_path):
     shutil.copytree(demo / "adapter", tmp_path / "adapter")
     before = json.loads(lapora("inspect", demo / "adapter", "--json").stdout)["prior"]
     done = lapora("tune-prior", tmp_path / "adapter", "--json")
     assert json.loads(done.stdout) == before
-    assert "marginal likelihood would have given" in done.stderr
+    assert "averaged over prior precisions" in done.stderr
     alone = lapora("tune-prior", tmp_path / "adapter", "--method", "marglik", "--prior", "kind", "--json")
     assert set(json.loads(alone.stdout)["precision"]) == {"A", "B"}
 
 
-def test_predict_in_a_pipe(demo, lines):
+def test_predict_in_a_pipe(lapora, demo, lines):
     done = lapora("predict", demo / "adapter", "--logits", "--abstain-below", 0.7, stdin=lines)
     assert done.returncode == 0, done.stderr
     records = [json.loads(line) for line in done.stdout.splitlines()]
@@ -57,7 +64,7 @@ def test_predict_in_a_pipe(demo, lines):
     assert lapora("predict", demo / "adapter", "--logits", "--abstain-below", 0.7, stdin=lines).stdout == done.stdout
 
 
-def test_batch_size_changes_nothing(demo, lines):
+def test_batch_size_changes_nothing(lapora, demo, lines):
     one, nine = (
         [
             json.loads(line)
@@ -69,7 +76,7 @@ def test_batch_size_changes_nothing(demo, lines):
         assert first["probabilities"] == pytest.approx(second["probabilities"], abs=1e-5)
 
 
-def test_bad_lines(demo, lines):
+def test_bad_lines(lapora, demo, lines):
     good = lines.splitlines()[0]
     text = f'{good}\n{{"id": 7, "name": "anna"}}\n\n{good}\nnot json\n'
     stopped = lapora("predict", demo / "adapter", stdin=text)
@@ -83,7 +90,7 @@ def test_bad_lines(demo, lines):
     assert records[1]["id"] == 7
 
 
-def test_a_row_that_was_cut_says_so(demo, lines):
+def test_a_row_that_was_cut_says_so(lapora, demo, lines):
     row = json.loads(lines.splitlines()[0])
     long_text = json.dumps({"text": "the cows " * 60 + "is anna on the farm ? answer :"})
     done = lapora("predict", demo / "adapter", stdin=f"{json.dumps(row)}\n{long_text}\n")
@@ -91,7 +98,7 @@ def test_a_row_that_was_cut_says_so(demo, lines):
     assert ["truncated" in json.loads(line) for line in done.stdout.splitlines()] == [False, True]
 
 
-def test_a_chat_template_wraps_prompts_in_fit_and_predict(demo, lines, tmp_path):
+def test_a_chat_template_wraps_prompts_in_fit_and_predict(lapora, demo, lines, tmp_path):
     shutil.copytree(demo / "adapter", tmp_path / "adapter")
     data = ("--data", demo / "farm.yaml", "--data-dir", demo / "data")
     plain = lapora("fit", tmp_path / "adapter", *data, "--name", "chat", "--chat-template")
@@ -114,8 +121,8 @@ def test_a_chat_template_wraps_prompts_in_fit_and_predict(demo, lines, tmp_path)
 
 
 def test_a_reader_that_goes_ends_the_run_quietly(demo, lines):
-    command = [sys.executable, "-m", "lapora", "predict", str(demo / "adapter"), "--batch-size", "1"]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+    started = [sys.executable, "-m", "lapora", "predict", str(demo / "adapter"), "--batch-size", "1"]
+    with subprocess.Popen(started, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         process.stdin.write(lines.encode() * 40)
         process.stdin.close()
         assert process.stdout.readline()
@@ -124,11 +131,11 @@ def test_a_reader_that_goes_ends_the_run_quietly(demo, lines):
 
 
 def test_interruption_leaves_whole_lines(demo, lines):
-    command = [sys.executable, "-m", "lapora", "predict", str(demo / "adapter"), "--batch-size", "1"]
+    started = [sys.executable, "-m", "lapora", "predict", str(demo / "adapter"), "--batch-size", "1"]
     # A test runner in the background ignores SIGINT, and its children would too.
     restore = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=restore
+        started, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=restore
     ) as process:
         process.stdin.write(lines.encode())
         process.stdin.flush()
@@ -141,28 +148,28 @@ def test_interruption_leaves_whole_lines(demo, lines):
         json.loads(line)
 
 
-def test_an_output_that_cannot_be_written(demo, lines, tmp_path):
+def test_an_output_that_cannot_be_written(lapora, demo, lines, tmp_path):
     done = lapora("predict", demo / "adapter", "--output", tmp_path / "nowhere" / "out.jsonl", stdin=lines)
     assert done.returncode == 5 and "cannot be written" in done.stderr and "Traceback" not in done.stderr
 
 
-def test_another_tasks_answers_are_refused(demo, tmp_path):
+def test_another_tasks_answers_are_refused(lapora, demo, tmp_path):
     (tmp_path / "other.yaml").write_text((demo / "farm.yaml").read_text().replace("- 'no'", "- never"))
     done = lapora("eval", demo / "adapter", "--data", tmp_path / "other.yaml")
     assert done.returncode == 4 and "never" in done.stderr and "answers no, yes then" in done.stderr
 
 
-def test_empty_input_gives_empty_output(demo):
+def test_empty_input_gives_empty_output(lapora, demo):
     done = lapora("predict", demo / "adapter", stdin="")
     assert (done.returncode, done.stdout) == (0, "")
 
 
-def test_links_agree_with_eval(demo):
+def test_links_agree_with_eval(lapora, demo):
     done = lapora("eval", demo / "adapter", "--json", "--link", "probit", "--link", "mc-indep", "--link", "bridge")
     assert [entry.get("link") for entry in json.loads(done.stdout)["results"]][2:] == ["probit", "mc-indep", "bridge"]
 
 
-def test_tasks_check_shows_prompts_tokens_and_labels(demo):
+def test_tasks_check_shows_prompts_tokens_and_labels(lapora, demo):
     done = lapora(
         "tasks",
         "--check",
@@ -193,7 +200,7 @@ def test_tasks_check_shows_prompts_tokens_and_labels(demo):
         (("eval", "nowhere", "--link", "no"), 2, "mc-joint"),
     ],
 )
-def test_errors_are_one_line_with_their_status(arguments, status, words):
+def test_errors_are_one_line_with_their_status(lapora, arguments, status, words):
     done = lapora(*arguments)
     assert done.returncode == status
     assert words in done.stderr
@@ -201,7 +208,7 @@ def test_errors_are_one_line_with_their_status(arguments, status, words):
     assert done.stdout == ""
 
 
-def test_a_posterior_of_other_weights_is_refused(demo, tmp_path):
+def test_a_posterior_of_other_weights_is_refused(lapora, demo, tmp_path):
     manifest = demo / "adapter" / "laplace" / "default" / "posterior.json"
     text = manifest.read_text()
     try:
@@ -211,7 +218,7 @@ def test_a_posterior_of_other_weights_is_refused(demo, tmp_path):
         manifest.write_text(text)
 
 
-def test_damaged_factors_are_refused(demo):
+def test_damaged_factors_are_refused(lapora, demo):
     factors = demo / "adapter" / "laplace" / "default" / "factors.safetensors"
     whole = factors.read_bytes()
     try:
@@ -222,7 +229,7 @@ def test_damaged_factors_are_refused(demo):
         factors.write_bytes(whole)
 
 
-def test_uncovered_methods_are_refused_by_name(demo, tmp_path):
+def test_uncovered_methods_are_refused_by_name(lapora, demo, tmp_path):
     config = json.loads((demo / "adapter" / "adapter_config.json").read_text())
     for change, word in (({"use_dora": True}, "DoRA"), ({"peft_type": "IA3"}, "IA3")):
         (tmp_path / "adapter_config.json").write_text(json.dumps(config | change))
@@ -233,4 +240,5 @@ def test_uncovered_methods_are_refused_by_name(demo, tmp_path):
 def test_help_and_version_import_no_torch():
     code = "import sys, lapora.cli.app, lapora.report; sys.exit('torch' in sys.modules or 'matplotlib' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
-    assert lapora("--version").stdout.startswith("lapora ")
+    shown = subprocess.run([sys.executable, "-m", "lapora", "--version"], capture_output=True, text=True, timeout=60)
+    assert shown.stdout.startswith("lapora ")

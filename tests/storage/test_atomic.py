@@ -347,10 +347,10 @@ def test_killed_while_overwriting_or_tuning_leaves_the_old_or_the_new(tmp_path, 
     source = random.Random(kills)
     for index in range(kills):
         if index % 2:
-            prior = SavedPosterior(folder).prior.precisions
+            prior = SavedPosterior(folder).prior.precisions.precisions
             settings = {"method": "marglik", "optimizer": "adam", "steps": source.randint(1, 400)}
             kill_during(_tune_until_killed, tiny, settings, source.uniform(0.0, 0.1))
-            after = SavedPosterior(folder).prior.precisions
+            after = SavedPosterior(folder).prior.precisions.precisions
             assert after.keys() == prior.keys() and all(value > 0 for value in after.values())
         else:
             settings = {"overwrite": True, "structure": source.choice(["kron", "diag"])}

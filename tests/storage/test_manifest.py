@@ -394,7 +394,7 @@ def judge(original: Path, folder: Path, kind: str) -> str:
         saved = SavedPosterior(folder)
         gaussian = saved.gaussian()
         values = saved.eigenvalues()
-        saved.prior.per_layer(saved.content["parameters"])
+        saved.prior.precisions.per_layer(saved.content["parameters"])
     except LaporaError as error:
         assert error.exit_status in (4, 6) and "\n" not in str(error) and str(folder) in str(error), error
         return "refused"

@@ -169,11 +169,10 @@ def averaged_log_probabilities(
         return log_probabilities(link, found[0], samples=samples, seed=seed)
     classes = found[0].mean.shape[1]
     if link in ("probit", "bridge") or classes == 2:
-        parts = [
-            math.log(weight) + log_probabilities(link, found[index].divided(temperature))
-            for index, temperature, weight in averaging.components
-        ]
-        averaged = torch.logsumexp(torch.stack(parts), dim=0)
+        index, columns = averaging.weights.nonzero(as_tuple=True)
+        parts = _log_p_of_components(link, found, index, averaging.temperatures[columns])
+        weights = averaging.weights[index, columns]
+        averaged = torch.logsumexp(parts + weights.log().reshape(-1, 1, 1), dim=0)
         return averaged - torch.logsumexp(averaged, dim=1, keepdim=True)
     mean = differences_to_first(found[0].mean.double().cpu())
     roots = [symmetric_root(_differences(link, each)) for each in found]
@@ -192,6 +191,32 @@ def averaged_log_probabilities(
         averaged = torch.logsumexp(logs, dim=1)
         averaged_chunks.append(averaged - torch.logsumexp(averaged, dim=1, keepdim=True))
     return torch.cat(averaged_chunks)
+
+
+def _log_p_of_components(link: Link, found: Sequence[LogitMoments], index: Tensor, temperatures: Tensor) -> Tensor:
+    """Apply a link without sampling to several prior precisions and temperatures at once.
+
+    Args:
+        link: The link.
+        found: Moments under each of the D prior precisions.
+        index: Of the prior precision of each component, ``(K,)``.
+        temperatures: Of each component, ``(K,)`` float64.
+
+    Returns:
+        ``(K, B, C)`` log-probabilities in float64, on the CPU.
+    """
+    mean = found[0].mean.double().cpu()
+    covariances = torch.stack([each.covariance.double().cpu() for each in found])
+    scale = 1.0 / temperatures.reshape(-1, 1, 1)
+    chunk = max(1, _CHUNK_ELEMENTS // (len(index) * max(256, covariances[0, 0].numel())))
+    parts = []
+    for start in range(0, len(mean), chunk):
+        part = slice(start, start + chunk)
+        means = mean[part] * scale
+        covariance = covariances[index, part] * scale.square().unsqueeze(3)
+        log_p = log_probabilities(link, LogitMoments(means.flatten(0, 1), covariance.flatten(0, 1)))
+        parts.append(log_p.unflatten(0, means.shape[:2]))
+    return torch.cat(parts, dim=1)
 
 
 def _differences(link: Link, moments: LogitMoments) -> Tensor:
@@ -251,14 +276,13 @@ def grid_log_probabilities(
         ``(D, T, B)`` in float64.
     """
     classes = found[0].mean.shape[1]
-    table = torch.empty(len(found), len(temperatures), len(labels), dtype=torch.float64)
     own = labels.unsqueeze(1)
     if link in ("probit", "bridge", "map") or classes == 2:
-        for row, moments in enumerate(found):
-            for column, temperature in enumerate(temperatures.tolist()):
-                log_p = log_probabilities(link, moments.divided(temperature))
-                table[row, column] = log_p.gather(1, own).squeeze(1)
-        return table
+        index = torch.arange(len(found)).repeat_interleave(len(temperatures))
+        log_p = _log_p_of_components(link, found, index, temperatures.double().cpu().repeat(len(found)))
+        label = log_p.gather(2, own.expand(len(index), -1, 1)).squeeze(2)
+        return label.unflatten(0, (len(found), len(temperatures)))
+    table = torch.empty(len(found), len(temperatures), len(labels), dtype=torch.float64)
     mean = differences_to_first(found[0].mean.double().cpu())
     points = normal_points(samples, classes - 1, seed)
     chunk = max(1, _CHUNK_ELEMENTS // (len(points) * classes))

@@ -12,9 +12,9 @@ The center δ₀ is the tolerance: how small δ may be before the predictive fit
 ``d_n(δ)`` be the excess of row n's NLL over MAP's, and t the NLL of MAP on the training rows. δ₀ is the least δ from
 which on ``mean(d) <= a exp(-t/b) min(var(d) / mean(d)², 10)``. The exponential is there because rows that are not
 fitted closely say little about overfitting. The ratio is there because an excess that all rows bear alike is one that
-new rows will bear too, while an excess that a few rows bear is the mark of rows learnt by heart. A tolerance in terms of the
-training loss is from TFB (Shi et al. 2024, "Training-free Bayesianization for low-rank adapters of large language
-models"). How the constants were chosen: docs/prior-selection.md. Needs no torch.
+new rows will bear too, while an excess that a few rows bear is the mark of rows learnt by heart. A tolerance in terms
+of the training loss is from TFB (Shi et al. 2024, "Training-free Bayesianization for low-rank adapters of large
+language models"). How the constants were chosen: docs/prior-selection.md. Needs no torch.
 """
 
 from __future__ import annotations
