@@ -26,7 +26,7 @@ _STEPS = ((0.5, 0.9), (1.0, 0.75), (2.0, 0.4), (5.0, 0.2))
 """Largest deviation and step in z of each trapezoidal rule."""
 
 _REACH = 9.0
-"""How far the nodes in z reach beyond the largest deviation: in the sigmoid's tail the integrand peaks at ``-s``."""
+"""The nodes in z reach so far beyond the largest deviation: the integrand of a large mean has its peak at ``-s``."""
 
 _WIDE = _STEPS[-1][0]
 _LEGENDRE_NODES = 96
