@@ -318,13 +318,15 @@ def _laplace_bridge(mean: Tensor, variances: Tensor) -> Tensor:
     """Mean ``α/Σα`` of the Dirichlet that matches the Gaussian (Eq. 20; Hobbhahn et al. 2022).
 
     ``α_i = (1/Λ_ii) (1 - 2/C + e^{f_i} Σ_j e^{-f_j} / C²)``, in log space so that large logits do not overflow.
+    For C > 2 it does not tend to the softmax as Λ tends to 0; a row without variance (MAP) gets the softmax itself.
     """
     classes = mean.shape[1]
     exponential = mean + torch.logsumexp(-mean, dim=1, keepdim=True) - 2.0 * math.log(classes)
     # For C = 2 the constant is zero and only the exponential is left.
     constant = torch.full_like(exponential, 1.0 - 2.0 / classes).log()
     log_alpha = torch.logaddexp(constant, exponential) - variances.clamp(min=1e-300).log()
-    return torch.log_softmax(log_alpha, dim=1)
+    certain = (variances == 0).all(dim=1, keepdim=True)
+    return torch.log_softmax(torch.where(certain, mean, log_alpha), dim=1)
 
 
 def _averaged_softmax(differences: Tensor, covariance: Tensor, samples: int, seed: int) -> Tensor:

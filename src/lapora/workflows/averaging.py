@@ -21,7 +21,7 @@ from lapora.posterior.averaging import (
     tolerance_of,
 )
 from lapora.posterior.marglik import evidence_at
-from lapora.posterior.prior import ALL, PriorPrecision
+from lapora.posterior.prior import PriorPrecision
 
 if TYPE_CHECKING:
     from lapora.curvature.passes import CurvatureRun
@@ -186,11 +186,6 @@ def describe_averaged(
         "at_bound": None,
         "averaged": msgspec.to_builtins(averaged),
     }
-
-
-def scalar(precision: float = 1.0) -> PriorPrecision:
-    """Return a prior of one precision."""
-    return PriorPrecision("scalar", {ALL: precision})
 
 
 def _listed(precisions: NDArray[np.float64]) -> list[float | None]:
