@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lapora.cli.arguments import Fields, JsonOption, command
-from lapora.cli.console import RowProgress, print_message, program
+from lapora.cli.console import RowProgress, loading, print_message, program
 from lapora.cli.early import check_fit
 from lapora.cli.fit import print_notes, refuse_missing_task, saying_how_to_resume, verdict
 from lapora.config import DataSettings, FitSettings, ModelSettings, PredictSettings, PriorSettings
@@ -38,7 +38,8 @@ def calibrate_command(
     """
     refuse_missing_task(data)
     check_fit([model], data, settings)
-    from lapora.workflows.calibrate import calibrate
+    with loading():
+        from lapora.workflows.calibrate import calibrate
 
     prior = PriorSettings(link=predictions.link)
     with saying_how_to_resume(model, settings):

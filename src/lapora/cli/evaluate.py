@@ -15,7 +15,7 @@ import typer
 
 from lapora._version import __version__
 from lapora.cli.arguments import Fields, JsonOption, command
-from lapora.cli.console import RowProgress, print_message
+from lapora.cli.console import RowProgress, loading, print_message
 from lapora.cli.early import check_fitted
 from lapora.config import (
     CHECKPOINTS,
@@ -77,8 +77,9 @@ def eval_command(
         )
     everything = "all" in settings.methods
     check_fitted(model, settings.names or (() if everything else ("default",)), data)
-    from lapora.workflows.evaluate import run_evaluation
-    from lapora.workflows.results import append_result, check_gates, parse_gate
+    with loading():
+        from lapora.workflows.evaluate import run_evaluation
+        from lapora.workflows.results import append_result, check_gates, parse_gate
 
     gates = [parse_gate(condition) for condition in fail_if]
     with RowProgress("eval") as progress:

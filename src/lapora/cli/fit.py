@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 from rich.table import Table
 
 from lapora.cli.arguments import Fields, JsonOption, command
-from lapora.cli.console import RowProgress, on_terminal, print_error, print_message, program, show
+from lapora.cli.console import RowProgress, loading, on_terminal, print_error, print_message, program, show
 from lapora.cli.early import check_fit
 from lapora.cli.jsonl import write_json_lines
 from lapora.config import OUTPUT, DataSettings, FitSettings, ModelSettings, Option
@@ -46,8 +46,9 @@ def fit_command(
     if memory is not None and not dry_run:
         raise UsageError("--memory goes with --dry-run")
     check_fit(models, data, settings if not dry_run else replace(settings, overwrite=True))
-    from lapora.workflows.commands import command_line, tune_prior_arguments
-    from lapora.workflows.fit import estimate_memory, fit, fit_several
+    with loading():
+        from lapora.workflows.commands import command_line, tune_prior_arguments
+        from lapora.workflows.fit import estimate_memory, fit, fit_several
 
     if dry_run:
         free = None if memory is None else memory * 2**30

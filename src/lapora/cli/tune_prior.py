@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from lapora.cli.arguments import Fields, JsonOption, command
-from lapora.cli.console import RowProgress, print_message
+from lapora.cli.console import RowProgress, loading, print_message
 from lapora.cli.early import check_fitted
 from lapora.config import DataSettings, ModelSettings, PriorSettings
 
@@ -34,7 +34,8 @@ def tune_prior_command(
         lapora tune-prior ADAPTER --method marglik --prior layer
     """
     check_fitted(model, (settings.name,), data)
-    from lapora.workflows.tune_prior import tune_prior
+    with loading():
+        from lapora.workflows.tune_prior import tune_prior
 
     with RowProgress("tune-prior") as progress:
         tuned = tune_prior(model, data, settings, progress)
