@@ -101,6 +101,9 @@ def no_columns(logits: Tensor) -> Tensor:
     return logits.new_zeros(0, *logits.shape)
 
 
+SAMPLED: tuple[Link, ...] = ("mc-joint", "mc-indep")
+"""Links that draw from the Gaussian where there are more than two answers."""
+
 _CHUNK_ELEMENTS = 4_000_000
 
 
@@ -168,7 +171,7 @@ def averaged_log_probabilities(
     if link == "map" or averaging.is_single:
         return log_probabilities(link, found[0], samples=samples, seed=seed)
     classes = found[0].mean.shape[1]
-    if link in ("probit", "bridge") or classes == 2:
+    if link not in SAMPLED or classes == 2:
         index, columns = averaging.weights.nonzero(as_tuple=True)
         parts = _log_p_of_components(link, found, index, averaging.temperatures[columns])
         weights = averaging.weights[index, columns]
@@ -277,7 +280,7 @@ def grid_log_probabilities(
     """
     classes = found[0].mean.shape[1]
     own = labels.unsqueeze(1)
-    if link in ("probit", "bridge", "map") or classes == 2:
+    if link not in SAMPLED or classes == 2:
         index = torch.arange(len(found)).repeat_interleave(len(temperatures))
         log_p = _log_p_of_components(link, found, index, temperatures.double().cpu().repeat(len(found)))
         label = log_p.gather(2, own.expand(len(index), -1, 1)).squeeze(2)
