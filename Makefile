@@ -22,7 +22,7 @@ help: ## list the targets
 	@echo
 	@echo "PyTorch without CUDA: TORCH_INDEX=https://download.pytorch.org/whl/cpu make demo"
 
-demo: $(STAMP) ## run the whole pipeline, offline, on a small model (a minute or two)
+demo: $(STAMP) ## run the whole pipeline on a small model, offline
 	@$(BIN)/lapora demo
 
 test: $(STAMP)-test ## run the tests
@@ -68,7 +68,8 @@ venv:
 			echo "installing into $(VENV): PyTorch from $(TORCH_INDEX), then the rest"; \
 			$(PIP) 'torch>=2.9' --index-url $(TORCH_INDEX); \
 		elif [ "$$(uname -s)" = Linux ]; then \
-			echo "installing into $(VENV): about 6.3 GB, most of it PyTorch's wheel with CUDA. Without a GPU stop here (Ctrl-C) and type:"; \
+			echo "installing about 6.3 GB into $(VENV), most of it PyTorch's wheel with CUDA."; \
+			echo "Without a GPU, stop here (Ctrl-C) and type:"; \
 			echo "  TORCH_INDEX=https://download.pytorch.org/whl/cpu make demo"; \
 		fi; fi
 

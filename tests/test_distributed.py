@@ -177,7 +177,7 @@ def test_a_process_that_is_killed_ends_all(demo, adapter):
     _, said = done(
         torchrun(2, "-m", "lapora", "fit", adapter, *task_of(demo), "--overwrite", "--resume", "--batch-size", "1")
     )
-    assert "went on after" in said
+    assert "resumed after" in said
     assert not partial.exists()
 
 

@@ -99,7 +99,7 @@ def training_rows(options: argparse.Namespace, tokenizer: Any, max_length: int) 
     loaded = load_rows(task, "train", data_dir=options.data_dir)
     choices = resolve_choices(task, loaded)
     examples = render_all(task, loaded, kind=options.kind, choices=choices)
-    coded = encode_all(examples, tokenizer, kind=options.kind, max_length=max_length, task=task)
+    coded = encode_all(examples, tokenizer, kind=options.kind, max_length=max_length)
     if options.kind == "classifier":
         rows = [
             {"ids": row.input_ids, "types": row.token_type_ids, "labels": example.target}

@@ -74,8 +74,9 @@ class RowPrediction:
         entropy: Entropy of the probabilities, in nats.
         probabilities: Probability of each answer, averaged over the posterior.
         map_probabilities: Probability of each answer under the plain adapter.
-        logit_mean: The C logits of the plain adapter; None without ``logits=True``.
+        logit_mean: Mean of the C logits; None without ``logits=True``.
         logit_covariance: Their C x C covariance; None without ``logits=True``.
+        logits_averaged: Whether mean and covariance are those of an average over prior precisions and temperatures.
         truncated: Whether the row was truncated to the maximum length.
     """
 
@@ -86,6 +87,7 @@ class RowPrediction:
     map_probabilities: dict[str, float]
     logit_mean: list[float] | None = None
     logit_covariance: list[list[float]] | None = None
+    logits_averaged: bool = False
     truncated: bool = False
 
     @classmethod
@@ -100,6 +102,7 @@ class RowPrediction:
             map_probabilities=record["map_probabilities"],
             logit_mean=logits.get("mean"),
             logit_covariance=logits.get("covariance"),
+            logits_averaged=logits.get("averaged", False),
             truncated=record.get("truncated", False),
         )
 
@@ -303,7 +306,7 @@ def tune_prior(
     progress: Progress | None = None,
     **options: Unpack[PriorOptions],
 ) -> TunedPrior:
-    """Choose the prior precision; ``lapora tune-prior``.
+    """Choose the prior precision, or average over it; ``lapora tune-prior``.
 
         >>> tuned = lapora.tune_prior("adapter", method="marglik", structure="kind")
         >>> sorted(tuned.precision.precisions)

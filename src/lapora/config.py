@@ -483,7 +483,7 @@ class PriorSettings:
     steps: Annotated[int, Option("Steps of adam.", PRIOR, metavar="N", min=1)] = 1000
     link: Annotated[
         Link,
-        Option(f"For validation: {_LINKS}", PRIOR, metavar="NAME", synonyms=_LINK_SYNONYMS),
+        Option(f"Link to tune for: {_LINKS}", PRIOR, metavar="NAME", synonyms=_LINK_SYNONYMS),
     ] = "mc-joint"
     seed: Annotated[int, Option("Random seed.", metavar="N")] = 0
 

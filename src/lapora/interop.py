@@ -170,10 +170,12 @@ def _read(posterior: SavedPosterior) -> tuple[list[EigenBlock], list[float]]:
     if structure != "kron":
         raise UsageError(f"{posterior.folder}: structure {structure} has no form in laplace-torch; only kron has")
     prior = posterior.prior
-    if prior.averaged is not None and len(prior.averaged.pruned().precisions) > 1:
+    pruned = None if prior.averaged is None else prior.averaged.pruned()
+    if pruned is not None and (len(pruned.precisions) > 1 or pruned.temperatures != [1.0]):
         warnings.warn(
-            f"{posterior.folder}: predictions average over prior precisions, and laplace-torch has one: the weighted "
-            f"geometric mean {prior.averaged.mean_precision:.3g} is taken (`lapora tune-prior --prior point` sets one)",
+            f"{posterior.folder}: predictions average over prior precisions and temperatures; laplace-torch has one "
+            f"precision and no temperature, and gets {prior.precisions.describe()} and undivided logits "
+            "(`lapora tune-prior --method marglik` or `validation` chooses one precision)",
             LaporaWarning,
             stacklevel=3,
         )

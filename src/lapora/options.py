@@ -205,7 +205,7 @@ class CalibrateOptions(FitOptions, total=False):
     """Options of :func:`lapora.api.calibrate`.
 
     Attributes:
-        link: For validation: mc-joint (sampled logits), mc-indep (no covariance), probit, bridge (Laplace bridge) or
+        link: Link to tune for: mc-joint (sampled logits), mc-indep (no covariance), probit, bridge (Laplace bridge) or
             map (plain adapter). Default: ``'mc-joint'``.
     """
 
@@ -223,7 +223,7 @@ class PriorOptions(DataOptions, ModelOptions, total=False):
         optimizer: For marglik: exact (root finding) or adam (as in the paper). Default: ``'exact'``.
         learning_rate: Learning rate of adam. At least 0. Default: ``0.1``.
         steps: Steps of adam. At least 1. Default: ``1000``.
-        link: For validation: mc-joint (sampled logits), mc-indep (no covariance), probit, bridge (Laplace bridge) or
+        link: Link to tune for: mc-joint (sampled logits), mc-indep (no covariance), probit, bridge (Laplace bridge) or
             map (plain adapter). Default: ``'mc-joint'``.
         seed: Random seed. Default: ``0``.
     """

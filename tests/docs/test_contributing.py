@@ -22,23 +22,16 @@ max_length: 48
 """
 
 STRUCTURE = '''
-"""One curvature for all weights of a layer."""
-
-from dataclasses import replace
-
-import torch
-
-from lapora.posterior.structures import fit_diag
-from lapora.posterior.gaussian import BlockPosterior
-
-
 def fit_even(run):
+    """One curvature for all weights of a layer."""
     posterior, data = fit_diag(run)
     blocks = [
         replace(block, eigenvalues=torch.full_like(block.eigenvalues, float(block.eigenvalues.mean())))
         for block in posterior.blocks
     ]
     return BlockPosterior(blocks), data
+
+
 '''
 
 ENGINE = '''
@@ -65,11 +58,10 @@ NAMED = [
     ("config.py", 'Structure = Literal["kron",', ' "even",'),
     ("config.py", 'BASELESS_STRUCTURES: tuple[Structure, ...] = ("diag",', ' "even",'),
     ("posterior/structures.py", '    "diag": fit_diag,\n', '    "even": fit_even,\n'),
-    ("posterior/structures.py", "import fit_full\n", "from lapora.posterior.even import fit_even\n"),
     ("config.py", 'Link = Literal["mc-joint",', ' "flat",'),
     (
-        "predictive/links.py",
-        "    covariance = moments.covariance.double().cpu()\n",
+        "likelihoods/categorical.py",
+        '    if link == "map":\n        return torch.log_softmax(mean, dim=1)\n',
         '    if link == "flat":\n        return torch.log_softmax(0 * mean, dim=1)\n',
     ),
     ("config.py", 'Engine = Literal["native",', ' "doubled",'),
@@ -115,12 +107,13 @@ def source(tmp_path) -> Path:
     copy = tmp_path / "source" / "lapora"
     shutil.copytree(ROOT / "src" / "lapora", copy, ignore=shutil.ignore_patterns("__pycache__"))
     (copy / "tasks" / "builtin" / "barn.yaml").write_text(TASK)
-    (copy / "posterior" / "even.py").write_text(STRUCTURE)
     (copy / "curvature" / "doubled.py").write_text(ENGINE)
     for name, line, behind in NAMED:
         text = (copy / name).read_text()
         assert text.count(line) == 1, (name, line)
         (copy / name).write_text(text.replace(line, line + behind))
+    structures = copy / "posterior" / "structures.py"
+    structures.write_text(structures.read_text().replace("_STRUCTURES: ", f"{STRUCTURE.lstrip()}_STRUCTURES: ", 1))
     return copy.parent
 
 

@@ -123,3 +123,11 @@ def test_the_information_of_an_average(classes):
     information = averaged_mutual_information(found, averaging, samples=2**13)
     assert torch.allclose(information, expected, atol=5e-3)
     assert torch.equal(averaged_mutual_information([found[0]], Averaging.single()), mutual_information(found[0]))
+
+
+@pytest.mark.parametrize("classes", [2, 3, 5])
+@pytest.mark.parametrize("link", LINKS)
+def test_without_variance_every_link_is_the_softmax(classes, link):
+    one = moments(classes)
+    certain = LogitMoments(one.mean, torch.zeros_like(one.covariance))
+    assert torch.allclose(log_probabilities(link, certain), torch.log_softmax(one.mean, dim=1), atol=1e-9)

@@ -85,7 +85,7 @@ def test_a_resumed_fit_gives_the_same_factors_bit_for_bit(tiny, monkeypatch, set
         resumed = fit_tiny(tiny, name="cut", resume=True, save_every=0.0, **SMALL_BATCHES, **settings)
     assert same(factors(whole.folder), factors(resumed.folder))
     assert resumed.log_likelihood == whole.log_likelihood
-    assert any("went on after" in note for note in resumed.notes)
+    assert any("resumed after" in note for note in resumed.notes)
     assert not partial.exists()
 
 
@@ -383,7 +383,7 @@ def test_the_command_itself_killed_and_resumed(tmp_path):
                 assert second.returncode == 4 and f"process {process.pid} is writing it" in second.stderr
             process.kill()
     done = subprocess.run([*command, "--resume"], capture_output=True, text=True)
-    assert done.returncode == 0 and "went on after" in done.stderr, done.stderr
+    assert done.returncode == 0 and "resumed after" in done.stderr, done.stderr
     assert same(factors(whole.folder), factors(whole.folder.with_name("default")))
     assert json.loads((whole.folder.with_name("default") / "posterior.json").read_text())["prior"]
 

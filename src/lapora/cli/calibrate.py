@@ -11,8 +11,9 @@ from rich.table import Table
 from rich.text import Text
 
 from lapora.cli.arguments import Fields, JsonOption, command
-from lapora.cli.console import RowProgress, print_message, program
-from lapora.cli.fit import print_notes, refuse_missing_task, verdict
+from lapora.cli.console import RowProgress, loading, print_message, program
+from lapora.cli.early import check_fit
+from lapora.cli.fit import print_notes, refuse_missing_task, saying_how_to_resume, verdict
 from lapora.config import DataSettings, FitSettings, ModelSettings, PredictSettings, PriorSettings
 
 if TYPE_CHECKING:
@@ -36,10 +37,13 @@ def calibrate_command(
         lapora calibrate ADAPTER --data task.yaml --data-dir data
     """
     refuse_missing_task(data)
-    from lapora.workflows.calibrate import calibrate
+    check_fit([model], data, settings)
+    with loading():
+        from lapora.workflows.calibrate import calibrate
 
     prior = PriorSettings(link=predictions.link)
-    done = calibrate(model, data, settings, prior, RowProgress, _warn_of_memory)
+    with saying_how_to_resume(model, settings):
+        done = calibrate(model, data, settings, prior, RowProgress, _warn_of_memory)
     if not model.processes.is_main:
         return
     print_notes(done.fit)

@@ -7,6 +7,7 @@ import re
 import shutil
 import sys
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
@@ -82,6 +83,16 @@ def print_error(message: str, reporting_rank: int = 0) -> None:
 def _plain(message: str) -> str:
     """Replace terminal escapes and line breaks, which data may contain, by spaces."""
     return "".join(character if character.isprintable() else " " for character in message)
+
+
+@contextmanager
+def loading() -> Iterator[None]:
+    """Show that PyTorch is being imported, which takes seconds; silent unless stderr is a terminal."""
+    if _rank != 0 or not _stderr.is_terminal:
+        yield
+        return
+    with _stderr.status("loading PyTorch"):
+        yield
 
 
 class RowProgress:

@@ -15,7 +15,8 @@ import typer
 
 from lapora._version import __version__
 from lapora.cli.arguments import Fields, JsonOption, command
-from lapora.cli.console import RowProgress, print_message
+from lapora.cli.console import RowProgress, loading, print_message
+from lapora.cli.early import check_fitted
 from lapora.config import (
     CHECKPOINTS,
     OUTPUT,
@@ -74,8 +75,11 @@ def eval_command(
         raise UsageError(
             "--fit-split, --fit-limit, --max-length, --chat-template and --prior-method need --checkpoints"
         )
-    from lapora.workflows.evaluate import run_evaluation
-    from lapora.workflows.results import append_result, check_gates, parse_gate
+    everything = "all" in settings.methods
+    check_fitted(model, settings.names or (() if everything else ("default",)), data)
+    with loading():
+        from lapora.workflows.evaluate import run_evaluation
+        from lapora.workflows.results import append_result, check_gates, parse_gate
 
     gates = [parse_gate(condition) for condition in fail_if]
     with RowProgress("eval") as progress:

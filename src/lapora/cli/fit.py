@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated
 
 from rich.table import Table
 
 from lapora.cli.arguments import Fields, JsonOption, command
-from lapora.cli.console import RowProgress, on_terminal, print_error, print_message, program, show
+from lapora.cli.console import RowProgress, loading, on_terminal, print_error, print_message, program, show
+from lapora.cli.early import check_fit
 from lapora.cli.jsonl import write_json_lines
 from lapora.config import OUTPUT, DataSettings, FitSettings, ModelSettings, Option
 from lapora.errors import LaporaError, SeveralError, UsageError
@@ -41,8 +45,10 @@ def fit_command(
     refuse_missing_task(data)
     if memory is not None and not dry_run:
         raise UsageError("--memory goes with --dry-run")
-    from lapora.workflows.commands import command_line, tune_prior_arguments
-    from lapora.workflows.fit import estimate_memory, fit, fit_several
+    check_fit(models, data, settings if not dry_run else replace(settings, overwrite=True))
+    with loading():
+        from lapora.workflows.commands import command_line, tune_prior_arguments
+        from lapora.workflows.fit import estimate_memory, fit, fit_several
 
     if dry_run:
         free = None if memory is None else memory * 2**30
@@ -56,7 +62,7 @@ def fit_command(
         print_memory_estimate(found, whole=False)
 
     if len(models) == 1:
-        with RowProgress("fit") as progress:
+        with saying_how_to_resume(models[0], settings), RowProgress("fit") as progress:
             result = fit(models[0], data, settings, progress, on_estimate=show_estimate)
         _print_result(result, as_json and models[0].processes.is_main)
         print_message(f"next: {command_line(tune_prior_arguments(models[0], settings.name), program())}")
@@ -73,6 +79,22 @@ def fit_command(
         raise SeveralError(
             f"{len(failures)} of {len(models)} adapters were not fitted; the others are done", failures[0]
         )
+
+
+@contextmanager
+def saying_how_to_resume(model: ModelSettings, settings: FitSettings) -> Iterator[None]:
+    """At Ctrl-C, print the command that resumes the fit, if there is a checkpoint."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        from lapora.storage.saved import posterior_folder
+        from lapora.workflows.commands import command_line
+
+        folder = posterior_folder(model.root, settings.name)
+        if any(folder.with_name(f".{folder.name}.partial").glob("*.safetensors")):
+            arguments = [each for each in sys.argv[1:] if each != "--resume"]
+            print_message(f"to resume from the checkpoint: {command_line([*arguments, '--resume'], program())}")
+        raise
 
 
 def refuse_missing_task(data: DataSettings) -> None:

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from lapora.cli.arguments import Fields, JsonOption, command
-from lapora.cli.console import RowProgress, json_text, print_message, program
+from lapora.cli.console import RowProgress, json_text, loading, print_message, program
 from lapora.config import DataSettings, ModelSettings, Option, PushSettings
 from lapora.errors import UsageError
 from lapora.models.adapter import local_model
@@ -137,10 +137,10 @@ def demo_command(
     Examples:
         lapora demo
     """
-    print_message("loading PyTorch ...")
-    from lapora.report import print_evaluation
-    from lapora.workflows.commands import command_line
-    from lapora.workflows.demo import run_demo
+    with loading():
+        from lapora.report import print_evaluation
+        from lapora.workflows.commands import command_line
+        from lapora.workflows.demo import run_demo
 
     print_evaluation(run_demo(directory, print_message, RowProgress))
     adapter = str(directory / "adapter")

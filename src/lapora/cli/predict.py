@@ -9,7 +9,8 @@ from collections import deque
 from typing import Annotated
 
 from lapora.cli.arguments import command
-from lapora.cli.console import RowRate, print_message, program
+from lapora.cli.console import RowRate, loading, print_message, program
+from lapora.cli.early import check_fitted, check_input
 from lapora.cli.formats import InputFormat, count_rows, open_rows, resolve_format, write_records
 from lapora.config import DATA, OUTPUT, ModelSettings, Option, PredictSettings
 from lapora.errors import UsageError
@@ -58,10 +59,14 @@ def predict_command(
     if settings.adapters and output.endswith((".csv", ".parquet")):
         raise UsageError(f"--output {output}: adapters may have different answers; write JSON lines")
     kind = resolve_format(source, input_format)
+    if not settings.adapters:
+        check_fitted(model, (settings.name,))
+    check_input(source)
     if source == "-" and sys.stdin is not None and sys.stdin.isatty() and model.processes.is_main:
         print_message(_waiting(kind))
-    from lapora.workflows.commands import command_line
-    from lapora.workflows.predict import predict
+    with loading():
+        from lapora.workflows.commands import command_line
+        from lapora.workflows.predict import predict
 
     if not model.processes.is_main:
         deque(predict(model, settings, ()), maxlen=0)  # the main process reads and writes for all

@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 
 from lapora.cli.arguments import Fields, JsonOption, command
-from lapora.cli.console import RowProgress, print_message
+from lapora.cli.console import RowProgress, loading, print_message
+from lapora.cli.early import check_fitted
 from lapora.config import DataSettings, ModelSettings, PriorSettings
 
 
@@ -26,13 +27,15 @@ def tune_prior_command(
     ],
     as_json: JsonOption = False,
 ) -> None:
-    """Choose the prior precision. It decides how uncertain the weights are.
+    """Choose the prior precision, or average over it. It decides how uncertain the weights are.
 
     Examples:
         lapora tune-prior ADAPTER
         lapora tune-prior ADAPTER --method marglik --prior layer
     """
-    from lapora.workflows.tune_prior import tune_prior
+    check_fitted(model, (settings.name,), data)
+    with loading():
+        from lapora.workflows.tune_prior import tune_prior
 
     with RowProgress("tune-prior") as progress:
         tuned = tune_prior(model, data, settings, progress)

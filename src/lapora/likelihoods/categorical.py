@@ -101,6 +101,9 @@ def no_columns(logits: Tensor) -> Tensor:
     return logits.new_zeros(0, *logits.shape)
 
 
+SAMPLED: tuple[Link, ...] = ("mc-joint", "mc-indep")
+"""Links that draw from the Gaussian where there are more than two answers."""
+
 _CHUNK_ELEMENTS = 4_000_000
 
 
@@ -168,7 +171,7 @@ def averaged_log_probabilities(
     if link == "map" or averaging.is_single:
         return log_probabilities(link, found[0], samples=samples, seed=seed)
     classes = found[0].mean.shape[1]
-    if link in ("probit", "bridge") or classes == 2:
+    if link not in SAMPLED or classes == 2:
         index, columns = averaging.weights.nonzero(as_tuple=True)
         parts = _log_p_of_components(link, found, index, averaging.temperatures[columns])
         weights = averaging.weights[index, columns]
@@ -277,7 +280,7 @@ def grid_log_probabilities(
     """
     classes = found[0].mean.shape[1]
     own = labels.unsqueeze(1)
-    if link in ("probit", "bridge", "map") or classes == 2:
+    if link not in SAMPLED or classes == 2:
         index = torch.arange(len(found)).repeat_interleave(len(temperatures))
         log_p = _log_p_of_components(link, found, index, temperatures.double().cpu().repeat(len(found)))
         label = log_p.gather(2, own.expand(len(index), -1, 1)).squeeze(2)
@@ -318,13 +321,15 @@ def _laplace_bridge(mean: Tensor, variances: Tensor) -> Tensor:
     """Mean ``α/Σα`` of the Dirichlet that matches the Gaussian (Eq. 20; Hobbhahn et al. 2022).
 
     ``α_i = (1/Λ_ii) (1 - 2/C + e^{f_i} Σ_j e^{-f_j} / C²)``, in log space so that large logits do not overflow.
+    For C > 2 it does not tend to the softmax as Λ tends to 0; a row without variance (MAP) gets the softmax itself.
     """
     classes = mean.shape[1]
     exponential = mean + torch.logsumexp(-mean, dim=1, keepdim=True) - 2.0 * math.log(classes)
     # For C = 2 the constant is zero and only the exponential is left.
     constant = torch.full_like(exponential, 1.0 - 2.0 / classes).log()
     log_alpha = torch.logaddexp(constant, exponential) - variances.clamp(min=1e-300).log()
-    return torch.log_softmax(log_alpha, dim=1)
+    certain = (variances == 0).all(dim=1, keepdim=True)
+    return torch.log_softmax(torch.where(certain, mean, log_alpha), dim=1)
 
 
 def _averaged_softmax(differences: Tensor, covariance: Tensor, samples: int, seed: int) -> Tensor:

@@ -74,7 +74,9 @@ def _step_and_remainder(distance: Tensor, deviation: Tensor) -> Tensor:
     m, s = distance.unsqueeze(1), deviation.unsqueeze(1)
     # The integrand is e^{-x} times a Gaussian: its peak is at m - s², or at 0.
     peak = (m - s.square()).clamp(min=0.0)
-    reach = torch.where(peak > 0, 9.0 * s, s.clamp(max=40.0 / 9.0) * 9.0)
+    # Beside its peak at 0 it falls as e^{-x (1 - m/s²)}, and never slower than the Gaussian.
+    decay = 40.0 * s.square() / (s.square() - m).clamp(min=1e-300)
+    reach = torch.where(peak > 0, 9.0 * s, torch.minimum(9.0 * s, decay))
     low = (peak - reach).clamp(min=0.0)
     x = low + (peak + reach - low) * nodes
     log_near = -0.5 * ((x - m) / s).square() - s.log() - 0.5 * math.log(2 * math.pi)

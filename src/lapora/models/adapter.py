@@ -78,21 +78,14 @@ class Adapter:
         return heads[-1][0] if heads else None
 
 
-def read_adapter(location: str | Path) -> Adapter:
-    """Read an adapter directory.
-
-    Args:
-        location: A directory with ``adapter_config.json`` and ``adapter_model.safetensors``.
-
-    Returns:
-        The adapter, with a digest of its weights but without loading them.
+def check_adapter_files(path: Path) -> dict[str, Any]:
+    """Check an adapter directory without reading its weights, and return its configuration.
 
     Raises:
         AdapterError: The directory is not a PEFT adapter, or its method is not plain LoRA on linear layers.
     """
-    path = Path(location)
     if not path.is_dir():
-        raise AdapterError(f"{location}: no such directory; give a folder with {CONFIG_FILE}, or a Hub id (owner/name)")
+        raise AdapterError(f"{path}: no such directory; give a folder with {CONFIG_FILE}, or a Hub id (owner/name)")
     config = _read_config(path)
     _check_supported(path, config)
     task_type = config.get("task_type")
@@ -109,10 +102,28 @@ def read_adapter(location: str | Path) -> Adapter:
                 "load it with peft and save it again to get adapter_model.safetensors"
             )
         raise AdapterError(f"{path}: missing {WEIGHTS_FILE}; save the adapter with save_pretrained")
+    return config
+
+
+def read_adapter(location: str | Path) -> Adapter:
+    """Read an adapter directory.
+
+    Args:
+        location: A directory with ``adapter_config.json`` and ``adapter_model.safetensors``.
+
+    Returns:
+        The adapter, with a digest of its weights but without loading them.
+
+    Raises:
+        AdapterError: The directory is not a PEFT adapter, or its method is not plain LoRA on linear layers.
+    """
+    path = Path(location)
+    config = check_adapter_files(path)
+    weights = path / WEIGHTS_FILE
     return Adapter(
         path=path,
         config=config,
-        kind=_KIND_BY_TASK_TYPE[task_type],
+        kind=_KIND_BY_TASK_TYPE[config["task_type"]],
         sha256=_digest(weights),
         shapes=_tensor_shapes(weights),
         notes=_notes(config),

@@ -81,7 +81,8 @@ class Averaged(Struct, frozen=True, kw_only=True):
     """Weights of the averaged predictive.
 
     Attributes:
-        precisions: δ of each component, increasing; None is MAP. For a prior of several precisions, the smallest.
+        precisions: δ of each component, increasing; None is MAP. For a prior of several precisions, their
+            geometric mean.
         temperatures: τ of each component.
         weights: Weight of each pair, ``[precision][temperature]``; they sum to 1.
         tolerance: δ₀, or None where the training rows had no labels.
@@ -180,6 +181,7 @@ class Averaged(Struct, frozen=True, kw_only=True):
             rows=self.rows,
             link=self.link,
             seed=self.seed,
+            map_nll=self.map_nll,
         )
 
 

@@ -162,6 +162,9 @@ class LinearisedPredictor:
         classes: Number of answers C.
         every_class: Ask for the covariance of all C logits (C backward passes), not of C-1 differences.
         map_only: Ask for no covariance at all: one forward pass.
+
+    Attributes:
+        priors: D, the number of priors.
     """
 
     def __init__(
@@ -175,6 +178,7 @@ class LinearisedPredictor:
         every_class: bool = False,
         map_only: bool = False,
     ) -> None:
+        self.priors = len(precisions)
         self._columns = no_columns if map_only else class_columns if every_class else difference_columns
         self._observer = covariance_observer(
             posterior, precisions, layers, classes=classes, directions=classes - (not every_class)

@@ -47,7 +47,7 @@ def posterior_section(
         "method": "Laplace-LoRA ([Yang et al. 2024](https://arxiv.org/abs/2308.13111)), fitted after training",
         "structure": f"{manifest.structure}, {manifest.weight_sharing}, {manifest.fisher} Fisher",
         "weights": f"{manifest.subset}, {len(manifest.parameters)} matrices",
-        "prior precision": f"{prior.precisions.describe()}, by {prior.method}",
+        "prior precision": f"{_chosen(prior)}",
         "task": f"{manifest.task['task']}: {', '.join(manifest.answers.choices)}",
         "rows": f"{manifest.data.n} of {manifest.data.split}",
         "base model": f"{base.name} ({base.dtype}, quantization {base.quantization})",
@@ -63,6 +63,12 @@ def posterior_section(
             cells = [f"{result[key]:.3f}" if key in result else "" for key in _SCORES]
             lines.append(f"| {_cell(label)} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _chosen(prior: Prior) -> str:
+    if prior.averaged is not None and len(prior.averaged.precisions) > 1:
+        return f"averaged around {prior.precisions.describe()}"
+    return f"{prior.precisions.describe()}, by {prior.method}"
 
 
 def _cell(text: Any) -> str:

@@ -286,6 +286,7 @@ def _print_lines(runs: Sequence[Mapping[str, Any]]) -> None:
         for result in run["results"]:
             named = [result["method"], result.get("name"), result.get("link")]
             values = [result.get(score) for score in HEADINGS]
+            values = [round(value, 6) if isinstance(value, float) else value for value in values]
             cells = ["" if cell is None else " ".join(str(cell).split()) for cell in (*about, *named, *values)]
             print("\t".join(cells))
 
@@ -347,6 +348,7 @@ def print_posterior(manifest: Manifest, prior: Prior) -> None:
 
 
 _COUNT_BAR = 30
+_LONG_NUMBER = 1e6
 
 
 _SHADES = " ░▒▓█"
@@ -410,4 +412,6 @@ def _validation_curve(record: Validation) -> Table:
 
 
 def _nats(value: float | None) -> str:
-    return "unknown: the rows had no labels" if value is None else f"{value:.2f} nats"
+    if value is None:
+        return "unknown: the rows had no labels"
+    return f"{value:.2f} nats" if abs(value) < _LONG_NUMBER else f"{value:.3g} nats"

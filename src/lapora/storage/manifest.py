@@ -193,12 +193,6 @@ class Prior(Struct, frozen=True, kw_only=True):
         """δ of every group of layers."""
         return PriorPrecision.from_manifest({"structure": self.structure, "precision": self.precision})
 
-    @property
-    def tuning_rows(self) -> frozenset[str]:
-        """Digests of the labelled rows that chose the prior; they are not evaluated on."""
-        record = self.validation or self.averaged
-        return frozenset(record.rows) if record is not None else frozenset()
-
 
 class Manifest(Struct, frozen=True, kw_only=True):
     """All fields of a manifest but ``prior``, ``tensors`` and the checksums.

@@ -66,6 +66,16 @@ def posterior_exists(folder: Path) -> bool:
     return folder.exists() or previous_folder(folder).exists()
 
 
+def refuse_to_replace(folder: Path, *, overwrite: bool) -> None:
+    """Refuse to replace a posterior unless asked to.
+
+    Raises:
+        PosteriorError: The posterior exists, and ``overwrite`` is not set.
+    """
+    if posterior_exists(folder) and not overwrite:
+        raise PosteriorError(f"{folder}: exists already; give --overwrite, or another --name")
+
+
 def write_posterior(folder: Path, manifest: Manifest, prior: Mapping[str, Any], posterior: Posterior) -> None:
     """Write a posterior, replacing the one that is there.
 

@@ -21,7 +21,7 @@ from lapora.posterior.averaging import (
     tolerance_of,
 )
 from lapora.posterior.marglik import evidence_at
-from lapora.posterior.prior import ALL, PriorPrecision
+from lapora.posterior.prior import PriorPrecision
 
 if TYPE_CHECKING:
     from lapora.curvature.passes import CurvatureRun
@@ -125,15 +125,14 @@ def average_with_rows(
     """
     import torch
 
+    from lapora.likelihoods.categorical import needs_every_class
     from lapora.workflows.rows import row_digest
     from lapora.workflows.scoring import label_grid
 
     curve = fitted.posterior.manifest.training_curve
     tolerance = None if curve is None else tolerance_of(curve)
     precisions = grid()
-    predictor = fitted.predictor(
-        every_class=settings.link in ("mc-indep", "probit", "bridge"), priors=reference.on_grid(precisions)
-    )
+    predictor = fitted.predictor(every_class=needs_every_class(settings.link), priors=reference.on_grid(precisions))
     encoded = fitted.model.encode(rows.examples)
     log_p = label_grid(
         fitted.model,
@@ -186,11 +185,6 @@ def describe_averaged(
         "at_bound": None,
         "averaged": msgspec.to_builtins(averaged),
     }
-
-
-def scalar(precision: float = 1.0) -> PriorPrecision:
-    """Return a prior of one precision."""
-    return PriorPrecision("scalar", {ALL: precision})
 
 
 def _listed(precisions: NDArray[np.float64]) -> list[float | None]:

@@ -172,6 +172,7 @@ def _fit_and_tune(
         max_length=checkpoints.max_length,
         chat_template=checkpoints.chat_template,
         seed=settings.seed,
+        prior_method="marglik" if checkpoints.prior_method == "marglik" else "averaged",
     )
     note = model.root / "laplace" / f".{name}.made-with"
     wanted = hashlib.sha256(f"{rows_key}{fitting!r}{checkpoints!r}{_base(model)}".encode()).hexdigest()

@@ -18,14 +18,16 @@ from msgspec import structs
 from lapora._version import __version__
 from lapora.config import DEFAULT_RANK, DataSettings, FitSettings, ModelSettings, Progress
 from lapora.curvature.passes import CurvatureRun
-from lapora.errors import AdapterError, DataError, LaporaError, PosteriorError, UsageError, listed
+from lapora.errors import AdapterError, DataError, LaporaError, UsageError, listed
 from lapora.memory.estimate import MemoryEstimate, estimate
 from lapora.models.adapter import Adapter, read_adapter
+from lapora.models.batching import is_out_of_memory
 from lapora.models.fingerprint import library_versions
 from lapora.models.in_memory import adapter_in_memory, loaded_in_memory, prepared_for_fit
 from lapora.models.loading import Loader, load_model
 from lapora.models.lora_layers import find_bayesian_layers
 from lapora.models.shared_base import BaseCache
+from lapora.posterior.averaging import TrainingCurve
 from lapora.posterior.eigen import decompose
 from lapora.posterior.gaussian import BlockPosterior, Posterior
 from lapora.posterior.marglik import EvidenceMaximum, maximize_evidence
@@ -34,7 +36,7 @@ from lapora.storage.compatibility import adapter_settings, base_digests, tokeniz
 from lapora.storage.files import write_lock
 from lapora.storage.manifest import FORMAT_VERSION, Answers, BaseModel, Data, Manifest
 from lapora.storage.partial import Checkpoint
-from lapora.storage.saved import SavedPosterior, posterior_exists, posterior_folder, write_posterior
+from lapora.storage.saved import SavedPosterior, posterior_folder, refuse_to_replace, write_posterior
 from lapora.tasks import (
     EncodedExample,
     Example,
@@ -181,7 +183,7 @@ def fit(
     settings = resolve_settings(model, settings)
     folder = posterior_folder(model.root, settings.name)
     with processes.raise_together():
-        refuse_to_replace(folder, settings)
+        refuse_to_replace(folder, overwrite=settings.overwrite)
         rows = read_training_rows(model, data, settings)
     notes: list[str] = []
     memory = None
@@ -260,7 +262,7 @@ def fit_in_memory(
     if not given:
         raise DataError("no rows: give the rows that the adapter was trained on")
     folder = posterior_folder(root, settings.name)
-    refuse_to_replace(folder, settings)
+    refuse_to_replace(folder, overwrite=settings.overwrite)
     with tempfile.TemporaryDirectory(prefix="lapora-") as saved:
         adapter = adapter_in_memory(model, Path(saved))
     _refuse_other_rows(resolved, adapter, given)
@@ -422,16 +424,6 @@ def _resolve_engine(settings: FitSettings) -> FitSettings:
     return settings
 
 
-def refuse_to_replace(folder: Path, settings: FitSettings) -> None:
-    """Refuse to replace a posterior unless asked to.
-
-    Raises:
-        PosteriorError: The posterior exists, and ``overwrite`` is not set.
-    """
-    if posterior_exists(folder) and not settings.overwrite:
-        raise PosteriorError(f"{folder}: exists already; give --overwrite, or another --name")
-
-
 def _fit(inputs: FitInputs, settings: FitSettings, folder: Path, progress: Progress | None) -> FitResult:
     model, rows, processes = inputs.model, inputs.rows, inputs.model.processes
     checkpoint = None
@@ -453,7 +445,10 @@ def _fit(inputs: FitInputs, settings: FitSettings, folder: Path, progress: Progr
     parameters = posterior.parameters()
     eigenvalues = [values.cpu().numpy() for values in posterior.eigenvalues]
     evidence = maximize_evidence(eigenvalues, parameters, log_likelihood or 0.0)
-    curve = None if settings.prior_method == "marglik" else training_curve(inputs, posterior, run, progress)
+    notes = list(rows.adapter.notes)
+    curve = None
+    if settings.prior_method != "marglik":
+        curve = _curve_or_note(inputs, posterior, run, progress, notes)
     if curve is None:
         prior = evidence.describe(log_likelihood is not None)
     else:
@@ -464,12 +459,6 @@ def _fit(inputs: FitInputs, settings: FitSettings, folder: Path, progress: Progr
     with processes.raise_together():  # no process continues, or removes the checkpoint, before it is written
         if processes.is_main:
             write_posterior(folder, manifest, prior, posterior)
-    notes = list(rows.adapter.notes)
-    if curve is None and settings.prior_method != "marglik":
-        notes.append(
-            "without labels the prior precision is that of the marginal likelihood, which may be far too small for "
-            "an adapter that is not overfitted: tune it with labelled rows (lapora tune-prior)"
-        )
     if checkpoint is not None:
         if processes.is_main:
             checkpoint.remove()
@@ -486,6 +475,26 @@ def _fit(inputs: FitInputs, settings: FitSettings, folder: Path, progress: Progr
         kept=_kept(posterior),
         notes=tuple(notes),
     )
+
+
+def _curve_or_note(
+    inputs: FitInputs, posterior: Posterior, run: CurvatureRun, progress: Progress | None, notes: list[str]
+) -> TrainingCurve | None:
+    """Compute the training curve; without labels, or where memory does not suffice, note what that means."""
+    reason = "without labels"
+    try:
+        curve = training_curve(inputs, posterior, run, progress)
+        if curve is not None:
+            return curve
+    except (MemoryError, RuntimeError) as error:
+        if inputs.model.processes.count > 1 or not is_out_of_memory(error):
+            raise
+        reason = "out of memory while the training rows were predicted (give --batch-size 1, or --structure kron):"
+    notes.append(
+        f"{reason} the prior precision is that of the marginal likelihood, which may be far too small for "
+        "an adapter that is not overfitted: tune it with labelled rows (lapora tune-prior)"
+    )
+    return None
 
 
 def _describe(inputs: FitInputs, settings: FitSettings, run: CurvatureRun) -> Manifest:
@@ -567,10 +576,6 @@ def fit_posterior(run: CurvatureRun, settings: FitSettings) -> tuple[Posterior, 
     else:
         factors, log_likelihood = curvlinops_factors(*rows, settings.weight_sharing, run.progress)
     return BlockPosterior(decompose(run.layers, factors, rank=sys.maxsize)), log_likelihood
-
-
-def _rank(settings: FitSettings) -> int | None:
-    return settings.rank or (DEFAULT_RANK if settings.structure == "lowrank" else None)
 
 
 def _kept(posterior: Posterior) -> float:

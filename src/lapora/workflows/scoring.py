@@ -129,15 +129,12 @@ def label_grid(
     """
     processes = model.processes
     own = processes.shard(labels.tolist())
-    parts: dict[int, Tensor] = {}
+    table = torch.zeros(predictor.priors, len(temperatures), len(own), dtype=torch.float64)
     for batch, found in run_moments(model, predictor, examples, encoded, progress):
         targets = torch.tensor([own[row] for row in batch.rows])
-        table = grid_log_probabilities(link, found, temperatures, targets, samples=samples, seed=seed)
-        parts |= zip(batch.rows, table.unbind(2), strict=True)
-    everywhere = processes.all_gather(parts)
-    return torch.stack(
-        [everywhere[row % processes.count][row // processes.count] for row in range(len(encoded))], dim=2
-    )
+        part = grid_log_probabilities(link, found, temperatures, targets, samples=samples, seed=seed)
+        table[:, :, list(batch.rows)] = part
+    return processes.interleave(table, len(encoded), dim=2)
 
 
 def run_moments(

@@ -180,6 +180,9 @@ def _by_average(
             return tuned
         averaged = average_without_rows(manifest.training_curve)
         notes = [f"no labelled rows ({found}): the average is over what the training rows tolerate"]
+        if settings.structure in ("kind", "layer"):
+            notes.append(f"--prior {settings.structure} needs labelled rows to average: one precision for all layers")
+            evidence = _maximize(posterior, replace(settings, structure="scalar"))
         deviation = None
     else:
         fitted = _open(model, data, settings, load)
@@ -190,7 +193,7 @@ def _by_average(
     prior = describe_averaged(
         averaged, evidence.prior, posterior.eigenvalues(), manifest.parameters, manifest.log_likelihood
     )
-    notes += _notes_of_average(averaged, deviation)
+    notes += [*_notes_of_average(averaged, deviation), *_at_bound_notes(evidence.at_bound)]
     mean = PriorPrecision.from_manifest(prior)
     return TunedPrior(prior, mean, "averaged", _learned(averaged), notes)
 
@@ -215,14 +218,18 @@ def _learned(averaged: Averaged) -> str:
     width = ""
     if averaged.tolerance is not None:
         ratio = averaged.mean_precision / averaged.tolerance
-        if averaged.map_weight > 0.5:
-            width = " (hardly any width: MAP has most of the weight)"
+        if averaged.map_weight > 0.9:
+            width = " (MAP has nearly all of the weight)"
         elif ratio < 1 / 1.2:
             width = f" ({1 / ratio:.3g} x more variance than the training rows tolerate)"
         elif ratio > 1.2:
             width = f" ({ratio:.3g} x less variance than the training rows tolerate)"
         else:
             width = " (as wide as the training rows tolerate)"
+    if len(averaged.precisions) == 1:
+        return f"from {source}: prior precision {averaged.mean_precision:.3g}{width}, temperature " + (
+            f"{averaged.mean_temperature:.2f}"
+        )
     line = f"from {source}: averaged over prior precisions around {averaged.mean_precision:.3g}{width}"
     if averaged.n:
         low, high = averaged.temperature_interval()

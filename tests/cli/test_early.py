@@ -1,0 +1,117 @@
+"""What is said before PyTorch is loaded, after Ctrl-C, and at the end of a command."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lapora.cli import console
+from lapora.cli.fit import saying_how_to_resume
+from lapora.config import FitSettings, ModelSettings
+from lapora.report.tables import _nats
+from lapora.workflows.commands import command_line, tune_prior_arguments
+from tiny_adapter import command, fit_tiny, make_adapter, make_rows
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> Path:
+    folder = make_adapter(tmp_path_factory.mktemp("early"))
+    fit_tiny(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "words"),
+    [
+        (("fit", "none", "--data", "boolq"), 3, ["none: no such directory"]),
+        (
+            ("fit", "none", "--data", "bool", "--data-dir", "none"),
+            3,
+            ["none: no such directory", "no built-in task 'bool'"],
+        ),
+        (("fit", "adapter", "--data", "task.yaml", "--data-dir", "none"), 5, ["no such folder", "exists already"]),
+        (("calibrate", "adapter", "--data", "task.yaml", "--data-dir", "data"), 4, ["exists already"]),
+        (("predict", "adapter", "none.jsonl"), 5, ["none.jsonl: cannot be read"]),
+        (("predict", "adapter", "--name", "none"), 4, ["no posterior there"]),
+        (("eval", "none"), 3, ["none: no such directory"]),
+        (("eval", "adapter", "--split", "none", "--data-dir", "data"), 5, ["no none.jsonl"]),
+        (("tune-prior", "adapter", "--name", "none"), 4, ["no posterior there"]),
+    ],
+)
+def test_mistakes_are_said_together_and_without_torch(tiny, arguments, status, words):
+    code = (
+        "import sys\nfrom lapora.cli.app import run\ntry:\n    run()\nfinally:\n"
+        "    print(any(each in sys.modules for each in ('torch', 'transformers', 'datasets')))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments], cwd=tiny, capture_output=True, text=True, timeout=60
+    )
+    assert (done.returncode, done.stdout) == (status, "False\n"), done.stderr
+    assert len(done.stderr.splitlines()) == 1 and all(each in done.stderr for each in words)
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_control_c_says_how_to_resume_where_there_is_a_checkpoint(tmp_path, kept, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["lapora", "fit", "a b", "--data", "boolq"])
+    if kept:
+        (tmp_path / "laplace" / ".default.partial").mkdir(parents=True)
+        (tmp_path / "laplace" / ".default.partial" / "pass-0.safetensors").touch()
+    with pytest.raises(KeyboardInterrupt), saying_how_to_resume(ModelSettings(str(tmp_path)), FitSettings()):
+        raise KeyboardInterrupt
+    expected = "to resume from the checkpoint: lapora fit 'a b' --data boolq --resume\n"
+    assert capsys.readouterr().err == (expected if kept else "")
+
+
+def test_predict_and_fit_say_what_comes_next(tmp_path, monkeypatch, capfdbinary):
+    folder = make_adapter(tmp_path)
+    words = ["--data", folder / "task.yaml", "--data-dir", folder / "data"]
+    status, _, err = command(monkeypatch, capfdbinary, "fit", folder / "adapter", *words)
+    tuning = f"lapora tune-prior {folder}/adapter"
+    assert status == 0 and err.splitlines()[-1] == f"next: {tuning}"
+    line = str(make_rows(1)[0]).replace("'", '"').encode()
+
+    def predict(*options: str) -> list[str]:
+        arguments = ("predict", folder / "adapter", "--device", "cpu", *options)
+        status, out, err = command(monkeypatch, capfdbinary, *arguments, stdin=line)
+        assert status == 0 and len(out.splitlines()) == 1
+        return err.splitlines()
+
+    assert predict() == [f"note: the prior was not tuned on labelled rows; if there are any: {tuning}"]
+    assert predict("--link", "map") == []
+    command(monkeypatch, capfdbinary, "tune-prior", folder / "adapter", "--method", "marglik")
+    (said,) = predict()
+    assert said.startswith("warning: the prior precision is that of the marginal likelihood") and said.endswith(tuning)
+    command(monkeypatch, capfdbinary, "tune-prior", folder / "adapter")
+    assert predict() == []
+
+
+def test_commands_have_the_options_that_they_need():
+    model = ModelSettings("my adapter", base_model="b", output_dir=Path("o"), dtype="float16", trust_remote_code=True)
+    typed = command_line(tune_prior_arguments(model, "x"))
+    assert typed == "lapora tune-prior 'my adapter' --name x --output-dir o --base-model b --trust-remote-code"
+    assert (
+        command_line(["predict", "a", "b"], [".venv/bin/lapora"]) == ".venv/bin/lapora predict a b > predictions.jsonl"
+    )
+
+
+def test_the_program_is_called_as_it_was_started(tmp_path, monkeypatch):
+    script = tmp_path / ".venv" / "bin" / "lapora"
+    script.parent.mkdir(parents=True)
+    script.write_text("#!/bin/sh\n")
+    script.chmod(0o755)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [".venv/bin/lapora"])
+    assert console.program() == [".venv/bin/lapora"]
+    monkeypatch.setenv("PATH", str(script.parent))
+    assert console.program() == ["lapora"]
+    monkeypatch.setattr(sys, "argv", ["/site-packages/lapora/__main__.py"])
+    assert console.program() == [sys.executable, "-m", "lapora"]
+    monkeypatch.setenv("PATH", str(Path(sys.executable).parent))
+    assert console.program() == [Path(sys.executable).name, "-m", "lapora"]
+
+
+def test_a_number_of_absurd_size_is_short():
+    assert _nats(-4371054162.36) == "-4.37e+09 nats" and _nats(-71.234) == "-71.23 nats"
