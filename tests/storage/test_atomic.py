@@ -131,7 +131,7 @@ def test_damaged_sums_are_refused(tiny, monkeypatch):
 
 
 def test_resume_with_nothing_saved_begins_and_says_so(tiny):
-    assert any("nothing was saved" in note for note in fit_tiny(tiny, resume=True).notes)
+    assert any("no checkpoint was found" in note for note in fit_tiny(tiny, resume=True).notes)
 
 
 @pytest.mark.parametrize("engine", ["asdl", "curvlinops"])
@@ -215,7 +215,7 @@ def test_a_full_disk_is_one_line_and_the_old_posterior_stands(tiny):
             with pytest.raises(PosteriorError, match="cannot be written"):
                 fit_tiny(tiny, overwrite=True, structure="ekfac", save_every=0.0)
         resource.setrlimit(resource.RLIMIT_FSIZE, (1_000, hard))
-        with pytest.raises(PosteriorError, match="the old manifest stands"):
+        with pytest.raises(PosteriorError, match="the old manifest is unchanged"):
             tune_prior(model_of(tiny), settings=PriorSettings(method="marglik"))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

@@ -18,6 +18,7 @@ from lapora.cli.app import run as run_command_line
 from lapora.config import DataSettings, EvalSettings, FitSettings, ModelSettings
 from lapora.errors import AdapterError, DataError, GateError, UsageError
 from lapora.models.batching import BatchSize
+from lapora.posterior.averaging import TEMPERATURE_WIDTH
 from lapora.workflows.evaluate import run_evaluation
 from lapora.workflows.fit import fit
 from lapora.workflows.results import check_gates, parse_gate
@@ -125,7 +126,7 @@ def test_temperature_reuses_the_rows_that_tuned_the_prior_and_none_is_scored(ada
     results = by_label(done)
     assert list(results) == ["map", "temperature"]
     session = open_fitted(model, "default")
-    digests = set(session.posterior.content["prior"]["validation"]["rows"])
+    digests = set(session.posterior.content["prior"]["averaged"]["rows"])
     every = read_labelled_rows(session.posterior, session.model.kind, DataSettings())
     scored = read_labelled_rows(session.posterior, session.model.kind, DataSettings(), exclude=digests)
     assert done.record["n"] == len(scored.examples)
@@ -133,7 +134,9 @@ def test_temperature_reuses_the_rows_that_tuned_the_prior_and_none_is_scored(ada
     # Rows that say the same count each.
     assert results["temperature"]["fitted_on"] == {"split": "validation", "n": len(tuning.examples)}
     log_map = run_log_map(session, tuning)
-    assert results["temperature"]["temperature"] == pytest.approx(metrics.fit_temperature(log_map, tuning.targets))
+    assert results["temperature"]["temperature"] == pytest.approx(
+        metrics.fit_temperature(log_map, tuning.targets, width=TEMPERATURE_WIDTH)
+    )
 
 
 def run_log_map(session, rows):
@@ -199,7 +202,7 @@ def test_coverage_is_the_value_for_predict(adapter, demo, tmp_path, capsys):
     done = run(adapter, DataSettings(), coverage=0.7)
     threshold = by_label(done)["laplace default (mc-joint)"]["coverage"]["threshold"]
     session = open_fitted(ModelSettings(adapter=str(adapter)), "default")
-    digests = set(session.posterior.content["prior"]["validation"]["rows"])
+    digests = set(session.posterior.content["prior"]["averaged"]["rows"])
     rows = read_labelled_rows(session.posterior, session.model.kind, DataSettings(), exclude=digests)
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(dict(each.row)) + "\n" for each in rows.examples))
     app(
