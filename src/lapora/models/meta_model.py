@@ -227,12 +227,6 @@ class MetaOutputModel(OutputModel):
         logits = self._answer_logits(batch, arguments) if causal else self.network(**arguments).logits
         return logits if logits.dtype == torch.float64 else logits.float()
 
-    def _answer_columns(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        if self._supports_logits_to_keep:
-            return torch.zeros(1, dtype=torch.long), torch.zeros(len(batch), dtype=torch.long)
-        last = torch.zeros(len(batch), dtype=torch.long)
-        return last, last
-
 
 def empty_batch(rows: int, tokens: int) -> Batch:
     """Return a batch of zeros without padding; call it within :func:`fake_tensors`."""

@@ -22,6 +22,7 @@ from lapora.models.batching import BatchFeed, BatchSize
 from lapora.models.loading import LoadedModel, load_model
 from lapora.models.lora_layers import BayesianLayer, find_bayesian_layers
 from lapora.models.outputs import OutputModel
+from lapora.models.padding_check import check_padding
 from lapora.models.shared_base import BaseCache
 from lapora.posterior.gaussian import Posterior
 from lapora.posterior.prior import PriorPrecision
@@ -90,6 +91,7 @@ class TaskModel:
         token_ids = None if token_ids is None else list(token_ids)
         outputs = OutputModel(loaded.model, loaded.kind, loaded.pad_token_id, token_ids)
         outputs.recompute_blocks |= how.gradient_checkpointing
+        check_padding(outputs, loaded.tokenizer, loaded.quantize != "none")
         return cls(
             loaded=loaded,
             outputs=outputs,
