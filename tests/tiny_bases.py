@@ -7,10 +7,13 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from lapora.curvature.kfac import KronObserver
+from lapora.curvature.passes import collect
 from lapora.models.loading import silence_libraries
 from lapora.models.lora_layers import find_bayesian_layers
 from lapora.models.outputs import OutputModel
-from tiny_models import dense_jacobian, moments, posterior, rows
+from lapora.posterior.eigen import decompose
+from tiny_models import batches, dense_jacobian, moments, rows
 
 # Every architecture reads the names that it knows and ignores the others.
 SIZES = {
@@ -60,22 +63,45 @@ SETTINGS: dict[str, dict[str, object]] = {
     "gpt_neo": {"num_layers": 2, "num_heads": 2, "attention_types": [[["global"], 2]]},
     "gpt2": {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 48},
     "mbart": ENCODER_DECODER,
-    "mt5": {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2, "decoder_start_token_id": 0,
-            "eos_token_id": 31},
+    "mt5": {
+        "d_model": 16,
+        "d_kv": 8,
+        "d_ff": 24,
+        "num_layers": 2,
+        "num_heads": 2,
+        "decoder_start_token_id": 0,
+        "eos_token_id": 31,
+    },
     "opt": {"ffn_dim": 24, "word_embed_proj_dim": 16},
     "pegasus": ENCODER_DECODER,
+    "plbart": ENCODER_DECODER,
     "roberta": {},
-    "t5": {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2, "decoder_start_token_id": 0,
-           "eos_token_id": 31},
+    "t5": {
+        "d_model": 16,
+        "d_kv": 8,
+        "d_ff": 24,
+        "num_layers": 2,
+        "num_heads": 2,
+        "decoder_start_token_id": 0,
+        "eos_token_id": 31,
+    },
     "xlm": {"emb_dim": 16, "n_layers": 2, "n_heads": 2, "pad_index": 0, "eos_index": 31},
+    "codegen": {"n_embd": 16, "n_layer": 2, "n_head": 4, "n_positions": 48, "n_ctx": 48, "rotary_dim": 4},
+    "funnel": {"block_sizes": [1, 1], "d_model": 16, "n_head": 2, "d_head": 8, "d_inner": 24, "num_decoder_layers": 1},
+    "qwen2_moe": {
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 8,
+        "shared_expert_intermediate_size": 24,
+    },
     "xlnet": {"d_model": 16, "n_layer": 2, "n_head": 2, "d_inner": 24},
 }
 
 
 def tiny_config(name: str, **settings):
     """The configuration of a model type with tiny sizes."""
-    own = {} if name not in SETTINGS else SETTINGS[name]
-    return AutoConfig.for_model(name, **{**SIZES, **own, **settings})
+    sizes = {key: value for key, value in SIZES.items() if name != "xlnet" or key != "max_position_embeddings"}
+    return AutoConfig.for_model(name, **{**sizes, **SETTINGS.get(name, {}), **settings})
 
 
 def tiny_base(name: str, kind: str, *, targets="all-linear", lora=None, double=True, **settings) -> OutputModel:
@@ -109,7 +135,11 @@ def covariance_error(answers: OutputModel, subset: str = "lora", size: int = 3) 
     """Largest difference of the covariance to the dense one, relative to the largest dense entry."""
     layers = find_bayesian_layers(answers.model, subset)
     encoded = row_ids(answers)
-    factors, blocks = posterior(answers, layers, encoded)
+    size = 1 if answers.equal_lengths else size
+    observer = KronObserver("expand")
+    collect(answers, layers, observer, batches(answers, encoded, size), targets=[None] * len(encoded))
+    factors = observer.factors(layers)
+    blocks = decompose(layers, factors)
     mean, ours = moments(answers, layers, blocks, encoded, classes=3, size=size)
     precision = torch.block_diag(
         *[torch.kron(f.gradient_sum, f.input_sum) * f.scale for f in (factors[layer.name] for layer in layers)]

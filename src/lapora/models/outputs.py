@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from peft import PeftModel
@@ -16,6 +16,10 @@ from lapora.models.adapter import ModelKind
 from lapora.models.batches import Batch, PaddingSide
 from lapora.models.device_map import entry_device, is_offloaded
 from lapora.models.lora_layers import BayesianLayer
+
+
+Layout = Literal["rows", "tokens", "shared"]
+"""Dimensions of a layer's input: ``(B, T, F)``, ``(T, B, F)``, or ``(1, P, F)`` with P positions for all rows."""
 
 
 class OutputModel:
@@ -36,6 +40,8 @@ class OutputModel:
     Attributes:
         equal_lengths: Whether only rows of equal length share a batch, because padding would change the logits; see
             :func:`lapora.models.padding_check.sees_padding`.
+        layouts: Layout of each call of each layer in one pass, by the layer's name, once it is known.
+        cut_blocks: Whether the backward pass is cut at the transformer blocks.
 
     Raises:
         ValueError: A causal model without ``answer_token_ids``.
@@ -61,15 +67,15 @@ class OutputModel:
         self.device = entry_device(self.network)
         self.answer_token_ids = None if answer_token_ids is None else torch.tensor(answer_token_ids, device=self.device)
         self.equal_lengths = False
+        self.layouts: dict[str, list[Layout]] = {}
+        self.cut_blocks = True
         accepted = inspect.signature(self.network.forward).parameters
         self._accepts = {name: name in accepted for name in ("attention_mask", "token_type_ids", "use_cache")}
 
     @property
     def max_positions(self) -> int | None:
         """Maximum number of positions of the network, or None if its configuration has none."""
-        config = getattr(self.network, "config", None)
-        text = config.get_text_config() if config is not None else None
-        return cast("int | None", getattr(text, "max_position_embeddings", None))
+        return positions_of(self.network)
 
     @property
     def padding_side(self) -> PaddingSide:
@@ -112,14 +118,39 @@ class OutputModel:
             logits = self.network(**arguments).logits
         return _at(logits, last).index_select(1, cast(Tensor, self.answer_token_ids).to(logits.device))
 
-    def token_view(self, layer: BayesianLayer, values: Tensor, batch: Batch) -> tuple[Tensor, Tensor | None]:
+    def probe(self, batch: Batch) -> Batch:
+        """Return copies of a batch's first row, from whose number :meth:`layout_of` tells rows and tokens apart."""
+        tokens = batch.input_ids.shape[1]
+        self._probe_shape = (3 if tokens == 2 else 2, tokens)
+        first = torch.zeros(self._probe_shape[0], dtype=torch.long, device=batch.input_ids.device)
+        return Batch(
+            input_ids=batch.input_ids[first],
+            attention_mask=batch.attention_mask[first],
+            token_type_ids=None if batch.token_type_ids is None else batch.token_type_ids[first],
+            rows=(batch.rows[0],) * len(first),
+            has_padding=batch.has_padding,
+        )
+
+    def layout_of(self, values: Tensor) -> Layout:
+        """Return the layout of a layer's input in the pass over :meth:`probe`'s batch."""
+        rows, tokens = self._probe_shape
+        if values.dim() != 3 or values.shape[0] == rows:
+            return "rows"
+        if values.shape[:2] == (tokens, rows):
+            return "tokens"
+        return "shared" if values.shape[0] == 1 else "rows"
+
+    def token_view(
+        self, layer: BayesianLayer, values: Tensor, batch: Batch, layout: Layout = "rows"
+    ) -> tuple[Tensor, Tensor | None]:
         """Select the token positions of a layer that contribute to the logits.
 
         Args:
             layer: The layer.
-            values: Input of the layer, or gradient of its output: ``(B, T, features)``, or ``(B, features)`` after
-                the model has pooled the tokens.
+            values: Input of the layer, or gradient of its output: ``(B, T, features)``, ``(B T, features)``, or
+                ``(B, features)`` after the model has pooled the tokens.
             batch: The current batch.
+            layout: Layout of the layer's input.
 
         Returns:
             ``(B, T', features)``, and a ``(B, T')`` boolean mask of real tokens, or None without padding. A head that
@@ -128,19 +159,26 @@ class OutputModel:
         Raises:
             NumericalError: The shape does not identify rows and tokens.
         """
-        if values.dim() == 2 and values.shape[0] == len(batch):
+        rows, tokens = batch.input_ids.shape
+        if layout == "shared" and values.dim() == 3 and values.shape[0] == rows:
+            return values, None
+        if layout == "tokens" and values.dim() == 3:
+            values = values.transpose(0, 1)
+        if values.dim() == 2 and values.shape[0] == rows:
             return values.unsqueeze(1), None
-        if values.dim() != 3 or values.shape[0] != len(batch):
+        if values.dim() == 2 and values.shape[0] == rows * tokens:
+            values = values.unflatten(0, (rows, tokens))
+        if values.dim() != 3 or values.shape[0] != rows:
             raise NumericalError(
-                f"{layer.name}: its input has shape {tuple(values.shape)}, not (rows, tokens, features); "
-                "this architecture is not supported"
+                f"{layer.name}: its input has shape {tuple(values.shape)}, not (rows, tokens, features), so the "
+                "gradients of a row cannot be told apart; leave this layer out of target_modules"
             )
         if layer.reads_answer_only:
             return _at(values, self._head_positions(batch)).unsqueeze(1), None
-        if values.shape[1] != batch.attention_mask.shape[1]:
+        if values.shape[1] != tokens:
             raise NumericalError(
-                f"{layer.name}: {values.shape[1]} positions for {batch.attention_mask.shape[1]} tokens, so padding "
-                "cannot be masked; this architecture is not supported"
+                f"{layer.name}: {values.shape[1]} positions for {tokens} tokens, so padding cannot be masked; leave "
+                "this layer out of target_modules"
             )
         return values, batch.attention_mask.to(values.device).bool() if batch.has_padding else None
 
@@ -150,6 +188,30 @@ class OutputModel:
         # A decoder with a classification head reads the last token whose id is not the padding id.
         positions = torch.arange(batch.input_ids.shape[1], device=batch.input_ids.device)
         return ((batch.input_ids != self.pad_token_id) * positions).argmax(dim=1)
+
+
+def positions_of(network: nn.Module) -> int | None:
+    """Return the maximum number of positions of a base model, or None if its configuration has none."""
+    config = getattr(network, "config", None)
+    if config is None:
+        return None
+    text = config.get_text_config()
+    for name in ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length"):
+        try:
+            positions = getattr(text, name, None)
+        except NotImplementedError:  # XLNet has no limit
+            return None
+        if isinstance(positions, int) and positions > 0:
+            return positions - _reserved_positions(network)
+    return None
+
+
+def _reserved_positions(network: nn.Module) -> int:
+    """Return the positions that no token has: RoBERTa counts from ``padding_idx + 1``."""
+    for name, module in network.named_modules():
+        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.padding_idx is not None:
+            return module.padding_idx + 1
+    return 0
 
 
 def _at(values: Tensor, positions: Tensor) -> Tensor:
