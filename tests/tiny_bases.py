@@ -100,7 +100,8 @@ SETTINGS: dict[str, dict[str, object]] = {
 
 def tiny_config(name: str, **settings):
     """The configuration of a model type with tiny sizes."""
-    sizes = {key: value for key, value in SIZES.items() if name != "xlnet" or key != "max_position_embeddings"}
+    refused = {"xlnet": {"max_position_embeddings"}, "funnel": {"num_hidden_layers"}}.get(name, set())
+    sizes = {key: value for key, value in SIZES.items() if key not in refused}
     return AutoConfig.for_model(name, **{**sizes, **SETTINGS.get(name, {}), **settings})
 
 

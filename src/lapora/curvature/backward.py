@@ -12,9 +12,9 @@ computed, and the pass ends at the lowest Bayesian layer.
 With ``recompute_blocks`` set on the output model (gradient checkpointing), a block stores its inputs only and is
 recomputed in the backward pass; hooks on its layers then run during the recomputation.
 
-A layer that the model calls several times in one pass (shared weights) is shown to the observer once, with the tokens of
-all calls one after another: ``G = Σ_calls Σ_t g_t a_tᵀ``. Which layers these are, and which read an input that all rows
-share (embeddings of relative positions), is found by a forward pass of two equal rows before the first batch.
+A layer that the model calls several times in one pass (shared weights) is shown to the observer once, with the tokens
+of all calls one after another: ``G = Σ_calls Σ_t g_t a_tᵀ``. Which layers these are, and which read an input that all
+rows share (embeddings of relative positions), is found by a forward pass of two equal rows before the first batch.
 """
 
 from __future__ import annotations
@@ -179,8 +179,8 @@ class Linearisation:
         except _GradientsAroundBlocksError as error:
             if self.output_model.recompute_blocks:
                 raise AdapterError(
-                    f"{error}: the model carries gradients around its transformer blocks, so they cannot be recomputed; "
-                    "run without --gradient-checkpointing and without offloading"
+                    f"{error}: the model carries gradients around its transformer blocks, so they cannot be "
+                    "recomputed; run without --gradient-checkpointing and without offloading"
                 ) from None
             self.output_model.cut_blocks = False
         return self._run(batch, directions)

@@ -151,10 +151,10 @@ def _factors(
 
 
 def norm_overrides(layer: BayesianLayer) -> list[tuple[nn.Module, Callable[..., Any], str]]:
-    """Return the methods to override so that DoRA does not run the LoRA layers to compute its weight norm.
+    """Return the methods to override so that DoRA's weight norm is computed without running the LoRA layers.
 
-    PEFT computes ``B A`` as ``lora_B(lora_A(I))`` and detaches the norm of ``W + B A`` from the graph, so that this call
-    has no gradient; it is computed from the weights here.
+    PEFT computes ``B A`` as ``lora_B(lora_A(I))`` and detaches the norm of ``W + B A`` from the graph, so that this
+    call has no gradient; it is computed from the weights here.
 
     Returns:
         Modules, functions for :class:`lapora.curvature.checkpointing.ForwardOverride` and names of methods.

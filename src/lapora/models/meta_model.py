@@ -92,7 +92,7 @@ def _build(adapter: Adapter, resolved: ResolvedBase, trust_remote_code: bool) ->
     if element_type == torch.float64:
         model = model.double()
     text = base.config.get_text_config()
-    if text.pad_token_id is None:
+    if getattr(text, "pad_token_id", None) is None:
         text.pad_token_id = 0  # required by decoders with a classification head
     _check_shapes(adapter, model, base_name)
     return model.eval().requires_grad_(False)

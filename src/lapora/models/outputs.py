@@ -17,7 +17,6 @@ from lapora.models.batches import Batch, PaddingSide
 from lapora.models.device_map import entry_device, is_offloaded
 from lapora.models.lora_layers import BayesianLayer
 
-
 Layout = Literal["rows", "tokens", "shared"]
 """Dimensions of a layer's input: ``(B, T, F)``, ``(T, B, F)``, or ``(1, P, F)`` with P positions for all rows."""
 
@@ -41,6 +40,7 @@ class OutputModel:
         equal_lengths: Whether only rows of equal length share a batch, because padding would change the logits; see
             :func:`lapora.models.padding_check.sees_padding`.
         layouts: Layout of each call of each layer in one pass, by the layer's name, once it is known.
+        output_order: For each answer, the index of its output of a classification head; None is the order of the head.
         cut_blocks: Whether the backward pass is cut at the transformer blocks.
 
     Raises:
@@ -69,6 +69,7 @@ class OutputModel:
         self.equal_lengths = False
         self.layouts: dict[str, list[Layout]] = {}
         self.cut_blocks = True
+        self.output_order: list[int] | None = None
         accepted = inspect.signature(self.network.forward).parameters
         self._accepts = {name: name in accepted for name in ("attention_mask", "token_type_ids", "use_cache")}
 
@@ -102,7 +103,7 @@ class OutputModel:
         if self._accepts["use_cache"]:
             arguments["use_cache"] = False
         if self.kind == "classifier":
-            logits = self.network(**arguments).logits
+            logits = self._in_order(self.network(**arguments).logits)
         else:
             logits = self._answer_logits(batch, arguments)
         logits = logits if logits.dtype == torch.float64 else logits.float()
@@ -111,6 +112,9 @@ class OutputModel:
             row = batch.rows[int((~finite).nonzero()[0])]
             raise NonFiniteRowError(row, "the model's logits are not finite; try --dtype float32, or check the adapter")
         return logits
+
+    def _in_order(self, logits: Tensor) -> Tensor:
+        return logits if self.output_order is None else logits[:, self.output_order]
 
     def _answer_logits(self, batch: Batch, arguments: dict[str, Any]) -> Tensor:
         last = batch.last_positions()
