@@ -135,7 +135,6 @@ def test_a_model_without_head_or_output_lora_has_no_last_layer():
     ("lora", "word"),
     [
         ({"target_modules": ["embed_tokens"]}, "Embedding"),
-        ({"use_dora": True}, "Dora"),
     ],
 )
 def test_uncovered_layers_are_refused_by_name(lora, word):

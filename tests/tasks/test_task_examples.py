@@ -45,6 +45,14 @@ def test_a_missing_field_is_named_with_its_row() -> None:
     assert required_fields(load_task("arc-c"), "causal") == ("choices", "question")
 
 
+@pytest.mark.parametrize(
+    "row", [{"text": "t", "label": 1}, {"text": "t", "sentence": "s"}, {"text": "t", "passage": "p"}]
+)
+def test_a_template_is_not_skipped_for_the_text_of_a_row_with_other_fields(row: dict[str, object]) -> None:
+    with pytest.raises(DataError, match=r"no value for .*a row without other fields"):
+        render(load_task("boolq"), row, kind="causal")
+
+
 def test_a_ready_text_is_taken_as_it_is() -> None:
     ready = "Answer yourself: {{ no template }} "
     example = render(load_task("boolq"), {"text": ready, "id": "q1"}, kind="causal", index=4)
@@ -118,7 +126,12 @@ def test_a_label_that_is_both_an_answer_and_an_index_is_refused() -> None:
     stars = task_with(doc_to_choice=["1", "2", "3"], doc_to_target="{{label}}")
     with pytest.raises(DataError, match="label '1' is ambiguous: it is an answer and the index of another one"):
         target_of(stars, label="1")
-    assert target_of(stars, label=1) == 1
+    with pytest.raises(DataError, match="label 1 is ambiguous"):
+        target_of(stars, label=1)
+    assert target_of(stars, label=3) == 2 and target_of(stars, label=0) == 0
+    assert target_of(replace(stars, doc_to_target="{{ label | string }}"), label=1) == 0
+    codes = task_with(doc_to_choice=["1", "2", "5", "9"], doc_to_target="label")
+    assert [target_of(codes, label=label) for label in (1, 2, 5, 9, "1", "9")] == [0, 1, 2, 3, 0, 3]
     assert target_of(replace(stars, doc_to_target="label"), label="1") == 0
     assert target_of(replace(stars, doc_to_target="{{ label | int }}"), label="1") == 1
 

@@ -11,6 +11,10 @@ computed, and the pass ends at the lowest Bayesian layer.
 
 With ``recompute_blocks`` set on the output model (gradient checkpointing), a block stores its inputs only and is
 recomputed in the backward pass; hooks on its layers then run during the recomputation.
+
+A layer that the model calls several times in one pass (shared weights) is shown to the observer once, with the tokens
+of all calls one after another: ``G = Σ_calls Σ_t g_t a_tᵀ``. Which layers these are, and which read an input that all
+rows share (embeddings of relative positions), is found by a forward pass of two equal rows before the first batch.
 """
 
 from __future__ import annotations
@@ -27,8 +31,8 @@ from torch.utils.hooks import RemovableHandle
 from lapora.curvature.checkpointing import ForwardOverride, RecomputedBlock, blocks_of
 from lapora.errors import AdapterError
 from lapora.models.batches import Batch
-from lapora.models.lora_layers import BayesianLayer
-from lapora.models.outputs import OutputModel
+from lapora.models.lora_layers import BayesianLayer, norm_overrides
+from lapora.models.outputs import Layout, OutputModel
 
 Directions = Callable[[Tensor], Tensor]
 """Maps logits ``(B, C)`` to directions ``(K, B, C)``; K = 0 runs the forward pass only."""
@@ -78,12 +82,26 @@ class Observer(Protocol):
 class _Boundary:
     """Cut of the graph after a block: the block's output, and the leaf tensor that the next block reads.
 
-    A block to be recomputed has no output yet.
+    A block to be recomputed has no output yet; ``calls`` are the numbers of calls of each layer before it.
     """
 
     output: Tensor | RecomputedBlock
     leaf: Tensor
     upstream: list[Tensor] = field(default_factory=list)
+    calls: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass
+class _Call:
+    """One call of a layer that runs several times: its input, and the output gradient of each direction."""
+
+    inputs: Tensor
+    mask: Tensor | None
+    gradients: list[Tensor] = field(default_factory=list)
+
+
+class _GradientsAroundBlocksError(Exception):
+    """A layer received a gradient after its block was finished."""
 
 
 class Linearisation:
@@ -108,14 +126,20 @@ class Linearisation:
         self._last_source: tuple[Tensor, str] | None = None
         self._input_owner: dict[str, str] = {}
         self._open: dict[str, BayesianLayer] = {}
-        self._finished: set[str] = set()
-        self._called: set[str] = set()
+        self._open_calls: set[tuple[str, int]] = set()
+        self._finished: set[tuple[str, int]] = set()
+        self._calls: dict[str, int] = {}
+        self._repeated: dict[str, dict[int, _Call]] = {}
+        self._probed: dict[str, list[Layout]] | None = None
         self._hooks_disabled = False
 
     def __enter__(self) -> Linearisation:
         for layer in self.layers:
             if layer.source is not layer.module:
                 self._handles.append(layer.source.register_forward_pre_hook(self._source_hook(layer)))
+                self._handles.append(layer.source.register_forward_hook(self._per_row_hook))
+                self._handles.append(layer.module.register_forward_pre_hook(self._expand_hook))
+                self._handles += [ForwardOverride(*each) for each in norm_overrides(layer)]
             self._handles.append(layer.module.register_forward_hook(self._layer_hook(layer)))
         for block in blocks_of(self.output_model.network, self.layers):
             if self.output_model.recompute_blocks:
@@ -146,9 +170,36 @@ class Linearisation:
             Logits at the MAP, ``(B, C)``, detached.
 
         Raises:
-            AdapterError: The model runs a layer twice, or carries gradients around its blocks.
+            AdapterError: The model carries gradients around blocks that are recomputed.
             NonFiniteRowError: A logit is NaN or infinite.
         """
+        self._probe(batch)
+        try:
+            return self._run(batch, directions)
+        except _GradientsAroundBlocksError as error:
+            if self.output_model.recompute_blocks:
+                raise AdapterError(
+                    f"{error}: the model carries gradients around its transformer blocks, so they cannot be "
+                    "recomputed; run without --gradient-checkpointing and without offloading"
+                ) from None
+            self.output_model.cut_blocks = False
+        return self._run(batch, directions)
+
+    def _probe(self, batch: Batch) -> None:
+        """Find how often, and on which layout of tokens, the model calls each layer; once per model."""
+        layouts = self.output_model.layouts
+        if all(layer.name in layouts for layer in self.layers):
+            return
+        self._reset()
+        self._probed = {layer.name: [] for layer in self.layers}
+        try:
+            with torch.no_grad():
+                self.output_model.logits(self.output_model.probe(batch))
+            layouts.update(self._probed)
+        finally:
+            self._probed = None
+
+    def _run(self, batch: Batch, directions: Directions) -> Tensor:
         self._reset()
         self._batch = batch
         self.observer.begin(batch)
@@ -157,35 +208,43 @@ class Linearisation:
                 logits = self.output_model.logits(batch)
             self.forward_calls += 1
             along = directions(logits.detach()).to(logits.dtype)
-            if len(along) and logits.requires_grad:
-                self._backward(logits, along)
+            at_map, graph = logits.detach(), [logits]
+            del logits
+            if len(along) and graph[0].requires_grad:
+                self._backward(graph.pop(), along)
             self.observer.end(len(batch), len(along))
-            return logits.detach()
+            return at_map
         finally:
             self._reset()
 
     def _backward(self, logits: Tensor, along: Tensor) -> None:
         self.backward_calls += len(along)
         self._backward_through_block(logits, list(along))
+        del logits
         while self._boundaries:
             boundary = self._boundaries.pop()
             if boundary.upstream:
                 source = boundary.output
                 if isinstance(source, RecomputedBlock):
+                    self._calls = dict(boundary.calls)
                     self._backward_through_block(source.output(), boundary.upstream, source.entries)
                 else:
                     self._backward_through_block(source, boundary.upstream)
+        for layer in self.layers:
+            if layer.name in self._repeated:
+                self._finish_repeated(layer, len(along))
 
     def _backward_through_block(
         self, output: Tensor, gradients: list[Tensor], entries: Sequence[tuple[Tensor, Tensor]] = ()
     ) -> None:
         """Run the backward pass of one block for all directions, then finish its layers."""
         for index, gradient in enumerate(gradients):
-            retain = index < len(gradients) - 1
-            output.backward(gradient, retain_graph=retain)
+            # Several blocks may share what lies between blocks (an encoder's output): all graphs are freed with their
+            # boundaries, not by the last direction.
+            output.backward(gradient, retain_graph=True)
             for block_input, leaf in entries:
                 if leaf.grad is not None:
-                    block_input.backward(leaf.grad, retain_graph=retain)
+                    block_input.backward(leaf.grad, retain_graph=True)
                     leaf.grad = None
             for boundary in self._boundaries:
                 if boundary.leaf.grad is None:
@@ -197,14 +256,55 @@ class Linearisation:
                 boundary.leaf.grad = None
             for leaf in self._leaves:
                 leaf.grad = None
+        self._finished |= self._open_calls
         for layer in self._open.values():
-            self.observer.finish(layer)
-        self._finished |= self._open.keys()
-        self._open = {}
+            if not self._is_repeated(layer):
+                self.observer.finish(layer)
+            elif all((layer.name, call) in self._finished for call in range(len(self._layouts(layer)))):
+                self._finish_repeated(layer, len(gradients))
+        self._open, self._open_calls = {}, set()
+
+    def _finish_repeated(self, layer: BayesianLayer, directions: int) -> None:
+        """Show the observer a layer that runs several times, with the tokens of all calls one after another."""
+        calls = [call for _, call in sorted(self._repeated.pop(layer.name).items())]
+        inputs = torch.cat([call.inputs for call in calls], dim=1)
+        masks = [inputs.new_ones(call.inputs.shape[:2]).bool() if call.mask is None else call.mask for call in calls]
+        mask = None if all(call.mask is None for call in calls) else torch.cat(masks, dim=1)
+        saved = self.observer.observe_input(layer, layer.name, inputs, mask)
+        widths = {gradient.shape[2] for call in calls for gradient in call.gradients}
+        if not widths:
+            return
+        for direction in range(directions):
+            parts = [
+                call.gradients[direction] if call.gradients else inputs.new_zeros(*call.inputs.shape[:2], *widths)
+                for call in calls
+            ]
+            self.observer.observe_gradient(layer, saved, torch.cat(parts, dim=1))
+        self.observer.finish(layer)
+
+    def _layouts(self, layer: BayesianLayer) -> list[Layout]:
+        return self.output_model.layouts[layer.name]
+
+    def _is_repeated(self, layer: BayesianLayer) -> bool:
+        return len(self._layouts(layer)) > 1
+
+    def _expand_hook(self, module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        """Give each row its own copy of an input that all rows share, so that each has its own gradient."""
+        if not self._is_shared(arguments):
+            return None
+        return arguments[0].expand(len(cast(Batch, self._batch)), -1, -1), *arguments[1:]
+
+    def _per_row_hook(self, module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> Tensor | None:
+        return output.as_subclass(_PerRow) if self._is_shared(arguments) else None
+
+    def _is_shared(self, arguments: tuple[Any, ...]) -> bool:
+        if self._batch is None or self._hooks_disabled or len(self._batch) == 1:
+            return False
+        return arguments[0].dim() == 3 and arguments[0].shape[0] == 1 and self._batch.input_ids.shape[1] > 1
 
     def _source_hook(self, layer: BayesianLayer) -> Callable[..., None]:
         def hook(module: nn.Module, arguments: tuple[Any, ...]) -> None:
-            if self._hooks_disabled:
+            if self._hooks_disabled or self._batch is None or self._is_repeated(layer):
                 return
             source = arguments[0]
             if self._last_source is None or not _same_storage(self._last_source[0], source):
@@ -215,39 +315,53 @@ class Linearisation:
 
     def _layer_hook(self, layer: BayesianLayer) -> Callable[..., Tensor | None]:
         def hook(module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> Tensor | None:
+            if self._probed is not None:
+                self._probed[layer.name].append(self.output_model.layout_of(arguments[0]))
             batch = self._batch
-            if batch is None or self._hooks_disabled:
+            if batch is None:
                 return None
-            if layer.name in self._called:
+            index = self._calls.get(layer.name, 0)
+            self._calls[layer.name] = index + 1
+            if self._hooks_disabled:
+                return None
+            layouts = self._layouts(layer) or ["rows"]
+            if index >= len(layouts):
                 raise AdapterError(
-                    f"{layer.name}: the model runs this layer more than once per forward pass (shared weights), "
-                    "which is not supported; use an adapter on layers that run once"
+                    f"{layer.name}: the model runs this layer {len(layouts)} times for one row and more often for "
+                    "another, which is not supported; leave it out of target_modules"
                 )
-            self._called.add(layer.name)
-            inputs, mask = self.output_model.token_view(layer, arguments[0].detach(), batch)
-            input_owner = self._input_owner.get(layer.name, layer.name)
+            layout = layouts[index]
+            inputs, mask = self.output_model.token_view(layer, arguments[0].detach(), batch, layout)
             features = _with_bias_input(layer, _at_least_float32(inputs))
-            saved = self.observer.observe_input(layer, input_owner, features, mask)
+            call = _Call(features, mask)
+            saved = None
+            if self._is_repeated(layer):
+                self._repeated.setdefault(layer.name, {})[index] = call
+            else:
+                input_owner = self._input_owner.get(layer.name, layer.name)
+                saved = self.observer.observe_input(layer, input_owner, features, mask)
             if not output.requires_grad:
                 output.requires_grad_()
                 self._leaves.append(output)
 
             def gradient_hook(gradient: Tensor) -> None:
-                if layer.name in self._finished:
-                    raise AdapterError(
-                        f"{layer.name}: the model carries gradients around its transformer blocks, which is not "
-                        "supported; use a base model whose blocks run one after another"
-                    )
+                if (layer.name, index) in self._finished:
+                    raise _GradientsAroundBlocksError(layer.name)
                 self._open[layer.name] = layer
-                self.observer.observe_gradient(layer, saved, self._gradient_view(layer, gradient, batch))
+                self._open_calls.add((layer.name, index))
+                view = self._gradient_view(layer, gradient, batch, layout)
+                if self._is_repeated(layer):
+                    call.gradients.append(view)
+                else:
+                    self.observer.observe_gradient(layer, saved, view)
 
             output.register_hook(gradient_hook)
             return output
 
         return hook
 
-    def _gradient_view(self, layer: BayesianLayer, gradient: Tensor, batch: Batch) -> Tensor:
-        view, mask = self.output_model.token_view(layer, gradient, batch)
+    def _gradient_view(self, layer: BayesianLayer, gradient: Tensor, batch: Batch, layout: Layout) -> Tensor:
+        view, mask = self.output_model.token_view(layer, gradient, batch, layout)
         if layer.answer_rows_only:
             view = view[..., cast(Tensor, self.output_model.answer_token_ids).to(view.device)]
         view = _at_least_float32(view)
@@ -255,7 +369,7 @@ class Linearisation:
 
     def _cut_graph(self, module: nn.Module, arguments: tuple[Any, ...], output: Any) -> Any:
         hidden = output if isinstance(output, Tensor) else output[0]
-        if self._batch is None or not hidden.requires_grad:
+        if self._batch is None or not hidden.requires_grad or not self.output_model.cut_blocks:
             return None
         leaf = hidden.detach().requires_grad_()
         self._boundaries.append(_Boundary(hidden, leaf))
@@ -267,6 +381,7 @@ class Linearisation:
         """Run a block without a graph, and store its inputs for recomputation."""
         if self._batch is None or not torch.is_grad_enabled():
             return forward(*arguments, **keywords)
+        calls = dict(self._calls)
         self._hooks_disabled = True
         try:
             with torch.no_grad():
@@ -275,7 +390,7 @@ class Linearisation:
             self._hooks_disabled = False
         hidden = output if isinstance(output, Tensor) else output[0]
         leaf = hidden.detach().requires_grad_()
-        self._boundaries.append(_Boundary(RecomputedBlock(forward, arguments, keywords), leaf))
+        self._boundaries.append(_Boundary(RecomputedBlock(forward, arguments, keywords), leaf, calls=calls))
         return leaf if isinstance(output, Tensor) else (leaf, *output[1:])
 
     def _reset(self) -> None:
@@ -283,9 +398,25 @@ class Linearisation:
         self._boundaries = []
         self._leaves = []
         self._last_source = None
-        self._open = {}
+        self._open, self._open_calls = {}, set()
         self._finished = set()
-        self._called = set()
+        self._calls, self._repeated = {}, {}
+
+
+class _PerRow(Tensor):
+    """Output for each row of a layer whose input all rows share; repeating it over the rows changes nothing."""
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, arguments: Any = (), keywords: Any = None) -> Any:
+        """Skip ``repeat`` along the first dimension; keep the class under changes of layout."""
+        if function is Tensor.repeat and all(times == 1 for times in arguments[2:]):
+            return arguments[0].as_subclass(Tensor)
+        with torch._C.DisableTorchFunctionSubclass():
+            result = function(*arguments, **(keywords or {}))
+        return result.as_subclass(cls) if function in _CHANGES_OF_LAYOUT else result
+
+
+_CHANGES_OF_LAYOUT = {Tensor.view, Tensor.reshape, Tensor.permute, Tensor.transpose, Tensor.contiguous}
 
 
 def _same_storage(first: Tensor, second: Tensor) -> bool:

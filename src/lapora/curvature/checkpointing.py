@@ -63,22 +63,23 @@ class RecomputedBlock:
 
 
 class ForwardOverride:
-    """Replace a module's forward function until :meth:`remove` is called.
+    """Replace a module's forward function, or another method, until :meth:`remove` is called.
 
     Args:
         module: The module.
-        run: Called with the original forward function, the positional and the keyword arguments.
+        run: Called with the original function, the positional and the keyword arguments.
+        name: The method's name.
     """
 
-    def __init__(self, module: nn.Module, run: Callable[..., Any]) -> None:
-        self._module = module
-        self._original = module.__dict__.get("forward")  # set if another library has wrapped it (accelerate)
-        forward = module.forward
-        module.forward = lambda *arguments, **keywords: run(forward, arguments, keywords)
+    def __init__(self, module: nn.Module, run: Callable[..., Any], name: str = "forward") -> None:
+        self._module, self._name = module, name
+        self._original = module.__dict__.get(name)  # set if another library has wrapped it (accelerate)
+        original = getattr(module, name)
+        setattr(module, name, lambda *arguments, **keywords: run(original, arguments, keywords))
 
     def remove(self) -> None:
-        """Restore the module's forward function."""
+        """Restore the module's function."""
         if self._original is None:
-            del self._module.forward
+            delattr(self._module, self._name)
         else:
-            self._module.forward = self._original
+            setattr(self._module, self._name, self._original)

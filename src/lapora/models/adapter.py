@@ -9,9 +9,9 @@ import hashlib
 import json
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,15 +27,17 @@ _KIND_BY_TASK_TYPE: dict[str, ModelKind] = {"CAUSAL_LM": "causal", "SEQ_CLS": "c
 
 # Settings of a LoraConfig under which a layer no longer computes  W x + scaling * B A x.
 _UNSUPPORTED_SETTINGS = {
-    "use_dora": "DoRA (use_dora)",
     "use_qalora": "QA-LoRA (use_qalora)",
     "use_bdlora": "block-diagonal LoRA (use_bdlora)",
     "alora_invocation_tokens": "activated LoRA (alora_invocation_tokens)",
     "arrow_config": "Arrow routing (arrow_config)",
     "kasa_config": "KaSA (kasa_config)",
     "monteclora_config": "MonteCLoRA (monteclora_config)",
-    "target_parameters": "LoRA on bare parameters (target_parameters)",
 }
+
+
+# Initializations by which PEFT changes the base weights at every load, differently each time.
+_REDRAWN = re.compile(r"pissa_niter_\d+|lora_ga")
 
 
 @dataclass(frozen=True)
@@ -70,12 +72,29 @@ class Adapter:
 
     def number_of_labels(self) -> int | None:
         """Return the number of outputs of the saved classification head, or None without one."""
-        heads = [
-            shape
-            for key, shape in self.shapes.items()
-            if key.endswith(("score.weight", "classifier.weight", "out_proj.weight")) and "lora_" not in key
-        ]
-        return heads[-1][0] if heads else None
+        return _number_of_labels(self.shapes)
+
+
+_HEADS = ("logits_proj", "linear_out", "out_proj", "classifier", "score", "summary")
+"""Names of the layer that writes the outputs of a classification head: XLNet's, Funnel's, RoBERTa's, ..., XLM's."""
+
+
+def _number_of_labels(shapes: Mapping[str, tuple[int, ...]]) -> int | None:
+    saved = {
+        tuple(key.split(".")): shape
+        for key, shape in shapes.items()
+        if key.endswith(".weight") and "lora_" not in key and len(shape) == 2
+    }
+    for head in _HEADS:
+        found = [shape[0] for parts, shape in saved.items() if parts[-2] == head and not _in_block(parts)]
+        if found:
+            return found[-1]
+    return None
+
+
+def _in_block(parts: Sequence[str]) -> bool:
+    """Return whether a parameter is in a numbered block, such as a fully trained attention layer."""
+    return any(part.isdigit() for part in parts)
 
 
 def check_adapter_files(path: Path) -> dict[str, Any]:
@@ -89,7 +108,7 @@ def check_adapter_files(path: Path) -> dict[str, Any]:
     config = _read_config(path)
     _check_supported(path, config)
     task_type = config.get("task_type")
-    if task_type not in _KIND_BY_TASK_TYPE:
+    if task_type is not None and task_type not in _KIND_BY_TASK_TYPE:
         raise AdapterError(
             f"{path / CONFIG_FILE}: task_type {task_type!r} is not supported; it must be CAUSAL_LM or SEQ_CLS "
             "(set it, if the adapter is one of these)"
@@ -120,13 +139,16 @@ def read_adapter(location: str | Path) -> Adapter:
     path = Path(location)
     config = check_adapter_files(path)
     weights = path / WEIGHTS_FILE
+    shapes = _tensor_shapes(weights)
+    task_type = config.get("task_type")
+    without_type: ModelKind = "causal" if _number_of_labels(shapes) is None else "classifier"
     return Adapter(
         path=path,
         config=config,
-        kind=_KIND_BY_TASK_TYPE[config["task_type"]],
+        kind=without_type if task_type is None else _KIND_BY_TASK_TYPE[task_type],
         sha256=_digest(weights),
-        shapes=_tensor_shapes(weights),
-        notes=_notes(config),
+        shapes=shapes,
+        notes=_notes(config, shapes),
     )
 
 
@@ -152,18 +174,50 @@ def _check_supported(path: Path, config: dict[str, Any]) -> None:
     peft_type = config.get("peft_type")
     if peft_type != "LORA":
         raise AdapterError(f"{path}: peft_type {peft_type} is not supported; only LORA is")
+    initialization = config.get("init_lora_weights")
+    if isinstance(initialization, str) and _REDRAWN.fullmatch(initialization.lower()):
+        raise AdapterError(
+            f"{path}: init_lora_weights is {initialization}, which changes the base weights by a random decomposition "
+            "each time the adapter is loaded, so that no posterior fits it; convert the adapter to plain LoRA where "
+            'it was trained: model.save_pretrained(DIR, path_initial_model_for_weight_conversion="INITIAL_ADAPTER")'
+        )
     found = [name for key, name in _UNSUPPORTED_SETTINGS.items() if config.get(key)]
     if found:
         raise AdapterError(f"{path}: {', '.join(found)} is not supported; only plain LoRA is")
 
 
-def _notes(config: dict[str, Any]) -> tuple[str, ...]:
-    notes = []
+def _notes(config: dict[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> tuple[str, ...]:
+    fixed = []
     if config.get("bias", "none") != "none" or config.get("lora_bias"):
-        notes.append("the adapter's biases stay fixed at their trained values: the posterior does not include them")
+        fixed.append("the adapter's biases")
     if config.get("trainable_token_indices"):
-        notes.append("trained token embeddings stay fixed: the posterior does not include them")
+        fixed.append("trained token embeddings")
+    if any("lora_embedding_A" in key for key in shapes):
+        fixed.append("LoRA on embeddings")
+    if any(".lora_A." in key and len(shape) > 2 for key, shape in shapes.items()):
+        fixed.append("LoRA on convolutions")
+    if config.get("use_dora"):
+        fixed.append("DoRA's magnitudes")
+    if config.get("target_parameters"):
+        fixed.append("LoRA on experts (target_parameters)")
+    notes = [f"fixed at their trained values, not in the posterior: {', '.join(fixed)}"] if fixed else []
+    if config.get("task_type") is None:
+        kind = "a causal model: no" if _number_of_labels(shapes) is None else "a classifier: a"
+        notes.append(f"task_type is missing in {CONFIG_FILE}; taken for {kind} classification head is saved")
+    unknown = _unknown_settings(config)
+    if unknown:
+        notes.append(
+            f"{CONFIG_FILE} has settings that the installed PEFT does not know and ignores: {', '.join(unknown)}"
+        )
     return tuple(notes)
+
+
+def _unknown_settings(config: dict[str, Any]) -> list[str]:
+    """Return the settings with a value that the installed PEFT has no field for."""
+    from peft import LoraConfig
+
+    known = {each.name for each in fields(LoraConfig)}
+    return sorted(key for key, value in config.items() if key not in known and value not in (None, False, "", [], {}))
 
 
 def _digest(file: Path) -> str:

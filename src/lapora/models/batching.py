@@ -88,6 +88,7 @@ class BatchFeed:
         processes: The processes that share the rows; this rank's shard is yielded.
         bucketed: Pad every row to :func:`bucket_length`, independent of the other rows of its batch. The padded
             length determines the summation order in attention, so that results then hardly depend on the batch size.
+            Ignored where only rows of equal length share a batch.
     """
 
     def __init__(
@@ -100,7 +101,7 @@ class BatchFeed:
         bucketed: bool = False,
     ) -> None:
         self.size = size
-        self._bucketed = bucketed
+        self._bucketed = bucketed and not output_model.equal_lengths
         self._output_model = output_model
         self._encoded = encoded
         order = sorted(range(len(encoded)), key=lambda row: (-len(encoded[row].input_ids), row))
@@ -111,7 +112,7 @@ class BatchFeed:
         while self._done < len(self._order):
             longest = self._length(self._order[self._done])
             rows = self._order[self._done : self._done + self.size.for_length(longest)]
-            if self._bucketed:
+            if self._bucketed or self._output_model.equal_lengths:
                 rows = [row for row in rows if self._length(row) == longest]
             self._done += len(rows)
             yield collate(

@@ -27,7 +27,7 @@ def prepared_for_fit(model: nn.Module, pad_token_id: int) -> Iterator[None]:
     training = {module: module.training for module in model.modules()}
     required = {parameter: parameter.requires_grad for parameter in model.parameters()}
     text_config = cast(Any, model).config.get_text_config()
-    original_pad_token_id = text_config.pad_token_id
+    original_pad_token_id = getattr(text_config, "pad_token_id", None)
     try:
         model.eval()
         model.requires_grad_(False)

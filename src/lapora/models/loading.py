@@ -173,7 +173,7 @@ def _load_adapter(adapter: Adapter, base: nn.Module, base_name: str) -> PeftMode
     absent = sorted(set(expected) - set(adapter.shapes))
     # peft also saves embeddings, and an output layer with LoRA, in full, and loads them back.
     state = set(model.state_dict())
-    full = {k for k in adapter.shapes if "embed" in k or (k.endswith(".base_layer.weight") and k in state)}
+    full = {k for k in adapter.shapes if "embed" in k or k in state}
     unexpected = sorted(set(adapter.shapes) - set(expected) - full)
     if absent or unexpected:
         raise AdapterError(

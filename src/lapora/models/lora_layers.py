@@ -6,7 +6,7 @@ r to d_out.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, cast
@@ -14,13 +14,17 @@ from typing import Any, Literal, cast
 import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
 from peft.utils import ModulesToSaveWrapper
-from torch import nn
+from torch import Tensor, nn
 
 from lapora.config import Subset
 from lapora.errors import AdapterError, UsageError
 
 Role = Literal["A", "B", "head"]
+
+_PLAIN_VARIANTS = ("DoraLinearVariant", "MiCALinearVariant")
+"""PEFT's variants whose gradient in A and B is that of a linear layer; DoRA's norm is detached."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,10 +85,16 @@ def find_bayesian_layers(model: PeftModel, subset: Subset = "lora") -> list[Baye
     output_path = _output_layer_path(model)
     head_paths = _saved_head_paths(model)
     layers: list[BayesianLayer] = []
+    fixed: list[str] = []
     for path, module in model.named_modules():
         if isinstance(module, LoraLayer) and adapter_name in {*module.lora_A, *module.lora_embedding_A}:
+            if not _is_linear(module, adapter_name):
+                fixed.append(f"{path} ({type(module.get_base_layer()).__name__})")
+                continue
             in_head = path == output_path or any(path.startswith(head + ".") for head in head_paths)
             layers += _factors(path, module, adapter_name, in_head, writes_vocabulary=path == output_path)
+    if fixed and not layers:
+        raise AdapterError(f"{fixed[0]}: the adapter has LoRA on no linear layer, which is not supported")
     if not layers:
         raise AdapterError("the adapter has no LoRA layers on this base model; check --base-model")
     if subset == "lora":
@@ -118,22 +128,45 @@ def _saved_head_paths(model: PeftModel) -> list[str]:
     ]
 
 
+def _is_linear(module: LoraLayer, adapter_name: str) -> bool:
+    """Return whether the factors run as linear layers; embeddings, convolutions and bare parameters do not."""
+    if adapter_name not in module.lora_A or isinstance(module, ParamWrapper):
+        return False
+    return all(type(each[adapter_name]) is nn.Linear for each in (module.lora_A, module.lora_B))
+
+
 def _factors(
     path: str, module: LoraLayer, adapter_name: str, in_head: bool, writes_vocabulary: bool
 ) -> list[BayesianLayer]:
     if module.merged:
         raise AdapterError(f"{path}: merged adapters are not supported; call unmerge_adapter, or load it unmerged")
-    if adapter_name in module.lora_variant:
-        variant = type(module.lora_variant[adapter_name]).__name__
+    variant = type(module.lora_variant.get(adapter_name)).__name__
+    if adapter_name in module.lora_variant and variant not in _PLAIN_VARIANTS:
         raise AdapterError(f"{path}: {variant} is not supported; only plain LoRA is")
-    pair = [module.lora_A[adapter_name], module.lora_B[adapter_name]] if adapter_name in module.lora_A else []
-    if not pair or not all(type(factor) is nn.Linear for factor in pair):
-        target = type(module.get_base_layer()).__name__
-        raise AdapterError(f"{path}: LoRA on a {target} is not supported; only LoRA on linear layers is")
-    first, second = cast("list[nn.Linear]", pair)
+    first, second = (cast(nn.Linear, each[adapter_name]) for each in (module.lora_A, module.lora_B))
     return [
         BayesianLayer(f"{path}.lora_A", "A", first, cast(nn.Module, module), reads_answer_only=in_head),
         BayesianLayer(f"{path}.lora_B", "B", second, second, in_head, answer_rows_only=writes_vocabulary),
+    ]
+
+
+def norm_overrides(layer: BayesianLayer) -> list[tuple[nn.Module, Callable[..., Any], str]]:
+    """Return the methods to override so that DoRA's weight norm is computed without running the LoRA layers.
+
+    PEFT computes ``B A`` as ``lora_B(lora_A(I))`` and detaches the norm of ``W + B A`` from the graph, so that this
+    call has no gradient; it is computed from the weights here.
+
+    Returns:
+        Modules, functions for :class:`lapora.curvature.checkpointing.ForwardOverride` and names of methods.
+    """
+
+    def product(original: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Tensor:
+        names = dict(zip(("lora_A", "lora_B"), arguments, strict=False)) | keywords
+        return (names["lora_B"].weight @ names["lora_A"].weight).detach()
+
+    magnitudes = getattr(layer.source, "lora_magnitude_vector", {})
+    return [
+        (module, product, "get_lora_weight") for module in magnitudes.values() if hasattr(module, "get_lora_weight")
     ]
 
 

@@ -92,7 +92,7 @@ def _build(adapter: Adapter, resolved: ResolvedBase, trust_remote_code: bool) ->
     if element_type == torch.float64:
         model = model.double()
     text = base.config.get_text_config()
-    if text.pad_token_id is None:
+    if getattr(text, "pad_token_id", None) is None:
         text.pad_token_id = 0  # required by decoders with a classification head
     _check_shapes(adapter, model, base_name)
     return model.eval().requires_grad_(False)
@@ -226,12 +226,6 @@ class MetaOutputModel(OutputModel):
         causal = self.kind == "causal"
         logits = self._answer_logits(batch, arguments) if causal else self.network(**arguments).logits
         return logits if logits.dtype == torch.float64 else logits.float()
-
-    def _answer_columns(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        if self._supports_logits_to_keep:
-            return torch.zeros(1, dtype=torch.long), torch.zeros(len(batch), dtype=torch.long)
-        last = torch.zeros(len(batch), dtype=torch.long)
-        return last, last
 
 
 def empty_batch(rows: int, tokens: int) -> Batch:

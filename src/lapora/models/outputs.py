@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
-from typing import Any, cast
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal, cast
 
 import torch
 from peft import PeftModel
@@ -16,12 +17,16 @@ from lapora.models.batches import Batch, PaddingSide
 from lapora.models.device_map import entry_device, is_offloaded
 from lapora.models.lora_layers import BayesianLayer
 
+Layout = Literal["rows", "tokens", "shared"]
+"""Dimensions of a layer's input: ``(B, T, F)``, ``(T, B, F)``, or ``(1, P, F)`` with P positions for all rows."""
+
 
 class OutputModel:
     """The network ``f``: maps token ids to C logits.
 
     A sequence classifier returns its own logits. A causal language model returns the logits of the answer tokens at
-    the last real token of the prompt; if the architecture supports it, its head runs only at that position.
+    the last real token of the prompt; its head runs only at that position. Rows are padded on the right, and positions
+    are left to the model: real tokens then have the positions that they have alone, however the model counts them.
 
     Args:
         model: The PEFT model, in eval mode.
@@ -30,6 +35,13 @@ class OutputModel:
         answer_token_ids: Token id of each answer, for a causal model.
         recompute_blocks: Store only the inputs of transformer blocks, and recompute the blocks in the backward pass
             (gradient checkpointing). Always on for offloaded models.
+
+    Attributes:
+        equal_lengths: Whether only rows of equal length share a batch, because padding would change the logits; see
+            :func:`lapora.models.padding_check.sees_padding`.
+        layouts: Layout of each call of each layer in one pass, by the layer's name, once it is known.
+        output_order: For each answer, the index of its output of a classification head; None is the order of the head.
+        cut_blocks: Whether the backward pass is cut at the transformer blocks.
 
     Raises:
         ValueError: A causal model without ``answer_token_ids``.
@@ -54,21 +66,22 @@ class OutputModel:
         self.recompute_blocks = recompute_blocks or is_offloaded(self.network)
         self.device = entry_device(self.network)
         self.answer_token_ids = None if answer_token_ids is None else torch.tensor(answer_token_ids, device=self.device)
+        self.equal_lengths = False
+        self.layouts: dict[str, list[Layout]] = {}
+        self.cut_blocks = True
+        self.output_order: list[int] | None = None
         accepted = inspect.signature(self.network.forward).parameters
-        self._accepts = {name: name in accepted for name in ("position_ids", "token_type_ids", "use_cache")}
-        self._supports_logits_to_keep = kind == "causal" and "logits_to_keep" in accepted
+        self._accepts = {name: name in accepted for name in ("attention_mask", "token_type_ids", "use_cache")}
 
     @property
     def max_positions(self) -> int | None:
         """Maximum number of positions of the network, or None if its configuration has none."""
-        config = getattr(self.network, "config", None)
-        text = config.get_text_config() if config is not None else None
-        return cast("int | None", getattr(text, "max_position_embeddings", None))
+        return positions_of(self.network)
 
     @property
     def padding_side(self) -> PaddingSide:
-        """Left for a causal model, so that the last tokens of all rows are in one column."""
-        return "left" if self.kind == "causal" else "right"
+        """Right, for both kinds of model: on the left, padding would shift learned positions."""
+        return "right"
 
     def logits(self, batch: Batch) -> Tensor:
         """Compute the logits ``f`` of the answers.
@@ -82,13 +95,15 @@ class OutputModel:
         Raises:
             NonFiniteRowError: A logit is NaN or infinite; the error has the first such row.
         """
-        arguments: dict[str, Any] = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+        arguments: dict[str, Any] = {"input_ids": batch.input_ids}
+        if self._accepts["attention_mask"]:
+            arguments["attention_mask"] = batch.attention_mask
         if batch.token_type_ids is not None and self._accepts["token_type_ids"]:
             arguments["token_type_ids"] = batch.token_type_ids
         if self._accepts["use_cache"]:
             arguments["use_cache"] = False
         if self.kind == "classifier":
-            logits = self.network(**arguments).logits
+            logits = self._in_order(self.network(**arguments).logits)
         else:
             logits = self._answer_logits(batch, arguments)
         logits = logits if logits.dtype == torch.float64 else logits.float()
@@ -98,32 +113,48 @@ class OutputModel:
             raise NonFiniteRowError(row, "the model's logits are not finite; try --dtype float32, or check the adapter")
         return logits
 
+    def _in_order(self, logits: Tensor) -> Tensor:
+        return logits if self.output_order is None else logits[:, self.output_order]
+
     def _answer_logits(self, batch: Batch, arguments: dict[str, Any]) -> Tensor:
-        if self._accepts["position_ids"]:
-            # Position ids count real tokens only, so that left padding does not shift them.
-            arguments["position_ids"] = (batch.attention_mask.cumsum(dim=1) - 1).clamp(min=0)
-        positions, columns = self._answer_columns(batch)
-        if self._supports_logits_to_keep:
-            arguments["logits_to_keep"] = positions
-        logits = self.network(**arguments).logits
-        rows = torch.arange(len(batch), device=logits.device)
-        return logits[rows, columns.to(logits.device)][:, cast(Tensor, self.answer_token_ids).to(logits.device)]
-
-    def _answer_columns(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Return the positions at which the head runs, and for each row the index of its answer's position."""
         last = batch.last_positions()
-        if not self._supports_logits_to_keep:
-            return last, last
-        return torch.unique(last, return_inverse=True)
+        with _head_at(self.network, last, batch.input_ids.shape[1]):
+            logits = self.network(**arguments).logits
+        return _at(logits, last).index_select(1, cast(Tensor, self.answer_token_ids).to(logits.device))
 
-    def token_view(self, layer: BayesianLayer, values: Tensor, batch: Batch) -> tuple[Tensor, Tensor | None]:
+    def probe(self, batch: Batch) -> Batch:
+        """Return copies of a batch's first row, from whose number :meth:`layout_of` tells rows and tokens apart."""
+        tokens = batch.input_ids.shape[1]
+        self._probe_shape = (3 if tokens == 2 else 2, tokens)
+        first = torch.zeros(self._probe_shape[0], dtype=torch.long, device=batch.input_ids.device)
+        return Batch(
+            input_ids=batch.input_ids[first],
+            attention_mask=batch.attention_mask[first],
+            token_type_ids=None if batch.token_type_ids is None else batch.token_type_ids[first],
+            rows=(batch.rows[0],) * len(first),
+            has_padding=batch.has_padding,
+        )
+
+    def layout_of(self, values: Tensor) -> Layout:
+        """Return the layout of a layer's input in the pass over :meth:`probe`'s batch."""
+        rows, tokens = self._probe_shape
+        if values.dim() != 3 or values.shape[0] == rows:
+            return "rows"
+        if values.shape[:2] == (tokens, rows):
+            return "tokens"
+        return "shared" if values.shape[0] == 1 else "rows"
+
+    def token_view(
+        self, layer: BayesianLayer, values: Tensor, batch: Batch, layout: Layout = "rows"
+    ) -> tuple[Tensor, Tensor | None]:
         """Select the token positions of a layer that contribute to the logits.
 
         Args:
             layer: The layer.
-            values: Input of the layer, or gradient of its output: ``(B, T, features)``, or ``(B, features)`` after
-                the model has pooled the tokens.
+            values: Input of the layer, or gradient of its output: ``(B, T, features)``, ``(B T, features)``, or
+                ``(B, features)`` after the model has pooled the tokens.
             batch: The current batch.
+            layout: Layout of the layer's input.
 
         Returns:
             ``(B, T', features)``, and a ``(B, T')`` boolean mask of real tokens, or None without padding. A head that
@@ -132,27 +163,95 @@ class OutputModel:
         Raises:
             NumericalError: The shape does not identify rows and tokens.
         """
-        if values.dim() == 2 and values.shape[0] == len(batch):
+        rows, tokens = batch.input_ids.shape
+        if layout == "shared" and values.dim() == 3 and values.shape[0] == rows:
+            return values, None
+        if layout == "tokens" and values.dim() == 3:
+            values = values.transpose(0, 1)
+        if values.dim() == 2 and values.shape[0] == rows:
             return values.unsqueeze(1), None
-        if values.dim() != 3 or values.shape[0] != len(batch):
+        if values.dim() == 2 and values.shape[0] == rows * tokens:
+            values = values.unflatten(0, (rows, tokens))
+        if values.dim() != 3 or values.shape[0] != rows:
             raise NumericalError(
-                f"{layer.name}: its input has shape {tuple(values.shape)}, not (rows, tokens, features); "
-                "this architecture is not supported"
+                f"{layer.name}: its input has shape {tuple(values.shape)}, not (rows, tokens, features), so the "
+                "gradients of a row cannot be told apart; leave this layer out of target_modules"
             )
         if layer.reads_answer_only:
-            columns = self._head_columns(batch).to(values.device)
-            rows = torch.arange(len(batch), device=values.device)
-            return values[rows, columns].unsqueeze(1), None
-        if values.shape[1] != batch.attention_mask.shape[1]:
+            return _at(values, self._head_positions(batch)).unsqueeze(1), None
+        if values.shape[1] != tokens:
             raise NumericalError(
-                f"{layer.name}: {values.shape[1]} positions for {batch.attention_mask.shape[1]} tokens, so padding "
-                "cannot be masked; this architecture is not supported"
+                f"{layer.name}: {values.shape[1]} positions for {tokens} tokens, so padding cannot be masked; leave "
+                "this layer out of target_modules"
             )
         return values, batch.attention_mask.to(values.device).bool() if batch.has_padding else None
 
-    def _head_columns(self, batch: Batch) -> Tensor:
+    def _head_positions(self, batch: Batch) -> Tensor:
         if self.kind == "causal":
-            return self._answer_columns(batch)[1]
+            return batch.last_positions()
         # A decoder with a classification head reads the last token whose id is not the padding id.
         positions = torch.arange(batch.input_ids.shape[1], device=batch.input_ids.device)
         return ((batch.input_ids != self.pad_token_id) * positions).argmax(dim=1)
+
+
+def positions_of(network: nn.Module) -> int | None:
+    """Return the maximum number of positions of a base model, or None if its configuration has none."""
+    config = getattr(network, "config", None)
+    if config is None:
+        return None
+    text = config.get_text_config()
+    for name in ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length"):
+        try:
+            positions = getattr(text, name, None)
+        except NotImplementedError:  # XLNet has no limit
+            return None
+        if isinstance(positions, int) and positions > 0:
+            return positions - _reserved_positions(network)
+    return None
+
+
+def _reserved_positions(network: nn.Module) -> int:
+    """Return the positions that no token has: RoBERTa counts from ``padding_idx + 1``."""
+    for name, module in network.named_modules():
+        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.padding_idx is not None:
+            return module.padding_idx + 1
+    return 0
+
+
+def _at(values: Tensor, positions: Tensor) -> Tensor:
+    """Select one position of each row: ``(B, T, F)`` to ``(B, F)``; with T = 1 it has been selected already."""
+    if values.shape[1] == 1:
+        return values[:, 0]
+    return values[torch.arange(len(values), device=values.device), positions.to(values.device)]
+
+
+@contextmanager
+def _head_at(network: nn.Module, positions: Tensor, tokens: int) -> Iterator[None]:
+    """Give the language-model head only one position of each row, so that it returns ``(B, 1, V)``.
+
+    ``logits_to_keep`` would do so only where all rows have the same length. A head that is not a module, or that is
+    not called on ``(B, T, features)``, returns the logits of all positions.
+
+    Args:
+        network: The base model.
+        positions: Position for each row, ``(B,)``.
+        tokens: T, with padding.
+    """
+    find = getattr(network, "get_output_embeddings", None)
+    head = None if find is None else find()
+
+    def select(module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        if not arguments or not isinstance(arguments[0], Tensor) or arguments[0].dim() != 3:
+            return None
+        if arguments[0].shape[:2] != (len(positions), tokens):
+            return None
+        return _at(arguments[0], positions).unsqueeze(1), *arguments[1:]
+
+    if not isinstance(head, nn.Module):
+        yield
+        return
+    handle = head.register_forward_pre_hook(select)
+    try:
+        yield
+    finally:
+        handle.remove()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -68,7 +69,7 @@ def render(
 ) -> Example:
     """Render one row.
 
-    A row that lacks the task's fields but has a ``text`` is a ready prompt, used unchanged.
+    A row with a ``text`` and nothing else (but an ``id``) is a ready prompt, used unchanged.
 
     Args:
         task: The task.
@@ -91,11 +92,14 @@ def render(
     templates = task.prompt_templates(kind)
     needed = required_fields(task, kind)
     missing = [name for name in needed if values.get(name) is None]
-    ready = bool(missing) and isinstance(values.get("text"), str)
+    # A row with other fields lacks one of the task's: without the template it would be another prompt.
+    others = [name for name, value in values.items() if value is not None and name not in _BESIDE_A_READY_PROMPT]
+    ready = bool(missing) and not others and isinstance(values.get("text"), str)
     if missing and not ready:
         raise DataError(
             f"{where}: no value for {listed(missing)}, required by task {quoted(task.task)}; the row has "
-            f'{listed([str(name) for name in values]) or "no fields"}; add the field, or a ready prompt as "text"'
+            f"{listed([str(name) for name in values]) or 'no fields'}; add the field, "
+            'or give a ready prompt as "text" in a row without other fields'
         )
     if ready:
         texts: tuple[str, ...] = (values["text"],)
@@ -234,7 +238,10 @@ def _evaluated_choices(template: CompiledTemplate, values: Mapping[str, Any], wh
         raise DataError(f"{where}: doc_to_choice: {error}") from None
 
 
+_BESIDE_A_READY_PROMPT = ("text", "id", "adapter", "task")
 _NO_LABEL = (None, "")
+_IS_FIELD = re.compile(r"\s*(\{\{\s*\w+\s*\}\}|\w+)\s*")
+_IS_TEXT = re.compile(r"\|\s*string\b")
 
 
 def label_source(task: Task) -> str:
@@ -268,9 +275,17 @@ def target_of(task: Task, values: Mapping[str, Any], answers: tuple[str, ...], w
     if isinstance(result, float) and result.is_integer():
         result = int(result)
     if isinstance(result, int):
-        return None if result == -1 else _index(result, answers, where)
+        if result == -1:
+            return None
+        return (
+            _index_of_number(result, answers, where)
+            if _IS_FIELD.fullmatch(template.source)
+            else _index(result, answers, where)
+        )
     if isinstance(result, str):
-        return _index_of_text(result, answers, where, rendered=not template.is_field)
+        return _index_of_text(
+            result, answers, where, rendered=not (template.is_field or _IS_TEXT.search(str(task.doc_to_target)))
+        )
     if result is None:
         return None
     raise _unknown_label(result, answers, where)
@@ -280,6 +295,21 @@ def _index(number: int, answers: tuple[str, ...], where: str) -> int:
     if not 0 <= number < len(answers):
         raise _unknown_label(number, answers, where)
     return number
+
+
+def _index_of_number(number: int, answers: tuple[str, ...], where: str) -> int:
+    """Return the answer whose text a number is, else the answer whose index it is."""
+    if str(number) not in answers:
+        return _index(number, answers, where)
+    position = answers.index(str(number))
+    # Answers such as 1, 2, 5, 9 number nothing, so that labels are their texts.
+    are_numbering = all(int(answer) <= len(answers) for answer in answers if answer.isdecimal())
+    if number != position and number < len(answers) and are_numbering:
+        raise DataError(
+            f"{where}: label {number} is ambiguous: it is an answer and the index of another one; use `| string` in "
+            "doc_to_target for the answer, or `| int` for the index"
+        )
+    return position
 
 
 def _index_of_text(text: str, answers: tuple[str, ...], where: str, *, rendered: bool) -> int | None:
@@ -293,7 +323,7 @@ def _index_of_text(text: str, answers: tuple[str, ...], where: str, *, rendered:
             # lm-evaluation-harness reads digits as an index, but the task's author may mean the answer's text.
             raise DataError(
                 f"{where}: label {quoted(text)} is ambiguous: it is an answer and the index of another one; set "
-                "doc_to_target to the field's bare name for the answer, or use `| int` for the index"
+                "doc_to_target to the field's bare name, or use `| string`, for the answer, or `| int` for the index"
             )
         return position
     if number is not None:

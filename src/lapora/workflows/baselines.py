@@ -181,6 +181,8 @@ def _member_log_p(
             f"--ensemble {member.path}: {loaded.number_of_labels} outputs, and ADAPTER has {own.number_of_labels}"
         )
     outputs = OutputModel(loaded.model, loaded.kind, loaded.pad_token_id, fitted.model.token_ids)
+    outputs.output_order = fitted.model.outputs.output_order
+    outputs.equal_lengths = fitted.model.outputs.equal_lengths
     there = replace(fitted.model, loaded=loaded, outputs=outputs)
     return [forward_log_p(there, there.encode(rows.examples)) for rows in sets]
 

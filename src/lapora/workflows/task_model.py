@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from lapora.config import DataSettings, Dtype, ModelSettings
 from lapora.distributed import SINGLE_PROCESS, Processes
-from lapora.errors import AdapterError, DataError, NonFiniteRowError, NumericalError, UsageError
+from lapora.errors import AdapterError, DataError, LaporaWarning, NonFiniteRowError, NumericalError, UsageError
 from lapora.likelihoods.base import Averaging
 from lapora.models.adapter import Adapter, ModelKind, read_adapter
 from lapora.models.batches import Batch
@@ -22,6 +23,7 @@ from lapora.models.batching import BatchFeed, BatchSize
 from lapora.models.loading import LoadedModel, Loader, load_model
 from lapora.models.lora_layers import BayesianLayer, find_bayesian_layers
 from lapora.models.outputs import OutputModel
+from lapora.models.padding_check import check_padding
 from lapora.posterior.gaussian import Posterior
 from lapora.posterior.prior import PriorPrecision
 from lapora.predictive.moments import LinearisedPredictor
@@ -89,6 +91,9 @@ class TaskModel:
         token_ids = None if token_ids is None else list(token_ids)
         outputs = OutputModel(loaded.model, loaded.kind, loaded.pad_token_id, token_ids)
         outputs.recompute_blocks |= how.gradient_checkpointing
+        if loaded.kind == "classifier":
+            outputs.output_order = order_of_outputs(loaded, task, choices)
+        check_padding(outputs, loaded.tokenizer, loaded.quantize != "none")
         return cls(
             loaded=loaded,
             outputs=outputs,
@@ -219,6 +224,31 @@ def answer_tokens(
             "give the task the adapter was trained on"
         )
     return None
+
+
+def order_of_outputs(loaded: LoadedModel, task: Task, choices: Sequence[str]) -> list[int] | None:
+    """Return for each answer the index of its output, by the names in the head's ``id2label``; None if in order.
+
+    Raises:
+        DataError: Some of the names are answers in another order, and others are not answers.
+    """
+    id2label = getattr(loaded.model.get_base_model().config, "id2label", None) or {}
+    names = [str(id2label.get(index, id2label.get(str(index), ""))).strip().casefold() for index in range(len(choices))]
+    answers = [choice.strip().casefold() for choice in choices]
+    if not any(name in answers and answers.index(name) != index for index, name in enumerate(names)):
+        return None
+    order = ", ".join(str(label) for label in id2label.values())
+    if sorted(names) != sorted(answers):
+        raise DataError(
+            f"task {task.task} has the answers {', '.join(choices)} in an order that the head's id2label contradicts "
+            f"({order}); write doc_to_choice in the order of the head's outputs"
+        )
+    warnings.warn(
+        f"the answers {', '.join(choices)} are matched to the head's outputs by name ({order}: id2label)",
+        LaporaWarning,
+        stacklevel=3,
+    )
+    return [names.index(answer) for answer in answers]
 
 
 def open_posterior(model: ModelSettings, name: str) -> tuple[Adapter, SavedPosterior]:

@@ -1,0 +1,83 @@
+"""Self-check of a model: padding must not change the logits of a row.
+
+A mask hides padding from attention, but not from convolutions over tokens, Fourier transforms, or pooling at the last
+position. No list of architectures would be complete, so two rows of unlike length are run alone and together.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any, NamedTuple, cast
+
+import torch
+
+from lapora.errors import LaporaWarning, NonFiniteRowError
+from lapora.models.batches import collate
+from lapora.models.outputs import OutputModel
+
+_TEXTS = ("Yes or no ?", "Is it so that the cows are in the barn and the sheep in the office , or not ?")
+_TOLERANCE = 1e-4
+_HALF_TOLERANCE = 5e-2
+"""In half precision, or with 8-bit inputs, kernels round differently for other shapes."""
+
+
+class _Row(NamedTuple):
+    input_ids: list[int]
+    token_type_ids: list[int] | None = None
+
+
+def check_padding(output_model: OutputModel, tokenizer: Any, quantized: bool) -> None:
+    """Let only rows of equal length share a batch if padding changes the logits, and warn of it.
+
+    Args:
+        output_model: The network.
+        tokenizer: Its tokenizer, with which two short texts are encoded.
+        quantized: Whether the base is quantized.
+    """
+    if sees_padding(output_model, tokenizer, quantized):
+        output_model.equal_lengths = True
+        name = getattr(getattr(output_model.network, "config", None), "model_type", "this base model")
+        warnings.warn(
+            f"{name}: padding changes the logits of a row; batches are of rows of equal length, which is slower",
+            LaporaWarning,
+            stacklevel=2,
+        )
+
+
+def sees_padding(output_model: OutputModel, tokenizer: Any, quantized: bool = False) -> bool:
+    """Return whether two rows of unlike length have other logits together than alone."""
+    rows = _rows(output_model, tokenizer)
+    if len(rows) < 2:
+        return False
+    try:
+        with torch.no_grad():
+            together = _logits(output_model, rows)
+            alone = torch.cat([_logits(output_model, [row]) for row in rows])
+    except (NonFiniteRowError, IndexError):  # rows of the data will meet the error, and are named in it
+        return False
+    half = quantized or output_model.network.dtype in (torch.float16, torch.bfloat16)
+    tolerance = _HALF_TOLERANCE if half else _TOLERANCE
+    return bool((together - alone).abs().max() > tolerance * alone.abs().max())
+
+
+def _rows(output_model: OutputModel, tokenizer: Any) -> list[_Row]:
+    encoded = [_Row(list(tokenizer(text)["input_ids"])) for text in _TEXTS]
+    short, long = encoded
+    limit = output_model.max_positions
+    if limit is not None and len(long.input_ids) > limit:
+        return []
+    embeddings = cast(Any, output_model.network).get_input_embeddings()
+    if max([0, *short.input_ids, *long.input_ids]) >= getattr(embeddings, "num_embeddings", 1 << 62):
+        return []
+    return [] if not short.input_ids or len(short.input_ids) == len(long.input_ids) else encoded
+
+
+def _logits(output_model: OutputModel, rows: list[_Row]) -> torch.Tensor:
+    batch = collate(
+        rows,
+        range(len(rows)),
+        pad_token_id=output_model.pad_token_id,
+        padding_side=output_model.padding_side,
+        device=output_model.device,
+    )
+    return output_model.logits(batch)

@@ -1,0 +1,184 @@
+"""Kinds of base models: positions, padding, shared layers, layouts; the covariance is the dense one to round-off."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+
+from lapora.curvature.passes import CurvatureRun
+from lapora.errors import LaporaWarning
+from lapora.models.batching import BatchFeed, BatchSize
+from lapora.models.lora_layers import find_bayesian_layers
+from lapora.models.padding_check import check_padding, sees_padding
+from lapora.posterior.structures import fit_structure
+from tiny_bases import covariance_error, row_ids, tiny_base
+from tiny_models import batches, dense_jacobian
+
+
+def words_to_ids(text):
+    """A tokenizer of 32 words."""
+    return {"input_ids": [1 + sum(map(ord, word)) % 30 for word in text.split()]}
+
+
+POSITIONS = ["gpt2", "opt", "gpt_neo", "bloom", "roberta", "recurrent_gemma", "rwkv", "codegen"]
+
+
+@pytest.mark.parametrize("name", POSITIONS)
+def test_padding_moves_no_causal_model(name):
+    """Learned positions, positions counted from the padding id, alibi, rotary positions, recurrence."""
+    answers = tiny_base(name, "causal")
+    assert not sees_padding(answers, words_to_ids)
+    assert covariance_error(answers) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["bart", "mbart", "pegasus", "plbart"])
+def test_padding_moves_no_decoder_of_an_encoder_decoder_model(name):
+    """Their cross-attention does not run, so that its layers have no gradient."""
+    answers = tiny_base(name, "causal", targets=["fc1", "fc2"])
+    assert not sees_padding(answers, words_to_ids)
+    assert covariance_error(answers) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "bart"])
+def test_the_head_runs_at_one_position_of_each_row(name):
+    answers = tiny_base(name, "causal", targets=["fc1"] if name == "bart" else "all-linear")
+    shapes = []
+    head = answers.network.get_output_embeddings()
+    handle = head.register_forward_hook(lambda module, inputs, output: shapes.append(tuple(output.shape)))
+    answers.logits(next(batches(answers, row_ids(answers), 5)))
+    handle.remove()
+    assert shapes == [(5, 1, 32)]
+
+
+@pytest.mark.parametrize("name", ["fnet", "convbert", "xlnet"])
+def test_a_model_that_sees_padding_has_batches_of_equal_length(name):
+    answers = tiny_base(name, "classifier", targets=["dense"] if name == "fnet" else "all-linear")
+    with pytest.warns(LaporaWarning, match="rows of equal length"):
+        check_padding(answers, words_to_ids, quantized=False)
+    encoded = row_ids(answers, 12)
+    feed = list(BatchFeed(answers, encoded, BatchSize(8), bucketed=True))
+    assert sorted(row for batch in feed for row in batch.rows) == list(range(12))
+    assert not any(batch.has_padding for batch in feed) and any(len(batch) > 1 for batch in feed)
+    layers = find_bayesian_layers(answers.model)
+    logits, _ = dense_jacobian(answers, layers[:1], encoded)
+    for batch in feed:
+        torch.testing.assert_close(answers.logits(batch).detach(), logits[list(batch.rows)], atol=1e-6, rtol=1e-6)
+    assert covariance_error(answers) < 1e-5
+
+
+def test_a_model_that_masks_padding_is_left_alone():
+    answers = tiny_base("bert", "classifier")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check_padding(answers, words_to_ids, quantized=False)
+    assert not answers.equal_lengths
+
+
+SHARED = [
+    ("albert", {}),
+    ("deberta-v2", {}),
+    ("deberta-v2", {"share_att_key": False}),
+    ("deberta", {}),
+]
+
+
+@pytest.mark.parametrize("size", [1, 3])
+@pytest.mark.parametrize(("name", "settings"), SHARED)
+def test_layers_that_run_several_times_sum_their_gradients_over_calls(name, settings, size):
+    answers = tiny_base(name, "classifier", **settings)
+    assert covariance_error(answers, size=size) < 1e-5
+
+
+@pytest.mark.parametrize(("name", "settings"), SHARED)
+def test_layers_that_run_several_times_in_blocks_that_are_recomputed(name, settings):
+    answers = tiny_base(name, "classifier", **settings)
+    answers.recompute_blocks = True
+    assert covariance_error(answers) < 1e-5
+
+
+def test_the_positions_of_deberta_are_not_masked_where_they_are_as_many_as_the_tokens():
+    answers = tiny_base("deberta-v2", "classifier", targets=["query_proj", "key_proj"])
+    layers = find_bayesian_layers(answers.model)
+    found = []
+    for pad_to in (8, 9):  # eight relative positions
+        run = CurvatureRun(
+            answers, layers, lambda pad=pad_to: batches(answers, row_ids(answers), 1, pad_to=pad), [0] * 5, 3
+        )
+        found.append(fit_structure("diag", run)[0].eigenvalues)
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["albert", "deberta-v2"])
+@pytest.mark.parametrize("structure", ["kron", "reduce", "ekfac", "diag", "full"])
+def test_shared_layers_do_not_depend_on_batches_and_diag_is_exact(name, structure):
+    answers = tiny_base(name, "classifier")
+    layers = find_bayesian_layers(answers.model)
+    encoded = row_ids(answers, 6)
+    found = []
+    for size in (1, 4):
+        run = CurvatureRun(
+            answers,
+            layers,
+            lambda size=size: batches(answers, encoded, size),
+            [0] * 6,
+            3,
+            weight_sharing="reduce" if structure == "reduce" else "expand",
+        )
+        found.append(fit_structure("kron" if structure == "reduce" else structure, run)[0].eigenvalues)
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-12)
+    if structure == "diag":
+        logits, jacobian = dense_jacobian(answers, layers, encoded)
+        p = torch.softmax(logits, dim=1)
+        hessian = torch.diag_embed(p) - p.unsqueeze(2) * p.unsqueeze(1)
+        exact = torch.einsum("ncp,ncd,ndp->p", jacobian, hessian, jacobian)
+        torch.testing.assert_close(torch.cat([each.reshape(-1) for each in found[0]]), exact, rtol=1e-6, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("name", "targets"),
+    [
+        ("t5", ["q", "v", "wo"]),
+        ("mt5", ["q", "v"]),
+        ("mbart", ["q_proj", "v_proj", "fc1"]),
+        ("xlm", "all-linear"),
+        ("flaubert", "all-linear"),
+    ],
+)
+def test_graphs_between_blocks_are_kept_for_all_blocks_that_need_them(name, targets):
+    assert covariance_error(tiny_base(name, "classifier", targets=targets)) < 1e-5
+
+
+def test_a_layer_between_blocks_that_several_blocks_read_is_followed_without_cuts():
+    """Gemma 3n and 4 project the inputs of all layers at once, outside their blocks."""
+    answers = tiny_base(
+        "gemma4_text",
+        "causal",
+        hidden_size_per_layer_input=4,
+        num_kv_shared_layers=0,
+        vocab_size_per_layer_input=32,
+        global_head_dim=8,
+    )
+    assert covariance_error(answers) < 1e-4
+    assert not answers.cut_blocks
+
+
+@pytest.mark.parametrize("name", ["opt", "qwen2_moe"])
+def test_tokens_that_are_flattened_before_a_linear_layer(name):
+    settings = {"experts_implementation": "eager"} if name == "qwen2_moe" else {}
+    assert covariance_error(tiny_base(name, "causal", **settings)) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_the_norm_of_dora_has_no_gradient(name):
+    answers = tiny_base(name, "causal", lora={"use_dora": True})
+    assert covariance_error(answers) < 1e-5
+
+
+def test_lora_on_an_embedding_beside_linear_layers_is_fixed():
+    answers = tiny_base("llama", "causal", targets=["embed_tokens", "q_proj"])
+    assert {layer.name.split(".")[-2] for layer in find_bayesian_layers(answers.model)} == {"q_proj"}
+    assert covariance_error(answers) < 1e-5
