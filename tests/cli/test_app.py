@@ -231,7 +231,7 @@ def test_damaged_factors_are_refused(lapora, demo):
 
 def test_uncovered_methods_are_refused_by_name(lapora, demo, tmp_path):
     config = json.loads((demo / "adapter" / "adapter_config.json").read_text())
-    for change, word in (({"use_dora": True}, "DoRA"), ({"peft_type": "IA3"}, "IA3")):
+    for change, word in (({"peft_type": "ADALORA"}, "ADALORA"), ({"peft_type": "IA3"}, "IA3")):
         (tmp_path / "adapter_config.json").write_text(json.dumps(config | change))
         done = lapora("fit", tmp_path, "--data", "boolq")
         assert done.returncode == 3 and word in done.stderr

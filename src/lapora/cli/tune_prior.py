@@ -27,7 +27,7 @@ def tune_prior_command(
     ],
     as_json: JsonOption = False,
 ) -> None:
-    """Choose the prior precision, or average over it. It decides how uncertain the weights are.
+    """Choose the prior, or average over it. It decides how uncertain the weights are.
 
     Examples:
         lapora tune-prior ADAPTER

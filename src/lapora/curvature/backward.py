@@ -227,7 +227,7 @@ class Linearisation:
                 source = boundary.output
                 if isinstance(source, RecomputedBlock):
                     self._calls = dict(boundary.calls)
-                    self._backward_through_block(source.output(), boundary.upstream, source.entries)
+                    self._backward_through_block(source.output(), boundary.upstream, source.entries, recomputed=True)
                 else:
                     self._backward_through_block(source, boundary.upstream)
         for layer in self.layers:
@@ -235,13 +235,18 @@ class Linearisation:
                 self._finish_repeated(layer, len(along))
 
     def _backward_through_block(
-        self, output: Tensor, gradients: list[Tensor], entries: Sequence[tuple[Tensor, Tensor]] = ()
+        self,
+        output: Tensor,
+        gradients: list[Tensor],
+        entries: Sequence[tuple[Tensor, Tensor]] = (),
+        *,
+        recomputed: bool = False,
     ) -> None:
         """Run the backward pass of one block for all directions, then finish its layers."""
         for index, gradient in enumerate(gradients):
-            # Several blocks may share what lies between blocks (an encoder's output): all graphs are freed with their
-            # boundaries, not by the last direction.
-            output.backward(gradient, retain_graph=True)
+            # Several blocks may share what lies between blocks (an encoder's output): such a graph is freed with its
+            # boundaries. That of a recomputed block is its own, and is freed by the last direction.
+            output.backward(gradient, retain_graph=not recomputed or index < len(gradients) - 1)
             for block_input, leaf in entries:
                 if leaf.grad is not None:
                     block_input.backward(leaf.grad, retain_graph=True)
