@@ -100,6 +100,9 @@ class _Call:
     gradients: list[Tensor] = field(default_factory=list)
 
 
+_FREED = "backward through the graph a second time"
+
+
 class _GradientsAroundBlocksError(Exception):
     """A layer received a gradient after its block was finished."""
 
@@ -183,7 +186,12 @@ class Linearisation:
                     "recomputed; run without --gradient-checkpointing and without offloading"
                 ) from None
             self.output_model.cut_blocks = False
-        return self._run(batch, directions)
+        except RuntimeError as error:
+            if self.output_model.retain_graphs or _FREED not in str(error):
+                raise
+            # Several blocks read the same tensors between blocks, such as an encoder's output.
+            self.output_model.retain_graphs = True
+        return self.run(batch, directions)
 
     def _probe(self, batch: Batch) -> None:
         """Find how often, and on which layout of tokens, the model calls each layer; once per model."""
@@ -227,7 +235,7 @@ class Linearisation:
                 source = boundary.output
                 if isinstance(source, RecomputedBlock):
                     self._calls = dict(boundary.calls)
-                    self._backward_through_block(source.output(), boundary.upstream, source.entries, recomputed=True)
+                    self._backward_through_block(source.output(), boundary.upstream, source.entries)
                 else:
                     self._backward_through_block(source, boundary.upstream)
         for layer in self.layers:
@@ -235,21 +243,15 @@ class Linearisation:
                 self._finish_repeated(layer, len(along))
 
     def _backward_through_block(
-        self,
-        output: Tensor,
-        gradients: list[Tensor],
-        entries: Sequence[tuple[Tensor, Tensor]] = (),
-        *,
-        recomputed: bool = False,
+        self, output: Tensor, gradients: list[Tensor], entries: Sequence[tuple[Tensor, Tensor]] = ()
     ) -> None:
         """Run the backward pass of one block for all directions, then finish its layers."""
         for index, gradient in enumerate(gradients):
-            # Several blocks may share what lies between blocks (an encoder's output): such a graph is freed with its
-            # boundaries. That of a recomputed block is its own, and is freed by the last direction.
-            output.backward(gradient, retain_graph=not recomputed or index < len(gradients) - 1)
+            retain = index < len(gradients) - 1 or self.output_model.retain_graphs
+            output.backward(gradient, retain_graph=retain)
             for block_input, leaf in entries:
                 if leaf.grad is not None:
-                    block_input.backward(leaf.grad, retain_graph=True)
+                    block_input.backward(leaf.grad, retain_graph=retain)
                     leaf.grad = None
             for boundary in self._boundaries:
                 if boundary.leaf.grad is None:

@@ -42,6 +42,7 @@ class OutputModel:
         layouts: Layout of each call of each layer in one pass, by the layer's name, once it is known.
         output_order: For each answer, the index of its output of a classification head; None is the order of the head.
         cut_blocks: Whether the backward pass is cut at the transformer blocks.
+        retain_graphs: Whether a block's graph is kept after its last direction, for other blocks that read it.
 
     Raises:
         ValueError: A causal model without ``answer_token_ids``.
@@ -69,6 +70,7 @@ class OutputModel:
         self.equal_lengths = False
         self.layouts: dict[str, list[Layout]] = {}
         self.cut_blocks = True
+        self.retain_graphs = False
         self.output_order: list[int] | None = None
         accepted = inspect.signature(self.network.forward).parameters
         self._accepts = {name: name in accepted for name in ("attention_mask", "token_type_ids", "use_cache")}
