@@ -340,10 +340,9 @@ class Linearisation:
             layout = layouts[index]
             inputs, mask = self.output_model.token_view(layer, arguments[0].detach(), batch, layout)
             features = _with_bias_input(layer, _at_least_float32(inputs))
-            call = _Call(features, mask)
-            saved = None
+            call, saved = None, None  # of one of them alone: the other would keep the input until the backward pass
             if self._is_repeated(layer):
-                self._repeated.setdefault(layer.name, {})[index] = call
+                call = self._repeated.setdefault(layer.name, {})[index] = _Call(features, mask)
             else:
                 input_owner = self._input_owner.get(layer.name, layer.name)
                 saved = self.observer.observe_input(layer, input_owner, features, mask)
@@ -357,7 +356,7 @@ class Linearisation:
                 self._open[layer.name] = layer
                 self._open_calls.add((layer.name, index))
                 view = self._gradient_view(layer, gradient, batch, layout)
-                if self._is_repeated(layer):
+                if call is not None:
                     call.gradients.append(view)
                 else:
                     self.observer.observe_gradient(layer, saved, view)
