@@ -176,7 +176,7 @@ class Linearisation:
             AdapterError: The model carries gradients around blocks that are recomputed.
             NonFiniteRowError: A logit is NaN or infinite.
         """
-        self._probe(batch)
+        self.probe(batch)
         try:
             return self._run(batch, directions)
         except _GradientsAroundBlocksError as error:
@@ -193,8 +193,12 @@ class Linearisation:
             self.output_model.retain_graphs = True
         return self.run(batch, directions)
 
-    def _probe(self, batch: Batch) -> None:
-        """Find how often, and on which layout of tokens, the model calls each layer; once per model."""
+    def probe(self, batch: Batch) -> None:
+        """Find how often, and on which layout of tokens, the model calls each layer; done once per model.
+
+        Args:
+            batch: Two copies of its first row are run, without a graph.
+        """
         layouts = self.output_model.layouts
         if all(layer.name in layouts for layer in self.layers):
             return

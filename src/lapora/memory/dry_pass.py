@@ -136,6 +136,8 @@ def _peak_bytes(
         tokens = [0] * classes if meta_model.kind == "causal" else None
         output_model = MetaOutputModel(meta_model.model, meta_model.kind, 0, tokens, recompute_blocks=recompute_blocks)
         batch = empty_batch(*shape)
+        with Linearisation(output_model, layers, observer) as linearisation:
+            linearisation.probe(batch)
         with LiveMemory(meta_model.model) as memory, Linearisation(output_model, layers, observer) as linearisation:
             linearisation.run(batch, lambda logits: class_columns(logits)[:1].expand(directions, *logits.shape))
         return memory.peak
