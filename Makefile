@@ -29,7 +29,7 @@ test: $(STAMP)-test ## run the tests
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 test-slow: $(STAMP)-test ## run the slow tests
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m slow -n $(WORKERS) --dist worksteal
 
 lint: $(STAMP)-dev ## run ruff, mypy and the import contracts
 	$(BIN)/ruff check .

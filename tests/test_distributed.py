@@ -101,6 +101,7 @@ def commands(demo, adapter, name, lines):
     )
 
 
+@pytest.mark.slow
 def test_the_commands_by_three_processes(demo, adapter, tmp_path):
     """Beside what one process says. Of the lines one is bad, and they do not divide by three."""
     rows = [json.loads(line) for line in (demo / "data" / "validation.jsonl").read_text().splitlines()[:301]]

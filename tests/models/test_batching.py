@@ -230,6 +230,7 @@ print(size.tokens)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the address space is limited as Linux does it")
 def test_real_memory_that_ends(tmp_path):
     from pathlib import Path

@@ -306,7 +306,7 @@ def kill_during(target, folder: Path, settings: dict[str, object], delay: float)
     return process.exitcode
 
 
-@pytest.mark.parametrize("kills", [pytest.param(4, id="few"), pytest.param(50, id="fifty", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [2, pytest.param(50, marks=pytest.mark.slow)])
 def test_killed_at_random_and_resumed_until_it_is_done(tmp_path, kills):
     """kill -9 at random moments, again and again; every time the fit goes on, and in the end nothing is different."""
     tiny = make_adapter(tmp_path, rows=240)
@@ -334,7 +334,7 @@ def test_killed_at_random_and_resumed_until_it_is_done(tmp_path, kills):
     assert killed == kills
 
 
-@pytest.mark.parametrize("kills", [pytest.param(4, id="few"), pytest.param(50, id="fifty", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [2, pytest.param(50, marks=pytest.mark.slow)])
 def test_killed_while_overwriting_or_tuning_leaves_the_old_or_the_new(tmp_path, kills):
     tiny = make_adapter(tmp_path)
     kron, diag = (

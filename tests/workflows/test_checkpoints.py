@@ -156,6 +156,7 @@ def save_tiny_encoder(folder):
     tokenizer.save_pretrained(folder)
 
 
+@pytest.mark.slow
 def test_the_script_trains_a_classifier_whose_head_is_llla(tmp_path):
     save_tiny_encoder(tmp_path / "base")
     rows = [{"body": "a b c a" if i % 2 else "d e d", "label": i % 2} for i in range(24)]
