@@ -151,3 +151,11 @@ def test_each_posterior_has_its_own_section():
     card = with_section(with_section("# Title\n", "one", "first"), "two", "second")
     again = with_section(card, "one", "other \\1 words")
     assert "first" not in again and "other \\1 words" in again and "second" in again and again.startswith("# Title")
+
+
+def test_a_push_without_a_network_is_one_line(made, monkeypatch, capfdbinary):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:1")
+    status, _, errors = command(monkeypatch, capfdbinary, "push", made / "adapter", "anna/farm")
+    assert status == 3
+    assert errors.splitlines()[-1] == "error: anna/farm: the Hub cannot be reached; check the network and try again"

@@ -121,6 +121,7 @@ def push_command(*, model: Annotated[ModelSettings, Fields("adapter", "output_di
     """
     from lapora.workflows.push import push
 
+    print_message(f"uploading to {settings.repository} ...")
     done = push(local_model(model), settings)
     for note in done.notes:
         print_message(f"note: {note}")

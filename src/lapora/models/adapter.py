@@ -312,6 +312,7 @@ def hub_errors(repository: str, revision: str | None = None) -> Iterator[None]:
         GatedRepoError,
         HfHubHTTPError,
         HFValidationError,
+        HTTPError,  # of the client's HTTP library: no answer at all
         LocalEntryNotFoundError,
         OfflineModeIsEnabled,
         RepositoryNotFoundError,
@@ -346,5 +347,5 @@ def hub_errors(repository: str, revision: str | None = None) -> Iterator[None]:
         raise AdapterError(
             f"{repository}: no such directory, and the Hub cannot be reached; check the network, or give a folder"
         ) from error
-    except ConnectionError as error:
+    except (ConnectionError, HTTPError) as error:
         raise AdapterError(f"{repository}: the Hub cannot be reached; check the network and try again") from error

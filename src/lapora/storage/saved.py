@@ -20,8 +20,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lapora.config import JOINT
+from lapora.config import JOINT, ModelSettings
 from lapora.errors import NumericalError, PosteriorError, UsageError, first_line
+from lapora.models.adapter import Adapter, read_adapter
 from lapora.storage.files import fsync_path, os_error_reason, remove_path, write_json
 from lapora.storage.manifest import (
     FORMAT_VERSION,
@@ -37,7 +38,7 @@ from lapora.storage.manifest import (
 if TYPE_CHECKING:
     from lapora.posterior.gaussian import Posterior
 
-__all__ = ["FORMAT_VERSION", "SavedPosterior", "posterior_folder", "saved_names", "write_posterior"]
+__all__ = ["FORMAT_VERSION", "SavedPosterior", "open_posterior", "posterior_folder", "saved_names", "write_posterior"]
 
 MANIFEST_FILE = "posterior.json"
 FACTORS_FILE = "factors.safetensors"
@@ -54,6 +55,16 @@ def posterior_folder(root: Path, name: str) -> Path:
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
         raise UsageError(f"--name {name!r}: letters, digits, '.', '_' and '-' only")
     return root / "laplace" / name
+
+
+def open_posterior(model: ModelSettings, name: str) -> tuple[Adapter, SavedPosterior]:
+    """Read the adapter's files and a posterior's manifest, without checking that they belong together.
+
+    Raises:
+        AdapterError: No adapter.
+        PosteriorError: No such posterior, or a damaged one.
+    """
+    return read_adapter(model.folder), SavedPosterior(posterior_folder(model.root, name))
 
 
 def previous_folder(folder: Path) -> Path:

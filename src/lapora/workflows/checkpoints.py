@@ -25,12 +25,11 @@ from lapora.config import (
     Progress,
 )
 from lapora.errors import PosteriorError, UsageError
-from lapora.storage.saved import SavedPosterior, posterior_folder
+from lapora.storage.saved import SavedPosterior, open_posterior, posterior_folder
 from lapora.tasks import load_rows, load_task
 from lapora.workflows.baselines import checkpoint_folders
 from lapora.workflows.evaluate import run_evaluation
 from lapora.workflows.fit import fit
-from lapora.workflows.task_model import open_posterior
 from lapora.workflows.tune_prior import tune_prior
 
 POSTERIORS: dict[str, FitSettings] = {

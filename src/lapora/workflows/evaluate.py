@@ -24,12 +24,12 @@ from lapora.config import (
 )
 from lapora.errors import DataError, UsageError
 from lapora.models.loading import Loader, load_model
-from lapora.storage.saved import saved_names
+from lapora.storage.saved import open_posterior, saved_names
 from lapora.tasks import data_fingerprint, load_rows, load_task, render_all, resolve_choices
 from lapora.workflows import baselines
 from lapora.workflows.rows import LabelledRows, TuningRows, are_training_rows, read_labelled_rows
 from lapora.workflows.scoring import Prediction, ScoredRows, score_rows
-from lapora.workflows.task_model import Fitted, open_fitted, open_posterior
+from lapora.workflows.task_model import Fitted, open_fitted
 
 
 @dataclass(frozen=True, eq=False)

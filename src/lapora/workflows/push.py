@@ -14,9 +14,8 @@ from lapora.models.adapter import CONFIG_FILE, WEIGHTS_FILE, Adapter, hub_errors
 from lapora.report.card import posterior_section, with_section
 from lapora.storage.compatibility import adapter_differences
 from lapora.storage.manifest import Manifest, without_paths
-from lapora.storage.saved import FACTORS_FILE, MANIFEST_FILE
+from lapora.storage.saved import FACTORS_FILE, MANIFEST_FILE, open_posterior
 from lapora.workflows.results import read_results
-from lapora.workflows.task_model import open_posterior
 
 _CARD = "README.md"
 

@@ -17,7 +17,7 @@ from lapora.config import DataSettings, Dtype, ModelSettings
 from lapora.distributed import SINGLE_PROCESS, Processes
 from lapora.errors import AdapterError, DataError, LaporaWarning, NonFiniteRowError, NumericalError, UsageError
 from lapora.likelihoods.base import Averaging
-from lapora.models.adapter import Adapter, ModelKind, read_adapter
+from lapora.models.adapter import ModelKind
 from lapora.models.batches import Batch
 from lapora.models.batching import BatchFeed, BatchSize
 from lapora.models.loading import LoadedModel, Loader, load_model
@@ -34,7 +34,7 @@ from lapora.storage.compatibility import (
     warn_of_other_versions,
 )
 from lapora.storage.manifest import Prior
-from lapora.storage.saved import SavedPosterior, posterior_folder
+from lapora.storage.saved import SavedPosterior, open_posterior
 from lapora.tasks import EncodedExample, Example, Task, answer_token_ids, encode_all, render, resolve_choices
 from lapora.workflows.rows import read_rows, resolve_task
 
@@ -249,16 +249,6 @@ def order_of_outputs(loaded: LoadedModel, task: Task, choices: Sequence[str]) ->
         stacklevel=3,
     )
     return [names.index(answer) for answer in answers]
-
-
-def open_posterior(model: ModelSettings, name: str) -> tuple[Adapter, SavedPosterior]:
-    """Read the adapter's files and a posterior's manifest; :func:`open_fitted` checks that they belong together.
-
-    Raises:
-        AdapterError: No adapter.
-        PosteriorError: No such posterior, or a damaged one.
-    """
-    return read_adapter(model.folder), SavedPosterior(posterior_folder(model.root, name))
 
 
 def open_fitted(
