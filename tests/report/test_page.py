@@ -167,3 +167,28 @@ def chromium(*arguments: str) -> str:
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-1000:]
     return done.stdout
+
+
+def test_neighboring_precisions_of_equal_scores_are_one_row_of_inspect():
+    from rich.console import Console
+
+    from lapora.report.tables import _validation_curve
+    from lapora.storage.manifest import CurvePoint, Scores, Validation
+
+    scores = [0.7, 0.6, 0.50001, 0.50002, 0.50003]
+    curve = [CurvePoint(nll=nll, ece=0.1, accuracy=0.5, precision=10.0**k) for k, nll in enumerate(scores)]
+    record = Validation(
+        split="validation",
+        n=9,
+        link="mc-joint",
+        scheme="scalar",
+        rows=[],
+        curve=curve,
+        map=Scores(nll=0.50003, ece=0.1, accuracy=0.5),
+    )
+    console = Console(width=80, record=True)
+    console.print(_validation_curve(record))
+    text = console.export_text()
+    assert "100 to 1e+04" in text and "1e+03" not in text
+    assert [line for line in text.splitlines() if "0.600" in line and "10 " in line]
+    assert max(map(len, text.splitlines())) <= 80

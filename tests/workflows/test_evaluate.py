@@ -382,6 +382,15 @@ def test_scores_of_the_training_rows_are_said_to_be_that(adapter, demo):
     assert not any("trained on" in line for line in run(adapter, methods=("map",)).warnings)
 
 
+def test_tuning_on_the_training_rows_is_never_advised(adapter, monkeypatch):
+    monkeypatch.setattr("lapora.metrics.paired_interval", lambda differences: (0.1, 0.2))
+    monkeypatch.setattr("lapora.workflows.evaluate._WORTH_SAYING", -1e9)
+    for split, advised in (("train", "--split validation"), ("validation", "tune on more rows")):
+        warnings = run(adapter, DataSettings(split=split), methods=("map", "laplace")).warnings
+        (line,) = (line for line in warnings if "worse than MAP" in line)
+        assert advised in line and ("tune" in line) == (split == "validation")
+
+
 def test_what_bitsandbytes_says_as_it_is_imported_stays_off_the_terminal(caplog, monkeypatch):
     logger = logging.getLogger("bitsandbytes")
     monkeypatch.setattr(logger, "level", logger.level)

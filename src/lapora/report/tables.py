@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from rich import box
@@ -347,7 +348,7 @@ def print_posterior(manifest: Manifest, prior: Prior) -> None:
         console.print(_weights(prior.averaged))
 
 
-_COUNT_BAR = 30
+_COUNT_BAR = 28
 _LONG_NUMBER = 1e6
 
 
@@ -394,20 +395,23 @@ def _validation_curve(record: Validation) -> Table:
     for title in ("prior precision", "nll", "ece", "accuracy"):
         table.add_column(title, justify="right")
     table.add_column("nll, longer is worse", min_width=_COUNT_BAR)
-    rows: list[tuple[str, Scores]] = [(f"{point.precision:.3g}", point) for point in record.curve]
-    rows.append(("MAP", record.map))
-    evidence = record.marglik
-    if evidence is not None:
-        rows.append(("marglik" if evidence.structure != "scalar" else f"marglik {evidence.precision:.3g}", evidence))
-    values = [point.nll for _, point in rows]
-    low, high = min(values), max(values)
-    for label, point in rows:
-        if label == "MAP":
-            table.add_section()
+    points: list[Scores] = [*record.curve, record.map, *([record.marglik] if record.marglik else [])]
+    low, high = min(point.nll for point in points), max(point.nll for point in points)
+
+    def cells(point: Scores) -> tuple[str, ...]:
         length = 1 + round((_COUNT_BAR - 1) * (point.nll - low) / (high - low or 1.0))
-        least = " least" if point.nll == low else ""
-        cells = (f"{value:.3f}" for value in (point.nll, point.ece, point.accuracy))
-        table.add_row(label, *cells, "█" * length + least)
+        nll, *others = (f"{value:.3f}" for value in (point.nll, point.ece, point.accuracy))
+        return (nll, *others, "█" * length + (" least" if nll == f"{low:.3f}" else ""))
+
+    for shown, equal in groupby(record.curve, key=cells):
+        precisions = [point.precision for point in equal]
+        ends = dict.fromkeys(f"{precision:.3g}" for precision in (precisions[0], precisions[-1]))
+        table.add_row(" to ".join(ends), *shown)
+    table.add_section()
+    table.add_row("MAP", *cells(record.map))
+    if record.marglik is not None:
+        precision = f" {record.marglik.precision:.3g}" if record.marglik.structure == "scalar" else ""
+        table.add_row(f"marglik{precision}", *cells(record.marglik))
     return table
 
 

@@ -94,7 +94,9 @@ def run_evaluation(
     temperature = _temperature(fitted, plan, data, settings, notes)
     left_out = plan.tuning_digests | (temperature.rows if temperature else frozenset())
     rows = read_labelled_rows(fitted.posterior, fitted.model.kind, data, exclude=left_out)
+    advice = remedy_options(model, data)
     if are_training_rows(fitted.posterior.manifest, replace(data, split=rows.split)):
+        advice = ""
         notes.append(f"note: {rows.split} holds the rows that the adapter was trained on: these scores flatter it")
     sets = [rows, *read_shifted_rows(fitted, settings, data.limit)]
 
@@ -113,7 +115,7 @@ def run_evaluation(
         if "laplace" in plan.methods:
             for found, each in zip(predictions, scored, strict=True):
                 found += _laplace(name, plan.links, each)
-            notes += _warnings(fitted, plan.links, rows, scored[0], remedy_options(model, data))
+            notes += _warnings(fitted, plan.links, rows, scored[0], advice)
     record = {
         "task": rows.task.task,
         "split": rows.split,
@@ -295,7 +297,15 @@ def remedy_options(model: ModelSettings, data: DataSettings) -> str:
 
 
 def _remedy(fitted: Fitted, link: Link, options: str) -> str:
-    """Return what to do where Laplace is worse than MAP: a command that works as typed, or other options."""
+    """Return what to do where Laplace is worse than MAP: a command that works as typed, or other options.
+
+    Args:
+        fitted: The fitted adapter.
+        link: The link that was scored.
+        options: Of ``tune-prior``; empty where the rows are those that the adapter was trained on.
+    """
+    if not options:
+        return "compare on rows that the adapter was not trained on: --split validation"
     prior = fitted.prior
     command = f"lapora tune-prior {options} --name {fitted.posterior.folder.name}"
     if link != PriorSettings.link:
