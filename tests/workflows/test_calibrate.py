@@ -65,16 +65,18 @@ def test_the_numbers_are_those_of_the_three_commands(tiny, monkeypatch):
     assert (tiny / "adapter" / factors).read_bytes() == (other / factors).read_bytes()
 
 
-def evaluation_of(laplace: float, temperature: float, plain: float, spread: float = 0.01) -> Evaluation:
-    """Two answers, the label's probability near the one given for each method, on 200 rows."""
+def evaluation_of(
+    laplace: float, temperature: float, plain: float, spread: float = 0.01, rows: int = 200
+) -> Evaluation:
+    """Two answers, the label's probability near the one given for each method."""
     from lapora import metrics
 
-    noise = spread * torch.randn(200, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    noise = spread * torch.randn(rows, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     found = {}
     for index, (method, value) in enumerate({"map": plain, "temperature": temperature, "laplace": laplace}.items()):
         p = (value + noise.roll(index)).clamp(0.01, 0.99)
         found[method] = torch.stack([p, 1 - p], dim=1).log()
-    targets = torch.zeros(200, dtype=torch.long)
+    targets = torch.zeros(rows, dtype=torch.long)
     _, paired = metrics.intervals(found, targets, reference="map")
     results = []
     for method, log_p in found.items():
@@ -84,7 +86,7 @@ def evaluation_of(laplace: float, temperature: float, plain: float, spread: floa
             for key, interval in paired.get(method, {}).items()
         }
         results.append({"method": method, **scores, "difference_to_map": differences})
-    record = {"task": "t", "split": "validation", "n": 200, "results": results}
+    record = {"task": "t", "split": "validation", "n": rows, "results": results}
     return Evaluation(record, [Prediction(method, log_p) for method, log_p in found.items()], targets, [], {})
 
 
@@ -103,6 +105,12 @@ def test_each_verdict(probabilities, better, words, link):
     found = workflow.judge(evaluation_of(*probabilities), "probit")
     assert found.better is better and found.link == link
     assert all(each in found.text for each in words), found.text
+
+
+def test_a_few_rows_decide_nothing():
+    found = workflow.judge(evaluation_of(0.6, 0.7, 0.8, rows=19), "probit")
+    assert found.better is None and found.link == "probit" and "too few rows to judge" in found.text
+    assert workflow.judge(evaluation_of(0.6, 0.7, 0.8, rows=20), "probit").better is False
 
 
 def test_the_sentence_holds_the_numbers():
@@ -163,7 +171,7 @@ def test_the_command_and_the_function(tiny, monkeypatch, capfdbinary):
     monkeypatch.setenv("COLUMNS", "80")
     status, out, err = command(monkeypatch, capfdbinary, *words, "--overwrite", "--output-dir", tiny / "a b")
     text = out.decode()
-    assert status == 0 and "than the plain adapter" in " ".join(text.split())
+    assert status == 0 and "against 1.541" in " ".join(text.split())
     assert len(text.splitlines()) + len(err.splitlines()) <= 24
     next_line = text.splitlines()[-1].strip()
     assert next_line.startswith("lapora predict ") and next_line.endswith(" > predictions.jsonl")

@@ -48,6 +48,8 @@ def calibrate_command(
         return
     print_notes(done.fit)
     print_message(f"tuned {done.prior.reason}")
+    for note in (*done.prior.notes, *(done.evaluation.warnings if done.evaluation else ())):
+        print_message(note)
     if as_json:
         typer.echo(json.dumps(done.describe()))
     else:

@@ -1,7 +1,7 @@
 """Metrics of class probabilities: scores, bootstrap intervals, calibration and selective prediction."""
 
 from lapora.metrics.bins import Bin, reliability_bins
-from lapora.metrics.bootstrap import Interval, intervals, paired_interval
+from lapora.metrics.bootstrap import ENOUGH_ROWS, Interval, intervals, paired_interval
 from lapora.metrics.scores import (
     ADAPTIVE_BINS,
     ECE_BINS,
@@ -19,6 +19,7 @@ from lapora.metrics.scores import (
 __all__ = [
     "ADAPTIVE_BINS",
     "ECE_BINS",
+    "ENOUGH_ROWS",
     "HIGHER_IS_BETTER",
     "Bin",
     "Interval",

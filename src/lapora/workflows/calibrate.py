@@ -51,7 +51,8 @@ class Verdict:
     """Whether the calibrated probabilities are better.
 
     Attributes:
-        better: Whether Laplace has a lower NLL than the plain adapter beyond chance; None where nothing was scored.
+        better: Whether Laplace has a lower NLL than the plain adapter beyond chance; None where too few rows were
+            scored to say, or none.
         text: The same as sentences.
         link: The link to predict with: ``map`` where Laplace is no better.
         map: The comparison with the plain adapter.
@@ -173,6 +174,9 @@ def judge(evaluation: Evaluation, link: Link) -> Verdict:
     )
     where = f"on {evaluation.record['n']} rows of {evaluation.record['split']} that tuned nothing"
     numbers = _numbers(own, versus_map)
+    if evaluation.record["n"] < metrics.ENOUGH_ROWS:
+        text = f"too few rows to judge, at least {metrics.ENOUGH_ROWS} are needed: {where}, {numbers}."
+        return Verdict(None, text, link, versus_map, versus_temperature)
     if versus_map.better:
         text = f"better calibrated than the plain adapter {where}: {numbers}."
     else:

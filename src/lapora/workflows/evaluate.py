@@ -273,6 +273,8 @@ def _warn(
     low, high = metrics.paired_interval(differences)
     name = fitted.posterior.folder.name
     interval = f"{worse:.4f} a row, 95 % interval {low:.4f} to {high:.4f}, {len(differences)} rows"
+    if len(differences) < metrics.ENOUGH_ROWS:
+        return [f"note: {name} ({link}) is worse than MAP in NLL on too few rows to judge by ({interval})"]
     if low <= 0:
         return [f"note: {name} ({link}) is no better than MAP in NLL on these rows ({interval})"]
     confidence = float(log_p.exp().max(dim=1).values.mean())
