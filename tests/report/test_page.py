@@ -17,7 +17,7 @@ from lapora import metrics
 from lapora.cli.app import app
 from lapora.errors import DataError
 from lapora.report.figures import evaluation_pictures, save_pictures, to_svg
-from lapora.report.page import Page, PageTable, write_page
+from lapora.report.page import Page, PageTable, verdict, write_page
 from lapora.storage.saved import SavedPosterior
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -59,12 +59,33 @@ def test_pictures_are_named_written_and_the_same_each_time(tables, tmp_path):
 
 
 def test_counts_and_axes_of_the_reliability_diagram(tables):
-    (picture, *_) = evaluation_pictures(*tables, ["laplace default (mc-joint)"])
+    (picture, *_) = evaluation_pictures(*tables, ["laplace default (mc-joint)"], "boolq, 200 rows of validation")
+    assert picture.figure.get_suptitle() == "boolq, 200 rows of validation"
     upper, _, lower, _ = picture.figure.axes
     counts = [int(text.get_text()) for text in lower.texts]
     assert sum(counts) == 200
     assert counts == [each.count for each in metrics.reliability_bins(tables[0]["map"], tables[1]) if each.count]
     assert "ECE" in upper.get_title() and upper.get_xlim()[0] < 1 / 3
+    bars = [bar for bar in lower.patches if bar.get_height()]
+    assert {len(bars), len(counts)} == {len(counts)} and min(counts) < 10 < max(counts)
+    assert [bar.get_facecolor()[3] == 0 for bar in bars] == [count < 10 for count in counts], "few rows: hollow"
+
+
+@pytest.mark.parametrize(
+    ("difference", "interval", "rows", "words"),
+    [
+        (-0.2, [-0.3, -0.1], 50, "better calibrated than the plain adapter: NLL 0.500 against 0.700"),
+        (0.2, [0.1, 0.3], 50, "worse than the plain adapter"),
+        (-0.2, [-0.4, 0.1], 50, "no better than the plain adapter"),
+        (-0.2, [-0.3, -0.1], 19, "too few to judge by"),
+    ],
+)
+def test_the_verdict_is_a_sentence(difference, interval, rows, words):
+    plain = {"method": "map", "nll": 0.7, "ece": 0.2}
+    laplace = {"method": "laplace", "name": "default", "link": "mc-joint", "nll": 0.5, "ece": 0.1}
+    laplace["difference_to_map"] = {"nll": {"value": difference, "interval": interval}}
+    assert words in verdict({"n": rows, "results": [plain, laplace]})
+    assert verdict({"n": rows, "results": [plain]}) == "The plain adapter has an NLL of 0.700 and an ECE of 0.200."
 
 
 def test_curves_are_told_apart_without_colour(tables):

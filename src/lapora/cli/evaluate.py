@@ -153,7 +153,7 @@ def save_results(done: Evaluation, model: ModelSettings, plots: Path | None, rep
     if not plots and not report:
         return
     from lapora.report.figures import evaluation_pictures, save_pictures, to_svg
-    from lapora.report.page import Page, evaluation_tables, write_page
+    from lapora.report.page import Page, evaluation_tables, verdict, write_page
 
     tables = {each.label: each.log_p for each in done.predictions}
     # One figure per posterior, with its first link; without a posterior, of one other method.
@@ -162,7 +162,9 @@ def save_results(done: Evaluation, model: ModelSettings, plots: Path | None, rep
         if each.method == "laplace":
             firsts.setdefault(each.name, each.label)
     others = [each.label for each in done.predictions if each.method not in ("constant", "map")]
-    pictures = evaluation_pictures(tables, done.targets, list(firsts.values()) or others[:1] or ["map"])
+    pictures = evaluation_pictures(
+        tables, done.targets, list(firsts.values()) or others[:1] or ["map"], _rows(done.record)
+    )
     if plots:
         print_message(f"{len(save_pictures(pictures, plots))} figures: {plots}")
     if not report:
@@ -179,6 +181,7 @@ def save_results(done: Evaluation, model: ModelSettings, plots: Path | None, rep
         facts["temperature"] = temperature
     page = Page(
         title=f"{record['task']}: is {Path(model.adapter).name} calibrated?",
+        verdict=verdict(record),
         facts=facts,
         tables=evaluation_tables(record),
         pictures=[(picture.caption, to_svg(picture.figure)) for picture in pictures],
@@ -221,6 +224,10 @@ def _facts(model: ModelSettings, record: Mapping[str, Any]) -> dict[str, str]:
     return {
         "command": shlex.join(["lapora", *sys.argv[1:]]),
         "adapter": model.adapter,
-        "task": f"{record['task']}, {record['n']} rows of {record['split']}",
+        "task": _rows(record),
         "made": f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M} UTC by lapora {__version__}",
     }
+
+
+def _rows(record: Mapping[str, Any]) -> str:
+    return f"{record['task']}, {record['n']} rows of {record['split']}"

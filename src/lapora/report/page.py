@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lapora.errors import DataError
+from lapora.metrics.bootstrap import ENOUGH_ROWS
 from lapora.report.tables import HEADINGS, label_of, number, threshold
 
 
@@ -42,6 +43,7 @@ class Page:
         pictures: Caption and SVG of each figure.
         warnings: Warnings.
         manifests: JSON records of the result, by name.
+        verdict: The result in a sentence.
     """
 
     title: str
@@ -50,6 +52,7 @@ class Page:
     pictures: Sequence[tuple[str, bytes]] = ()
     warnings: Sequence[str] = ()
     manifests: Mapping[str, Any] = field(default_factory=dict)
+    verdict: str = ""
 
 
 def write_page(file: Path, page: Page) -> None:
@@ -70,6 +73,31 @@ def write_page(file: Path, page: Page) -> None:
         file.write_text(text, encoding="utf-8")
     except OSError as error:
         raise DataError(f"{file}: cannot be written ({error.strerror}); give another --report") from error
+
+
+def verdict(record: Mapping[str, Any]) -> str:
+    """Return a sentence: whether Laplace has a lower NLL than the plain adapter, by how much and how surely.
+
+    Args:
+        record: The record of ``eval``; its first posterior is judged under its first link.
+    """
+    results = {result["method"]: result for result in reversed(record["results"])}
+    plain, found = results["map"], results.get("laplace")
+    if found is None or "difference_to_map" not in found:
+        return f"The plain adapter has an NLL of {number(plain['nll'])} and an ECE of {number(plain['ece'])}."
+    difference = found["difference_to_map"]["nll"]
+    low, high = difference["interval"]
+    if record["n"] < ENOUGH_ROWS:
+        how = f"scored on fewer than {ENOUGH_ROWS} rows, which are too few to judge by"
+    elif high < 0:
+        how = "better calibrated than the plain adapter"
+    else:
+        how = "worse than the plain adapter" if low > 0 else "no better than the plain adapter"
+    return (
+        f"{label_of(found)} is {how}: NLL {number(found['nll'])} against {number(plain['nll'])} (difference "
+        f"{difference['value']:+.3f}, 95 % interval {low:+.3f} to {high:+.3f}), ECE {number(found['ece'])} against "
+        f"{number(plain['ece'])}."
+    )
 
 
 def evaluation_tables(record: Mapping[str, Any]) -> list[PageTable]:

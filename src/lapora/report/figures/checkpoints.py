@@ -66,12 +66,13 @@ def checkpoint_pictures(record: Mapping[str, Any]) -> list[Picture]:
 
 def _grid(record: Mapping[str, Any], curves: Sequence[Curve], links: Sequence[str], *, across: str) -> Any:
     """Return one column per score for one link, or one column per link and one row per score."""
+    title = f"{record['task']}, {record['n']} rows of {record['split']}"
     if across == "scores":
-        figure = new_figure(8.4, 3.2)
+        figure = new_figure(8.4, 3.4, title)
         axes = figure.subplots(1, len(_SCORES), squeeze=False)
         panels = [(axes[0, index], score, links[0]) for index, score in enumerate(_SCORES)]
     else:
-        figure = new_figure(2.6 * len(links) + 0.4, 6.2)
+        figure = new_figure(2.6 * len(links) + 0.4, 6.4, title)
         axes = figure.subplots(len(_SCORES), len(links), sharex=True, sharey="row", squeeze=False)
         panels = [
             (axes[row, column], score, link) for row, score in enumerate(_SCORES) for column, link in enumerate(links)

@@ -16,28 +16,33 @@ from lapora.report.figures.style import Picture, line_style, new_figure, style
 _MOST_CURVES = 8
 _LEAST_COVERAGE = 0.05
 _NORMAL_95 = 1.96
+_FEW = 10
+"""Rows of a bin whose accuracy says little."""
 
 
-def evaluation_pictures(tables: Mapping[str, Tensor], targets: Tensor, after: Sequence[str]) -> list[Picture]:
+def evaluation_pictures(
+    tables: Mapping[str, Tensor], targets: Tensor, after: Sequence[str], rows: str = ""
+) -> list[Picture]:
     """Return all figures of an evaluation.
 
     Args:
         tables: ``(N, C)`` log-probabilities by method; ``map`` is among them.
         targets: ``(N,)`` labels.
         after: Methods to show beside MAP, each in its own figures.
+        rows: What was scored, as ``boolq, 300 rows of validation``: the title of each figure.
     """
     pictures = []
     with style():
         for label in after:
             pair = {"map": tables["map"], label: tables[label]}
             ending = "" if len(after) == 1 else "-" + re.sub(r"[^A-Za-z0-9.]+", "-", label).strip("-")
-            pictures += [_reliability(pair, targets, ending), _histograms(pair, targets, ending)]
-        pictures.append(_risk_coverage(tables, targets, after))
+            pictures += [_reliability(pair, targets, ending, rows), _histograms(pair, targets, ending, rows)]
+        pictures.append(_risk_coverage(tables, targets, after, rows))
     return pictures
 
 
-def _reliability(pair: Mapping[str, Tensor], targets: Tensor, ending: str) -> Picture:
-    figure = new_figure(7.4, 4.6)
+def _reliability(pair: Mapping[str, Tensor], targets: Tensor, ending: str, rows: str) -> Picture:
+    figure = new_figure(7.4, 4.8, rows)
     axes = figure.subplots(2, len(pair), sharex=True, squeeze=False, height_ratios=[3, 1])
     most = 0
     for column, (label, log_p) in enumerate(pair.items()):
@@ -46,13 +51,18 @@ def _reliability(pair: Mapping[str, Tensor], targets: Tensor, ending: str) -> Pi
         scores = metrics.evaluate(log_p, targets)
         centres = [(each.low + each.high) / 2 for each in bins]
         width = 1 / metrics.ECE_BINS
+        height = np.array([each.accuracy or 0 for each in bins])
+        confidence = np.array([each.confidence or 0 for each in bins])
+        enough = np.array([each.count >= _FEW for each in bins])
+        colors = np.where(enough, "#d9d9d9", "none")
+        upper.bar(centres, height, width, color=colors, edgecolor="#333333", linewidth=0.7)
+        gap = np.minimum(height, confidence), np.abs(height - confidence)
         upper.bar(
-            centres, [each.accuracy or 0 for each in bins], width, color="#d9d9d9", edgecolor="#333333", linewidth=0.7
+            centres, gap[1], width, gap[0], color=np.where(enough, "#e69f0066", "none"), hatch="////", linewidth=0
         )
         ends = np.array([_wilson(each.accuracy or 0, each.count) for each in bins]).T
-        height = np.array([each.accuracy or 0 for each in bins])
         upper.errorbar(
-            [each.confidence or 0 for each in bins],
+            confidence,
             height,
             np.clip([height - ends[0], ends[1] - height], 0, None),
             fmt="o",
@@ -64,7 +74,8 @@ def _reliability(pair: Mapping[str, Tensor], targets: Tensor, ending: str) -> Pi
         upper.plot([0, 1], [0, 1], color="black", linestyle="--", linewidth=1)
         upper.set(title=f"{label}\nECE {scores['ece']:.3f}   NLL {scores['nll']:.3f}", ylim=(0, 1.02))
         counts = [each.count for each in bins]
-        bars = lower.bar(centres, counts, width, color="#7f7f7f", edgecolor="#333333", linewidth=0.7)
+        shades = np.where(enough, "#7f7f7f", "none")
+        bars = lower.bar(centres, counts, width, color=shades, edgecolor="#333333", linewidth=0.7)
         lower.bar_label(bars, fontsize=6.5, padding=1)
         lower.set(xlabel="confidence")
         most = max(most, *counts)
@@ -79,7 +90,8 @@ def _reliability(pair: Mapping[str, Tensor], targets: Tensor, ending: str) -> Pi
     caption = (
         f"Reliability of {before} (left) and {now} (right): bars and points are the accuracy in each bin of "
         f"confidence, points at the bin's mean confidence with a 95 % Wilson interval; below, rows in each bin. "
-        "Calibrated probabilities lie on the dashed line."
+        "Calibrated probabilities lie on the dashed line; the hatched part of a bar is the gap to it. Bins with fewer "
+        f"than {_FEW} rows are hollow."
     )
     return Picture(f"reliability{ending}", caption, figure)
 
@@ -92,8 +104,8 @@ def _wilson(share: float, count: int) -> tuple[float, float]:
     return middle - half, middle + half
 
 
-def _histograms(pair: Mapping[str, Tensor], targets: Tensor, ending: str) -> Picture:
-    figure = new_figure(7.4, 3.1)
+def _histograms(pair: Mapping[str, Tensor], targets: Tensor, ending: str, rows: str) -> Picture:
+    figure = new_figure(7.4, 3.3, rows)
     axes = figure.subplots(1, len(pair), sharex=True, sharey=True)
     lowest = 1 / next(iter(pair.values())).shape[1]
     edges = np.linspace(lowest, 1, 21)
@@ -121,7 +133,7 @@ def _histograms(pair: Mapping[str, Tensor], targets: Tensor, ending: str) -> Pic
     return Picture(f"confidence{ending}", caption, figure)
 
 
-def _risk_coverage(tables: Mapping[str, Tensor], targets: Tensor, first: Sequence[str]) -> Picture:
+def _risk_coverage(tables: Mapping[str, Tensor], targets: Tensor, first: Sequence[str], rows: str) -> Picture:
     """Draw one curve for all methods that rank the rows alike, as MAP and a temperature do with two answers.
 
     If there are too many, draw the baselines and ``first``.
@@ -134,7 +146,7 @@ def _risk_coverage(tables: Mapping[str, Tensor], targets: Tensor, first: Sequenc
             coverage, risk = metrics.risk_coverage(log_p, targets)
             curves.setdefault((coverage.numpy().tobytes(), risk.numpy().tobytes()), []).append(label)
     shown = list(curves.values())[:_MOST_CURVES]
-    figure = new_figure(5.8, 4.3)
+    figure = new_figure(5.8, 4.5, rows)
     axis: Axes = figure.subplots()
     for index, labels in enumerate(shown):
         coverage, risk = metrics.risk_coverage(tables[labels[0]], targets)
