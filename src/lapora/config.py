@@ -325,7 +325,7 @@ class ModelSettings:
         return self.fetched or Path(self.adapter)
 
     @property
-    def spread(self) -> Placement | None:
+    def placement(self) -> Placement | None:
         """How the layers are spread, or None for one device.
 
         Raises:

@@ -177,7 +177,7 @@ def test_adapters_share_a_spread_base(folder):
 )
 def test_options_that_contradict_each_other(how, message):
     with pytest.raises(UsageError, match=message):
-        _ = ModelSettings(adapter="x", **how).spread
+        _ = ModelSettings(adapter="x", **how).placement
 
 
 @pytest.mark.parametrize("text", ["cpu", "cpu=much", "gpu=1GiB", "=1GiB"])

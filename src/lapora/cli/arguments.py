@@ -226,7 +226,7 @@ def _models(adapters: tuple[str, ...] | list[str], settings: dict[str, Any], *, 
     processes, device = init_processes(settings["device"])
     set_rank(processes.rank)
     shared = ModelSettings("", **{**settings, "device": device, "processes": processes})
-    _ = shared.spread  # refuse options that contradict each other before anything is fetched
+    _ = shared.placement  # refuse options that contradict each other before anything is fetched
     found = []
     for adapter in adapters:
         here = folder / Path(adapter).name if folder and len(adapters) > 1 else folder

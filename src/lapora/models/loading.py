@@ -279,7 +279,7 @@ def load_base(adapter: Adapter, how: ModelSettings) -> LoadedBase:
     with silence_libraries():
         resolved = resolve_base(adapter, how, device)
         base, missing = _load_base(adapter, resolved, device, how)
-        if how.spread is not None:
+        if how.placement is not None:
             initialize_missing(base, missing)
     weights = BaseWeights(base, missing)
     return LoadedBase(
@@ -291,7 +291,7 @@ def load_base(adapter: Adapter, how: ModelSettings) -> LoadedBase:
         quantize=resolved.quantize,
         element_type=resolved.element_type,
         device=device,
-        placement=how.spread,
+        placement=how.placement,
         weights=weights if resolved.quantize == "none" else {},
         fingerprint=fingerprint_of_tensors(weights),
         trust_remote_code=how.trust_remote_code,
@@ -358,8 +358,8 @@ def _load_base(
         "trust_remote_code": how.trust_remote_code,
         "output_loading_info": True,
     }
-    if how.spread is not None:
-        arguments |= device_map_arguments(how.spread)
+    if how.placement is not None:
+        arguments |= device_map_arguments(how.placement)
     if resolved.quantize != "none":
         arguments.setdefault("device_map", {"": device})
         if getattr(resolved.config, "quantization_config", None) is None:

@@ -51,7 +51,7 @@ class BaseCache:
             None if how.base_model else adapter.revision,
             adapter.kind,
             adapter.number_of_labels(),
-            (how.quantize, how.dtype, how.device, how.spread, how.trust_remote_code),
+            (how.quantize, how.dtype or "auto", how.device, how.placement, how.trust_remote_code),
         )
         base = self._bases.pop(key, None)
         if base is not None:
