@@ -35,7 +35,7 @@ class BenchmarkAdapter:
     def place(self, folder: Path) -> tuple[ModelSettings, DataSettings]:
         """Copy the adapter into a writable folder, and return its settings."""
         if self.name == "demo":
-            run_demo(folder / "demo", lambda _: None)
+            run_demo(folder / "demo", lambda _: None, offline=True)
             data = DataSettings(
                 task=str(folder / "demo" / "farm.yaml"), data_dir=folder / "demo" / "data", split="train"
             )

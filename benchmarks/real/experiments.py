@@ -1,0 +1,89 @@
+"""What is trained and scored: a base model, a task and how long it is trained on how many rows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import yaml
+
+FIVE = ("boolq", "arc-c", "arc-e", "obqa", "winogrande-s")
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One adapter, trained once for each seed.
+
+    Attributes:
+        name: Folder of its results.
+        base: ``smollm2``, ``gemma3``, ``mpnet`` or ``minilm``.
+        task: Built-in task, or ``source2`` or ``source5``: which data set a text comes from.
+        steps: Training steps; five checkpoints are kept.
+        batch: Rows per step.
+        rate: Learning rate, falling linearly to zero.
+        max_length: Maximum tokens of a row.
+        train: Rows that are trained on, from the start of the training file.
+        scored: Rows of the validation file that tune or are scored.
+    """
+
+    name: str
+    base: str
+    task: str
+    steps: int
+    batch: int
+    rate: float
+    max_length: int
+    train: int
+    scored: int
+
+    @property
+    def kind(self) -> Literal["causal", "classifier"]:
+        """Kind of the model."""
+        return "causal" if self.base in ("smollm2", "gemma3") else "classifier"
+
+    @property
+    def targets(self) -> list[str]:
+        """Modules with LoRA: queries, values and, of a decoder, the output head, as in the paper."""
+        return {"minilm": ["query", "value"], "mpnet": ["q", "v"]}.get(self.base, ["q_proj", "v_proj", "lm_head"])
+
+    def write_task(self, folder: Path) -> str:
+        """Return the task's name; a task of this benchmark is written to a file first."""
+        if not self.task.startswith("source"):
+            return self.task
+        classes = FIVE if self.task == "source5" else ("arc-e", "obqa")
+        content = {
+            "task": self.task,
+            "doc_to_text": f"Text: {{{{text}}}}\nSource, A to {'ABCDE'[len(classes) - 1]}:",
+            "doc_to_inputs": ["{{text}}"],
+            "doc_to_choice": list("ABCDE"[: len(classes)]),
+            "doc_to_target": "label",
+            "truncate_field": "text",
+        }
+        file = folder / f"{self.task}.yaml"
+        file.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
+        return str(file)
+
+
+def _decoders(base: str) -> list[Experiment]:
+    letters = [Experiment(f"{base}-{task}", base, task, 500, 8, 5e-4, 160, 1000, 500) for task in FIVE[1:]]
+    boolq = Experiment(f"{base}-boolq", base, "boolq", 500, 8, 5e-4, 200, 1000, 500)
+    return [*letters, boolq, Experiment(f"{base}-source5", base, "source5", 400, 8, 1e-3, 96, 1000, 500)]
+
+
+def _encoders(base: str) -> list[Experiment]:
+    return [
+        Experiment(f"{base}-source2", base, "source2", 350, 32, 1e-3, 48, 300, 500),
+        Experiment(f"{base}-source5", base, "source5", 400, 32, 1e-3, 48, 1000, 500),
+        Experiment(f"{base}-boolq", base, "boolq", 500, 32, 1e-3, 128, 1000, 500),
+    ]
+
+
+FULL = (*_decoders("smollm2"), *_decoders("gemma3"), *_encoders("mpnet"), *_encoders("minilm"))
+"""A night and more on two cores. WinoGrande-M has no rows here; WinoGrande-S stands for both."""
+
+QUICK = (
+    Experiment("quick-minilm-source2", "minilm", "source2", 150, 32, 1e-3, 48, 300, 300),
+    Experiment("quick-smollm2-source5", "smollm2", "source5", 60, 8, 2e-3, 64, 100, 120),
+)
+"""Minutes."""
