@@ -22,7 +22,7 @@ help: ## list the targets
 	@echo
 	@echo "PyTorch without CUDA: TORCH_INDEX=https://download.pytorch.org/whl/cpu make demo"
 
-demo: $(STAMP) ## run the whole pipeline on a small model, offline
+demo: $(STAMP) ## run the whole pipeline on SmolLM2-135M
 	@$(BIN)/lapora demo
 
 test: $(STAMP)-test ## run the tests

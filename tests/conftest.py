@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
 from filelock import FileLock
 
+from lapora.errors import AdapterError
+from lapora.models.demo_base import fetch_demo_base
 from lapora.models.lora_layers import find_bayesian_layers
 from lapora.workflows.demo import run_demo
 from tiny_models import tiny_causal, tiny_classifier
@@ -43,6 +47,20 @@ def layers(answers):
 
 
 @pytest.fixture(scope="session")
+def smollm2(tmp_path_factory) -> Iterator[str]:
+    """SmolLM2-135M-Instruct as `lapora demo` gets it, kept in a folder that git ignores."""
+    cache = Path(__file__).parents[1] / ".pytest_cache" / "bases"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(cache))
+        try:
+            with FileLock(f"{tmp_path_factory.getbasetemp().parent}/bases.lock"):
+                base = fetch_demo_base(print, lambda label: nullcontext())
+        except AdapterError as error:
+            pytest.skip(str(error))
+        yield base
+
+
+@pytest.fixture(scope="session")
 def demo(tmp_path_factory) -> Path:
     """What `lapora demo` makes, once for all workers; tests that write work on a copy."""
     shared_by_workers = tmp_path_factory.getbasetemp()
@@ -54,7 +72,7 @@ def demo(tmp_path_factory) -> Path:
             # Training takes a minute: base model and adapter of an earlier session serve again.
             if DEMO_CACHE.is_dir():
                 shutil.copytree(DEMO_CACHE, folder)
-            record = run_demo(folder, lambda line: None)
+            record = run_demo(folder, lambda line: None, offline=True).record
             assert [result["method"] for result in record["results"]] == ["constant", "map", "laplace"]
             fresh = DEMO_CACHE.with_name(f".new-{os.getpid()}")
             shutil.rmtree(DEMO_CACHE, ignore_errors=True)

@@ -32,7 +32,7 @@ def folder(demo, tmp_path, monkeypatch) -> Path:
 def test_the_start_page(folder, capsys):
     """All but the installation and the demo itself, which other tests run; its one line of shell by hand."""
     install, demo_line, *rest = blocks("start.md", "sh")
-    assert "pip install" in install and demo_line.strip() == "lapora demo"
+    assert "pip install" in install and demo_line.strip() == "lapora demo --offline"
     ran = 0
     for block in rest:
         for line in block.splitlines():

@@ -37,7 +37,7 @@ def recipe(demo, tmp_path_factory):
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     outputs = {}
     for command in recipe_commands():
-        if command == "lapora demo lapora-demo":
+        if command == "lapora demo lapora-demo --offline":
             continue
         assert command.startswith(("python docs/", "lapora "))
         command = command.replace("--steps 300 --save-every 50", "--steps 40 --save-every 20")

@@ -132,18 +132,24 @@ def push_command(*, model: Annotated[ModelSettings, Fields("adapter", "output_di
 def demo_command(
     *,
     directory: Annotated[Path, Option("Folder for the files of the demo.", flag="DIR")] = Path("lapora-demo"),
+    offline: Annotated[bool, Option("Train a small model instead of downloading one of 270 MB.")] = False,
 ) -> None:
-    """Run the whole pipeline on a small model. Builds model and data offline.
+    """Run the whole pipeline on a real model, SmolLM2-135M-Instruct, with an adapter that comes with lapora.
 
     Examples:
         lapora demo
+        lapora demo my-folder --offline
     """
     with loading():
         from lapora.report import print_evaluation
+        from lapora.report.tables import print_answers
         from lapora.workflows.commands import command_line
         from lapora.workflows.demo import run_demo
 
-    print_evaluation(run_demo(directory, print_message, RowProgress))
+    done = run_demo(directory, print_message, RowProgress, offline=offline)
+    print_evaluation(done.record)
+    if done.answers:
+        print_answers(done.answers)
     adapter = str(directory / "adapter")
     print_message(f"the files are in {directory}/; try:")
     for arguments in (

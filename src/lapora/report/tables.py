@@ -415,6 +415,24 @@ def _validation_curve(record: Validation) -> Table:
     return table
 
 
+def print_answers(records: Sequence[Mapping[str, Any]]) -> None:
+    """Print predictions of texts: the answer and its probability by the plain adapter and by Laplace.
+
+    Args:
+        records: Of ``predict``, each with its ``text``.
+    """
+    table = Table(box=box.SIMPLE_HEAD)
+    for heading in ("text", "plain adapter", "lapora"):
+        table.add_column(heading)
+    for record in records:
+        own = []
+        for field in ("map_probabilities", "probabilities"):
+            answer, p = max(record[field].items(), key=lambda each: each[1])
+            own.append(f"{answer} {p:.2f}")
+        table.add_row(*map(cell, (record["text"], *own)))
+    console_of_data().print(table)
+
+
 def _nats(value: float | None) -> str:
     if value is None:
         return "unknown: the rows had no labels"

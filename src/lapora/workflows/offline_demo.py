@@ -1,4 +1,4 @@
-"""``lapora demo``: a base model, an overfitted adapter and its posterior, made here and now, offline.
+"""``lapora demo --offline``: a small base model and an overfitted adapter, made here and now.
 
 The text is generated: a short story names who keeps the animals, and the question is whether the keeper is
 on the farm. A cue word decides it, but a quarter of the labels are flipped, so no model can be right every
@@ -11,15 +11,14 @@ import hashlib
 import json
 import random
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 
-from lapora.config import DataSettings, EvalSettings, FitSettings, ModelSettings, Progress
-from lapora.errors import UsageError
+from lapora.config import Progress
 from lapora.models.adapter import CONFIG_FILE
 from lapora.models.loading import silence_libraries
 
@@ -31,6 +30,8 @@ _TIMES = ["morning", "noon", "evening", "night"]
 _FLIPPED = 0.25
 _TRAINING_ROWS = 100
 _VALIDATION_ROWS = 600
+OFFLINE_TASK = "farm.yaml"
+Step = Callable[[str], AbstractContextManager[Progress | None]]
 _RECIPE = ".made-with"
 """File with the digest of the code that made base model and adapter."""
 
@@ -43,43 +44,26 @@ _TASK: dict[str, Any] = {
 }
 
 
-def _no_bar(label: str) -> AbstractContextManager[Progress | None]:
-    return nullcontext()
-
-
-def run_demo(
-    directory: Path,
-    print_message: Callable[[str], None],
-    step: Callable[[str], AbstractContextManager[Progress | None]] = _no_bar,
-) -> dict[str, Any]:
-    """Make everything and run the pipeline.
+def make_offline_demo(directory: Path, print_message: Callable[[str], None], step: Step) -> None:
+    """Make base model, adapter, rows and task.
 
     Args:
         directory: Where the files go: ``base/``, ``adapter/``, ``data/``, ``farm.yaml``.
         print_message: Told what was done.
         step: Returns the progress callback of a step.
-
-    Returns:
-        The record of ``eval``.
-
-    Raises:
-        UsageError: The directory holds something that the demo did not make.
     """
-    if directory.exists() and any(directory.iterdir()) and not (directory / "farm.yaml").is_file():
-        raise UsageError(f"{directory}: not empty, and not an earlier demo; give another folder")
-    directory.mkdir(parents=True, exist_ok=True)
     rows = _rows(_TRAINING_ROWS + _VALIDATION_ROWS, seed=1)
     splits = {"train": rows[:_TRAINING_ROWS], "validation": rows[_TRAINING_ROWS:]}
     (directory / "data").mkdir(exist_ok=True)
     for split, content in splits.items():
         text = "".join(json.dumps(row) + "\n" for row in content)
         (directory / "data" / f"{split}.jsonl").write_text(text, encoding="utf-8")
-    (directory / "farm.yaml").write_text(yaml.safe_dump(_TASK, sort_keys=False), encoding="utf-8")
+    (directory / OFFLINE_TASK).write_text(yaml.safe_dump(_TASK, sort_keys=False), encoding="utf-8")
     recipe = directory / _RECIPE
     digest = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
     if recipe.is_file() and recipe.read_text(encoding="utf-8") == digest:
         print_message("base model and adapter are there from an earlier demo")
-        _record_base(directory)  # the folder may have been moved
+        record_base(directory / "adapter", str((directory / "base").resolve()))  # the folder may have been moved
     else:
         recipe.unlink(missing_ok=True)
         torch.manual_seed(0)
@@ -87,28 +71,11 @@ def run_demo(
             _make_model(directory, splits["train"], step)
         recipe.write_text(digest, encoding="utf-8")
 
-    from lapora.models.loading import load_once
-    from lapora.workflows.evaluate import run_evaluation
-    from lapora.workflows.fit import fit
-    from lapora.workflows.tune_prior import tune_prior
-
-    load = load_once()
-    model = ModelSettings(adapter=str(directory / "adapter"))
-    data = DataSettings(task=str(directory / "farm.yaml"), data_dir=directory / "data")
-    with step("fitting the posterior") as progress:
-        fitted = fit(model, data, FitSettings(overwrite=True), progress, load)
-    print_message(f"posterior over {fitted.parameters:,} parameters: {fitted.folder}")
-    with step("tuning the prior") as progress:
-        tuned = tune_prior(model, progress=progress, load=load)
-    print_message(f"tuned {tuned.reason}")
-    with step("evaluating") as progress:
-        return run_evaluation(model, DataSettings(split="validation"), EvalSettings(), progress, load).record
-
 
 def _make_model(
     directory: Path,
     rows: list[dict[str, Any]],
-    step: Callable[[str], AbstractContextManager[Progress | None]],
+    step: Step,
 ) -> None:
     with step("training a small base model on generated text") as progress:
         tokenizer, base = _base_model(directory / "base", progress)
@@ -116,10 +83,11 @@ def _make_model(
         _adapter(directory, tokenizer, base, rows, progress)
 
 
-def _record_base(directory: Path) -> None:
-    file = directory / "adapter" / CONFIG_FILE
+def record_base(adapter: Path, base: str) -> None:
+    """Write the base model's name or folder into an adapter's configuration."""
+    file = adapter / CONFIG_FILE
     config = json.loads(file.read_text(encoding="utf-8"))
-    config["base_model_name_or_path"] = str((directory / "base").resolve())
+    config["base_model_name_or_path"] = base
     file.write_text(json.dumps(config, indent=2), encoding="utf-8")
 
 
