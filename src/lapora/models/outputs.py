@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, cast
@@ -11,7 +12,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from lapora.errors import NonFiniteRowError, NumericalError
+from lapora.errors import NonFiniteRowError, NumericalError, UsageError, first_line
 from lapora.models.adapter import ModelKind
 from lapora.models.batches import Batch, PaddingSide
 from lapora.models.device_map import entry_device, is_offloaded
@@ -81,6 +82,16 @@ class OutputModel:
         return positions_of(self.network)
 
     @property
+    def has_position_table(self) -> bool:
+        """Whether the network has a table with a row for each position, so that no row can be longer."""
+        positions = positions_of(self.network)
+        return positions is not None and any(
+            _POSITIONS.search(name) and positions <= max(tensor.shape[:2]) <= positions + _MOST_RESERVED
+            for name, tensor in (*self.network.named_parameters(), *self.network.named_buffers())
+            if tensor.dim() >= 2
+        )
+
+    @property
     def padding_side(self) -> PaddingSide:
         """Right, for both kinds of model: on the left, padding would shift learned positions."""
         return "right"
@@ -104,10 +115,18 @@ class OutputModel:
             arguments["token_type_ids"] = batch.token_type_ids
         if self._accepts["use_cache"]:
             arguments["use_cache"] = False
-        if self.kind == "classifier":
-            logits = self._in_order(self.network(**arguments).logits)
-        else:
-            logits = self._answer_logits(batch, arguments)
+        try:
+            if self.kind == "classifier":
+                logits = self._in_order(self.network(**arguments).logits)
+            else:
+                logits = self._answer_logits(batch, arguments)
+        except RuntimeError as error:
+            if self.network.dtype != torch.float64 or not _OF_DTYPES.search(str(error)):
+                raise
+            raise UsageError(
+                f"--dtype float64: the code of this base model does not compute in it ({first_line(error, 120)}); "
+                "use --dtype float32"
+            ) from error
         logits = logits if logits.dtype == torch.float64 else logits.float()
         finite = torch.isfinite(logits.detach()).all(dim=1)
         if not bool(finite.all()):
@@ -170,6 +189,8 @@ class OutputModel:
             return values, None
         if layout == "tokens" and values.dim() == 3:
             values = values.transpose(0, 1)
+        if values.dim() == 4 and values.shape[:3] == (rows, 1, tokens):  # keys and values of all heads at once
+            values = values.squeeze(1)
         if values.dim() == 2 and values.shape[0] == rows:
             return values.unsqueeze(1), None
         if values.dim() == 2 and values.shape[0] == rows * tokens:
@@ -210,6 +231,11 @@ def positions_of(network: nn.Module) -> int | None:
         if isinstance(positions, int) and positions > 0:
             return positions - _reserved_positions(network)
     return None
+
+
+_OF_DTYPES = re.compile("dtype|double", re.IGNORECASE)
+_POSITIONS = re.compile(r"pos(itions?|ition_embeddings|_emb|_encoding)?(\.|_|$)|wpe|position")
+_MOST_RESERVED = 4
 
 
 def _reserved_positions(network: nn.Module) -> int:
