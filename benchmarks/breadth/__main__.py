@@ -14,7 +14,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from benchmarks.breadth.cases import model_cases
+from benchmarks.breadth.cases import model_cases, option_cases
 from benchmarks.breadth.check import TOLERANCE, Case, NoSuchCaseError, check_case, save_case
 from lapora.config import Dtype
 from lapora.errors import LaporaError, UsageError
@@ -26,13 +26,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.breadth", description=__doc__)
     parser.add_argument("--results", type=Path, default=Path("coverage.jsonl"), help="results; those there are kept")
     parser.add_argument("--only", default="", help="regular expression of the cases to check, such as causal/llama/")
+    parser.add_argument("--minutes", type=float, default=600, help="stop after this time; the next run goes on")
     parser.add_argument("--again", default="^$", help="regular expression of outcomes to check again: wrong|crash")
     arguments = parser.parse_args()
+    end = time.monotonic() + 60 * arguments.minutes
     done = read_results(arguments.results)
     done = {key: each for key, each in done.items() if not re.search(arguments.again, each["outcome"])}
-    for case in model_cases():
+    for case in [*option_cases(), *model_cases()]:
         if case.key in done or not re.search(arguments.only, case.key):
             continue
+        if time.monotonic() > end:
+            break
         found = run_alone(case)
         print(json.dumps(found), flush=True)
         with arguments.results.open("a") as stream:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ from typing import Any, Literal
 import torch
 from peft import LoraConfig, get_peft_model
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as DEFAULT_TARGETS
+from safetensors.torch import save_file
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedTokenizerFast
@@ -18,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from benchmarks.breadth.configurations import END, PADDING, tiny_configuration
 from lapora.config import Dtype, ModelSettings
 from lapora.curvature.passes import CurvatureRun
-from lapora.models.adapter import ModelKind, read_adapter
+from lapora.models.adapter import WEIGHTS_FILE, ModelKind, read_adapter
 from lapora.models.batching import BatchFeed, BatchSize
 from lapora.models.loading import LoadedModel, load_model, silence_libraries
 from lapora.models.lora_layers import BayesianLayer, find_bayesian_layers
@@ -83,7 +85,13 @@ def save_case(case: Case, folder: Path) -> Path:
         config.num_labels = len(ANSWERS)
     with silence_libraries():
         loader = AutoModelForCausalLM if causal else AutoModelForSequenceClassification
-        base = loader.from_config(config).float()
+        try:
+            base = loader.from_config(config).float()
+        except Exception as error:
+            _save_without_weights(config, case, folder)
+            if isinstance(error, ImportError):  # of a library that is not installed
+                return folder / "adapter"
+            raise
         _randomize(base)
         base.save_pretrained(folder / "base")
         _tokenizer().save_pretrained(folder / "base")
@@ -108,12 +116,31 @@ def save_case(case: Case, folder: Path) -> Path:
     return folder / "adapter"
 
 
+def _save_without_weights(config: Any, case: Case, folder: Path) -> None:
+    """Write what there is of a base that transformers does not build here, and an adapter."""
+    config.save_pretrained(folder / "base")
+    _tokenizer().save_pretrained(folder / "base")
+    settings = LoraConfig(task_type="CAUSAL_LM" if case.kind == "causal" else "SEQ_CLS", target_modules=["q_proj"])
+    settings.base_model_name_or_path = str(folder / "base")
+    settings.save_pretrained(str(folder / "adapter"))
+    save_file({"base_model.model.q_proj.lora_A.weight": torch.zeros(2, 2)}, folder / "adapter" / WEIGHTS_FILE)
+
+
 def _run_once(model: nn.Module) -> None:
     try:
         with torch.no_grad():
-            model.eval()(input_ids=torch.tensor([[3, 4, 5, END]]))
+            _forward(model.eval(), [3, 4, 5, END])
     except Exception as error:
         raise NoSuchCaseError(f"PEFT's own model does not run: {type(error).__name__}: {error}") from error
+
+
+def _forward(model: nn.Module, ids: list[int]) -> Tensor:
+    """Return the logits of one row without padding."""
+    network: Any = model.get_base_model()  # type: ignore[operator]
+    accepted = inspect.signature(network.forward).parameters
+    arguments: dict[str, Any] = {"input_ids": torch.tensor([ids])}
+    arguments |= {name: value for name, value in (("use_cache", False),) if name in accepted}
+    return model(**arguments).logits
 
 
 def _targets(base: nn.Module, case: Case) -> str | list[str]:
@@ -126,8 +153,6 @@ def _targets(base: nn.Module, case: Case) -> str | list[str]:
     if not found:
         raise NoSuchCaseError(f"no linear layer of {case.base} is called like queries and values")
     return found
-
-    r"(^|[._])(q|v|qkv|q_?proj|v_?proj|query|value|q_lin|v_lin|query_key_value|w?qkv(_proj)?|in_proj|"
 
 
 _ATTENTION = re.compile(
@@ -200,8 +225,7 @@ def dense_jacobian(loaded: LoadedModel, layers: list[BayesianLayer], rows: list[
     for weight in weights:
         weight.requires_grad_(True)
     for row in rows:
-        ids = torch.tensor([row.input_ids])
-        logits = loaded.model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+        logits = _forward(loaded.model, row.input_ids)
         logits = logits[0, -1, ANSWERS] if loaded.kind == "causal" else logits[0]
         all_logits.append(logits.detach())
         gradients = [torch.autograd.grad(each, weights, retain_graph=True, allow_unused=True) for each in logits]

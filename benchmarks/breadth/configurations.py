@@ -24,8 +24,8 @@ _SIZES: list[tuple[str, int]] = [
     (r"n_shared_experts|num_shared_experts|n_group|topk_group|num_expert_group", 1),
     (r"first_k_dense_replace|num_nextn_predict_layers", 1),
     (r"(.*_)?num_(key_value|kv|query)_?(heads|groups)|num_kv_heads|.*_kv_heads|n_head_kv|multi_query_group_num", 2),
-    (r".*(attention|att|num|n|_)_?heads?|n_heads?|.*num_.*_heads|num_heads", 2),
     (r"qk_nope_head_dim|qk_rope_head_dim|v_head_dim|.*head_(dim|size)|.*dim_(key|head)|d_kv|kv_channels|d_head", 8),
+    (r".*(attention|att|num|n|_)_?heads?|n_heads?|.*num_.*_heads|num_heads", 2),
     (r".*lora_rank|.*_rank|time_mix_extra_dim|rank", 8),
     (r".*intermediate_size|.*ffn.*(dim|size)|d_inner|n_inner|inner_dim|d_ff|dff|dim_ff|hidden_dim|mlp_hidden_size", 24),
     (r".*(hidden_size|embedding_size|embed_dim|emb_dim|d_model|n_embd|width)|dim|model_dim|lru_width|d_embed", WIDTH),
@@ -50,7 +50,74 @@ _FIXED: dict[str, Any] = {
     "torch_dtype": None,
     "dtype": None,
 }
-SPECIAL: dict[str, dict[str, Any]] = {}
+DROPPED = object()
+"""Value of a setting that is left to the class."""
+
+_MAMBA = {"mamba_n_heads": 2, "mamba_d_head": 16, "mamba_d_ssm": 32}
+_HYBRID = {
+    "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"],
+    "num_hidden_layers": 4,
+    "attention_hidden_size": 32,
+    "attention_head_dim": 16,
+}
+SPECIAL: dict[str, dict[str, Any]] = {
+    "bamba": _MAMBA | {"attn_layer_indices": [1]},
+    "blt": {
+        "encoder_config.hidden_size_global": WIDTH,
+        "decoder_config.hidden_size_global": WIDTH,
+        "encoder_hash_byte_group_vocab": VOCABULARY,
+    },
+    "cohere_compass_text": {
+        "layer_types": ["sliding_attention", "full_attention"],
+        "rope_parameters": {
+            kind: {"rope_type": "default", "rope_theta": 10000.0} for kind in ("sliding_attention", "full_attention")
+        },
+    },
+    "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0}, "ffn_config.moe_top_k": 2},
+    "dory": {
+        "num_hidden_layers": 3,
+        "n_input_layers": 1,
+        "n_recurrent_layers": 1,
+        "n_output_layers": 1,
+        "layer_types": DROPPED,
+    },
+    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1},
+    "dots3_note": {
+        "vision_config.adapter_in_dim": WIDTH,
+        "vision_config.adapter_out_dim": WIDTH,
+        "audio_config.adapter_input_size": WIDTH,
+        "audio_config.adapter_out_dim": WIDTH,
+    },
+    "esm": {"vocab_size": VOCABULARY, "pad_token_id": PADDING, "mask_token_id": 4},
+    "falcon_h1": _MAMBA,
+    "gemma3n_text": {"num_kv_shared_layers": 0},
+    "gemma4_assistant": {"text_config.hidden_size_per_layer_input": 0, "text_config.num_kv_shared_layers": 0},
+    "gemma4_unified_assistant": {"text_config.num_kv_shared_layers": 0},
+    "granitemoehybrid": _MAMBA | {"layer_types": ["mamba", "attention"]},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1},
+    "layoutlmv3": {"coordinate_size": 2, "shape_size": 4, "visual_embed": False},
+    "lilt": {"hidden_size": 24, "channel_shrink_ratio": 2},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "longcat_flash": {"qk_head_dim": 16},
+    "mamba2": {"num_heads": 4, "head_dim": 8},
+    "mobilebert": {"intra_bottleneck_size": WIDTH},
+    "perceiver": {"d_latents": WIDTH, "num_latents": 8, "num_self_attends_per_block": 2},
+    "qwen4_exp_text": {
+        "indexer_n_heads": 2,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 8,
+        "indexer_budget": 8,
+        "indexer_compress_ratio": 2,
+    },
+    "recurrent_gemma": {"num_hidden_layers": 3},
+    "reformer": {"axial_pos_embds_dim": [8, 8], "axial_pos_shape": [8, 16], "attn_layers": ["local", "lsh"]},
+    "xlstm": {"embedding_dim": WIDTH},
+    "xmod": {"languages": ["en_XX"], "default_language": "en_XX"},
+    "zamba": _HYBRID,
+    "zamba2": _HYBRID | {"mamba_headdim": 16, "n_mamba_heads": 2},
+    "zaya": {"num_experts_per_tok": 1},
+}
+SPECIAL["qwen4_exp"] = {f"text_config.{name}": value for name, value in SPECIAL["qwen4_exp_text"].items()}
 """Settings by model type that the rules above do not find; dotted names are of an inner configuration."""
 
 
@@ -109,15 +176,13 @@ def _few_layers(config: PretrainedConfig, values: dict[str, Any]) -> dict[str, A
     }
 
 
-DROPPED = object()
-"""Value of a setting that is left to the class."""
-
-
 def _small(name: str, value: Any) -> Any:
     if name in _FIXED:
         return _FIXED[name]
     if name.endswith(("_token_id", "_token_index")):
         return value if value is None or not isinstance(value, int) else PLACEHOLDER + sum(map(ord, name)) % 20
+    if value is None:
+        return {"head_dim": 8, "num_experts_per_tok": 2, "num_key_value_heads": 2}.get(name)
     if isinstance(value, bool) or not isinstance(value, int):
         return value
     for pattern, small in _COMPILED:

@@ -124,6 +124,8 @@ def attach_adapter(adapter: Adapter, base: LoadedBase) -> LoadedModel:
     Raises:
         AdapterError: The adapter does not fit the base, or its tokenizer cannot be loaded.
     """
+    if base.element_type == torch.float64 and isinstance(adapter.config.get("init_lora_weights"), str):
+        base.model.float()  # PEFT computes these initializations in float32 at most
     with silence_libraries():
         tokenizer = tokenizer_at(adapter, base.name, base.revision, base.trust_remote_code)
         with without_placement(base.model):
@@ -171,7 +173,12 @@ def _load_adapter(adapter: Adapter, base: nn.Module, base_name: str) -> PeftMode
             f"{adapter.path}: the adapter does not fit base model {base_name}: "
             + ("; ".join(lines) or first_line(error))
         ) from error
-    except (ValueError, TypeError, KeyError) as error:
+    except KeyError as error:
+        raise AdapterError(
+            f"{adapter.path}: its weights have no {error.args[0]}, which peft reads from them; save the trained head "
+            "with the adapter (modules_to_save)"
+        ) from error
+    except (ValueError, TypeError) as error:
         raise AdapterError(
             f"{adapter.path}: peft cannot attach it to base model {base_name} ({first_line(error)})"
         ) from error
@@ -279,8 +286,8 @@ def tokenizer_and_embeddings(adapter: Adapter, how: ModelSettings) -> tuple[Any,
     with silence_libraries():
         name = _base_name(adapter, how.base_model)
         revision = None if how.base_model else adapter.revision
-        tokenizer = tokenizer_at(adapter, name, revision, how.trust_remote_code)
         config = load_config(name, revision, how.trust_remote_code)
+        tokenizer = tokenizer_at(adapter, name, revision, how.trust_remote_code)
     rows = getattr(config.get_text_config(), "vocab_size", None)
     return tokenizer, max(rows, adapter.embedding_rows() or 0) if isinstance(rows, int) else None
 
@@ -462,6 +469,8 @@ def tokenizer_at(adapter: Adapter, base_name: str, revision: str | None, trust_r
     try:
         return AutoTokenizer.from_pretrained(source, revision=at, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, ImportError) as error:
+        if not own and not Path(base_name).is_dir():
+            raise _base_error(base_name, error) from error
         raise AdapterError(
             f"{source}: its tokenizer cannot be loaded ({first_line(error, 160)}); save the tokenizer in the "
             "adapter's folder"

@@ -421,7 +421,8 @@ def load_task(name_or_path: str) -> Task:
         folder = path if path.is_dir() else path.parent
         raise DataError(
             f"--data {quoted(name_or_path, 200)}: {'a folder' if path.is_dir() else 'a file of rows'}, not a task; "
-            f"give --data TASK (a built-in task or a YAML file, see `lapora tasks`) and the rows with --data-dir {folder}"
+            "give --data TASK (a built-in task or a YAML file, see `lapora tasks`), and the rows with "
+            f"--data-dir {folder}"
         )
     looks_like_a_path = path.suffix.lower() in (".yaml", ".yml") or len(path.parts) > 1
     if not looks_like_a_path and not path.is_file():
