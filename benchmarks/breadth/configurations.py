@@ -100,6 +100,8 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "longcat_flash": {"qk_head_dim": 16},
     "mamba2": {"num_heads": 4, "head_dim": 8},
+    "mimo_v2_flash": {"num_key_value_heads": 1},
+    "mistral4": {"rope_parameters": DROPPED},
     "mobilebert": {"intra_bottleneck_size": WIDTH},
     "perceiver": {"d_latents": WIDTH, "num_latents": 8, "num_self_attends_per_block": 2},
     "qwen4_exp_text": {

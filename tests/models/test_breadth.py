@@ -6,9 +6,10 @@ import warnings
 
 import pytest
 import torch
+from peft.tuners.lora.config import VeloraConfig
 
 from lapora.curvature.passes import CurvatureRun
-from lapora.errors import LaporaWarning
+from lapora.errors import LaporaWarning, UsageError
 from lapora.models.batching import BatchFeed, BatchSize
 from lapora.models.lora_layers import find_bayesian_layers
 from lapora.models.padding_check import check_padding, sees_padding
@@ -182,3 +183,46 @@ def test_lora_on_an_embedding_beside_linear_layers_is_fixed():
     answers = tiny_base("llama", "causal", targets=["embed_tokens", "q_proj"])
     assert {layer.name.split(".")[-2] for layer in find_bayesian_layers(answers.model)} == {"q_proj"}
     assert covariance_error(answers) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "lora", [{"init_lora_weights": "mica"}, {"velora_config": VeloraConfig(num_groups=4)}], ids=["MiCA", "VeLoRA"]
+)
+def test_variants_whose_forward_pass_is_that_of_lora(lora):
+    answers = tiny_base("llama", "causal", targets=["q_proj", "v_proj"], lora=lora)
+    assert len(find_bayesian_layers(answers.model)) == 8
+    assert covariance_error(answers) < 1e-5
+
+
+@pytest.mark.parametrize("targets", [["Wqkv"], "all-linear"])
+def test_dbrx(targets):
+    answers = tiny_base(
+        "dbrx",
+        "causal",
+        targets=targets,
+        n_layers=2,
+        n_heads=2,
+        d_model=16,
+        attn_config={"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0},
+        ffn_config={"hidden_size": 16, "ffn_hidden_size": 24, "moe_num_experts": 4, "moe_top_k": 2},
+        experts_implementation="eager",
+    )
+    assert covariance_error(answers) < 1e-5
+
+
+def test_keys_and_values_of_all_heads_in_four_dimensions():
+    answers = tiny_base(
+        "minicpm3", "causal", q_lora_rank=8, kv_lora_rank=8, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8
+    )
+    assert covariance_error(answers) < 1e-4
+
+
+def test_a_model_that_does_not_compute_in_float64_says_so():
+    answers = tiny_base("gpt2", "causal")
+
+    def fail(*_):
+        raise RuntimeError("expected m1 and m2 to have the same dtype, but got: float != double")
+
+    answers.network.register_forward_pre_hook(fail)
+    with pytest.raises(UsageError, match="use --dtype float32"):
+        answers.logits(next(batches(answers, row_ids(answers), 2)))

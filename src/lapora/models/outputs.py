@@ -86,9 +86,10 @@ class OutputModel:
         """Whether the network has a table with a row for each position, so that no row can be longer."""
         positions = positions_of(self.network)
         return positions is not None and any(
-            _POSITIONS.search(name) and positions <= max(tensor.shape[:2]) <= positions + _MOST_RESERVED
+            positions <= size <= positions + _MOST_RESERVED
             for name, tensor in (*self.network.named_parameters(), *self.network.named_buffers())
-            if tensor.dim() >= 2
+            if _POSITIONS.search(name)
+            for size in tensor.shape[:2]
         )
 
     @property
