@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import random
 import re
 import signal
 import tempfile
@@ -14,8 +15,11 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from benchmarks.breadth.cases import model_cases, option_cases
 from benchmarks.breadth.check import TOLERANCE, Case, NoSuchCaseError, check_case, save_case
+from benchmarks.breadth.page import write_page
 from lapora.config import Dtype
 from lapora.errors import LaporaError, UsageError
 
@@ -27,20 +31,30 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=Path("coverage.jsonl"), help="results; those there are kept")
     parser.add_argument("--only", default="", help="regular expression of the cases to check, such as causal/llama/")
     parser.add_argument("--minutes", type=float, default=600, help="stop after this time; the next run goes on")
+    parser.add_argument("--seed", type=int, help="check the cases in a random order")
     parser.add_argument("--again", default="^$", help="regular expression of outcomes to check again: wrong|crash")
+    parser.add_argument("--page", action="store_true", help="write the page from the results, and check nothing")
     arguments = parser.parse_args()
+    cases = [*option_cases(), *model_cases()]
+    if arguments.page:
+        found = read_results(arguments.results)
+        write_page({case.key: found[case.key] for case in cases})
+        return
+    if arguments.seed is not None:
+        random.Random(arguments.seed).shuffle(cases)
+    torch.set_num_threads(1)  # threads do not survive a fork
     end = time.monotonic() + 60 * arguments.minutes
     done = read_results(arguments.results)
     done = {key: each for key, each in done.items() if not re.search(arguments.again, each["outcome"])}
-    for case in [*option_cases(), *model_cases()]:
+    for case in cases:
         if case.key in done or not re.search(arguments.only, case.key):
             continue
         if time.monotonic() > end:
             break
-        found = run_alone(case)
-        print(json.dumps(found), flush=True)
+        result = run_alone(case)
+        print(json.dumps(result), flush=True)
         with arguments.results.open("a") as stream:
-            stream.write(json.dumps(found) + "\n")
+            stream.write(json.dumps(result) + "\n")
 
 
 def read_results(file: Path) -> dict[str, dict[str, Any]]:

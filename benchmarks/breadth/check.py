@@ -13,7 +13,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as DEFAULT_TARGETS
 from safetensors.torch import save_file
-from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedTokenizerFast
 
@@ -87,14 +87,12 @@ def save_case(case: Case, folder: Path) -> Path:
         loader = AutoModelForCausalLM if causal else AutoModelForSequenceClassification
         try:
             base = loader.from_config(config).float()
-        except Exception as error:
+        except Exception:  # a library that is not installed, or several models in one
             _save_without_weights(config, case, folder)
-            if isinstance(error, ImportError):  # of a library that is not installed
-                return folder / "adapter"
-            raise
+            return folder / "adapter"
         _randomize(base)
         base.save_pretrained(folder / "base")
-        _tokenizer().save_pretrained(folder / "base")
+        _tokenizer(config.is_encoder_decoder).save_pretrained(folder / "base")
         settings = {"r": 2, "lora_alpha": 4, "task_type": "CAUSAL_LM" if causal else "SEQ_CLS", **case.lora}
         if case.targets:
             settings["target_modules"] = _targets(base, case)
@@ -119,7 +117,7 @@ def save_case(case: Case, folder: Path) -> Path:
 def _save_without_weights(config: Any, case: Case, folder: Path) -> None:
     """Write what there is of a base that transformers does not build here, and an adapter."""
     config.save_pretrained(folder / "base")
-    _tokenizer().save_pretrained(folder / "base")
+    _tokenizer(config.is_encoder_decoder).save_pretrained(folder / "base")
     settings = LoraConfig(task_type="CAUSAL_LM" if case.kind == "causal" else "SEQ_CLS", target_modules=["q_proj"])
     settings.base_model_name_or_path = str(folder / "base")
     settings.save_pretrained(str(folder / "adapter"))
@@ -173,12 +171,15 @@ def _randomize(base: nn.Module) -> None:
             parameter.data.add_(torch.randn_like(parameter), alpha=0.1)
 
 
-def _tokenizer() -> PreTrainedTokenizerFast:
-    """One token a character."""
+def _tokenizer(ends: bool) -> PreTrainedTokenizerFast:
+    """One token a character; ``ends`` adds the end of text, whose position encoder-decoder classifiers read."""
     letters = "abcdefghijklmnopqrstuvwxyz"
-    vocabulary = {"<pad>": PADDING, "<s>": 1, "<unk>": 2} | {letter: 3 + index for index, letter in enumerate(letters)}
+    vocabulary = {"<pad>": PADDING, "<s>": 1, "<unk>": 2, "</s>": END}
+    vocabulary |= {letter: 3 + index for index, letter in enumerate(letters)}
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    if ends:
+        backend.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", END)])
     return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", unk_token="<unk>", bos_token="<s>")
 
 

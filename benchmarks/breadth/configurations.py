@@ -103,6 +103,10 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "mimo_v2_flash": {"num_key_value_heads": 1},
     "mistral4": {"rope_parameters": DROPPED},
     "mobilebert": {"intra_bottleneck_size": WIDTH},
+    "phi4_multimodal": {
+        f"audio_config.{name}": WIDTH
+        for name in ("nemo_conv_channels", "ext_pw_out_channel", "depthwise_separable_out_channel")
+    },
     "perceiver": {"d_latents": WIDTH, "num_latents": 8, "num_self_attends_per_block": 2},
     "qwen4_exp_text": {
         "indexer_n_heads": 2,
@@ -123,6 +127,12 @@ SPECIAL["qwen4_exp"] = {f"text_config.{name}": value for name, value in SPECIAL[
 """Settings by model type that the rules above do not find; dotted names are of an inner configuration."""
 
 
+_REQUIRED: dict[str, dict[str, Any]] = {
+    "gemma4_assistant": {"text_config": {"model_type": "gemma4_text", "hidden_size_per_layer_input": 0}},
+}
+"""Settings without which the class makes no default configuration."""
+
+
 def tiny_configuration(model_type: str, **changes: Any) -> PretrainedConfig:
     """Return a configuration of two layers or so, 16 wide.
 
@@ -130,7 +140,7 @@ def tiny_configuration(model_type: str, **changes: Any) -> PretrainedConfig:
         model_type: Key of transformers' ``CONFIG_MAPPING``.
         changes: Settings that differ from those of :data:`SPECIAL`.
     """
-    default = CONFIG_MAPPING[model_type]()
+    default = CONFIG_MAPPING[model_type](**_REQUIRED.get(model_type, {}))
     return _shrunk(default, {**SPECIAL.get(model_type, {}), **changes})
 
 

@@ -225,8 +225,8 @@ def _read_config(path: Path) -> dict[str, Any]:
 def _check_supported(path: Path, config: dict[str, Any]) -> None:
     peft_type = config.get("peft_type")
     if peft_type is None or (peft_type != "LORA" and str(peft_type).upper() == "LORA"):
-        found = "no peft_type" if peft_type is None else f"peft_type {peft_type!r}"
-        raise AdapterError(f'{path / CONFIG_FILE}: {found}, which peft cannot read; write "peft_type": "LORA"')
+        written = "no peft_type" if peft_type is None else f"peft_type {peft_type!r}"
+        raise AdapterError(f'{path / CONFIG_FILE}: {written}, which peft cannot read; write "peft_type": "LORA"')
     if peft_type != "LORA":
         raise AdapterError(f"{path}: peft_type {peft_type} is not supported; only LORA is")
     initialization = config.get("init_lora_weights")

@@ -29,6 +29,7 @@ from lapora.models.device_map import (
     without_placement,
 )
 from lapora.models.fingerprint import digest_at_dtype, fingerprint_of_tensors
+from lapora.models.outputs import embedding_rows
 from lapora.models.quantization import (
     disable_input_rounding,
     quantization_config,
@@ -81,7 +82,7 @@ class LoadedModel:
     @property
     def embedding_rows(self) -> int | None:
         """Number of token ids that have an embedding, or None if the model does not say."""
-        return _embedding_rows(self.model.get_base_model())
+        return embedding_rows(self.model.get_base_model())
 
 
 Loader = Callable[[Adapter, ModelSettings], "LoadedModel"]
@@ -336,7 +337,7 @@ def load_base(adapter: Adapter, how: ModelSettings) -> LoadedBase:
 
 def resize_embeddings(base: Any, adapter: Adapter) -> None:
     """Add the token embeddings that the adapter saved beyond the base's own, as for an added padding token."""
-    rows = _embedding_rows(base)
+    rows = embedding_rows(base)
     saved = adapter.embedding_rows()
     if rows is None or saved is None or saved <= rows:
         return
@@ -344,14 +345,6 @@ def resize_embeddings(base: Any, adapter: Adapter) -> None:
     for module in (base.get_input_embeddings(), base.get_output_embeddings()):
         if module is not None:  # rows that the adapter does not overwrite would be random
             module.weight.data[rows:] = 0
-
-
-def _embedding_rows(network: Any) -> int | None:
-    try:
-        weight = network.get_input_embeddings().weight
-    except (AttributeError, NotImplementedError):
-        return None
-    return len(weight) if weight.dim() == 2 else None
 
 
 def resolve_device(device: str) -> torch.device:

@@ -12,7 +12,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from lapora.errors import NonFiniteRowError, NumericalError, UsageError, first_line
+from lapora.errors import AdapterError, NonFiniteRowError, NumericalError, UsageError, first_line
 from lapora.models.adapter import ModelKind
 from lapora.models.batches import Batch, PaddingSide
 from lapora.models.device_map import entry_device, is_offloaded
@@ -85,6 +85,8 @@ class OutputModel:
     def has_position_table(self) -> bool:
         """Whether the network has a table with a row for each position, so that no row can be longer."""
         positions = positions_of(self.network)
+        if positions is not None and cast(Any, self.network).config.model_type in _LIMITED:
+            return True
         return positions is not None and any(
             positions <= size <= positions + _MOST_RESERVED
             for name, tensor in (*self.network.named_parameters(), *self.network.named_buffers())
@@ -108,6 +110,8 @@ class OutputModel:
 
         Raises:
             NonFiniteRowError: A logit is NaN or infinite; the error has the first such row.
+            UsageError: The model does not compute in float64.
+            AdapterError: The model's own code fails.
         """
         arguments: dict[str, Any] = {"input_ids": batch.input_ids}
         if self._accepts["attention_mask"]:
@@ -127,6 +131,11 @@ class OutputModel:
             raise UsageError(
                 f"--dtype float64: the code of this base model does not compute in it ({first_line(error, 120)}); "
                 "use --dtype float32"
+            ) from error
+        except _ERRORS_OF_CODE as error:
+            raise AdapterError(
+                f"the code of this base model fails ({type(error).__name__}: {first_line(error, 160)}); check that the "
+                "plain model runs on such rows, and leave layers that PEFT cannot wrap out of target_modules"
             ) from error
         logits = logits if logits.dtype == torch.float64 else logits.float()
         finite = torch.isfinite(logits.detach()).all(dim=1)
@@ -192,6 +201,10 @@ class OutputModel:
             values = values.transpose(0, 1)
         if values.dim() == 4 and values.shape[:3] == (rows, 1, tokens):  # keys and values of all heads at once
             values = values.squeeze(1)
+        groups = 1
+        if values.dim() == 4 and values.shape[:2] == (rows, tokens):  # the same weights for groups of features
+            groups = values.shape[2]
+            values = values.flatten(1, 2)
         if values.dim() == 2 and values.shape[0] == rows:
             return values.unsqueeze(1), None
         if values.dim() == 2 and values.shape[0] == rows * tokens:
@@ -201,6 +214,10 @@ class OutputModel:
                 f"{layer.name}: its input has shape {tuple(values.shape)}, not (rows, tokens, features), so the "
                 "gradients of a row cannot be told apart; leave this layer out of target_modules"
             )
+        mask = batch.attention_mask.to(values.device).bool() if batch.has_padding else None
+        if groups > 1:
+            mask = None if mask is None else mask.repeat_interleave(groups, dim=1)
+            return values, mask
         if layer.reads_answer_only:
             return _at(values, self._head_positions(batch)).unsqueeze(1), None
         if values.shape[1] != tokens:
@@ -208,7 +225,7 @@ class OutputModel:
                 f"{layer.name}: {values.shape[1]} positions for {tokens} tokens, so padding cannot be masked; leave "
                 "this layer out of target_modules"
             )
-        return values, batch.attention_mask.to(values.device).bool() if batch.has_padding else None
+        return values, mask
 
     def _head_positions(self, batch: Batch) -> Tensor:
         if self.kind == "causal":
@@ -218,13 +235,22 @@ class OutputModel:
         return ((batch.input_ids != self.pad_token_id) * positions).argmax(dim=1)
 
 
+def embedding_rows(network: Any) -> int | None:
+    """Return the number of token ids that have an embedding, or None if the network does not say."""
+    try:
+        weight = network.get_input_embeddings().weight
+    except (AttributeError, NotImplementedError):
+        return None
+    return len(weight) if weight.dim() == 2 else None
+
+
 def positions_of(network: nn.Module) -> int | None:
     """Return the maximum number of positions of a base model, or None if its configuration has none."""
     config = getattr(network, "config", None)
     if config is None:
         return None
     text = config.get_text_config()
-    for name in ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length"):
+    for name in ("max_position_embeddings", "n_positions", "max_seq_len", "max_target_positions"):
         try:
             positions = getattr(text, name, None)
         except NotImplementedError:  # XLNet has no limit
@@ -234,9 +260,12 @@ def positions_of(network: nn.Module) -> int | None:
     return None
 
 
-_OF_DTYPES = re.compile("dtype|double", re.IGNORECASE)
+_OF_DTYPES = re.compile("dtype|double|overflow", re.IGNORECASE)
+_ERRORS_OF_CODE = (ValueError, TypeError, AttributeError, LookupError, NotImplementedError, AssertionError)
 _POSITIONS = re.compile(r"pos(itions?|ition_embeddings|_emb|_encoding)?(\.|_|$)|wpe|position")
 _MOST_RESERVED = 4
+_LIMITED = ("mpt", "reformer")
+"""Model types that make their table of positions in the forward pass, or in factors."""
 
 
 def _reserved_positions(network: nn.Module) -> int:

@@ -289,8 +289,8 @@ def find_split_file(folder: Path, names: list[str]) -> Path:
                 return path
     for name in names:
         for pattern, remedy in _UNREAD.items():
-            if found := sorted(folder.glob(pattern.format(name=name))):
-                raise MissingSplitError(f"--data-dir {quoted(str(folder), 200)}: it has {found[0].name}; {remedy}")
+            if unread := sorted(folder.glob(pattern.format(name=name))):
+                raise MissingSplitError(f"--data-dir {quoted(str(folder), 200)}: it has {unread[0].name}; {remedy}")
     files = sorted(entry.name for entry in folder.iterdir() if entry.suffix in ROW_SUFFIXES)
     found = listed(files) if files else "no .jsonl, .json, .csv or .parquet file"
     raise MissingSplitError(
