@@ -21,7 +21,7 @@ from benchmarks.breadth.cases import model_cases, option_cases
 from benchmarks.breadth.check import TOLERANCE, Case, NoSuchCaseError, check_case, save_case
 from benchmarks.breadth.page import write_page
 from lapora.config import Dtype
-from lapora.errors import LaporaError, UsageError
+from lapora.errors import LaporaError, NumericalError, UsageError
 
 SECONDS = 120
 
@@ -98,7 +98,7 @@ def outcome(case: Case) -> dict[str, Any]:
         try:
             try:
                 return measured(folder, "float64")
-            except UsageError:  # the model's own code computes in float32 alone
+            except (UsageError, NumericalError):  # the model's own code computes in float32 alone
                 return measured(folder, "float32")
         except LaporaError as refusal:
             return {"outcome": "refused", "words": str(refusal).replace(place, "…")}

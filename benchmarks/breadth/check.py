@@ -78,14 +78,13 @@ def save_case(case: Case, folder: Path) -> Path:
     torch.manual_seed(0)
     causal = case.kind == "causal"
     config = tiny_configuration(case.base, **case.config)
-    inner = config.get_text_config()
-    if causal and not config.is_encoder_decoder:
-        inner.is_decoder = True
     if not causal:
         config.num_labels = len(ANSWERS)
     with silence_libraries():
         loader = AutoModelForCausalLM if causal else AutoModelForSequenceClassification
         try:
+            if causal and not config.is_encoder_decoder:
+                config.get_text_config().is_decoder = True
             base = loader.from_config(config).float()
         except Exception:  # a library that is not installed, or several models in one
             _save_without_weights(config, case, folder)
@@ -121,6 +120,7 @@ def _save_without_weights(config: Any, case: Case, folder: Path) -> None:
     settings = LoraConfig(task_type="CAUSAL_LM" if case.kind == "causal" else "SEQ_CLS", target_modules=["q_proj"])
     settings.base_model_name_or_path = str(folder / "base")
     settings.save_pretrained(str(folder / "adapter"))
+    save_file({"weight": torch.zeros(2, 2)}, folder / "base" / "model.safetensors", metadata={"format": "pt"})
     save_file({"base_model.model.q_proj.lora_A.weight": torch.zeros(2, 2)}, folder / "adapter" / WEIGHTS_FILE)
 
 
@@ -198,12 +198,12 @@ def check_case(folder: Path, dtype: Dtype) -> float:
     outputs = OutputModel(loaded.model, loaded.kind, loaded.pad_token_id, ANSWERS if loaded.kind == "causal" else None)
     check_padding(outputs, loaded.tokenizer, quantized=False)
     rows = _rows(loaded)
-    logits, jacobian = dense_jacobian(loaded, layers, rows)
-    expected = dense_covariance(logits, jacobian)
-    assert float(expected.diagonal(dim1=1, dim2=2).min()) > 1e-12 * float(expected.abs().max()), "no covariance"
     mean, covariance = _moments(outputs, layers, rows, "full", 3)
     _, padded = _moments(outputs, layers, rows, "kron", 3)
     _, alone = _moments(outputs, layers, rows, "kron", 1)
+    logits, jacobian = dense_jacobian(loaded, layers, rows)
+    expected = dense_covariance(logits, jacobian)
+    assert float(expected.diagonal(dim1=1, dim2=2).min()) > 1e-12 * float(expected.abs().max()), "no covariance"
     pairs = ((mean, logits), (covariance, expected), (padded, alone))
     return max(float((ours - theirs).abs().max() / theirs.abs().max()) for ours, theirs in pairs)
 
@@ -268,6 +268,8 @@ def _moments(
 
     run = CurvatureRun(outputs, layers, batches, [0] * len(rows), len(ANSWERS))
     posterior, _ = fit_structure(structure, run)
+    working = torch.float64 if outputs.network.dtype == torch.float64 else torch.float32
+    posterior = posterior.on_device(layers, outputs.device, working)
     precisions = torch.full((1, len(layers)), PRECISION, dtype=torch.float64)
     mean = torch.zeros(len(rows), len(ANSWERS), dtype=torch.float64)
     covariance = torch.zeros(len(rows), len(ANSWERS), len(ANSWERS), dtype=torch.float64)

@@ -24,9 +24,9 @@ installed PEFT. Each case is a tiny model with random weights, saved by PEFT and
 
 A number is the error: the largest difference between the covariance of the logits and that of dense Jacobians of single
 rows, relative to its largest entry, with all weights in one Gaussian; or the difference between padded batches and
-single rows, if that is larger. It is in float64 where the model computes in it, else marked float32; many layers compute
-in float32 whatever the dtype. A case is accepted below 1e-4 (float32: 1e-2). Everything else is refused, with the words
-given here (exit status 3; 2 for an option).
+single rows, if that is larger. It is in float64 where the model computes in it, else marked float32; many layers
+compute in float32 whatever the dtype. A case is accepted below 1e-4 (float32: 1e-2). Everything else is refused, with
+the words given here (exit status 3; 2 for an option).
 
 Made on {date} with lapora {lapora}, transformers {transformers}, PEFT {peft} and PyTorch {torch} by
 `python -m benchmarks.breadth`: {works} cases work, {refused} are refused.

@@ -371,7 +371,9 @@ def load_config(base_name: str, revision: str | None, trust_remote_code: bool) -
         AdapterError: The configuration cannot be read.
     """
     try:
-        return AutoConfig.from_pretrained(base_name, revision=revision, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(base_name, revision=revision, trust_remote_code=trust_remote_code)
+        config.get_text_config()  # fails for several text models in one
+        return config
     except (OSError, ValueError, KeyError) as error:
         raise _base_error(base_name, error) from error
 
@@ -403,6 +405,19 @@ def element_type_of(dtype: Dtype, config: Any, device: torch.device) -> torch.dt
     return cast(torch.dtype, getattr(torch, own) if isinstance(own, str) else own)
 
 
+_LOADING_ERRORS = (
+    OSError,
+    ValueError,
+    KeyError,
+    AttributeError,
+    TypeError,
+    RuntimeError,
+    ImportError,
+    UnpicklingError,
+    SafetensorError,
+)
+
+
 def _load_base(
     adapter: Adapter, resolved: ResolvedBase, device: torch.device, how: ModelSettings
 ) -> tuple[Any, set[str]]:
@@ -425,7 +440,7 @@ def _load_base(
     loader = auto_class(adapter, resolved.config)
     try:
         base, information = loader.from_pretrained(resolved.name, **arguments)
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError, UnpicklingError, SafetensorError) as error:
+    except _LOADING_ERRORS as error:
         raise _base_error(resolved.name, error) from error
     return base, set(information["missing_keys"])
 
