@@ -262,11 +262,9 @@ def _moments(
     outputs: OutputModel, layers: list[BayesianLayer], rows: list[_Row], structure: Any, size: int
 ) -> tuple[Tensor, Tensor]:
     """Return mean ``(N, C)`` and covariance ``(N, C, C)`` of the logits, in batches of a size."""
-
-    def batches() -> BatchFeed:
-        return BatchFeed(outputs, rows, BatchSize(size), bucketed=True)
-
-    run = CurvatureRun(outputs, layers, batches, [0] * len(rows), len(ANSWERS))
+    run = CurvatureRun(
+        outputs, layers, lambda: BatchFeed(outputs, rows, BatchSize(size)), [0] * len(rows), len(ANSWERS)
+    )
     posterior, _ = fit_structure(structure, run)
     working = torch.float64 if outputs.network.dtype == torch.float64 else torch.float32
     posterior = posterior.on_device(layers, outputs.device, working)
@@ -276,7 +274,7 @@ def _moments(
     with LinearisedPredictor(
         outputs, layers, posterior, precisions, classes=len(ANSWERS), every_class=True
     ) as predictor:
-        for batch in batches():
+        for batch in BatchFeed(outputs, rows, BatchSize(size), bucketed=True):
             found = predictor.moments(batch)
             mean[list(batch.rows)] = found.mean.double()
             covariance[list(batch.rows)] = found.covariance.double()

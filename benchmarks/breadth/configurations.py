@@ -102,7 +102,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "mamba2": {"num_heads": 4, "head_dim": 8},
     "mimo_v2_flash": {"num_key_value_heads": 1},
     "mistral4": {"rope_parameters": DROPPED},
-    "mobilebert": {"intra_bottleneck_size": WIDTH},
+    "mobilebert": {"intra_bottleneck_size": WIDTH, "classifier_activation": False},
     "phi4_multimodal": {
         f"audio_config.{name}": WIDTH
         for name in ("nemo_conv_channels", "ext_pw_out_channel", "depthwise_separable_out_channel")

@@ -9,7 +9,7 @@ import torch
 from peft.tuners.lora.config import VeloraConfig
 
 from lapora.curvature.passes import CurvatureRun
-from lapora.errors import LaporaWarning, UsageError
+from lapora.errors import LaporaWarning, NumericalError, UsageError
 from lapora.models.batching import BatchFeed, BatchSize
 from lapora.models.lora_layers import find_bayesian_layers
 from lapora.models.padding_check import check_padding, sees_padding
@@ -226,3 +226,23 @@ def test_a_model_that_does_not_compute_in_float64_says_so():
     answers.network.register_forward_pre_hook(fail)
     with pytest.raises(UsageError, match="use --dtype float32"):
         answers.logits(next(batches(answers, row_ids(answers), 2)))
+
+
+@pytest.mark.parametrize("size", [1, 3])
+@pytest.mark.parametrize("targets", [["query", "value"], "all-linear"])
+def test_a_model_that_pads_rows_itself_and_has_tokens_of_global_attention(targets, size):
+    """Longformer pads to a multiple of its window; one token of each row attends to all others."""
+    answers = tiny_base("longformer", "classifier", targets=targets, attention_window=4)
+    assert covariance_error(answers, size=size) < 1e-5
+
+
+def test_positions_before_the_tokens_are_refused():
+    answers = tiny_base("gpt2", "causal", targets=["c_attn"])
+    layer, *_ = find_bayesian_layers(answers.model)
+    batch = next(batches(answers, row_ids(answers), 2))
+    tokens = batch.input_ids.shape[1]
+    gradient = torch.ones(2, tokens + 3, 4)
+    with pytest.raises(NumericalError, match=f"{tokens + 3} positions for {tokens} tokens"):
+        answers.token_view(layer, gradient, batch, are_gradients=True)
+    gradient[:, tokens:] = 0
+    assert answers.token_view(layer, gradient, batch, are_gradients=True)[0].shape == (2, tokens, 4)

@@ -18,8 +18,9 @@ from lapora.models.batches import Batch, PaddingSide
 from lapora.models.device_map import entry_device, is_offloaded
 from lapora.models.lora_layers import BayesianLayer
 
-Layout = Literal["rows", "tokens", "shared"]
-"""Dimensions of a layer's input: ``(B, T, F)``, ``(T, B, F)``, or ``(1, P, F)`` with P positions for all rows."""
+Layout = Literal["rows", "tokens", "single", "shared"]
+"""Dimensions of a layer's input: ``(B, T, F)``, ``(T, B, F)``, ``(1, B, F)`` with one token of each row (Longformer's
+global attention), or ``(1, P, F)`` with P positions for all rows."""
 
 
 class OutputModel:
@@ -171,12 +172,20 @@ class OutputModel:
         rows, tokens = self._probe_shape
         if values.dim() != 3 or values.shape[0] == rows:
             return "rows"
-        if values.shape[:2] == (tokens, rows):
+        if values.shape[1] == rows and values.shape[0] >= tokens:
             return "tokens"
+        if values.shape[:2] == (1, rows):
+            return "single"
         return "shared" if values.shape[0] == 1 else "rows"
 
     def token_view(
-        self, layer: BayesianLayer, values: Tensor, batch: Batch, layout: Layout = "rows"
+        self,
+        layer: BayesianLayer,
+        values: Tensor,
+        batch: Batch,
+        layout: Layout = "rows",
+        *,
+        are_gradients: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """Select the token positions of a layer that contribute to the logits.
 
@@ -186,6 +195,7 @@ class OutputModel:
                 ``(B, features)`` after the model has pooled the tokens.
             batch: The current batch.
             layout: Layout of the layer's input.
+            are_gradients: Whether the values are gradients, which must be zero at positions that the model itself pads.
 
         Returns:
             ``(B, T', features)``, and a ``(B, T')`` boolean mask of real tokens, or None without padding. A head that
@@ -197,8 +207,10 @@ class OutputModel:
         rows, tokens = batch.input_ids.shape
         if layout == "shared" and values.dim() == 3 and values.shape[0] == rows:
             return values, None
-        if layout == "tokens" and values.dim() == 3:
+        if layout in ("tokens", "single") and values.dim() == 3:
             values = values.transpose(0, 1)
+        if layout == "single" and values.dim() == 3:
+            return values, None
         if values.dim() == 4 and values.shape[:3] == (rows, 1, tokens):  # keys and values of all heads at once
             values = values.squeeze(1)
         groups = 1
@@ -220,6 +232,8 @@ class OutputModel:
             return values, mask
         if layer.reads_answer_only:
             return _at(values, self._head_positions(batch)).unsqueeze(1), None
+        if values.shape[1] > tokens and not (are_gradients and bool(values[:, tokens:].any())):
+            values = values[:, :tokens]  # the model pads rows itself, as to a multiple of a window
         if values.shape[1] != tokens:
             raise NumericalError(
                 f"{layer.name}: {values.shape[1]} positions for {tokens} tokens, so padding cannot be masked; leave "
