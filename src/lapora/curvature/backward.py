@@ -173,7 +173,7 @@ class Linearisation:
             Logits at the MAP, ``(B, C)``, detached.
 
         Raises:
-            AdapterError: The model carries gradients around blocks that are recomputed.
+            AdapterError: The model carries gradients around blocks that are recomputed, or the logits have no gradient.
             NonFiniteRowError: A logit is NaN or infinite.
         """
         self.probe(batch)
@@ -222,7 +222,12 @@ class Linearisation:
             along = directions(logits.detach()).to(logits.dtype)
             at_map, graph = logits.detach(), [logits]
             del logits
-            if len(along) and graph[0].requires_grad:
+            if len(along) and not graph[0].requires_grad:
+                raise AdapterError(
+                    "the logits do not depend on any LoRA layer, or the code of the base model cuts their gradient "
+                    "(reversible layers): this adapter on this base is not supported"
+                )
+            if len(along):
                 self._backward(graph.pop(), along)
             self.observer.end(len(batch), len(along))
             return at_map

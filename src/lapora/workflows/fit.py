@@ -52,6 +52,7 @@ from lapora.tasks import (
     resolve_choices,
 )
 from lapora.tasks.examples import Labels, refuse_missing_labels
+from lapora.tasks.rows import check_label_names
 from lapora.workflows.averaging import average_without_rows, describe_averaged, training_curve
 from lapora.workflows.rows import read_rows
 from lapora.workflows.task_model import (
@@ -261,6 +262,8 @@ def fit_in_memory(
         raise TypeError(
             "rows: one row, or a mapping of columns; give a list of the rows that the adapter was trained on"
         )
+    features = getattr(rows, "features", None)  # of a datasets.Dataset
+    check_label_names(resolved, features if isinstance(features, Mapping) else {}, "the rows")
     given = list(given_rows(rows, texts=False))
     if not given:
         raise DataError("no rows: give the rows that the adapter was trained on")
