@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedTokenizerFast
+from transformers.pytorch_utils import Conv1D
 
 from benchmarks.breadth.configurations import END, PADDING, tiny_configuration
 from lapora.config import Dtype, ModelSettings
@@ -147,7 +148,11 @@ def _targets(base: nn.Module, case: Case) -> str | list[str]:
     default = DEFAULT_TARGETS.get(case.base)
     if default is not None:
         return default
-    found = [name for name, module in base.named_modules() if isinstance(module, nn.Linear) and _ATTENTION.search(name)]
+    found = [
+        name
+        for name, module in base.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and _ATTENTION.search(name)
+    ]
     if not found:
         raise NoSuchCaseError(f"no linear layer of {case.base} is called like queries and values")
     return found
@@ -155,7 +160,7 @@ def _targets(base: nn.Module, case: Case) -> str | list[str]:
 
 _ATTENTION = re.compile(
     r"(^|[._])(q|v|qkv|q_?proj|v_?proj|query|value|q_lin|v_lin|query_key_value|w?qkv(_proj)?|in_proj|q_a_proj|q_b_proj|"
-    r"kv_b_proj|query_proj|value_proj|c_attn|att_proj|to_q|to_v)$",
+    r"kv_b_proj|query_proj|value_proj|c_attn|att_proj|to_q|to_v|[qv]_head|w[qv]|kv_proj)$",
     re.IGNORECASE,
 )
 

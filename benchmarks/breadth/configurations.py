@@ -90,6 +90,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     },
     "esm": {"vocab_size": VOCABULARY, "pad_token_id": PADDING, "mask_token_id": 4},
     "falcon_h1": _MAMBA,
+    "funnel": {"block_sizes": [1, 1], "block_repeats": [1, 1], "num_decoder_layers": 1},
     "gemma3n_text": {"num_kv_shared_layers": 0},
     "gemma4_assistant": {"text_config.num_kv_shared_layers": 0},
     "gemma4_unified_assistant": {"text_config.num_kv_shared_layers": 0},
@@ -101,7 +102,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "longcat_flash": {"qk_head_dim": 16},
     "mamba2": {"num_heads": 4, "head_dim": 8},
     "mimo_v2_flash": {"num_key_value_heads": 1},
-    "mistral4": {"rope_parameters": DROPPED},
+    "mistral4": {"rope_parameters": DROPPED, "head_dim": DROPPED, "qk_head_dim": DROPPED},
     "mobilebert": {"intra_bottleneck_size": WIDTH, "classifier_activation": False},
     "phi4_multimodal": {
         f"audio_config.{name}": WIDTH
@@ -120,7 +121,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "xlstm": {"embedding_dim": WIDTH},
     "xmod": {"languages": ["en_XX"], "default_language": "en_XX"},
     "zamba": _HYBRID,
-    "zamba2": _HYBRID | {"mamba_headdim": 16, "n_mamba_heads": 2},
+    "zamba2": _HYBRID | {"hybrid_layer_ids": DROPPED, "mamba_headdim": 16, "n_mamba_heads": 2},
     "zaya": {"num_experts_per_tok": 1},
 }
 SPECIAL["qwen4_exp"] = {f"text_config.{name}": value for name, value in SPECIAL["qwen4_exp_text"].items()}

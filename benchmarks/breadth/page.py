@@ -73,7 +73,11 @@ def _lines(results: Results) -> Iterable[str]:
             cells = [results.get(f"{group}/{name}/{targets}") for targets in ("attention", "all-linear")]
             if any(each is not None and each["outcome"] != "none" for each in cells):
                 yield f"| {name} | {' | '.join(map(_cell, cells))} |"
-    none = sorted((key, each["words"]) for key, each in results.items() if each["outcome"] == "none")
+    none = sorted(
+        (key, each["words"])
+        for key, each in results.items()
+        if each["outcome"] == "none" and not each["words"].startswith("no linear layer")
+    )
     if none:
         yield from ("", "## Not made or not run by PEFT", "", "| adapter | why |", "| --- | --- |")
         yield from (f"| {key} | {_plain(words)} |" for key, words in none)

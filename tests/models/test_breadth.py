@@ -9,7 +9,7 @@ import torch
 from peft.tuners.lora.config import VeloraConfig
 
 from lapora.curvature.passes import CurvatureRun
-from lapora.errors import LaporaWarning, NumericalError, UsageError
+from lapora.errors import AdapterError, LaporaWarning, NumericalError, UsageError
 from lapora.models.batching import BatchFeed, BatchSize
 from lapora.models.lora_layers import find_bayesian_layers
 from lapora.models.padding_check import check_padding, sees_padding
@@ -246,3 +246,27 @@ def test_positions_before_the_tokens_are_refused():
         answers.token_view(layer, gradient, batch, are_gradients=True)
     gradient[:, tokens:] = 0
     assert answers.token_view(layer, gradient, batch, are_gradients=True)[0].shape == (2, tokens, 4)
+
+
+def test_logits_that_only_padding_makes_infinite_are_those_of_a_model_that_sees_padding():
+    answers = tiny_base("bert", "classifier")
+
+    def spoil(module, arguments, keywords, output):
+        if not bool(keywords["attention_mask"].all()):
+            output.logits = output.logits * float("nan")
+        return output
+
+    answers.network.register_forward_hook(spoil, with_kwargs=True)
+    assert sees_padding(answers, words_to_ids)
+
+
+def test_a_gradient_that_the_model_cuts_is_refused():
+    answers = tiny_base("gpt2", "causal")
+
+    def cut(module, arguments, output):
+        output.logits = output.logits.detach()
+        return output
+
+    answers.network.register_forward_hook(cut)
+    with pytest.raises(AdapterError, match="do not depend on any LoRA layer"):
+        covariance_error(answers)

@@ -417,7 +417,7 @@ def load_task(name_or_path: str) -> Task:
     if name_or_path in builtin_tasks():
         return task_from_yaml(builtin_yaml(name_or_path), source=f"built-in task {name_or_path}")
     path = Path(name_or_path)
-    if path.is_dir() or path.suffix.lower() in (*ROW_SUFFIXES, ".gz", ".tsv"):
+    if (name_or_path and path.is_dir()) or path.suffix.lower() in (*ROW_SUFFIXES, ".gz", ".tsv"):
         folder = path if path.is_dir() else path.parent
         raise DataError(
             f"--data {quoted(name_or_path, 200)}: {'a folder' if path.is_dir() else 'a file of rows'}, not a task; "
