@@ -100,8 +100,6 @@ def outcome(case: Case) -> dict[str, Any]:
                 return measured(folder, "float64")
             except (UsageError, NumericalError):  # the model's own code computes in float32 alone
                 return measured(folder, "float32")
-        except NoSuchCaseError as error:
-            return {"outcome": "none", "words": str(error)}
         except LaporaError as refusal:
             return {"outcome": "refused", "words": str(refusal).replace(place, "…")}
         except BaseException as error:

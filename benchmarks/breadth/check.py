@@ -103,7 +103,6 @@ def save_case(case: Case, folder: Path) -> Path:
         for name, parameter in model.named_parameters():
             if "lora_" in name and "magnitude" not in name:
                 nn.init.normal_(parameter, std=0.3)
-        _run_once(model)
         if base.config.model_type != config.model_type:  # the text model of several
             config.save_pretrained(folder / "base")
         model.peft_config["default"].base_model_name_or_path = str(folder / "base")
@@ -123,14 +122,6 @@ def _save_without_weights(config: Any, case: Case, folder: Path) -> None:
     settings.save_pretrained(str(folder / "adapter"))
     save_file({"weight": torch.zeros(2, 2)}, folder / "base" / "model.safetensors", metadata={"format": "pt"})
     save_file({"base_model.model.q_proj.lora_A.weight": torch.zeros(2, 2)}, folder / "adapter" / WEIGHTS_FILE)
-
-
-def _run_once(model: nn.Module) -> None:
-    try:
-        with torch.no_grad():
-            _forward(model.eval(), [3, 4, 5, END])
-    except Exception as error:
-        raise NoSuchCaseError(f"PEFT's own model does not run: {type(error).__name__}: {error}") from error
 
 
 def _forward(model: nn.Module, ids: list[int]) -> Tensor:
@@ -208,10 +199,9 @@ def check_case(folder: Path, dtype: Dtype) -> float:
     _, alone = _moments(outputs, layers, rows, "kron", 1)
     logits, jacobian = dense_jacobian(loaded, layers, rows)
     expected = dense_covariance(logits, jacobian)
-    if not float(expected.abs().max()):  # the kernels of the model's attention are not there
-        raise NoSuchCaseError("the logits do not depend on the LoRA layers")
     pairs = ((mean, logits), (covariance, expected), (padded, alone))
-    return max(float((ours - theirs).abs().max() / theirs.abs().max()) for ours, theirs in pairs)
+    # A covariance may be zero, as where the kernels of a model's attention are not installed.
+    return max(float((ours - theirs).abs().max() / theirs.abs().max().clamp(min=1e-300)) for ours, theirs in pairs)
 
 
 def _rows(loaded: LoadedModel, count: int = 5) -> list[_Row]:
