@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -270,3 +271,18 @@ def test_a_gradient_that_the_model_cuts_is_refused():
     answers.network.register_forward_hook(cut)
     with pytest.raises(AdapterError, match="do not depend on any LoRA layer"):
         covariance_error(answers)
+
+
+def test_an_error_of_the_models_own_code_is_one_line():
+    answers = tiny_base("gpt2", "causal")
+    batch = next(batches(answers, row_ids(answers), 2))
+
+    def fail(*_):
+        return (torch.tensor([1]).reshape(2, "x"),)
+
+    handle = answers.network.transformer.register_forward_pre_hook(fail)
+    with pytest.raises(AdapterError, match="the code of this base model fails .TypeError: reshape"):
+        answers.logits(batch)
+    handle.remove()
+    with pytest.raises(AdapterError, match="the code of this base model fails .IndexError"):
+        answers.logits(replace(batch, input_ids=batch.input_ids + 100))

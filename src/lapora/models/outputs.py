@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import inspect
 import re
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
@@ -126,17 +128,19 @@ class OutputModel:
                 logits = self._in_order(self.network(**arguments).logits)
             else:
                 logits = self._answer_logits(batch, arguments)
+        except _ERRORS_OF_CODE as error:
+            if _PACKAGE in Path(traceback.extract_tb(error.__traceback__)[-1].filename).parents:
+                raise  # a bug of ours, in a hook
+            raise AdapterError(
+                f"the code of this base model fails ({type(error).__name__}: {first_line(error, 160)}); check that the "
+                "plain model runs on such rows, and leave layers that PEFT cannot wrap out of target_modules"
+            ) from error
         except RuntimeError as error:
             if self.network.dtype != torch.float64 or not _OF_DTYPES.search(str(error)):
                 raise
             raise UsageError(
                 f"--dtype float64: the code of this base model does not compute in it ({first_line(error, 120)}); "
                 "use --dtype float32"
-            ) from error
-        except _ERRORS_OF_CODE as error:
-            raise AdapterError(
-                f"the code of this base model fails ({type(error).__name__}: {first_line(error, 160)}); check that the "
-                "plain model runs on such rows, and leave layers that PEFT cannot wrap out of target_modules"
             ) from error
         logits = logits if logits.dtype == torch.float64 else logits.float()
         finite = torch.isfinite(logits.detach()).all(dim=1)
@@ -275,6 +279,7 @@ def positions_of(network: nn.Module) -> int | None:
 
 
 _OF_DTYPES = re.compile("dtype|double|overflow", re.IGNORECASE)
+_PACKAGE = Path(__file__).parents[1]
 _ERRORS_OF_CODE = (ValueError, TypeError, AttributeError, LookupError, NotImplementedError, AssertionError)
 _POSITIONS = re.compile(r"pos(itions?|ition_embeddings|_emb|_encoding)?(\.|_|$)|wpe|position")
 _MOST_RESERVED = 4
