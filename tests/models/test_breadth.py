@@ -281,8 +281,8 @@ def test_an_error_of_the_models_own_code_is_one_line():
         return (torch.tensor([1]).reshape(2, "x"),)
 
     handle = answers.network.transformer.register_forward_pre_hook(fail)
-    with pytest.raises(AdapterError, match="the code of this base model fails .TypeError: reshape"):
+    with pytest.raises(AdapterError, match=r"the code of this base model fails .TypeError: reshape"):
         answers.logits(batch)
     handle.remove()
-    with pytest.raises(AdapterError, match="the code of this base model fails .IndexError"):
+    with pytest.raises(AdapterError, match=r"the code of this base model fails .IndexError"):
         answers.logits(replace(batch, input_ids=batch.input_ids + 100))
