@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, get_args
 
 from peft import PeftType
-from peft.tuners.lora.config import KasaConfig, LoftQConfig, MontecloraConfig, VeloraConfig
+from peft.tuners.lora.config import KasaConfig, MontecloraConfig, VeloraConfig
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
@@ -47,7 +47,7 @@ def option_cases() -> list[Case]:
             for name in initializations
         ),
         case("init_lora_weights: corda", edits={"init_lora_weights": "corda"}),
-        case("init_lora_weights: loftq", lora={"init_lora_weights": "loftq", "loftq_config": LoftQConfig()}),
+        case("init_lora_weights: loftq", edits={"init_lora_weights": "loftq", "loftq_config": {"loftq_bits": 4}}),
         case("rank 1", lora={"r": 1}),
         case("use_rslora", lora={"use_rslora": True}),
         case("use_dora", lora={"use_dora": True}),

@@ -168,18 +168,17 @@ def resolve_padding(loaded: LoadedModel) -> None:
 def _load_adapter(adapter: Adapter, base: nn.Module, base_name: str) -> PeftModel:
     try:
         model = PeftModel.from_pretrained(base, os.fspath(adapter.path), is_trainable=False)
-    except RuntimeError as error:
-        lines = [line.strip() for line in str(error).splitlines() if "size mismatch" in line]
-        raise AdapterError(
-            f"{adapter.path}: the adapter does not fit base model {base_name}: "
-            + ("; ".join(lines) or first_line(error))
-        ) from error
     except KeyError as error:
         raise AdapterError(
             f"{adapter.path}: its weights have no {error.args[0]}, which peft reads from them; save the trained head "
             "with the adapter (modules_to_save)"
         ) from error
-    except (ValueError, TypeError) as error:
+    except (RuntimeError, ValueError, TypeError, ImportError) as error:
+        lines = [line.strip() for line in str(error).splitlines() if "size mismatch" in line]
+        if lines:
+            raise AdapterError(
+                f"{adapter.path}: the adapter does not fit base model {base_name}: {'; '.join(lines)}"
+            ) from error
         raise AdapterError(
             f"{adapter.path}: peft cannot attach it to base model {base_name} ({first_line(error)})"
         ) from error
