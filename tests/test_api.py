@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 from typing import get_args, get_type_hints
 
+import datasets
 import pytest
 import torch
 import yaml
@@ -359,3 +360,12 @@ def test_what_is_no_peft_model_is_refused(in_memory):
     _, _, tokenizer, rows, task = in_memory
     with pytest.raises(AdapterError, match="not a PEFT model"):
         lapora.fit_model(torch.nn.Linear(2, 2), tokenizer, rows, task=task)
+
+
+def test_names_of_labels_that_contradict_the_answers_are_refused():
+    names = datasets.ClassLabel(names=["yes", "no"])
+    features = datasets.Features({"question": datasets.Value("string"), "label": names})
+    rows = datasets.Dataset.from_dict({"question": ["a"], "label": [0]}, features=features)
+    task = {"task": "t", "doc_to_text": "{{question}}", "doc_to_choice": ["no", "yes"], "doc_to_target": "label"}
+    with pytest.raises(DataError, match="label 0 of 'label' is called 'yes', which is answer 1"):
+        lapora.fit_model(None, None, rows, task=task)

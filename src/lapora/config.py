@@ -432,6 +432,7 @@ class FitSettings:
         int | None, Option("Maximum tokens per row.", DATA, metavar="N", min=1, shown="the task's")
     ] = None
     chat_template: Annotated[bool, Option("Wrap prompts in the tokenizer's chat template.", DATA)] = False
+    unlabelled: Annotated[bool, Option("The rows have no labels, by intent.", DATA)] = False
     seed: Annotated[int, Option("Random seed.", metavar="N")] = 0
     overwrite: Annotated[bool, Option("Replace an existing posterior of this name.", OUTPUT)] = False
     resume: Annotated[bool, Option("Resume an interrupted fit from its last checkpoint.", OUTPUT)] = False

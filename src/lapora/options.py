@@ -171,6 +171,7 @@ class CurvatureOptions(TypedDict, total=False):
         name: Name of the posterior. Default: ``'default'``.
         max_length: Maximum tokens per row. At least 1. Default: the task's.
         chat_template: Wrap prompts in the tokenizer's chat template. Default: ``False``.
+        unlabelled: The rows have no labels, by intent. Default: ``False``.
         seed: Random seed. Default: ``0``.
         overwrite: Replace an existing posterior of this name. Default: ``False``.
         resume: Resume an interrupted fit from its last checkpoint. Default: ``False``.
@@ -189,6 +190,7 @@ class CurvatureOptions(TypedDict, total=False):
     name: str
     max_length: int | None
     chat_template: bool
+    unlabelled: bool
     seed: int
     overwrite: bool
     resume: bool

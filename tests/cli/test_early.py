@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from lapora.cli import console
 from lapora.cli.fit import saying_how_to_resume
@@ -20,7 +21,17 @@ from tiny_adapter import command, fit_tiny, make_adapter, make_rows
 def tiny(tmp_path_factory) -> Path:
     folder = make_adapter(tmp_path_factory.mktemp("early"))
     fit_tiny(folder)
+    task = yaml.safe_load((folder / "task.yaml").read_text())
+    for name, changes in {
+        "fields": {"doc_to_text": "{{tale}}"},
+        "labels": {"doc_to_target": "answer"},
+        "classes": {"doc_to_choice": ["x", "y"], "doc_to_target": "story"},
+    }.items():
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump({**task, **changes}))
     return folder
+
+
+OTHER = ("--data-dir", "data", "--name", "other")
 
 
 @pytest.mark.parametrize(
@@ -39,6 +50,12 @@ def tiny(tmp_path_factory) -> Path:
         (("eval", "none"), 3, ["none: no such directory"]),
         (("eval", "adapter", "--split", "none", "--data-dir", "data"), 5, ["no none.jsonl"]),
         (("tune-prior", "adapter", "--name", "none"), 4, ["no posterior there"]),
+        (("fit", "adapter", *OTHER, "--data", "fields.yaml"), 5, ["no value for tale"]),
+        (("fit", "adapter", *OTHER, "--data", "labels.yaml"), 5, ["no row has answer", "--unlabelled"]),
+        (("fit", "adapter", *OTHER, "--data", "classes.yaml"), 5, ["unknown label", "the 2 answers are x, y"]),
+        (("fit", "adapter", *OTHER, "--data", "task.yaml", "--device", "gpu"), 2, ["--device gpu: no such device"]),
+        (("eval", "adapter", "--device", "gpu"), 2, ["--device gpu: no such device"]),
+        (("eval", "adapter", "--fail-if", "eec>0.1"), 2, ["eec"]),
     ],
 )
 def test_mistakes_are_said_together_and_without_torch(tiny, arguments, status, words):

@@ -10,6 +10,7 @@ from lapora.curvature.passes import collect
 from lapora.errors import NumericalError, UsageError
 from lapora.laplace_torch import asdl_factors, curvlinops_factors
 from lapora.models.lora_layers import BayesianLayer, find_bayesian_layers
+from tiny_bases import row_ids, tiny_base
 from tiny_models import Row, batches, close, rows, tiny_causal, tiny_classifier
 
 TOKENS = 7
@@ -121,3 +122,12 @@ def test_a_layer_that_no_logit_depends_on_is_an_error_of_one_line(factors):
     with pytest.raises(NumericalError, match="--engine"):
         factors(answers, layers, batches(answers, equally_long_rows(), 6), TARGETS)
     assert not any(layer.module.weight.requires_grad for layer in layers)
+
+
+@pytest.mark.parametrize("name", ["albert", "deberta-v2"])
+@pytest.mark.parametrize("engine", [asdl_factors, curvlinops_factors])
+def test_layers_that_run_several_times_in_a_pass_are_refused_by_name(name, engine):
+    answers = tiny_base(name, "classifier", double=False)
+    layers = find_bayesian_layers(answers.model)
+    with pytest.raises(UsageError, match=r"lora_A runs \d times in a pass .*use --engine native"):
+        engine(answers, layers, batches(answers, row_ids(answers, 6), 3), TARGETS)

@@ -174,3 +174,13 @@ def test_outputs_are_in_the_order_of_the_answers():
     answers.output_order = [2, 0, 1]
     assert torch.equal(answers.logits(batch), before[:, [2, 0, 1]])
     assert covariance_error(answers) < 1e-5
+
+
+def test_experts_in_float64(tmp_path):
+    folder = save(tmp_path, "qwen2_moe", "causal", target_modules=["q_proj"])
+    ids = torch.tensor([[3, 4, 5, 6]])
+    logits = [
+        load_model(read_adapter(folder), ModelSettings(str(folder), device="cpu", dtype=dtype)).model(ids).logits
+        for dtype in ("float32", "float64")
+    ]
+    torch.testing.assert_close(logits[0].double(), logits[1], atol=1e-4, rtol=1e-3)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
+from peft.tuners.lora.config import VeloraConfig
 
 from lapora.curvature.passes import CurvatureRun
-from lapora.errors import LaporaWarning
+from lapora.errors import AdapterError, LaporaWarning, NumericalError, UsageError
 from lapora.models.batching import BatchFeed, BatchSize
 from lapora.models.lora_layers import find_bayesian_layers
 from lapora.models.padding_check import check_padding, sees_padding
@@ -182,3 +184,105 @@ def test_lora_on_an_embedding_beside_linear_layers_is_fixed():
     answers = tiny_base("llama", "causal", targets=["embed_tokens", "q_proj"])
     assert {layer.name.split(".")[-2] for layer in find_bayesian_layers(answers.model)} == {"q_proj"}
     assert covariance_error(answers) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "lora", [{"init_lora_weights": "mica"}, {"velora_config": VeloraConfig(num_groups=4)}], ids=["MiCA", "VeLoRA"]
+)
+def test_variants_whose_forward_pass_is_that_of_lora(lora):
+    answers = tiny_base("llama", "causal", targets=["q_proj", "v_proj"], lora=lora)
+    assert len(find_bayesian_layers(answers.model)) == 8
+    assert covariance_error(answers) < 1e-5
+
+
+@pytest.mark.parametrize("targets", [["Wqkv"], "all-linear"])
+def test_dbrx(targets):
+    answers = tiny_base(
+        "dbrx",
+        "causal",
+        targets=targets,
+        n_layers=2,
+        n_heads=2,
+        d_model=16,
+        attn_config={"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0},
+        ffn_config={"hidden_size": 16, "ffn_hidden_size": 24, "moe_num_experts": 4, "moe_top_k": 2},
+        experts_implementation="eager",
+    )
+    assert covariance_error(answers) < 1e-5
+
+
+def test_keys_and_values_of_all_heads_in_four_dimensions():
+    answers = tiny_base(
+        "minicpm3", "causal", q_lora_rank=8, kv_lora_rank=8, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8
+    )
+    assert covariance_error(answers) < 1e-4
+
+
+def test_a_model_that_does_not_compute_in_float64_says_so():
+    answers = tiny_base("gpt2", "causal")
+
+    def fail(*_):
+        raise RuntimeError("expected m1 and m2 to have the same dtype, but got: float != double")
+
+    answers.network.register_forward_pre_hook(fail)
+    with pytest.raises(UsageError, match="use --dtype float32"):
+        answers.logits(next(batches(answers, row_ids(answers), 2)))
+
+
+@pytest.mark.parametrize("size", [1, 3])
+@pytest.mark.parametrize("targets", [["query", "value"], "all-linear"])
+def test_a_model_that_pads_rows_itself_and_has_tokens_of_global_attention(targets, size):
+    """Longformer pads to a multiple of its window; one token of each row attends to all others."""
+    answers = tiny_base("longformer", "classifier", targets=targets, attention_window=4)
+    assert covariance_error(answers, size=size) < 1e-5
+
+
+def test_positions_before_the_tokens_are_refused():
+    answers = tiny_base("gpt2", "causal", targets=["c_attn"])
+    layer, *_ = find_bayesian_layers(answers.model)
+    batch = next(batches(answers, row_ids(answers), 2))
+    tokens = batch.input_ids.shape[1]
+    gradient = torch.ones(2, tokens + 3, 4)
+    with pytest.raises(NumericalError, match=f"{tokens + 3} positions for {tokens} tokens"):
+        answers.token_view(layer, gradient, batch, are_gradients=True)
+    gradient[:, tokens:] = 0
+    assert answers.token_view(layer, gradient, batch, are_gradients=True)[0].shape == (2, tokens, 4)
+
+
+def test_logits_that_only_padding_makes_infinite_are_those_of_a_model_that_sees_padding():
+    answers = tiny_base("bert", "classifier")
+
+    def spoil(module, arguments, keywords, output):
+        if not bool(keywords["attention_mask"].all()):
+            output.logits = output.logits * float("nan")
+        return output
+
+    answers.network.register_forward_hook(spoil, with_kwargs=True)
+    assert sees_padding(answers, words_to_ids)
+
+
+def test_a_gradient_that_the_model_cuts_is_refused():
+    answers = tiny_base("gpt2", "causal")
+
+    def cut(module, arguments, output):
+        output.logits = output.logits.detach()
+        return output
+
+    answers.network.register_forward_hook(cut)
+    with pytest.raises(AdapterError, match="do not depend on any LoRA layer"):
+        covariance_error(answers)
+
+
+def test_an_error_of_the_models_own_code_is_one_line():
+    answers = tiny_base("gpt2", "causal")
+    batch = next(batches(answers, row_ids(answers), 2))
+
+    def fail(*_):
+        return (torch.tensor([1]).reshape(2, "x"),)
+
+    handle = answers.network.transformer.register_forward_pre_hook(fail)
+    with pytest.raises(AdapterError, match=r"the code of this base model fails .TypeError: reshape"):
+        answers.logits(batch)
+    handle.remove()
+    with pytest.raises(AdapterError, match=r"the code of this base model fails .IndexError"):
+        answers.logits(replace(batch, input_ids=batch.input_ids + 100))

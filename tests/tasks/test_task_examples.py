@@ -242,3 +242,13 @@ def test_any_text_goes_through_a_prompt_unchanged(question: str, passage: str) -
     example = render(load_task("boolq"), row, kind="causal")
     expected = f"Answer the question with only True or False: {question} Context: {passage}."
     assert example.text == expected and example.target == 0
+
+
+def test_a_boolean_that_is_an_answer_and_the_index_of_another_one() -> None:
+    content = {"task": "t", "doc_to_text": "{{q}}", "doc_to_target": "label"}
+    in_order = Task.from_dict({**content, "doc_to_choice": ["False", "True"]})
+    assert render(in_order, {"q": "x", "label": True}, kind="causal").target == 1
+    reversed_order = Task.from_dict({**content, "doc_to_choice": ["True", "False"]})
+    with pytest.raises(DataError, match="label True is ambiguous"):
+        render(reversed_order, {"q": "x", "label": True}, kind="causal")
+    assert render(reversed_order, {"q": "x", "label": "True"}, kind="causal").target == 0

@@ -195,7 +195,7 @@ def test_a_bomb_of_aliases_and_a_huge_file_are_refused_at_once(tmp_path: Path) -
         ("zzzzz", "the built-in tasks are ag_news, arc-c"),
         ("missing.yaml", "No such file or directory"),
         ("../boolq", "No such file or directory"),
-        ("/usr/", "Is a directory"),
+        ("/usr/", "a folder, not a task"),
         ("a/\0", "cannot be read"),
         ("", "the built-in tasks are"),
     ],

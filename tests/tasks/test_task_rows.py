@@ -260,3 +260,46 @@ def test_one_line_of_json() -> None:
     assert parse_json_line(b'\xef\xbb\xbf{"text": "x"}\r\n', "line 1") == {"text": "x"}
     with pytest.raises(DataError, match="line 4: not a JSON object"):
         parse_json_line('"x"', "line 4")
+
+
+def test_a_csv_file_and_json_lines_have_the_same_labels(tmp_path: Path) -> None:
+    """What has been text stays text: numbers with leading zeros, and integers beside missing cells."""
+    rows = [{"question": "007", "answer": "01"}, {"question": "x", "answer": "02"}]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "other.csv").write_text(" question , answer \n007,01\nx,02\n")
+    (tmp_path / "missing.csv").write_text("question,answer\n1,\n2,1\n3,0\n")
+    task = Task.from_dict({
+        "task": "mine", "doc_to_text": "{{question}}", "doc_to_choice": ["01", "02"], "doc_to_target": "answer",
+    })  # fmt: skip
+    lines, table = (load_rows(task, split, data_dir=tmp_path) for split in ("train", "other"))
+    assert lines == table
+    assert [example.target for example in render_all(task, table, kind="causal")] == [0, 1]
+    values = [dict(row.values) for row in load_rows(task, "missing", data_dir=tmp_path)]
+    assert values == [{"question": 1, "answer": None}, {"question": 2, "answer": 1}, {"question": 3, "answer": 0}]
+
+
+def test_a_csv_header_with_a_name_twice(tmp_path: Path) -> None:
+    (tmp_path / "train.csv").write_text("question, question\na,b\n")
+    with pytest.raises(DataError, match="the header has 'question' twice"):
+        load_rows(MINE, "train", data_dir=tmp_path)
+
+
+@pytest.mark.parametrize("source", ["hub", "parquet"])
+def test_names_of_labels_must_not_contradict_the_answers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str
+) -> None:
+    features = datasets.Features(
+        {"question": datasets.Value("string"), "answer": datasets.ClassLabel(names=["Yes", "no"])}
+    )
+    stored = datasets.Dataset.from_dict({"question": ["a", "b"], "answer": [0, 1]}, features=features)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: stored)
+    stored.to_parquet(tmp_path / "train.parquet")
+    folder = tmp_path if source == "parquet" else None
+    content = {"task": "mine", "dataset_path": "a/b", "doc_to_text": "{{question}}"}
+    for target in ("answer", "{{ answer }}"):
+        task = Task.from_dict({**content, "doc_to_choice": ["no", "yes"], "doc_to_target": target})
+        with pytest.raises(DataError, match="label 0 of 'answer' is called 'Yes', which is answer 1"):
+            load_rows(task, "train", data_dir=folder)
+        for answers in (["yes", "no"], ["good", "bad"]):
+            task = Task.from_dict({**content, "doc_to_choice": answers, "doc_to_target": target})
+            assert [row.values["answer"] for row in load_rows(task, "train", data_dir=folder)] == [0, 1]

@@ -40,7 +40,7 @@ def test_without_labels_the_curvature_is_the_same(demo, adapter, tmp_path):
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     before = eigenvalues(labelled.folder)
-    bare = run(demo, adapter, data_dir=tmp_path / "data", overwrite=True)
+    bare = run(demo, adapter, data_dir=tmp_path / "data", overwrite=True, unlabelled=True)
     assert bare.log_likelihood is None
     assert SavedPosterior(bare.folder).content["prior"]["log_marginal_likelihood"] is None
     assert bare.evidence.prior.precisions == pytest.approx(labelled.evidence.prior.precisions, rel=1e-6)

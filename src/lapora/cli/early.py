@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import cast
 
 from lapora.config import DataSettings, FitSettings, ModelSettings
-from lapora.errors import DataError, LaporaError, SeveralError
-from lapora.models.adapter import check_adapter_files
+from lapora.errors import DataError, LaporaError, SeveralError, UsageError
+from lapora.models.adapter import check_adapter_files, kind_and_labels
 
 
 def check_fit(models: list[ModelSettings], data: DataSettings, settings: FitSettings) -> None:
@@ -21,12 +23,14 @@ def check_fit(models: list[ModelSettings], data: DataSettings, settings: FitSett
     """
     from lapora.storage.saved import posterior_folder, refuse_to_replace
 
-    checks: list[Callable[[], object]] = [lambda: _check_data(data)]
+    checks: list[Callable[[], object]] = [lambda: _check_device(models[0].device), lambda: _check_data(data)]
     if len(models) == 1:
         folder = posterior_folder(models[0].root, settings.name)
         checks.insert(0, lambda: check_adapter_files(models[0].folder))
         checks.append(lambda: refuse_to_replace(folder, overwrite=settings.overwrite))
     _raise_together(checks)
+    if len(models) == 1:
+        _check_rows(models[0].folder, data, settings)
 
 
 def check_fitted(model: ModelSettings, names: tuple[str, ...], data: DataSettings | None = None) -> None:
@@ -39,7 +43,10 @@ def check_fitted(model: ModelSettings, names: tuple[str, ...], data: DataSetting
 
     if not model.folder.is_dir():  # it has no posterior either
         check_adapter_files(model.folder)
-    checks: list[Callable[[], object]] = [lambda: check_adapter_files(model.folder)]
+    checks: list[Callable[[], object]] = [
+        lambda: check_adapter_files(model.folder),
+        lambda: _check_device(model.device),
+    ]
     for name in names:
         folder = posterior_folder(model.root, name)
         checks.append(functools.partial(SavedPosterior, folder, validate_prior=False))
@@ -65,6 +72,39 @@ def _check_data(data: DataSettings) -> None:
     task = load_task(data.task) if data.task is not None else None
     if data.data_dir is not None and data.split is not None:
         find_split_file(data.data_dir, [data.split, *([task.source_split(data.split)] if task else [])])
+
+
+_DEVICE = re.compile(r"auto|cpu|(cuda|mps|xpu|hpu|npu|mlu|xla)(:\d+)?")
+_ROWS_CHECKED = 20
+
+
+def _check_device(device: str) -> None:
+    if not _DEVICE.fullmatch(device):
+        raise UsageError(f"--device {device}: no such device; use auto, cpu, or cuda:0 for the first GPU")
+
+
+def _check_rows(adapter: Path, data: DataSettings, settings: FitSettings) -> None:
+    """Render the first rows of a local file, and check their fields, labels and answers against the adapter."""
+    from lapora.tasks import load_rows, load_task, render_all, resolve_choices
+    from lapora.tasks.examples import missing_label_fields, refuse_missing_labels
+
+    kind, labels = kind_and_labels(adapter)
+    task = load_task(cast(str, data.task))
+    task.prompt_templates(kind)
+    if settings.chat_template and kind == "classifier":
+        raise UsageError("--chat-template wraps the prompt of a causal language model; this adapter is a classifier")
+    if labels is not None and isinstance(task.doc_to_choice, tuple) and labels != len(task.doc_to_choice):
+        raise DataError(
+            f"task {task.task} has {len(task.doc_to_choice)} answers and the adapter's head {labels} outputs; give the "
+            "task the adapter was trained on"
+        )
+    if data.data_dir is None and not task.reads_files:
+        return  # rows on the Hub
+    limit = min(data.limit or _ROWS_CHECKED, _ROWS_CHECKED)
+    rows = load_rows(task, data.split or "train", data_dir=data.data_dir, limit=limit)
+    render_all(task, rows, kind=kind, choices=resolve_choices(task, rows), labels="optional")
+    if not settings.unlabelled and missing_label_fields(task, rows):
+        refuse_missing_labels(task, load_rows(task, data.split or "train", data_dir=data.data_dir, limit=data.limit))
 
 
 def _raise_together(checks: list[Callable[[], object]]) -> None:

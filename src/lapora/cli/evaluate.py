@@ -75,13 +75,14 @@ def eval_command(
         raise UsageError(
             "--fit-split, --fit-limit, --max-length, --chat-template and --prior-method need --checkpoints"
         )
+    from lapora.workflows.results import append_result, check_gates, parse_gate
+
+    gates = [parse_gate(condition) for condition in fail_if]
     everything = "all" in settings.methods
     check_fitted(model, settings.names or (() if everything else ("default",)), data)
     with loading():
         from lapora.workflows.evaluate import run_evaluation
-        from lapora.workflows.results import append_result, check_gates, parse_gate
 
-    gates = [parse_gate(condition) for condition in fail_if]
     with RowProgress("eval") as progress:
         done = run_evaluation(model, data, settings, progress)
     with model.processes.raise_together():  # write everything before a failed gate ends the run

@@ -10,7 +10,7 @@ import typer
 
 from lapora.cli.arguments import Fields, JsonOption, command
 from lapora.cli.console import RowProgress, json_text, loading, print_message, program
-from lapora.config import DataSettings, ModelSettings, Option, PushSettings
+from lapora.config import DataSettings, FitSettings, ModelSettings, Option, PushSettings
 from lapora.errors import UsageError
 from lapora.models.adapter import local_model
 
@@ -29,6 +29,7 @@ def tasks_command(
         ),
     ],
     data: Annotated[DataSettings, Fields("data_dir", "split", "limit", split={"help": "Split to check."})],
+    fitting: Annotated[FitSettings, Fields("max_length", "chat_template")],
 ) -> None:
     """List, print or check tasks. Check your own task before a fit.
 
@@ -42,7 +43,14 @@ def tasks_command(
         from lapora.workflows.check_task import check as check_rows
 
         rows = DataSettings(check, data.data_dir, data.split, data.limit)
-        typer.echo(json_text(check_rows(model.adapter, rows, base_model=model.base_model), indent=2))
+        found = check_rows(
+            model.adapter,
+            rows,
+            base_model=model.base_model,
+            max_length=fitting.max_length,
+            chat_template=fitting.chat_template,
+        )
+        typer.echo(json_text(found, indent=2))
         return
     from lapora.tasks import builtin_tasks, builtin_yaml, describe_task, load_task
 

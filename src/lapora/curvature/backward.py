@@ -140,8 +140,8 @@ class Linearisation:
         for layer in self.layers:
             if layer.source is not layer.module:
                 self._handles.append(layer.source.register_forward_pre_hook(self._source_hook(layer)))
-                self._handles.append(layer.source.register_forward_hook(self._per_row_hook))
-                self._handles.append(layer.module.register_forward_pre_hook(self._expand_hook))
+                self._handles.append(layer.source.register_forward_hook(self._per_row_hook(layer)))
+                self._handles.append(layer.module.register_forward_pre_hook(self._expand_hook(layer)))
                 self._handles += [ForwardOverride(*each) for each in norm_overrides(layer)]
             self._handles.append(layer.module.register_forward_hook(self._layer_hook(layer)))
         for block in blocks_of(self.output_model.network, self.layers):
@@ -173,7 +173,7 @@ class Linearisation:
             Logits at the MAP, ``(B, C)``, detached.
 
         Raises:
-            AdapterError: The model carries gradients around blocks that are recomputed.
+            AdapterError: The model carries gradients around blocks that are recomputed, or the logits have no gradient.
             NonFiniteRowError: A logit is NaN or infinite.
         """
         self.probe(batch)
@@ -222,7 +222,12 @@ class Linearisation:
             along = directions(logits.detach()).to(logits.dtype)
             at_map, graph = logits.detach(), [logits]
             del logits
-            if len(along) and graph[0].requires_grad:
+            if len(along) and not graph[0].requires_grad:
+                raise AdapterError(
+                    "the logits do not depend on any LoRA layer, or the code of the base model cuts their gradient "
+                    "(reversible layers): this adapter on this base is not supported"
+                )
+            if len(along):
                 self._backward(graph.pop(), along)
             self.observer.end(len(batch), len(along))
             return at_map
@@ -299,19 +304,26 @@ class Linearisation:
     def _is_repeated(self, layer: BayesianLayer) -> bool:
         return len(self._layouts(layer)) > 1
 
-    def _expand_hook(self, module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        """Give each row its own copy of an input that all rows share, so that each has its own gradient."""
-        if not self._is_shared(arguments):
-            return None
-        return arguments[0].expand(len(cast(Batch, self._batch)), -1, -1), *arguments[1:]
+    def _expand_hook(self, layer: BayesianLayer) -> Callable[..., tuple[Any, ...] | None]:
+        def hook(module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...] | None:
+            """Give each row its own copy of an input that all rows share, so that each has its own gradient."""
+            if not self._is_shared(layer, arguments):
+                return None
+            return arguments[0].expand(len(cast(Batch, self._batch)), -1, -1), *arguments[1:]
 
-    def _per_row_hook(self, module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> Tensor | None:
-        return output.as_subclass(_PerRow) if self._is_shared(arguments) else None
+        return hook
 
-    def _is_shared(self, arguments: tuple[Any, ...]) -> bool:
+    def _per_row_hook(self, layer: BayesianLayer) -> Callable[..., Tensor | None]:
+        def hook(module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> Tensor | None:
+            return output.as_subclass(_PerRow) if self._is_shared(layer, arguments) else None
+
+        return hook
+
+    def _is_shared(self, layer: BayesianLayer, arguments: tuple[Any, ...]) -> bool:
         if self._batch is None or self._hooks_disabled or len(self._batch) == 1:
             return False
-        return arguments[0].dim() == 3 and arguments[0].shape[0] == 1 and self._batch.input_ids.shape[1] > 1
+        shared = arguments[0].dim() == 3 and arguments[0].shape[0] == 1 and self._batch.input_ids.shape[1] > 1
+        return shared and "shared" in self._layouts(layer)
 
     def _source_hook(self, layer: BayesianLayer) -> Callable[..., None]:
         def hook(module: nn.Module, arguments: tuple[Any, ...]) -> None:
@@ -371,7 +383,7 @@ class Linearisation:
         return hook
 
     def _gradient_view(self, layer: BayesianLayer, gradient: Tensor, batch: Batch, layout: Layout) -> Tensor:
-        view, mask = self.output_model.token_view(layer, gradient, batch, layout)
+        view, mask = self.output_model.token_view(layer, gradient, batch, layout, are_gradients=True)
         if layer.answer_rows_only:
             view = view[..., cast(Tensor, self.output_model.answer_token_ids).to(view.device)]
         view = _at_least_float32(view)

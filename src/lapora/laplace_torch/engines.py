@@ -23,8 +23,9 @@ import torch
 from torch import Tensor
 
 from lapora.config import Progress
+from lapora.curvature.backward import Linearisation, Observer
 from lapora.curvature.kfac import KronFactors
-from lapora.errors import NumericalError
+from lapora.errors import NumericalError, UsageError
 from lapora.laplace_torch.network import (
     AdapterNetwork,
     as_inputs,
@@ -60,7 +61,8 @@ def asdl_factors(
         The factors of each layer, with ASDL's scaling, and ``log p(y|X, θ_MAP)`` in nats, or None without labels.
 
     Raises:
-        UsageError: A layer is not a LoRA factor, or is read at the answer's position only.
+        UsageError: A layer is not a LoRA factor, is read at the answer's position only, or runs several times in a
+            pass.
         NumericalError: The logits do not depend on a layer, or the factors have other shapes than the layers.
     """
     return _summed("asdl", "AsdlGGN", output_model, layers, batches, targets, progress, {})
@@ -89,7 +91,8 @@ def curvlinops_factors(
         labels.
 
     Raises:
-        UsageError: A layer is not a LoRA factor, or is read at the answer's position only.
+        UsageError: A layer is not a LoRA factor, is read at the answer's position only, or runs several times in a
+            pass.
         NumericalError: The logits do not depend on a layer, or the factors have other shapes than the layers.
     """
     options = {"kfac_approx": weight_sharing}
@@ -114,6 +117,7 @@ def _summed(
         backend = _backend(backend_name, AdapterNetwork(output_model, layers))
 
         def run(batch: Batch) -> tuple[Tensor, Any]:
+            _refuse_repeated(engine, output_model, layers, batch)
             labels = torch.tensor([cast(int, targets[row]) if labelled else 0 for row in batch.rows])
             try:
                 return backend.kron(as_inputs(batch), labels.to(output_model.device), N=len(targets), **options)
@@ -144,6 +148,19 @@ def _summed(
         for layer, (gradients, inputs) in zip(layers, sums, strict=True)
     }
     return sums_by_layer, log_likelihood if labelled else None
+
+
+def _refuse_repeated(engine: str, output_model: OutputModel, layers: Sequence[BayesianLayer], batch: Batch) -> None:
+    """Refuse layers that the model runs several times in a pass, of which the engines count one call only."""
+    with Linearisation(output_model, layers, cast(Observer, None)) as linearisation:
+        linearisation.probe(batch)
+    for layer in layers:
+        calls = len(output_model.layouts[layer.name])
+        if calls > 1:
+            raise UsageError(
+                f"--engine {engine}: {layer.name} runs {calls} times in a pass (shared weights), which this engine "
+                "does not support; use --engine native"
+            )
 
 
 def _backend(name: str, network: AdapterNetwork) -> Any:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,6 +23,7 @@ ModelKind = Literal["causal", "classifier"]
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
+LFS_POINTER = b"version https://git-lfs"
 
 _KIND_BY_TASK_TYPE: dict[str, ModelKind] = {"CAUSAL_LM": "causal", "SEQ_CLS": "classifier"}
 
@@ -62,8 +64,13 @@ class Adapter:
 
     @property
     def base_model(self) -> str | None:
-        """Name or path of the base model in the adapter's configuration."""
-        return self.config.get("base_model_name_or_path")
+        """Name or path of the base model in the adapter's configuration; a relative path may be beside the adapter."""
+        name = self.config.get("base_model_name_or_path")
+        if name and not os.path.isabs(name) and not Path(name).is_dir():
+            for folder in (self.path, self.path.parent):
+                if (folder / name).is_dir():
+                    return str(folder / name)
+        return name
 
     @property
     def revision(self) -> str | None:
@@ -74,6 +81,20 @@ class Adapter:
         """Return the number of outputs of the saved classification head, or None without one."""
         return _number_of_labels(self.shapes)
 
+    def embedding_rows(self) -> int | None:
+        """Return the number of token embeddings saved with the adapter, or None without them."""
+        rows = [
+            shape[0]
+            for key, shape in self.shapes.items()
+            if key.endswith(_EMBEDDINGS) and len(shape) == 2 and not _in_block(key.split("."))
+        ]
+        return max(rows, default=None)
+
+
+_EMBEDDINGS = tuple(
+    f".{name}.weight" for name in ("embed_tokens", "word_embeddings", "wte", "embed_in", "embed_out", "lm_head")
+)
+"""Ends of the names of token embeddings and of language-model heads, saved in full."""
 
 _HEADS = ("logits_proj", "linear_out", "out_proj", "classifier", "score", "summary")
 """Names of the layer that writes the outputs of a classification head: XLNet's, Funnel's, RoBERTa's, ..., XLM's."""
@@ -120,7 +141,15 @@ def check_adapter_files(path: Path) -> dict[str, Any]:
                 f"{path}: only adapter_model.bin, a pickle, which lapora never opens; "
                 "load it with peft and save it again to get adapter_model.safetensors"
             )
+        if list(path.glob("adapter_model*-of-*.safetensors")):
+            raise AdapterError(
+                f"{path}: the adapter's weights are in several files (shards); load it with peft and save it again "
+                f"with a larger max_shard_size, to get one {WEIGHTS_FILE}"
+            )
         raise AdapterError(f"{path}: missing {WEIGHTS_FILE}; save the adapter with save_pretrained")
+    with weights.open("rb") as stream:
+        if stream.read(len(LFS_POINTER)) == LFS_POINTER:
+            raise AdapterError(f"{weights}: a Git LFS pointer, not the weights; download them with `git lfs pull`")
     return config
 
 
@@ -140,25 +169,48 @@ def read_adapter(location: str | Path) -> Adapter:
     config = check_adapter_files(path)
     weights = path / WEIGHTS_FILE
     shapes = _tensor_shapes(weights)
-    task_type = config.get("task_type")
-    without_type: ModelKind = "causal" if _number_of_labels(shapes) is None else "classifier"
     return Adapter(
         path=path,
         config=config,
-        kind=without_type if task_type is None else _KIND_BY_TASK_TYPE[task_type],
+        kind=_kind(config, shapes),
         sha256=_digest(weights),
         shapes=shapes,
         notes=_notes(config, shapes),
     )
 
 
+def kind_and_labels(path: Path) -> tuple[ModelKind, int | None]:
+    """Return the kind of model of an adapter, and the number of outputs of its saved head; imports no torch.
+
+    Raises:
+        AdapterError: As :func:`read_adapter`.
+    """
+    config = check_adapter_files(path)
+    shapes = _tensor_shapes(path / WEIGHTS_FILE)
+    return _kind(config, shapes), _number_of_labels(shapes)
+
+
+def _kind(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> ModelKind:
+    task_type = config.get("task_type")
+    if task_type is not None:
+        return _KIND_BY_TASK_TYPE[task_type]
+    return "causal" if _number_of_labels(shapes) is None else "classifier"
+
+
 def _read_config(path: Path) -> dict[str, Any]:
     file = path / CONFIG_FILE
     if not file.is_file():
+        if inner := sorted(each.parent.name for each in path.glob(f"*/{CONFIG_FILE}")):
+            raise AdapterError(
+                f"{path}: no adapter itself, but a folder of {'one' if len(inner) == 1 else 'several'}: give "
+                f"{' or '.join(str(path / name) for name in inner[:3])}"
+                + (f" or another of {len(inner)}" if len(inner) > 3 else "")
+            )
         if (path / "config.json").is_file():
             raise AdapterError(
-                f"{path}: a full model, not an adapter (config.json but no {CONFIG_FILE}); "
-                "merged adapters are not supported: give the adapter as it was before merging"
+                f"{path}: a full model, not an adapter (config.json but no {CONFIG_FILE}); give the adapter's folder, "
+                "and a base model with --base-model; merged adapters are not supported: give the adapter as it was "
+                "before merging"
             )
         raise AdapterError(f"{path}: missing {CONFIG_FILE}; give a folder saved by peft")
     try:
@@ -172,6 +224,9 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 def _check_supported(path: Path, config: dict[str, Any]) -> None:
     peft_type = config.get("peft_type")
+    if peft_type is None or (peft_type != "LORA" and str(peft_type).upper() == "LORA"):
+        written = "no peft_type" if peft_type is None else f"peft_type {peft_type!r}"
+        raise AdapterError(f'{path / CONFIG_FILE}: {written}, which peft cannot read; write "peft_type": "LORA"')
     if peft_type != "LORA":
         raise AdapterError(f"{path}: peft_type {peft_type} is not supported; only LORA is")
     initialization = config.get("init_lora_weights")

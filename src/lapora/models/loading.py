@@ -20,7 +20,7 @@ from transformers import logging as transformers_logging
 
 from lapora.config import Dtype, ModelSettings, Placement, Quantization
 from lapora.errors import AdapterError, UsageError, first_line
-from lapora.models.adapter import Adapter, ModelKind
+from lapora.models.adapter import LFS_POINTER, Adapter, ModelKind, is_hub_id
 from lapora.models.device_map import (
     BaseWeights,
     device_map_arguments,
@@ -29,6 +29,7 @@ from lapora.models.device_map import (
     without_placement,
 )
 from lapora.models.fingerprint import digest_at_dtype, fingerprint_of_tensors
+from lapora.models.outputs import embedding_rows
 from lapora.models.quantization import (
     disable_input_rounding,
     quantization_config,
@@ -71,11 +72,17 @@ class LoadedModel:
 
     @property
     def pad_token_id(self) -> int:
-        """Padding id: the tokenizer's, else its end-of-text id (padding is masked), else 0."""
+        """Padding id: the tokenizer's, else its end-of-text id (padding is masked), else 0; one with an embedding."""
+        rows = self.embedding_rows
         for candidate in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id):
-            if candidate is not None:
+            if candidate is not None and (rows is None or candidate < rows):
                 return int(candidate)
         return 0
+
+    @property
+    def embedding_rows(self) -> int | None:
+        """Number of token ids that have an embedding, or None if the model does not say."""
+        return embedding_rows(self.model.get_base_model())
 
 
 Loader = Callable[[Adapter, ModelSettings], "LoadedModel"]
@@ -118,6 +125,8 @@ def attach_adapter(adapter: Adapter, base: LoadedBase) -> LoadedModel:
     Raises:
         AdapterError: The adapter does not fit the base, or its tokenizer cannot be loaded.
     """
+    if base.element_type == torch.float64 and isinstance(adapter.config.get("init_lora_weights"), str):
+        base.model.float()  # PEFT computes these initializations in float32 at most
     with silence_libraries():
         tokenizer = tokenizer_at(adapter, base.name, base.revision, base.trust_remote_code)
         with without_placement(base.model):
@@ -159,13 +168,17 @@ def resolve_padding(loaded: LoadedModel) -> None:
 def _load_adapter(adapter: Adapter, base: nn.Module, base_name: str) -> PeftModel:
     try:
         model = PeftModel.from_pretrained(base, os.fspath(adapter.path), is_trainable=False)
-    except RuntimeError as error:
-        lines = [line.strip() for line in str(error).splitlines() if "size mismatch" in line]
+    except KeyError as error:
         raise AdapterError(
-            f"{adapter.path}: the adapter does not fit base model {base_name}: "
-            + ("; ".join(lines) or first_line(error))
+            f"{adapter.path}: its weights have no {error.args[0]}, which peft reads from them; save the trained head "
+            "with the adapter (modules_to_save)"
         ) from error
-    except (ValueError, TypeError, KeyError) as error:
+    except (RuntimeError, ValueError, TypeError, ImportError) as error:
+        lines = [line.strip() for line in str(error).splitlines() if "size mismatch" in line]
+        if lines:
+            raise AdapterError(
+                f"{adapter.path}: the adapter does not fit base model {base_name}: {'; '.join(lines)}"
+            ) from error
         raise AdapterError(
             f"{adapter.path}: peft cannot attach it to base model {base_name} ({first_line(error)})"
         ) from error
@@ -252,16 +265,38 @@ def resolve_base(adapter: Adapter, how: ModelSettings, device: torch.device) -> 
         AdapterError: No base model is given, or its configuration cannot be read.
         UsageError: Options cannot be combined.
     """
-    name = how.base_model or adapter.base_model
-    if not name:
-        raise AdapterError(f"{adapter.path}: the adapter names no base model; give one with --base-model")
+    name = _base_name(adapter, how.base_model)
     revision = None if how.base_model else adapter.revision
     config = load_config(name, revision, how.trust_remote_code)
     quantize = resolve_quantization(name, how.quantize, saved_quantization(name, config))
     element_type = element_type_of(how.dtype or "auto", config, device)
-    if quantize != "none" and element_type == torch.float64:
-        raise UsageError(f"--dtype float64 cannot be combined with --quantize {quantize}")
+    if element_type == torch.float64:
+        if quantize != "none":
+            raise UsageError(f"--dtype float64 cannot be combined with --quantize {quantize}")
+        config._experts_implementation = "eager"  # the grouped matrix product of experts has no float64
     return ResolvedBase(name, revision, config, quantize, element_type)
+
+
+def tokenizer_and_embeddings(adapter: Adapter, how: ModelSettings) -> tuple[Any, int | None]:
+    """Return the tokenizer and the number of token ids that will have an embedding; reads no weights.
+
+    Raises:
+        AdapterError: The configuration or the tokenizer cannot be read.
+    """
+    with silence_libraries():
+        name = _base_name(adapter, how.base_model)
+        revision = None if how.base_model else adapter.revision
+        config = load_config(name, revision, how.trust_remote_code)
+        tokenizer = tokenizer_at(adapter, name, revision, how.trust_remote_code)
+    rows = getattr(config.get_text_config(), "vocab_size", None)
+    return tokenizer, max(rows, adapter.embedding_rows() or 0) if isinstance(rows, int) else None
+
+
+def _base_name(adapter: Adapter, base_model: str | None) -> str:
+    name = base_model or adapter.base_model
+    if not name:
+        raise AdapterError(f"{adapter.path}: the adapter names no base model; give one with --base-model")
+    return name
 
 
 def load_base(adapter: Adapter, how: ModelSettings) -> LoadedBase:
@@ -279,6 +314,7 @@ def load_base(adapter: Adapter, how: ModelSettings) -> LoadedBase:
     with silence_libraries():
         resolved = resolve_base(adapter, how, device)
         base, missing = _load_base(adapter, resolved, device, how)
+        resize_embeddings(base, adapter)
         if how.placement is not None:
             initialize_missing(base, missing)
     weights = BaseWeights(base, missing)
@@ -296,6 +332,18 @@ def load_base(adapter: Adapter, how: ModelSettings) -> LoadedBase:
         fingerprint=fingerprint_of_tensors(weights),
         trust_remote_code=how.trust_remote_code,
     )
+
+
+def resize_embeddings(base: Any, adapter: Adapter) -> None:
+    """Add the token embeddings that the adapter saved beyond the base's own, as for an added padding token."""
+    rows = embedding_rows(base)
+    saved = adapter.embedding_rows()
+    if rows is None or saved is None or saved <= rows:
+        return
+    base.resize_token_embeddings(saved, mean_resizing=False)
+    for module in (base.get_input_embeddings(), base.get_output_embeddings()):
+        if module is not None:  # rows that the adapter does not overwrite would be random
+            module.weight.data[rows:] = 0
 
 
 def resolve_device(device: str) -> torch.device:
@@ -322,7 +370,9 @@ def load_config(base_name: str, revision: str | None, trust_remote_code: bool) -
         AdapterError: The configuration cannot be read.
     """
     try:
-        return AutoConfig.from_pretrained(base_name, revision=revision, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(base_name, revision=revision, trust_remote_code=trust_remote_code)
+        config.get_text_config()  # fails for several text models in one
+        return config
     except (OSError, ValueError, KeyError) as error:
         raise _base_error(base_name, error) from error
 
@@ -330,6 +380,12 @@ def load_config(base_name: str, revision: str | None, trust_remote_code: bool) -
 def _base_error(base_name: str, error: Exception) -> AdapterError:
     reason = first_line(error, 160)
     no_folder = "no such folder, and " if not Path(base_name).is_dir() else ""
+    if no_folder and not is_hub_id(base_name):
+        return AdapterError(f"base model {base_name}: no such folder; give its folder or Hub id with --base-model")
+    for file in Path(base_name).glob("*.safetensors"):
+        with file.open("rb") as stream:
+            if stream.read(len(LFS_POINTER)) == LFS_POINTER:
+                return AdapterError(f"{file}: a Git LFS pointer, not the weights; download them with `git lfs pull`")
     if isinstance(error, UnpicklingError):
         reason = "its weights are a pickle with objects other than tensors, which could run code and is not opened"
     return AdapterError(
@@ -346,6 +402,19 @@ def element_type_of(dtype: Dtype, config: Any, device: torch.device) -> torch.dt
     if device.type == "cpu" or own is None:
         return torch.float32
     return cast(torch.dtype, getattr(torch, own) if isinstance(own, str) else own)
+
+
+_LOADING_ERRORS = (
+    OSError,
+    ValueError,
+    KeyError,
+    AttributeError,
+    TypeError,
+    RuntimeError,
+    ImportError,
+    UnpicklingError,
+    SafetensorError,
+)
 
 
 def _load_base(
@@ -370,7 +439,7 @@ def _load_base(
     loader = auto_class(adapter, resolved.config)
     try:
         base, information = loader.from_pretrained(resolved.name, **arguments)
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError, UnpicklingError, SafetensorError) as error:
+    except _LOADING_ERRORS as error:
         raise _base_error(resolved.name, error) from error
     return base, set(information["missing_keys"])
 
@@ -391,9 +460,7 @@ def load_tokenizer(adapter: Adapter, base_model: str | None = None) -> Any:
     Raises:
         AdapterError: The tokenizer cannot be loaded, or there is no base model in the adapter's configuration.
     """
-    base_name = base_model or adapter.base_model
-    if not base_name:
-        raise AdapterError(f"{adapter.path}: the adapter names no base model; give one with --base-model")
+    base_name = _base_name(adapter, base_model)
     with silence_libraries():
         return tokenizer_at(adapter, base_name, None if base_model else adapter.revision, False)
 
@@ -409,6 +476,8 @@ def tokenizer_at(adapter: Adapter, base_name: str, revision: str | None, trust_r
     try:
         return AutoTokenizer.from_pretrained(source, revision=at, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, ImportError) as error:
+        if not own and not Path(base_name).is_dir():
+            raise _base_error(base_name, error) from error
         raise AdapterError(
             f"{source}: its tokenizer cannot be loaded ({first_line(error, 160)}); save the tokenizer in the "
             "adapter's folder"

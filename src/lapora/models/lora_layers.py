@@ -23,8 +23,8 @@ from lapora.errors import AdapterError, UsageError
 
 Role = Literal["A", "B", "head"]
 
-_PLAIN_VARIANTS = ("DoraLinearVariant", "MiCALinearVariant")
-"""PEFT's variants whose gradient in A and B is that of a linear layer; DoRA's norm is detached."""
+_PLAIN_VARIANTS = ("DoraLinearVariant", "MiCALinearVariant", "VeloraLinearVariant")
+"""PEFT's variants whose gradient in A and B, in eval mode, is that of a linear layer; DoRA's norm is detached."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -25,7 +25,7 @@ from lapora.config import ModelSettings, Quantization
 from lapora.errors import AdapterError, first_line
 from lapora.models.adapter import Adapter, ModelKind
 from lapora.models.batches import Batch
-from lapora.models.loading import ResolvedBase, auto_class, resolve_base, silence_libraries
+from lapora.models.loading import ResolvedBase, auto_class, resize_embeddings, resolve_base, silence_libraries
 from lapora.models.outputs import OutputModel
 from lapora.models.quantization import unquantized_modules
 
@@ -84,6 +84,7 @@ def _build(adapter: Adapter, resolved: ResolvedBase, trust_remote_code: bool) ->
     try:
         with torch.device("meta"):
             base = loader.from_config(config, dtype=element_type, trust_remote_code=trust_remote_code)
+            resize_embeddings(base, adapter)
             model = get_peft_model(base, settings)
     except (ValueError, TypeError, KeyError) as error:
         raise AdapterError(

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import inspect
+import re
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from lapora.errors import NonFiniteRowError, NumericalError
+from lapora.errors import AdapterError, NonFiniteRowError, NumericalError, UsageError, first_line
 from lapora.models.adapter import ModelKind
 from lapora.models.batches import Batch, PaddingSide
 from lapora.models.device_map import entry_device, is_offloaded
 from lapora.models.lora_layers import BayesianLayer
 
-Layout = Literal["rows", "tokens", "shared"]
-"""Dimensions of a layer's input: ``(B, T, F)``, ``(T, B, F)``, or ``(1, P, F)`` with P positions for all rows."""
+Layout = Literal["rows", "tokens", "single", "shared"]
+"""Dimensions of a layer's input: ``(B, T, F)``, ``(T, B, F)``, ``(1, B, F)`` with one token of each row (Longformer's
+global attention), or ``(1, P, F)`` with P positions for all rows."""
 
 
 class OutputModel:
@@ -81,6 +85,19 @@ class OutputModel:
         return positions_of(self.network)
 
     @property
+    def has_position_table(self) -> bool:
+        """Whether the network has a table with a row for each position, so that no row can be longer."""
+        positions = positions_of(self.network)
+        if positions is not None and cast(Any, self.network).config.model_type in _LIMITED:
+            return True
+        return positions is not None and any(
+            positions <= size <= positions + _MOST_RESERVED
+            for name, tensor in (*self.network.named_parameters(), *self.network.named_buffers())
+            if _POSITIONS.search(name)
+            for size in tensor.shape[:2]
+        )
+
+    @property
     def padding_side(self) -> PaddingSide:
         """Right, for both kinds of model: on the left, padding would shift learned positions."""
         return "right"
@@ -96,6 +113,8 @@ class OutputModel:
 
         Raises:
             NonFiniteRowError: A logit is NaN or infinite; the error has the first such row.
+            UsageError: The model does not compute in float64.
+            AdapterError: The model's own code fails.
         """
         arguments: dict[str, Any] = {"input_ids": batch.input_ids}
         if self._accepts["attention_mask"]:
@@ -104,10 +123,25 @@ class OutputModel:
             arguments["token_type_ids"] = batch.token_type_ids
         if self._accepts["use_cache"]:
             arguments["use_cache"] = False
-        if self.kind == "classifier":
-            logits = self._in_order(self.network(**arguments).logits)
-        else:
-            logits = self._answer_logits(batch, arguments)
+        try:
+            if self.kind == "classifier":
+                logits = self._in_order(self.network(**arguments).logits)
+            else:
+                logits = self._answer_logits(batch, arguments)
+        except _ERRORS_OF_CODE as error:
+            if _PACKAGE in Path(traceback.extract_tb(error.__traceback__)[-1].filename).parents:
+                raise  # a bug of ours, in a hook
+            raise AdapterError(
+                f"the code of this base model fails ({type(error).__name__}: {first_line(error, 160)}); check that the "
+                "plain model runs on such rows, and leave layers that PEFT cannot wrap out of target_modules"
+            ) from error
+        except RuntimeError as error:
+            if self.network.dtype != torch.float64 or not _OF_DTYPES.search(str(error)):
+                raise
+            raise UsageError(
+                f"--dtype float64: the code of this base model does not compute in it ({first_line(error, 120)}); "
+                "use --dtype float32"
+            ) from error
         logits = logits if logits.dtype == torch.float64 else logits.float()
         finite = torch.isfinite(logits.detach()).all(dim=1)
         if not bool(finite.all()):
@@ -142,12 +176,20 @@ class OutputModel:
         rows, tokens = self._probe_shape
         if values.dim() != 3 or values.shape[0] == rows:
             return "rows"
-        if values.shape[:2] == (tokens, rows):
+        if values.shape[1] == rows and values.shape[0] >= tokens:
             return "tokens"
+        if values.shape[:2] == (1, rows):
+            return "single"
         return "shared" if values.shape[0] == 1 else "rows"
 
     def token_view(
-        self, layer: BayesianLayer, values: Tensor, batch: Batch, layout: Layout = "rows"
+        self,
+        layer: BayesianLayer,
+        values: Tensor,
+        batch: Batch,
+        layout: Layout = "rows",
+        *,
+        are_gradients: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """Select the token positions of a layer that contribute to the logits.
 
@@ -157,6 +199,7 @@ class OutputModel:
                 ``(B, features)`` after the model has pooled the tokens.
             batch: The current batch.
             layout: Layout of the layer's input.
+            are_gradients: Whether the values are gradients, which must be zero at positions that the model itself pads.
 
         Returns:
             ``(B, T', features)``, and a ``(B, T')`` boolean mask of real tokens, or None without padding. A head that
@@ -168,8 +211,16 @@ class OutputModel:
         rows, tokens = batch.input_ids.shape
         if layout == "shared" and values.dim() == 3 and values.shape[0] == rows:
             return values, None
-        if layout == "tokens" and values.dim() == 3:
+        if layout in ("tokens", "single") and values.dim() == 3:
             values = values.transpose(0, 1)
+        if layout == "single" and values.dim() == 3:
+            return values, None
+        if values.dim() == 4 and values.shape[:3] == (rows, 1, tokens):  # keys and values of all heads at once
+            values = values.squeeze(1)
+        groups = 1
+        if values.dim() == 4 and values.shape[:2] == (rows, tokens):  # the same weights for groups of features
+            groups = values.shape[2]
+            values = values.flatten(1, 2)
         if values.dim() == 2 and values.shape[0] == rows:
             return values.unsqueeze(1), None
         if values.dim() == 2 and values.shape[0] == rows * tokens:
@@ -179,14 +230,20 @@ class OutputModel:
                 f"{layer.name}: its input has shape {tuple(values.shape)}, not (rows, tokens, features), so the "
                 "gradients of a row cannot be told apart; leave this layer out of target_modules"
             )
+        mask = batch.attention_mask.to(values.device).bool() if batch.has_padding else None
+        if groups > 1:
+            mask = None if mask is None else mask.repeat_interleave(groups, dim=1)
+            return values, mask
         if layer.reads_answer_only:
             return _at(values, self._head_positions(batch)).unsqueeze(1), None
+        if values.shape[1] > tokens and not (are_gradients and bool(values[:, tokens:].any())):
+            values = values[:, :tokens]  # the model pads rows itself, as to a multiple of a window
         if values.shape[1] != tokens:
             raise NumericalError(
                 f"{layer.name}: {values.shape[1]} positions for {tokens} tokens, so padding cannot be masked; leave "
                 "this layer out of target_modules"
             )
-        return values, batch.attention_mask.to(values.device).bool() if batch.has_padding else None
+        return values, mask
 
     def _head_positions(self, batch: Batch) -> Tensor:
         if self.kind == "causal":
@@ -196,13 +253,22 @@ class OutputModel:
         return ((batch.input_ids != self.pad_token_id) * positions).argmax(dim=1)
 
 
+def embedding_rows(network: Any) -> int | None:
+    """Return the number of token ids that have an embedding, or None if the network does not say."""
+    try:
+        weight = network.get_input_embeddings().weight
+    except (AttributeError, NotImplementedError):
+        return None
+    return len(weight) if weight.dim() == 2 else None
+
+
 def positions_of(network: nn.Module) -> int | None:
     """Return the maximum number of positions of a base model, or None if its configuration has none."""
     config = getattr(network, "config", None)
     if config is None:
         return None
     text = config.get_text_config()
-    for name in ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length"):
+    for name in ("max_position_embeddings", "n_positions", "max_seq_len", "max_target_positions"):
         try:
             positions = getattr(text, name, None)
         except NotImplementedError:  # XLNet has no limit
@@ -210,6 +276,15 @@ def positions_of(network: nn.Module) -> int | None:
         if isinstance(positions, int) and positions > 0:
             return positions - _reserved_positions(network)
     return None
+
+
+_OF_DTYPES = re.compile("dtype|double|overflow", re.IGNORECASE)
+_PACKAGE = Path(__file__).parents[1]
+_ERRORS_OF_CODE = (ValueError, TypeError, AttributeError, LookupError, NotImplementedError, AssertionError)
+_POSITIONS = re.compile(r"pos(itions?|ition_embeddings|_emb|_encoding)?(\.|_|$)|wpe|position")
+_MOST_RESERVED = 4
+_LIMITED = ("mpt", "reformer")
+"""Model types that make their table of positions in the forward pass, or in factors."""
 
 
 def _reserved_positions(network: nn.Module) -> int:

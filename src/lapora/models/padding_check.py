@@ -7,13 +7,13 @@ position. No list of architectures would be complete, so two rows of unlike leng
 from __future__ import annotations
 
 import warnings
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 
-from lapora.errors import LaporaWarning, NonFiniteRowError
+from lapora.errors import AdapterError, LaporaWarning, NonFiniteRowError
 from lapora.models.batches import collate
-from lapora.models.outputs import OutputModel
+from lapora.models.outputs import OutputModel, embedding_rows
 
 _TEXTS = ("Yes or no ?", "Is it so that the cows are in the barn and the sheep in the office , or not ?")
 _TOLERANCE = 1e-4
@@ -51,10 +51,14 @@ def sees_padding(output_model: OutputModel, tokenizer: Any, quantized: bool = Fa
         return False
     try:
         with torch.no_grad():
-            together = _logits(output_model, rows)
             alone = torch.cat([_logits(output_model, [row]) for row in rows])
-    except (NonFiniteRowError, IndexError):  # rows of the data will meet the error, and are named in it
+    except (NonFiniteRowError, AdapterError):  # rows of the data will meet the error, and are named in it
         return False
+    try:
+        with torch.no_grad():
+            together = _logits(output_model, rows)
+    except (NonFiniteRowError, AdapterError):  # as where a window of attention holds padding alone
+        return True
     half = quantized or output_model.network.dtype in (torch.float16, torch.bfloat16)
     tolerance = _HALF_TOLERANCE if half else _TOLERANCE
     return bool((together - alone).abs().max() > tolerance * alone.abs().max())
@@ -66,8 +70,8 @@ def _rows(output_model: OutputModel, tokenizer: Any) -> list[_Row]:
     limit = output_model.max_positions
     if limit is not None and len(long.input_ids) > limit:
         return []
-    embeddings = cast(Any, output_model.network).get_input_embeddings()
-    if max([0, *short.input_ids, *long.input_ids]) >= getattr(embeddings, "num_embeddings", 1 << 62):
+    known = embedding_rows(output_model.network)
+    if known is not None and max([0, *short.input_ids, *long.input_ids]) >= known:
         return []
     return [] if not short.input_ids or len(short.input_ids) == len(long.input_ids) else encoded
 

@@ -51,6 +51,7 @@ class BaseCache:
             None if how.base_model else adapter.revision,
             adapter.kind,
             adapter.number_of_labels(),
+            adapter.embedding_rows(),
             (how.quantize, how.dtype or "auto", how.device, how.placement, how.trust_remote_code),
         )
         base = self._bases.pop(key, None)

@@ -100,6 +100,8 @@ def write_lock(folder: Path) -> Iterator[None]:
         with suppress(OSError):
             file.unlink(missing_ok=True)  # while it is held: who opened it meanwhile sees that it has gone
         lock.release()
+        with suppress(OSError):
+            file.parent.rmdir()  # only if it is empty, as after a fit that was refused
 
 
 def _holder(file: Path) -> str:

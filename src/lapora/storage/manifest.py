@@ -27,7 +27,7 @@ from lapora.config import (
     Subset,
     WeightSharing,
 )
-from lapora.errors import PosteriorError
+from lapora.errors import PosteriorError, listed
 from lapora.posterior.averaging import Averaged, TrainingCurve
 from lapora.posterior.prior import PriorPrecision
 
@@ -334,7 +334,13 @@ def read_prior(file: Path, content: Mapping[str, Any]) -> Prior:
 
 def _parse(file: Path) -> dict[str, Any]:
     if not file.is_file():
-        raise PosteriorError(f"{file.parent}: no posterior there; make one with `lapora fit`")
+        there = (each.parent.name for each in file.parent.parent.glob(f"*/{file.name}"))
+        names = listed(sorted(name for name in there if not name.startswith(".")))
+        raise PosteriorError(
+            f"{file.parent}: no posterior there; "
+            + (f"--name may be {names}, or make one" if names else "make one")
+            + " with `lapora fit`"
+        )
     try:
         with file.open("rb") as stream:
             content = stream.read(MAX_BYTES + 1)

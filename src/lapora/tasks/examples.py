@@ -244,6 +244,32 @@ _IS_FIELD = re.compile(r"\s*(\{\{\s*\w+\s*\}\}|\w+)\s*")
 _IS_TEXT = re.compile(r"\|\s*string\b")
 
 
+def missing_label_fields(task: Task, rows: Iterable[Row | Mapping[str, Any]]) -> list[str]:
+    """Return the fields of ``doc_to_target`` that no row has."""
+    if not isinstance(task.doc_to_target, str):
+        return []
+    wanted = set(compiled_template(task.doc_to_target).fields)
+    for row in rows:
+        wanted -= set(row.values if isinstance(row, Row) else row)
+        if not wanted:
+            break
+    return sorted(wanted)
+
+
+def refuse_missing_labels(task: Task, rows: Sequence[Row | Mapping[str, Any]]) -> None:
+    """Check that some row has the fields that labels are read from.
+
+    Raises:
+        DataError: No row has a field of ``doc_to_target``.
+    """
+    if missing := missing_label_fields(task, rows):
+        first = rows[0].values if isinstance(rows[0], Row) else rows[0]
+        raise DataError(
+            f"doc_to_target of task {quoted(task.task)}: no row has {listed(missing)}; the first row has "
+            f"{listed(list(first))}; name the field with the label, or give --unlabelled for rows without labels"
+        )
+
+
 def label_source(task: Task) -> str:
     """Return where the task reads labels from, for error messages."""
     if task.doc_to_target is None:
@@ -271,6 +297,11 @@ def target_of(task: Task, values: Mapping[str, Any], answers: tuple[str, ...], w
         if result not in answers:
             result = int(result == "True")
     if isinstance(result, bool):
+        if str(result) in answers and answers.index(str(result)) != int(result):
+            raise DataError(
+                f"{where}: label {result} is ambiguous: it is an answer and the index of another one; use `| string` "
+                "in doc_to_target for the answer, or `| int` for the index"
+            )
         return _index(int(result), answers, where)
     if isinstance(result, float) and result.is_integer():
         result = int(result)

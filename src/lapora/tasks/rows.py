@@ -7,14 +7,15 @@ import itertools
 import json
 import logging
 import math
+import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
 from lapora.errors import DataError, MissingSplitError, UsageError, first_line, listed, printable, quoted
-from lapora.tasks.task import Task
+from lapora.tasks.task import ROW_SUFFIXES, Task
 from lapora.tasks.templates import compiled_template
 
 
@@ -94,6 +95,8 @@ def _open(task: Task, split: str, data_dir: str | Path | None) -> tuple[str, Ite
     if data_dir is not None:
         names = list(dict.fromkeys([split, task.source_split(split)]))
         path = find_split_file(Path(data_dir), names)
+        if path.suffix.lower() == ".parquet":
+            check_label_names(task, _parquet_features(path), printable(path))
         return printable(path), read_file(path)
     files = task.dataset_kwargs.get("data_files")
     if task.reads_files:
@@ -106,7 +109,41 @@ def _open(task: Task, split: str, data_dir: str | Path | None) -> tuple[str, Ite
         )
     hub_split = task.source_split(split)
     where = printable(f"{task.hub_source or task.dataset_path}, split {hub_split}")
-    return where, _hub_rows(task, hub_split)
+    rows = _hub_rows(task, hub_split)
+    check_label_names(task, getattr(rows, "features", None) or {}, where)
+    return where, rows
+
+
+_FIELD = re.compile(r"\s*(?:\{\{\s*(\w+)\s*\}\}|(\w+))\s*")
+
+
+def check_label_names(task: Task, features: Mapping[str, Any], where: str) -> None:
+    """Check that the names of integer labels (``datasets.ClassLabel``) do not contradict the task's answers.
+
+    Args:
+        task: The task.
+        features: Features of the data by field: ``ClassLabel`` objects, or mappings as in a Parquet file.
+        where: Name of the source in error messages.
+
+    Raises:
+        DataError: A name is one of the answers, at another index.
+    """
+    field = _FIELD.fullmatch(task.doc_to_target) if isinstance(task.doc_to_target, str) else None
+    if field is None or not isinstance(task.doc_to_choice, tuple):
+        return
+    name = field[1] or field[2]
+    feature = features.get(name)
+    names = feature.get("names") if isinstance(feature, Mapping) else getattr(feature, "names", None)
+    if not isinstance(names, list):
+        return
+    answers = [answer.strip().casefold() for answer in task.doc_to_choice]
+    for index, label in enumerate(str(label).strip().casefold() for label in names):
+        if label in answers and answers.index(label) != index:
+            raise DataError(
+                f"{where}: label {index} of {quoted(name)} is called {quoted(names[index])}, which is answer "
+                f"{answers.index(label)} of task {quoted(task.task)}; write doc_to_choice in the order of the labels "
+                f"({listed(names)})"
+            )
 
 
 def split_source(task: Task, split: str, data_dir: str | Path | None) -> tuple[str, ...]:
@@ -206,8 +243,6 @@ def _is_unreachable(error: BaseException) -> bool:
     return False
 
 
-SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
-
 _LOOKS_LIKE = {
     b"PAR1": "it looks like Parquet",
     b"\x1f\x8b": "it looks like gzip: unpack it",
@@ -219,6 +254,16 @@ _LOOKS_LIKE = {
 }
 
 
+_UNREAD = {
+    "{name}.tsv": "tab-separated files are not read: save it as .csv or .jsonl",
+    "{name}.*.gz": "compressed files are not read here: unpack it",
+    "{name}-*-of-*.parquet": "a split in parts: list the files under data_files of the task's YAML",
+    "data/{name}-*.parquet": "it is in the folder data: list the files under data_files of the task's YAML, or give "
+    "the dataset as dataset_path",
+}
+"""Files of a split that are not read, and what to do with them."""
+
+
 def find_split_file(folder: Path, names: list[str]) -> Path:
     """Return the file of a split: the first existing one of ``names`` with a supported suffix.
 
@@ -226,6 +271,11 @@ def find_split_file(folder: Path, names: list[str]) -> Path:
         MissingSplitError: There is no such folder or file; the message lists the files found.
         DataError: A name is not a valid file name.
     """
+    if folder.is_file():
+        raise MissingSplitError(
+            f"--data-dir {quoted(str(folder), 200)}: a file; give its folder, --data-dir {folder.parent}, and the "
+            f"file's name without its ending as --split {folder.name.partition('.')[0]}"
+        )
     if not folder.is_dir():
         raise MissingSplitError(
             f"--data-dir {quoted(str(folder), 200)}: no such folder; give the folder of the split files"
@@ -233,11 +283,15 @@ def find_split_file(folder: Path, names: list[str]) -> Path:
     for name in names:
         if "/" in name or "\\" in name or name in ("", ".", ".."):
             raise DataError(f"split {quoted(name)} is not a valid file name; use a name such as train or validation")
-        for suffix in SUFFIXES:
+        for suffix in ROW_SUFFIXES:
             path = folder / f"{name}{suffix}"
             if path.is_file():
                 return path
-    files = sorted(entry.name for entry in folder.iterdir() if entry.suffix in SUFFIXES)
+    for name in names:
+        for pattern, remedy in _UNREAD.items():
+            if unread := sorted(folder.glob(pattern.format(name=name))):
+                raise MissingSplitError(f"--data-dir {quoted(str(folder), 200)}: it has {unread[0].name}; {remedy}")
+    files = sorted(entry.name for entry in folder.iterdir() if entry.suffix in ROW_SUFFIXES)
     found = listed(files) if files else "no .jsonl, .json, .csv or .parquet file"
     raise MissingSplitError(
         f"--data-dir {quoted(str(folder), 200)}: no {names[0]}.jsonl (nor .json, .csv, .parquet); "
@@ -260,7 +314,7 @@ def read_file(path: Path) -> Iterator[dict[str, Any]]:
     }
     reader = readers.get(path.suffix.lower())
     if reader is None:
-        raise DataError(f"{quoted(str(path), 200)}: its name must end in {', '.join(SUFFIXES)}")
+        raise DataError(f"{quoted(str(path), 200)}: its name must end in {', '.join(ROW_SUFFIXES)}")
     try:
         yield from reader(path)
     except OSError as error:
@@ -355,7 +409,7 @@ def csv_rows(source: Path | IO[bytes], where: str) -> Iterator[dict[str, Any]]:
     import pandas
 
     try:
-        frame = pandas.read_csv(source, keep_default_na=False, encoding="utf-8-sig", low_memory=False)
+        frame = pandas.read_csv(source, dtype=str, keep_default_na=False, encoding="utf-8-sig")
     except pandas.errors.EmptyDataError:
         return
     except OSError:
@@ -365,10 +419,45 @@ def csv_rows(source: Path | IO[bytes], where: str) -> Iterator[dict[str, Any]]:
     if not isinstance(frame.index, pandas.RangeIndex):
         # pandas would use the extra first column as row names.
         raise DataError(f"{where}: not CSV: rows have more fields than the header; quote fields with commas")
-    names = [str(name) for name in frame.columns]
-    cells = frame.astype(object).where(frame.notna(), None)
-    for values in cells.itertuples(index=False, name=None):
+    names = [str(name).strip() for name in frame.columns]
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise DataError(f"{where}: the header has {quoted(twice)} twice; rename one of the columns")
+    texts = frame.astype(object).where(frame.notna(), None)
+    columns = [_typed_column(list(texts.iloc[:, number])) for number in range(len(names))]
+    for values in zip(*columns, strict=True):
         yield dict(zip(names, values, strict=True))
+
+
+_INTEGER, _NUMBER = re.compile(r"-?(0|[1-9]\d{0,17})"), re.compile(r"-?\d+\.\d+(e[-+]\d+)?")
+_TRUTH = {"True": True, "true": True, "TRUE": True, "False": False, "false": False, "FALSE": False}
+
+
+def _typed_column(cells: list[str | None]) -> list[Any]:
+    """Convert a column to booleans or numbers if nothing of its text is lost: 007 and 0.50 stay text."""
+    given = [cell for cell in cells if cell]
+    convert: Callable[[str], Any] | None = None
+    if not given:
+        return cells
+    if all(cell in _TRUTH for cell in given):
+        convert = _TRUTH.__getitem__
+    elif all(_INTEGER.fullmatch(cell) for cell in given):
+        convert = int
+    elif all(_NUMBER.fullmatch(cell) and str(float(cell)) == cell for cell in given):
+        convert = float
+    return cells if convert is None else [convert(cell) if cell else None for cell in cells]
+
+
+def _parquet_features(path: Path) -> dict[str, Any]:
+    """Return the features that `datasets` writes to the metadata of a Parquet file."""
+    import pyarrow.parquet
+
+    try:
+        metadata = pyarrow.parquet.read_schema(path).metadata or {}
+        features = json.loads(metadata.get(b"huggingface", b"{}"))["info"]["features"]
+    except (pyarrow.ArrowException, OSError, ValueError, KeyError, TypeError):
+        return {}
+    return features if isinstance(features, dict) else {}
 
 
 def parquet_rows(path: Path) -> Iterator[dict[str, Any]]:

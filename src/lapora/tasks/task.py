@@ -24,6 +24,9 @@ TaskKind = Literal["causal", "classifier"]
 FILE_LOADERS = ("json", "csv", "parquet")
 """Values of `dataset_path` for tasks that read local files, as in `datasets`."""
 
+ROW_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+"""Endings of the names of files of rows."""
+
 DEFAULT_MAX_LENGTH = 512
 """Maximum number of tokens per row of a task without `max_length`."""
 
@@ -153,8 +156,11 @@ class Task:
             raise DataError(f"{source}: a task must be a mapping of keys to values, not {kind_of(values)}")
         unknown = [key for key in values if key not in KEY_PARSERS]
         if unknown:
+            close = difflib.get_close_matches(str(unknown[0]), KEY_PARSERS, n=1)
             raise DataError(
-                f"{source}: unknown key {listed([str(key) for key in unknown])}; the keys are {', '.join(KEY_PARSERS)}"
+                f"{source}: unknown key {listed([str(key) for key in unknown])}; "
+                + (f"did you mean {close[0]}? " if close else "")
+                + f"the keys are {', '.join(KEY_PARSERS)}"
             )
         parsed: dict[str, Any] = {}
         for key, value in values.items():
@@ -411,6 +417,13 @@ def load_task(name_or_path: str) -> Task:
     if name_or_path in builtin_tasks():
         return task_from_yaml(builtin_yaml(name_or_path), source=f"built-in task {name_or_path}")
     path = Path(name_or_path)
+    if (name_or_path and path.is_dir()) or path.suffix.lower() in (*ROW_SUFFIXES, ".gz", ".tsv"):
+        folder = path if path.is_dir() else path.parent
+        raise DataError(
+            f"--data {quoted(name_or_path, 200)}: {'a folder' if path.is_dir() else 'a file of rows'}, not a task; "
+            "give --data TASK (a built-in task or a YAML file, see `lapora tasks`), and the rows with "
+            f"--data-dir {folder}"
+        )
     looks_like_a_path = path.suffix.lower() in (".yaml", ".yml") or len(path.parts) > 1
     if not looks_like_a_path and not path.is_file():
         builtin_yaml(name_or_path)  # raises with the names of the built-in tasks
@@ -491,6 +504,8 @@ def _check_events(text: str, source: str) -> None:
         if tag is not None and tag != "!":
             name = str(tag).replace("tag:yaml.org,2002:", "!!")
             content = text.splitlines()[line - 1].strip() if line <= len(text.splitlines()) else name
+            if name.startswith("!!") and not name.startswith("!!python"):
+                raise DataError(f"{source}, line {line}: tag {name} is not supported ({quoted(content)}); leave it out")
             raise DataError(
                 f"{source}, line {line}: tag {quoted(name)} is not supported ({quoted(content)}): lapora runs "
                 "no Python code of task files; use a template"

@@ -11,13 +11,22 @@ from lapora.tasks import check_task
 from lapora.workflows.task_model import read_rows
 
 
-def check(adapter_path: str, data: DataSettings, *, base_model: str | None = None) -> dict[str, Any]:
+def check(
+    adapter_path: str,
+    data: DataSettings,
+    *,
+    base_model: str | None = None,
+    max_length: int | None = None,
+    chat_template: bool = False,
+) -> dict[str, Any]:
     """Render the first rows, find the answer tokens, count the labels.
 
     Args:
         adapter_path: The adapter's folder or Hub id.
         data: Task and rows.
         base_model: Where the tokenizer is, if not where the adapter says.
+        max_length: Maximum number of tokens of a row; None is the task's.
+        chat_template: Wrap prompts in the tokenizer's chat template.
 
     Returns:
         See :func:`lapora.tasks.check_task`.
@@ -25,4 +34,6 @@ def check(adapter_path: str, data: DataSettings, *, base_model: str | None = Non
     adapter = read_adapter(fetch_adapter(adapter_path) if is_hub_id(adapter_path) else adapter_path)
     task, rows, _ = read_rows(data, None, "train")
     tokenizer = load_tokenizer(adapter, base_model)
-    return check_task(task, rows, kind=adapter.kind, tokenizer=tokenizer)
+    return check_task(
+        task, rows, kind=adapter.kind, tokenizer=tokenizer, max_length=max_length, chat_template=chat_template
+    )

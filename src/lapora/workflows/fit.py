@@ -24,7 +24,7 @@ from lapora.models.adapter import Adapter, read_adapter
 from lapora.models.batching import is_out_of_memory
 from lapora.models.fingerprint import library_versions
 from lapora.models.in_memory import adapter_in_memory, loaded_in_memory, prepared_for_fit
-from lapora.models.loading import Loader, load_model
+from lapora.models.loading import Loader, load_model, tokenizer_and_embeddings
 from lapora.models.lora_layers import find_bayesian_layers
 from lapora.models.shared_base import BaseCache
 from lapora.posterior.averaging import TrainingCurve
@@ -43,6 +43,7 @@ from lapora.tasks import (
     Row,
     Task,
     data_fingerprint,
+    encode_all,
     given_rows,
     is_one_row,
     load_task,
@@ -50,7 +51,8 @@ from lapora.tasks import (
     required_fields,
     resolve_choices,
 )
-from lapora.tasks.examples import Labels
+from lapora.tasks.examples import Labels, refuse_missing_labels
+from lapora.tasks.rows import check_label_names
 from lapora.workflows.averaging import average_without_rows, describe_averaged, training_curve
 from lapora.workflows.rows import read_rows
 from lapora.workflows.task_model import (
@@ -58,6 +60,7 @@ from lapora.workflows.task_model import (
     TaskModel,
     answer_tokens,
     join_posterior,
+    require_embeddings,
     translate_row_errors,
 )
 
@@ -185,6 +188,7 @@ def fit(
     with processes.raise_together():
         refuse_to_replace(folder, overwrite=settings.overwrite)
         rows = read_training_rows(model, data, settings)
+        _refuse_unknown_tokens(model, rows, settings)
     notes: list[str] = []
     memory = None
     if on_estimate is not None:
@@ -258,6 +262,8 @@ def fit_in_memory(
         raise TypeError(
             "rows: one row, or a mapping of columns; give a list of the rows that the adapter was trained on"
         )
+    features = getattr(rows, "features", None)  # of a datasets.Dataset
+    check_label_names(resolved, features if isinstance(features, Mapping) else {}, "the rows")
     given = list(given_rows(rows, texts=False))
     if not given:
         raise DataError("no rows: give the rows that the adapter was trained on")
@@ -297,11 +303,32 @@ def _render(
     settings: FitSettings,
 ) -> TrainingRows:
     choices = resolve_choices(task, rows)
+    if not settings.unlabelled:
+        refuse_missing_labels(task, rows)
     labels: Labels = "required" if settings.fisher == "empirical" else "optional"
     examples = render_all(task, rows, kind=adapter.kind, choices=choices, labels=labels)
     return TrainingRows(
         adapter, data, task, choices, examples, settings.max_length or task.max_length_for(adapter.kind)
     )
+
+
+def _refuse_unknown_tokens(model: ModelSettings, rows: TrainingRows, settings: FitSettings) -> None:
+    """Check, before weights are loaded, that the base model has an embedding for every token of the rows.
+
+    Raises:
+        DataError: It has not.
+    """
+    tokenizer, known = tokenizer_and_embeddings(rows.adapter, model)
+    if known is None or max(tokenizer.get_vocab().values(), default=0) < known:
+        return
+    encoded = encode_all(
+        rows.examples,
+        tokenizer,
+        kind=rows.adapter.kind,
+        max_length=rows.max_length,
+        chat_template=settings.chat_template,
+    )
+    require_embeddings(rows.examples, encoded, known)
 
 
 def load_inputs(
@@ -523,7 +550,7 @@ def _describe(inputs: FitInputs, settings: FitSettings, run: CurvatureRun) -> Ma
             fingerprint=data_fingerprint(rows.examples),
             data_dir=str(Path(rows.data.data_dir).resolve()) if rows.data.data_dir else None,
             limit=rows.data.limit,
-            max_length=rows.max_length,
+            max_length=inputs.model.max_length,
             chat_template=settings.chat_template,
         ),
         structure=settings.structure,

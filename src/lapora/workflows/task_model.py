@@ -90,6 +90,15 @@ class TaskModel:
         """
         token_ids = None if token_ids is None else list(token_ids)
         outputs = OutputModel(loaded.model, loaded.kind, loaded.pad_token_id, token_ids)
+        positions = outputs.max_positions if outputs.has_position_table else None
+        if positions is not None and positions < max_length:
+            warnings.warn(
+                f"rows are truncated to {positions} tokens, the positions of the base model (maximum length: "
+                f"{max_length})",
+                LaporaWarning,
+                stacklevel=2,
+            )
+            max_length = positions
         outputs.recompute_blocks |= how.gradient_checkpointing
         if loaded.kind == "classifier":
             outputs.output_order = order_of_outputs(loaded, task, choices)
@@ -116,14 +125,20 @@ class TaskModel:
         return render(self.task, row, kind=self.kind, index=index, labels="ignore", choices=self.choices, where=where)
 
     def encode(self, examples: Sequence[Example]) -> list[EncodedExample]:
-        """Return token ids of examples of any task, truncated to the maximum length."""
-        return encode_all(
+        """Return token ids of examples of any task, truncated to the maximum length.
+
+        Raises:
+            DataError: An example cannot be encoded, or has a token that the base model has no embedding for.
+        """
+        encoded = encode_all(
             examples,
             self.loaded.tokenizer,
             kind=self.kind,
             max_length=self.max_length,
             chat_template=self.chat_template,
         )
+        require_embeddings(examples, encoded, self.loaded.embedding_rows)
+        return encoded
 
     def batches(self, encoded: Sequence[EncodedExample]) -> BatchFeed:
         """Return batches of rows of similar length, each padded independently of its neighbors, on the device."""
@@ -196,6 +211,26 @@ class Fitted:
             every_class=every_class,
             map_only=map_only,
         )
+
+
+def require_embeddings(examples: Sequence[Example], encoded: Sequence[EncodedExample], rows: int | None) -> None:
+    """Check that every token has an embedding.
+
+    Args:
+        examples: The examples, named in the error.
+        encoded: Their token ids.
+        rows: Number of token ids with an embedding; None if it is not known.
+
+    Raises:
+        DataError: The tokenizer has more tokens than the base model, and an example has one of these.
+    """
+    for example, row in zip(examples, encoded, strict=True):
+        if rows is not None and max(row.input_ids) >= rows:
+            raise DataError(
+                f"{example.where}: token id {max(row.input_ids)}, and the base model has {rows} embeddings: the "
+                "tokenizer has added tokens; save the adapter with save_embedding_layers=True after "
+                "resize_token_embeddings, or give it the tokenizer of the base"
+            )
 
 
 def answer_tokens(
