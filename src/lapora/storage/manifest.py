@@ -211,7 +211,7 @@ class Manifest(Struct, frozen=True, kw_only=True):
         log_likelihood: ``log p(y|X, θ_MAP)`` in nats, or None where a row has no label.
         training_curve: NLL on training rows over the prior precision, or None without labels.
         engine: Curvature backend.
-        rank: Rank asked for, or None.
+        rank: Rank of the bases, or None where they are complete.
         kept: Share of the curvature's trace that the basis holds.
         seed: Random seed.
         adapter_config: Adapter settings that affect the forward pass.

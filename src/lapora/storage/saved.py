@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from lapora.config import JOINT
 from lapora.errors import NumericalError, PosteriorError, UsageError, first_line
+from lapora.posterior.marglik import Spectrum
 from lapora.storage.files import fsync_path, os_error_reason, remove_path, write_json
 from lapora.storage.manifest import (
     FORMAT_VERSION,
@@ -205,13 +206,31 @@ class SavedPosterior:
             "again with --overwrite"
         )
 
-    def eigenvalues(self) -> list[NDArray[np.float64]]:
-        """``λ`` of every layer, in order; a single array where one basis spans all layers."""
-        names = [f"{JOINT}.eigenvalues"]
-        if not self.manifest.joint:
-            names = [f"{parameter['name']}.eigenvalues" for parameter in self.manifest.parameters]
-        arrays = self.arrays(names)
-        return [arrays[name] for name in names]
+    def spectra(self) -> list[Spectrum]:
+        """Eigenvalues of every layer in order, or of all layers together, with their multiplicities.
+
+        Raises:
+            PosteriorError: As for :meth:`arrays`; or the eigenvalues do not have the shape of the bases.
+            NumericalError: As for :meth:`arrays`.
+        """
+        shapes: dict[str, list[list[int] | None]]
+        if self.manifest.joint:
+            shapes = {JOINT: [self.tensors.get(f"{JOINT}.basis", {"shape": []})["shape"][::-1]]}
+        else:
+            shapes = {
+                each["name"]: [
+                    self.tensors.get(basis, {"shape": None})["shape"]
+                    for basis in (f"{each['name']}.gradient_basis", f"{each['input_of']}.input_basis")
+                ]
+                for each in self.manifest.parameters
+            }
+        arrays = self.arrays([f"{name}.eigenvalues" for name in shapes])
+        try:
+            return [Spectrum.of(arrays[f"{name}.eigenvalues"], bases) for name, bases in shapes.items()]
+        except (ValueError, IndexError) as error:
+            raise PosteriorError(
+                f"{self.folder / MANIFEST_FILE}: tensors do not match the factors ({error}); fit again with --overwrite"
+            ) from error
 
     def arrays(self, names: Sequence[str]) -> dict[str, NDArray[Any]]:
         """Read tensors, checked against the manifest.
