@@ -91,7 +91,7 @@ def laplace_of(answers, layers, blocks, classes, prior_precision=DELTA):
 
 def test_marginal_likelihoods_agree(answers, layers):
     _, blocks = posterior(answers, layers, rows())
-    evidence = Evidence([b.eigenvalues.numpy() for b in blocks], [b.squared_norm for b in blocks], -3.5)
+    evidence = Evidence(BlockPosterior(blocks).spectra, [b.squared_norm for b in blocks], -3.5)
     laplace = laplace_of(answers, layers, blocks, 3)
     for delta in (DELTA, 1e-3, 50.0):
         theirs = laplace.log_marginal_likelihood(torch.tensor(delta, dtype=torch.float64))
@@ -125,7 +125,7 @@ def test_a_prior_for_each_layer(tmp_path):
     precisions = [0.1 + index for index in range(len(blocks))]
     laplace = laplace_of(answers, layers, blocks, 2, precisions)
     parts = zip(blocks, precisions, strict=True)
-    each = [Evidence([b.eigenvalues.numpy()], [b.squared_norm]).log_marginal_likelihood(delta) for b, delta in parts]
+    each = [Evidence([b.spectrum], [b.squared_norm]).log_marginal_likelihood(delta) for b, delta in parts]
     assert float(laplace.log_marginal_likelihood()) == pytest.approx(sum(each) - 3.5, rel=1e-12)
     by_name = {block.name: delta for block, delta in zip(blocks, precisions, strict=True)}
     saved = save(tmp_path / "p", blocks, prior={"structure": "layer", "precision": by_name})
@@ -148,7 +148,7 @@ def test_a_session_brings_its_own_numbers(tmp_path):
     assert (laplace.n_data, laplace.n_outputs, laplace.model.output_size) == (6, 2, 2)
     assert float(laplace.log_likelihood) == -3.5
     exact(laplace.prior_precision, torch.tensor([DELTA], dtype=torch.float64))
-    evidence = Evidence([b.eigenvalues.numpy() for b in blocks], [b.squared_norm for b in blocks], -3.5)
+    evidence = Evidence(BlockPosterior(blocks).spectra, [b.squared_norm for b in blocks], -3.5)
     expected = evidence.log_marginal_likelihood(DELTA)
     assert float(laplace.log_marginal_likelihood()) == pytest.approx(expected, rel=1e-12)
     laplace.load_state_dict(laplace.state_dict())  # multiplied out and decomposed again, from bases saved in float32

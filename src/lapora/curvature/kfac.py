@@ -29,7 +29,7 @@ Sum = Tensor | NystromSketch
 """``Σ x xᵀ``, as a full matrix or as a sketch."""
 
 
-_OVERSAMPLING = 2
+_OVERSAMPLING = 3
 """Columns of a sketch for each eigenvector that is kept."""
 
 
