@@ -140,8 +140,8 @@ def decompositions(shape: Shape) -> list[float]:
         for dimension, _ in sides:
             width = width_of_sum(dimension, shape.kept)
             cost = _EIGEN * float(width) ** 3
-            if width < dimension:  # two small decompositions, and products of the tall image
-                cost = 2 * cost + 8 * dimension * float(width) ** 2
+            if width < dimension:  # of the core and of two iterations, and a triangular factor of [Y Omega]
+                cost = 3 * cost + 8 * dimension * float(width) ** 2
             found += [cost] * times
     return found
 
@@ -201,7 +201,7 @@ def memory(shape: Shape, *, item: int = 4) -> dict[str, float]:
 CALIBRATION = [
     Shape(layers=4, width=256, inner=682, vocabulary=32000, rows=64, tokens=64),
     Shape(layers=8, width=256, inner=682, vocabulary=32000, rows=64, tokens=8, batch=8),
-    Shape(layers=2, width=1024, inner=2730, vocabulary=32000, rows=16, tokens=16, batch=8),
+    Shape(layers=2, width=1024, inner=2730, vocabulary=32000, rows=16, tokens=16, batch=8, kept=1024),
 ]
 CHECKS = [
     Shape(layers=4, width=256, inner=682, vocabulary=32000, rows=256, tokens=32),
@@ -210,7 +210,7 @@ CHECKS = [
     Shape(layers=4, width=256, inner=682, vocabulary=32000, rows=64, tokens=32, rank=32),
     Shape(layers=6, width=512, inner=1365, vocabulary=32000, rows=64, tokens=48),
     Shape(layers=12, width=768, inner=2048, vocabulary=32000, rows=32, tokens=64),
-    Shape(layers=4, width=512, inner=1365, vocabulary=32000, rows=64, tokens=64, classes=3, kept=32),
+    Shape(layers=4, width=512, inner=1365, vocabulary=32000, rows=64, tokens=64, classes=3, kept=512),
     Shape(layers=2, width=1280, inner=3413, vocabulary=32000, rows=64, tokens=64),
 ]
 

@@ -206,7 +206,6 @@ def one_block():
     ("change", "words"),
     [
         (lambda b: {"eigenvalues": b.eigenvalues + 1e-6 * torch.eye(*b.shape, dtype=torch.float64)}, "EKFAC"),
-        (lambda b: {"input_basis": b.input_basis[:, -2:], "eigenvalues": b.eigenvalues[:, -2:]}, "low-rank"),
         (lambda b: {"gradient_basis": None}, "diagonal"),
         (lambda b: {"shape": (b.shape[0] + 1, b.shape[1])}, "answers' rows"),
     ],
@@ -217,16 +216,32 @@ def test_other_structures_are_refused(one_block, change, words):
         laplace_of(answers, layers, [replace(block, **change(block))], 2)
 
 
-@pytest.mark.parametrize(("structure", "rank"), [("ekfac", None), ("diag", None), ("kron", 2)])
-def test_what_fit_makes_of_other_structures_is_refused(structure, rank):
-    answers, encoded = tiny_classifier(2), rows()
+def fitted(answers, encoded, structure, rank=None):
     layers = find_bayesian_layers(answers.model)
     run = CurvatureRun(
         answers, layers, lambda: batches(answers, encoded, 3), targets=[None] * len(encoded), classes=2, rank=rank
     )
-    posterior_, _ = fit_structure(structure, run)
+    return layers, fit_structure(structure, run)[0]
+
+
+@pytest.mark.parametrize("structure", ["ekfac", "diag"])
+def test_what_fit_makes_of_other_structures_is_refused(structure):
+    answers = tiny_classifier(2)
+    layers, found = fitted(answers, rows(), structure)
     with pytest.raises(UsageError, match="laplace-torch"):
-        laplace_of(answers, layers, posterior_.blocks, 2)
+        laplace_of(answers, layers, found.blocks, 2)
+
+
+def test_a_truncated_posterior_is_completed():
+    """The mean of the remaining eigenvalues stands in for each of them."""
+    answers, encoded = tiny_classifier(2), rows()
+    layers, found = fitted(answers, encoded, "kron", rank=2)
+    laplace = laplace_of(answers, layers, found.blocks, 2)
+    evidence = Evidence(found.spectra, [block.squared_norm for block in found.blocks], -3.5)
+    theirs = laplace.log_marginal_likelihood(torch.tensor(DELTA, dtype=torch.float64))
+    assert float(theirs) == pytest.approx(evidence.log_marginal_likelihood(DELTA), rel=1e-9)
+    _, jacobian = dense_jacobian(answers, layers, encoded)
+    close(laplace.functional_variance(jacobian), moments(answers, layers, found, encoded, classes=2)[1], answers)
 
 
 def test_other_posteriors_are_refused_by_name(one_block, tmp_path):

@@ -80,7 +80,8 @@ def test_the_default_rank_is_within_a_percent_of_whole_factors(shared, tmp_path)
     for name, rank in (("whole", "full"), ("default", None)):
         result = fit(model, data, FitSettings(name=name, rank=rank, prior_method="marglik"))
         records = list(predict(model, PredictSettings(name=name, logits=True), rows))
-        likelihoods = [list(record["probabilities"].values())[row["label"]] for record, row in zip(records, rows)]
+        labelled = zip(records, rows, strict=True)
+        likelihoods = [list(record["probabilities"].values())[row["label"]] for record, row in labelled]
         covariance = np.array([record["logits"]["covariance"] for record in records])
         variance = np.median(np.einsum("ncd,c,d->n", covariance, [1, -1], [1, -1]))
         found.append((result.evidence.prior.precisions["all"], -np.log(likelihoods).mean(), variance))

@@ -34,6 +34,7 @@ Optimizer = Literal["exact", "adam"]
 Link = Literal["mc-joint", "mc-indep", "probit", "bridge", "map"]
 Method = Literal["constant", "map", "temperature", "mc-dropout", "ensemble", "laplace"]
 OnError = Literal["stop", "report"]
+Remainder = Literal["mean", "none"]
 
 Progress = Callable[[int, int], None]
 """Progress callback: rows done, rows in total."""
@@ -429,8 +430,7 @@ class FitSettings:
     rank: Annotated[
         int | Literal["full"] | None,
         Option(
-            f"Rank of lowrank (by default {DEFAULT_RANK}), or of the Kronecker factors of kron and ekfac (by default "
-            f"{KRON_RANK}); full: all directions.",
+            f"Rank of kron's and ekfac's factors (by default {KRON_RANK}; full: all) or of lowrank ({DEFAULT_RANK}).",
             FITTED,
             metavar="N",
             min=1,

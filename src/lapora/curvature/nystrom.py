@@ -6,10 +6,10 @@ matrix from streaming data", Algorithm 3.
 
 What is wanted is ``M ≈ U Λ Uᵀ + ρ (I - U Uᵀ)`` with k < l directions. The eigenvalues outside U add to Y, and make
 Nyström's Λ too small: it is exact for a matrix of rank l, which M is not, and ``M - ρ I`` nearly is. ``M - s I`` has
-the sketch ``Y - s Ω`` and the core ``Ωᵀ Y - s Ωᵀ Ω``, which ``s = ρ`` would make indefinite, since half of the remaining
-eigenvalues are below their mean. Here s is ``ρ / 2``, and at most half of the core's eigenvalue in each of the core's
-eigenvectors; ρ follows from the trace, which is summed exactly, in a few iterations on l x l matrices. Errors on the
-factors of real adapters: docs/posteriors.md.
+the sketch ``Y - s Ω`` and the core ``Ωᵀ Y - s Ωᵀ Ω``, which ``s = ρ`` would make indefinite, since half of the
+remaining eigenvalues are below their mean. Here s is ``ρ / 2``, and at most half of the core's eigenvalue in each of
+the core's eigenvectors; ρ follows from the trace, which is summed exactly, in a few iterations on l x l matrices.
+Errors on the factors of real adapters: docs/posteriors.md.
 """
 
 from __future__ import annotations
@@ -92,8 +92,8 @@ class NystromSketch:
         dimension, width = self.image.shape
         # The triangular factor of [Y Ω] has the inner products of its columns, in 2l rows.
         factor = self._double(0, 2 * width)
-        for image, test in self._chunks():
-            factor = torch.linalg.qr(torch.cat([factor, torch.cat([image, test], dim=1)]), mode="r").R
+        for chunk in self._chunks():
+            factor = torch.linalg.qr(torch.cat([factor, chunk]), mode="r").R
         images, tests = factor.split(width, dim=1)
         accuracy = torch.finfo(self.image.dtype).eps
         # Rounding errors of Y make the core indefinite; this much is added to M.
@@ -120,18 +120,19 @@ class NystromSketch:
         eigenvalues = eigenvalues * min(1.0, self.trace / float(eigenvalues.sum()))
         count = int((eigenvalues > 10 * accuracy * float(eigenvalues[0])).sum())
         combination = right[:, :count] / squares[:count].sqrt()
-        of_images = vectors @ (root.unsqueeze(1) * combination)
-        of_tests = vectors @ (((added - shift) * root).unsqueeze(1) * combination)
+        combination = root.unsqueeze(1) * combination
+        combination = torch.cat([vectors @ combination, vectors @ ((added - shift).unsqueeze(1) * combination)])
         directions = self.image.new_empty(dimension, count)
-        for part, (image, test) in zip(directions.split(ROWS_AT_A_TIME), self._chunks(), strict=True):
-            part.copy_(image @ of_images + test @ of_tests)
+        for part, chunk in zip(directions.split(ROWS_AT_A_TIME), self._chunks(), strict=True):
+            part.copy_(chunk @ combination)
         return eigenvalues[:count], directions
 
-    def _chunks(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield row chunks of Y and Ω in float64."""
+    def _chunks(self) -> Iterator[Tensor]:
+        """Yield row chunks of ``[Y Ω]`` in float64."""
         for start in range(0, len(self.image), ROWS_AT_A_TIME):
-            rows = slice(start, start + ROWS_AT_A_TIME)
-            yield self.image[rows].double(), self.test_matrix[rows].to(self.image.device).double()
+            image = self.image[start : start + ROWS_AT_A_TIME]
+            test = self.test_matrix[start : start + ROWS_AT_A_TIME].to(image.device)
+            yield torch.cat([image, test], dim=1).double()
 
     def _double(self, *shape: int) -> Tensor:
         return torch.zeros(*shape, dtype=torch.float64, device=self.image.device)

@@ -143,32 +143,22 @@ class BlockPosterior:
         Raises:
             KeyError, TypeError, ValueError: The parameters and the tensors do not match.
         """
-        blocks = []
-        for parameter in parameters:
-            input_basis = tensors.get(f"{parameter['input_of']}.input_basis")
-            gradient_basis = tensors.get(f"{parameter['name']}.gradient_basis")
-            eigenvalues = _with_remainder(tensors[f"{parameter['name']}.eigenvalues"], gradient_basis)
-            blocks.append(
+        return cls(
+            [
                 EigenBlock(
                     name=parameter["name"],
                     role=parameter["role"],
                     shape=tuple(parameter["shape"]),
                     input_owner=parameter["input_of"],
-                    input_basis=input_basis,
-                    gradient_basis=gradient_basis,
-                    eigenvalues=_with_remainder(eigenvalues.T, input_basis).T,
+                    input_basis=tensors.get(f"{parameter['input_of']}.input_basis"),
+                    gradient_basis=tensors.get(f"{parameter['name']}.gradient_basis"),
+                    eigenvalues=tensors[f"{parameter['name']}.eigenvalues"],
                     squared_norm=float(parameter["squared_norm"]),
                     retained_trace=float(parameter.get("kept", 1.0)),
                 )
-            )
-        return cls(blocks)
-
-
-def _with_remainder(eigenvalues: Tensor, basis: Tensor | None) -> Tensor:
-    """Append a row of zeros for the directions outside a basis ``(d, k)``, where a file of version 0.1 has none."""
-    if basis is None or basis.dim() != 2 or not len(eigenvalues) == basis.shape[1] < basis.shape[0]:
-        return eigenvalues
-    return torch.cat([eigenvalues, eigenvalues.new_zeros(1, *eigenvalues.shape[1:])])
+                for parameter in parameters
+            ]
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -224,9 +214,11 @@ class JointPosterior:
         Raises:
             KeyError, TypeError, ValueError: The parameters and the tensors do not match.
         """
-        basis = tensors[f"{JOINT}.basis"]
-        eigenvalues = _with_remainder(tensors[f"{JOINT}.eigenvalues"], basis.T)
-        return cls([dict(parameter) for parameter in parameters], basis, eigenvalues)
+        return cls(
+            layers=[dict(parameter) for parameter in parameters],
+            basis=tensors[f"{JOINT}.basis"],
+            joint_eigenvalues=tensors[f"{JOINT}.eigenvalues"],
+        )
 
 
 Posterior = BlockPosterior | JointPosterior

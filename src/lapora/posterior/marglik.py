@@ -46,7 +46,6 @@ class Spectrum:
 
         Args:
             values: ``λ``, one axis for each side: its k directions, then one value for all others if there are any.
-                Files of version 0.1 lack the latter, which is 0.
             bases: Shape ``(d, k)`` of each side's basis; None is the identity.
 
         Raises:
@@ -56,8 +55,6 @@ class Spectrum:
         for axis, shape in enumerate(bases):
             size, kept = [values.shape[axis]] * 2 if shape is None else shape
             others = [size - kept] * (kept < size)
-            if values.shape[axis] == kept and others:
-                values = np.pad(values, [(0, int(each == axis)) for each in range(values.ndim)])
             counts = np.multiply.outer(counts, np.append(np.ones(kept), others))
         if values.shape != counts.shape:
             raise ValueError(f"{values.shape} eigenvalues of {counts.shape} eigenspaces")

@@ -213,24 +213,38 @@ class SavedPosterior:
             PosteriorError: As for :meth:`arrays`; or the eigenvalues do not have the shape of the bases.
             NumericalError: As for :meth:`arrays`.
         """
-        shapes: dict[str, list[list[int] | None]]
-        if self.manifest.joint:
-            shapes = {JOINT: [self.tensors.get(f"{JOINT}.basis", {"shape": []})["shape"][::-1]]}
-        else:
-            shapes = {
-                each["name"]: [
-                    self.tensors.get(basis, {"shape": None})["shape"]
-                    for basis in (f"{each['name']}.gradient_basis", f"{each['input_of']}.input_basis")
-                ]
-                for each in self.manifest.parameters
-            }
-        arrays = self.arrays([f"{name}.eigenvalues" for name in shapes])
+        bases = self._bases()
+        arrays = self._with_remainder(self.arrays([f"{name}.eigenvalues" for name in bases]))
         try:
-            return [Spectrum.of(arrays[f"{name}.eigenvalues"], bases) for name, bases in shapes.items()]
+            return [Spectrum.of(arrays[f"{name}.eigenvalues"], shapes) for name, shapes in bases.items()]
         except (ValueError, IndexError) as error:
             raise PosteriorError(
                 f"{self.folder / MANIFEST_FILE}: tensors do not match the factors ({error}); fit again with --overwrite"
             ) from error
+
+    def _bases(self) -> dict[str, list[Any]]:
+        """Shapes ``(d, k)`` of the bases of each layer's sides, or of the one for all layers; None is the identity."""
+        shapes = {name: each["shape"] for name, each in self.tensors.items()}
+        if self.manifest.joint:
+            return {JOINT: [shapes.get(f"{JOINT}.basis", [])[::-1]]}
+        return {
+            each["name"]: [
+                shapes.get(f"{each['name']}.gradient_basis"),
+                shapes.get(f"{each['input_of']}.input_basis"),
+            ]
+            for each in self.manifest.parameters
+        }
+
+    def _with_remainder(self, arrays: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        """Append the eigenvalue 0 of the directions outside each basis, where the file says nothing of them."""
+        if self.manifest.remainder == "mean":
+            return arrays
+        for name, bases in self._bases().items():
+            values = arrays.get(f"{name}.eigenvalues")
+            if values is not None and values.ndim == len(bases):
+                others = [bool(shape) and len(shape) == 2 and shape[1] < shape[0] for shape in bases]
+                arrays[f"{name}.eigenvalues"] = np.pad(values, [(0, int(each)) for each in others])
+        return arrays
 
     def arrays(self, names: Sequence[str]) -> dict[str, NDArray[Any]]:
         """Read tensors, checked against the manifest.
@@ -299,7 +313,8 @@ class SavedPosterior:
         from lapora.posterior.gaussian import BlockPosterior, JointPosterior, check_blocks, check_joint
 
         wanted = [name for name in self.tensors if not name.startswith("linear_model.")]
-        tensors = {name: torch.from_numpy(array) for name, array in self.arrays(wanted).items()}
+        arrays = self._with_remainder(self.arrays(wanted))
+        tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
         try:
             if self.manifest.joint:
                 joint = JointPosterior.from_tensors(self.manifest.parameters, tensors)

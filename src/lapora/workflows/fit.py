@@ -533,6 +533,7 @@ def _describe(inputs: FitInputs, settings: FitSettings, run: CurvatureRun) -> Ma
         fisher=settings.fisher,
         subset=settings.subset,
         rank=None if settings.basis_rank == COMPLETE else settings.basis_rank,
+        remainder="mean",
         seed=settings.seed,
         parameters=run.describe_parameters(),
         log_likelihood=None,

@@ -274,7 +274,7 @@ _SHARE_WORTH_SAYING = 0.95
 def _truncation_note(posterior: SavedPosterior) -> list[str]:
     """Warn of a posterior that lacks a part of the curvature, as version 0.1 truncated it."""
     kept = posterior.manifest.kept
-    if kept >= _SHARE_WORTH_SAYING or any(each.values[each.counts > 1].any() for each in posterior.spectra()):
+    if posterior.manifest.remainder == "mean" or kept >= _SHARE_WORTH_SAYING:
         return []
     return [
         f"warning: an earlier version of lapora left {1 - kept:.0%} of the curvature's trace out of this posterior: "
