@@ -90,17 +90,20 @@ class NystromSketch:
         if not bool(torch.isfinite(self.image).all()):
             raise NumericalError("the curvature is not finite; try --dtype float32")
         dimension, width = self.image.shape
-        # The triangular factor of [Y Ω] has the inner products of its columns, in 2l rows.
+        # The triangular factor of [Ω Y] has the inner products of its columns, in 2l rows. With its first block R, the
+        # columns of Ω R⁻¹ are orthonormal, and their images are Y R⁻¹.
         factor = self._double(0, 2 * width)
         for chunk in self._chunks():
             factor = torch.linalg.qr(torch.cat([factor, chunk]), mode="r").R
-        images, tests = factor.split(width, dim=1)
+        scale, images = factor[:width, :width], factor[:, width:]
+        images = torch.linalg.solve_triangular(scale, images, upper=True, left=False)
+        tests = torch.eye(len(factor), width, dtype=torch.float64, device=factor.device)
         accuracy = torch.finfo(self.image.dtype).eps
         # Rounding errors of Y make the core indefinite; this much is added to M.
         added = accuracy * float(images.norm())
         if added == 0.0:
             return self._double(0), self.image[:, :0]
-        core = tests.T @ images + added * tests.T @ tests
+        core = images[:width] + added * tests[:width]
         values, vectors = torch.linalg.eigh((core + core.T) / 2)
         values, vectors = values[values > 0.5 * added], vectors[:, values > 0.5 * added]
         images, tests = images @ vectors, tests @ vectors
@@ -121,18 +124,20 @@ class NystromSketch:
         count = int((eigenvalues > 10 * accuracy * float(eigenvalues[0])).sum())
         combination = right[:, :count] / squares[:count].sqrt()
         combination = root.unsqueeze(1) * combination
-        combination = torch.cat([vectors @ combination, vectors @ ((added - shift).unsqueeze(1) * combination)])
+        of_both = vectors @ torch.cat([(added - shift).unsqueeze(1) * combination, combination], dim=1)
+        of_both = torch.linalg.solve_triangular(scale, of_both, upper=True)
+        combination = torch.cat(of_both.split(count, dim=1))
         directions = self.image.new_empty(dimension, count)
         for part, chunk in zip(directions.split(ROWS_AT_A_TIME), self._chunks(), strict=True):
             part.copy_(chunk @ combination)
         return eigenvalues[:count], directions
 
     def _chunks(self) -> Iterator[Tensor]:
-        """Yield row chunks of ``[Y Ω]`` in float64."""
+        """Yield row chunks of ``[Ω Y]`` in float64."""
         for start in range(0, len(self.image), ROWS_AT_A_TIME):
             image = self.image[start : start + ROWS_AT_A_TIME]
             test = self.test_matrix[start : start + ROWS_AT_A_TIME].to(image.device)
-            yield torch.cat([image, test], dim=1).double()
+            yield torch.cat([test, image], dim=1).double()
 
     def _double(self, *shape: int) -> Tensor:
         return torch.zeros(*shape, dtype=torch.float64, device=self.image.device)
