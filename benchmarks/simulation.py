@@ -23,7 +23,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from lapora.curvature.kfac import rank_of_side
+from lapora.curvature.kfac import width_of_sum
 
 
 @dataclass(frozen=True)
@@ -73,23 +73,16 @@ class Shape:
         """Number of weights of the base, without norms."""
         return self.layers * self.block_weights + 2 * self.vocabulary * self.width
 
-    def sides(self) -> list[tuple[int, int, int]]:
-        """Sums of one block: dimension, the other factor's dimension, and kind (1: input, 0: gradients)."""
-        found = [(self.width, self.rank, 1)]  # shared by q and v
+    def sides(self) -> list[tuple[int, int]]:
+        """Sums of one block: dimension, and kind (1: input, 0: gradients)."""
+        found = [(self.width, 1)]  # shared by q and v
         for out in (self.width, self.key_width):
-            found += [(self.rank, self.width, 0), (self.rank, out, 1), (out, self.rank, 0)]
+            found += [(self.rank, 0), (self.rank, 1), (out, 0)]
         return found
 
-    def head_sides(self) -> list[tuple[int, int, int]]:
+    def head_sides(self) -> list[tuple[int, int]]:
         """The same for LoRA on ``lm_head``, whose gradient is nonzero only in the rows of the C answers."""
-        if not self.head:
-            return []
-        return [
-            (self.width, self.rank, 1),
-            (self.rank, self.width, 0),
-            (self.rank, self.classes, 1),
-            (self.classes, self.rank, 0),
-        ]
+        return [(self.width, 1), (self.rank, 0), (self.rank, 1), (self.classes, 0)] if self.head else []
 
 
 @dataclass(frozen=True)
@@ -133,8 +126,8 @@ def sum_operations(shape: Shape) -> float:
     directions = shape.classes - 1
     total = 0.0
     for sides, tokens, times in ((shape.sides(), shape.tokens, shape.layers), (shape.head_sides(), 1, 1)):
-        for dimension, other, is_input in sides:
-            width = min(2 * rank_of_side(dimension, other, shape.kept), dimension)
+        for dimension, is_input in sides:
+            width = width_of_sum(dimension, shape.kept)
             products = 1 if width == dimension else 2
             total += times * (1 if is_input else directions) * products * 2 * tokens * dimension * width
     return total
@@ -144,11 +137,11 @@ def decompositions(shape: Shape) -> list[float]:
     """Operations of each factor's decomposition."""
     found = []
     for sides, times in ((shape.sides(), shape.layers), (shape.head_sides(), 1)):
-        for dimension, other, _ in sides:
-            width = min(2 * rank_of_side(dimension, other, shape.kept), dimension)
+        for dimension, _ in sides:
+            width = width_of_sum(dimension, shape.kept)
             cost = _EIGEN * float(width) ** 3
-            if width < dimension:  # two small decompositions, and products of the tall image
-                cost = 2 * cost + 8 * dimension * float(width) ** 2
+            if width < dimension:  # of the core and of two iterations, and a triangular factor of [Y Omega]
+                cost = 3 * cost + 8 * dimension * float(width) ** 2
             found += [cost] * times
     return found
 
@@ -157,8 +150,8 @@ def sum_bytes(shape: Shape) -> int:
     """Bytes of all sums, which are all-reduced."""
     total = 0
     for sides, times in ((shape.sides(), shape.layers), (shape.head_sides(), 1)):
-        for dimension, other, _ in sides:
-            total += times * 4 * dimension * min(2 * rank_of_side(dimension, other, shape.kept), dimension)
+        for dimension, _ in sides:
+            total += times * 4 * dimension * width_of_sum(dimension, shape.kept)
     return total
 
 
@@ -196,13 +189,8 @@ def memory(shape: Shape, *, item: int = 4) -> dict[str, float]:
     directions = shape.classes - 1
     along = (2 * directions * shape.width + 4 * shape.inner) * item
     norms = 2 * shape.width * 4 * (item < 4)
-    random = 4 * sum(
-        {
-            (d, min(2 * rank_of_side(d, o, shape.kept), d)): d * min(2 * rank_of_side(d, o, shape.kept), d)
-            for d, o, _ in shape.sides()
-            if d > 2 * rank_of_side(d, o, shape.kept)
-        }.values()
-    )
+    widths = {dimension: width_of_sum(dimension, shape.kept) for dimension, _ in shape.sides()}
+    random = 4 * sum(dimension * width for dimension, width in widths.items() if width < dimension)
     return {
         "weights": shape.weights * item,
         "activations": tokens * (shape.layers * (a_block + norms) + along),
@@ -213,7 +201,7 @@ def memory(shape: Shape, *, item: int = 4) -> dict[str, float]:
 CALIBRATION = [
     Shape(layers=4, width=256, inner=682, vocabulary=32000, rows=64, tokens=64),
     Shape(layers=8, width=256, inner=682, vocabulary=32000, rows=64, tokens=8, batch=8),
-    Shape(layers=2, width=1024, inner=2730, vocabulary=32000, rows=16, tokens=16, batch=8),
+    Shape(layers=2, width=1024, inner=2730, vocabulary=32000, rows=16, tokens=16, batch=8, kept=1024),
 ]
 CHECKS = [
     Shape(layers=4, width=256, inner=682, vocabulary=32000, rows=256, tokens=32),
@@ -222,7 +210,7 @@ CHECKS = [
     Shape(layers=4, width=256, inner=682, vocabulary=32000, rows=64, tokens=32, rank=32),
     Shape(layers=6, width=512, inner=1365, vocabulary=32000, rows=64, tokens=48),
     Shape(layers=12, width=768, inner=2048, vocabulary=32000, rows=32, tokens=64),
-    Shape(layers=4, width=512, inner=1365, vocabulary=32000, rows=64, tokens=64, classes=3, kept=32),
+    Shape(layers=4, width=512, inner=1365, vocabulary=32000, rows=64, tokens=64, classes=3, kept=512),
     Shape(layers=2, width=1280, inner=3413, vocabulary=32000, rows=64, tokens=64),
 ]
 

@@ -91,7 +91,7 @@ def laplace_of(answers, layers, blocks, classes, prior_precision=DELTA):
 
 def test_marginal_likelihoods_agree(answers, layers):
     _, blocks = posterior(answers, layers, rows())
-    evidence = Evidence([b.eigenvalues.numpy() for b in blocks], [b.squared_norm for b in blocks], -3.5)
+    evidence = Evidence(BlockPosterior(blocks).spectra, [b.squared_norm for b in blocks], -3.5)
     laplace = laplace_of(answers, layers, blocks, 3)
     for delta in (DELTA, 1e-3, 50.0):
         theirs = laplace.log_marginal_likelihood(torch.tensor(delta, dtype=torch.float64))
@@ -125,7 +125,7 @@ def test_a_prior_for_each_layer(tmp_path):
     precisions = [0.1 + index for index in range(len(blocks))]
     laplace = laplace_of(answers, layers, blocks, 2, precisions)
     parts = zip(blocks, precisions, strict=True)
-    each = [Evidence([b.eigenvalues.numpy()], [b.squared_norm]).log_marginal_likelihood(delta) for b, delta in parts]
+    each = [Evidence([b.spectrum], [b.squared_norm]).log_marginal_likelihood(delta) for b, delta in parts]
     assert float(laplace.log_marginal_likelihood()) == pytest.approx(sum(each) - 3.5, rel=1e-12)
     by_name = {block.name: delta for block, delta in zip(blocks, precisions, strict=True)}
     saved = save(tmp_path / "p", blocks, prior={"structure": "layer", "precision": by_name})
@@ -148,7 +148,7 @@ def test_a_session_brings_its_own_numbers(tmp_path):
     assert (laplace.n_data, laplace.n_outputs, laplace.model.output_size) == (6, 2, 2)
     assert float(laplace.log_likelihood) == -3.5
     exact(laplace.prior_precision, torch.tensor([DELTA], dtype=torch.float64))
-    evidence = Evidence([b.eigenvalues.numpy() for b in blocks], [b.squared_norm for b in blocks], -3.5)
+    evidence = Evidence(BlockPosterior(blocks).spectra, [b.squared_norm for b in blocks], -3.5)
     expected = evidence.log_marginal_likelihood(DELTA)
     assert float(laplace.log_marginal_likelihood()) == pytest.approx(expected, rel=1e-12)
     laplace.load_state_dict(laplace.state_dict())  # multiplied out and decomposed again, from bases saved in float32
@@ -206,7 +206,6 @@ def one_block():
     ("change", "words"),
     [
         (lambda b: {"eigenvalues": b.eigenvalues + 1e-6 * torch.eye(*b.shape, dtype=torch.float64)}, "EKFAC"),
-        (lambda b: {"input_basis": b.input_basis[:, -2:], "eigenvalues": b.eigenvalues[:, -2:]}, "low-rank"),
         (lambda b: {"gradient_basis": None}, "diagonal"),
         (lambda b: {"shape": (b.shape[0] + 1, b.shape[1])}, "answers' rows"),
     ],
@@ -217,16 +216,32 @@ def test_other_structures_are_refused(one_block, change, words):
         laplace_of(answers, layers, [replace(block, **change(block))], 2)
 
 
-@pytest.mark.parametrize(("structure", "rank"), [("ekfac", None), ("diag", None), ("kron", 2)])
-def test_what_fit_makes_of_other_structures_is_refused(structure, rank):
-    answers, encoded = tiny_classifier(2), rows()
+def fitted(answers, encoded, structure, rank=None):
     layers = find_bayesian_layers(answers.model)
     run = CurvatureRun(
         answers, layers, lambda: batches(answers, encoded, 3), targets=[None] * len(encoded), classes=2, rank=rank
     )
-    posterior_, _ = fit_structure(structure, run)
+    return layers, fit_structure(structure, run)[0]
+
+
+@pytest.mark.parametrize("structure", ["ekfac", "diag"])
+def test_what_fit_makes_of_other_structures_is_refused(structure):
+    answers = tiny_classifier(2)
+    layers, found = fitted(answers, rows(), structure)
     with pytest.raises(UsageError, match="laplace-torch"):
-        laplace_of(answers, layers, posterior_.blocks, 2)
+        laplace_of(answers, layers, found.blocks, 2)
+
+
+def test_a_truncated_posterior_is_completed():
+    """The mean of the remaining eigenvalues stands in for each of them."""
+    answers, encoded = tiny_classifier(2), rows()
+    layers, found = fitted(answers, encoded, "kron", rank=2)
+    laplace = laplace_of(answers, layers, found.blocks, 2)
+    evidence = Evidence(found.spectra, [block.squared_norm for block in found.blocks], -3.5)
+    theirs = laplace.log_marginal_likelihood(torch.tensor(DELTA, dtype=torch.float64))
+    assert float(theirs) == pytest.approx(evidence.log_marginal_likelihood(DELTA), rel=1e-9)
+    _, jacobian = dense_jacobian(answers, layers, encoded)
+    close(laplace.functional_variance(jacobian), moments(answers, layers, found, encoded, classes=2)[1], answers)
 
 
 def test_other_posteriors_are_refused_by_name(one_block, tmp_path):

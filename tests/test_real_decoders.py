@@ -29,7 +29,7 @@ def fitted(shared, tmp_path, smollm2, name) -> tuple[ModelSettings, DataSettings
 
 def test_two_answers_have_the_independent_covariances(shared, tmp_path, smollm2):
     model, data = fitted(shared, tmp_path, smollm2, "source2")
-    result = fit(model, data, FitSettings())
+    result = fit(model, data, FitSettings(rank="full"))
     assert result.evidence.prior.precisions["all"] == pytest.approx(1.9324, rel=2e-3)
     tune_prior(model, settings=PriorSettings(method="marglik"))
     reference = [

@@ -15,7 +15,7 @@ from scipy import linalg
 
 from lapora.likelihoods.base import LogitMoments
 from lapora.likelihoods.categorical import log_probabilities
-from lapora.posterior.marglik import Evidence
+from lapora.posterior.marglik import Evidence, Spectrum
 
 Array = NDArray[np.float64]
 Labels = NDArray[np.int64]
@@ -134,7 +134,7 @@ def leave_one_out_at_map(grid: Array, mean: Array, variances: Array, labels: Lab
 
 def marginal_likelihood(eigenvalues: Array, squared_norm: float) -> float:
     """Laplace evidence at θ_MAP (Laplace-LoRA, Eq. 13)."""
-    return Evidence([eigenvalues], [squared_norm]).maximize()[0]
+    return Evidence([Spectrum.of(eigenvalues, [None])], [squared_norm]).maximize()[0]
 
 
 def without_initialisation(eigenvalues: Array, squared_norm: float, initial: float) -> float:

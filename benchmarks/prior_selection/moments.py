@@ -82,8 +82,7 @@ def encoder_moments(one: Recipe, shared: Path) -> Moments:
     rows = training_rows(one, shared / "data")
     blocks = network.kfac(network.encode(rows))
     posterior = BlockPosterior(blocks)
-    eigenvalues = [block.eigenvalues.numpy() for block in blocks]
-    evidence = maximize_evidence(eigenvalues, posterior.parameters(), 0.0)
+    evidence = maximize_evidence(posterior.spectra, posterior.parameters(), 0.0)
     gaussian = posterior.on_device(network.layers, torch.device("cpu"), torch.float32)
     precisions = torch.tensor(PRECISIONS).unsqueeze(1).expand(-1, len(network.layers))
     parts = []

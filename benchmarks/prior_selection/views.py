@@ -20,7 +20,7 @@ from torch import Tensor
 
 from benchmarks.prior_selection.recipes import Recipe, Row, held_out_rows, texts_of, training_rows
 from benchmarks.prior_selection.train_adapters import FOLDER, base_model_folder
-from lapora.config import ModelSettings
+from lapora.config import COMPLETE, ModelSettings
 from lapora.curvature.backward import Linearisation
 from lapora.curvature.kfac import KronObserver
 from lapora.curvature.passes import collect
@@ -94,10 +94,10 @@ class Network:
         return logits, jacobian
 
     def kfac(self, encoded: Sequence[_Encoded]) -> list[EigenBlock]:
-        """The tool's default posterior: KFAC-expand over the training rows."""
-        observer = KronObserver("expand")
+        """KFAC-expand over the training rows, with whole factors."""
+        observer = KronObserver("expand", COMPLETE)
         collect(self.answers, self.layers, observer, self.batches(encoded), targets=[None] * len(encoded))
-        return decompose(self.layers, observer.factors(self.layers))
+        return decompose(self.layers, observer.factors(self.layers), COMPLETE)
 
     def lora_off(self) -> dict[str, Tensor]:
         """Set every B to zero, A and the head left as trained; returns what :meth:`lora_on` takes."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import functools
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
@@ -33,6 +34,7 @@ Optimizer = Literal["exact", "adam"]
 Link = Literal["mc-joint", "mc-indep", "probit", "bridge", "map"]
 Method = Literal["constant", "map", "temperature", "mc-dropout", "ensemble", "laplace"]
 OnError = Literal["stop", "report"]
+Remainder = Literal["mean", "none"]
 
 Progress = Callable[[int, int], None]
 """Progress callback: rows done, rows in total."""
@@ -49,11 +51,11 @@ BASELESS_STRUCTURES: tuple[Structure, ...] = ("diag",)
 DEFAULT_RANK = 400
 """Default rank of ``--structure lowrank``: real adapters need it to come within 0.01 of ``full`` in NLL."""
 
-WHOLE_WIDTH = 1024
-"""Largest Kronecker factor that is kept at full rank, unless a rank is given."""
+KRON_RANK = 32
+"""Default rank of Kronecker factors; wider ones keep the mean of their remaining eigenvalues."""
 
-WIDE_RANK = 256
-"""Default rank of wider Kronecker factors: on adapters of width 384, rank 128 is within 0.001 of full rank in NLL."""
+COMPLETE = sys.maxsize
+"""Rank of complete bases."""
 
 DEFAULT_SAMPLES = 2048
 """Default number of quasi-Monte-Carlo points of the sampling links; used for more than two answers."""
@@ -141,6 +143,12 @@ class DeclaredOption:
         return get_origin(self.hint) in (tuple, list)
 
     @property
+    def words(self) -> tuple[str, ...]:
+        """Words that may stand in place of a number."""
+        words = [word for part in get_args(self.hint) if get_origin(part) is Literal for word in get_args(part)]
+        return tuple(filter(None, [self.option.none, *(words if self.kind is int else [])]))
+
+    @property
     def kind(self) -> Any:
         """The type of one value, without None."""
         kinds = [each for each in get_args(self.hint) if each not in (NoneType, Ellipsis)]
@@ -171,6 +179,8 @@ class DeclaredOption:
             return None
         if self.choices and value not in self.choices:
             return f"one of {', '.join(self.choices)}{self._suggestion(str(value))}"
+        if self.kind is int and isinstance(value, str) and value not in self.words:
+            return f"{', '.join(self.words)}, or a positive number"
         if isinstance(value, int | float) and not isinstance(value, bool):
             low, above, high = option.min, option.above, option.max
             outside = [low is not None and not value >= low, above is not None and not value > above]
@@ -418,10 +428,9 @@ class FitSettings:
         ),
     ] = "exact"
     rank: Annotated[
-        int | None,
+        int | Literal["full"] | None,
         Option(
-            f"Rank of lowrank (by default {DEFAULT_RANK}), or of Kronecker factors over {WHOLE_WIDTH:,} wide "
-            f"(by default {WIDE_RANK}).",
+            f"Rank of kron's and ekfac's factors (by default {KRON_RANK}; full: all) or of lowrank ({DEFAULT_RANK}).",
             FITTED,
             metavar="N",
             min=1,
@@ -449,6 +458,13 @@ class FitSettings:
             command_line=False,
         ),
     ] = "averaged"
+
+    @property
+    def basis_rank(self) -> int:
+        """Rank of the bases, :data:`COMPLETE` if they are not truncated."""
+        if self.rank == "full" or self.engine != "native" or self.structure in ("diag", "full"):
+            return COMPLETE
+        return self.rank or (DEFAULT_RANK if self.structure == "lowrank" else KRON_RANK)
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,9 @@ A posterior of structure ``kron`` is what laplace-torch calls a ``KronDecomposed
     probabilities = laplace(tokenizer(texts, return_tensors="pt", padding=True))
     blocks = from_laplace_torch(laplace, fitted.layers)
 
-What is no Kronecker product of full bases (EKFAC, diagonal, low-rank, the answers' rows of a language-model
-head, a head's bias as one more input) has no place in these classes, and is refused.
+What is no Kronecker product (EKFAC, diagonal, low-rank, the answers' rows of a language-model head, a head's bias as
+one more input) has no place in these classes, and is refused. A truncated basis is completed: ``d²`` numbers for a side
+of dimension d.
 """
 
 from __future__ import annotations
@@ -110,7 +111,7 @@ def kron_laplace(
         log_likelihood: ``log p(y|X, θ_MAP)``; without it the marginal likelihood is one up to a constant.
 
     Raises:
-        UsageError: A block is not a Kronecker product of full bases.
+        UsageError: A block is not a Kronecker product.
     """
     weight = layers[0].module.weight
     precisions = [prior_precision] * len(blocks) if isinstance(prior_precision, int | float) else prior_precision
@@ -204,23 +205,28 @@ def _kronecker_blocks(blocks: Sequence[EigenBlock], device: torch.device, dtype:
 
 
 def _full_bases(block: EigenBlock) -> tuple[Tensor, Tensor]:
-    """``U_g`` and ``U_a``: laplace-torch wants two square bases, of the weight's rows and of its columns."""
-    found = (block.gradient_basis, block.input_basis)
-    for basis, size in zip(found, block.shape, strict=True):
-        if basis is None or tuple(basis.shape) != (size, size):
+    """``U_g`` and ``U_a``, completed: laplace-torch wants two square bases, of the weight's rows and of its columns."""
+    found = []
+    for basis, size in zip((block.gradient_basis, block.input_basis), block.shape, strict=True):
+        if basis is None or len(basis) != size:
             raise UsageError(
-                f"{block.name}: its curvature is not a Kronecker product over the whole weight (diagonal, low-rank, "
-                "or of the answers' rows alone), which is all that laplace-torch's Kronecker classes hold"
+                f"{block.name}: its curvature is not a Kronecker product over the whole weight (diagonal, or of the "
+                "answers' rows alone), which is all that laplace-torch's Kronecker classes hold"
             )
-    return cast("tuple[Tensor, Tensor]", found)
+        complement = torch.linalg.qr(basis.double(), mode="complete").Q[:, basis.shape[1] :]
+        found.append(torch.cat([basis, complement.to(basis)], dim=1))
+    return found[0], found[1]
 
 
 def _outer_factors(block: EigenBlock) -> tuple[Tensor, Tensor]:
-    """``l_g`` and ``l_a`` with ``λ = l_g l_aᵀ``, read off the greatest eigenvalue's row and column."""
+    """``l_g`` and ``l_a`` with ``λ = l_g l_aᵀ``, read off the greatest eigenvalue's row and column.
+
+    The last eigenvalue of a truncated side is repeated for all directions outside its basis.
+    """
     eigenvalues = block.eigenvalues.double()
     largest = eigenvalues.max()
     if float(largest) <= 0:
-        return eigenvalues.new_zeros(len(eigenvalues)), eigenvalues.new_zeros(eigenvalues.shape[1])
+        return eigenvalues.new_zeros(block.shape[0]), eigenvalues.new_zeros(block.shape[1])
     row, column = divmod(int(eigenvalues.argmax()), eigenvalues.shape[1])
     gradient_values = eigenvalues[:, column] / largest.sqrt()
     input_values = eigenvalues[row] / largest.sqrt()
@@ -230,4 +236,8 @@ def _outer_factors(block: EigenBlock) -> tuple[Tensor, Tensor]:
             f"{block.name}: its eigenvalues are no outer product (EKFAC's are not), and laplace-torch holds "
             "no others; fit with --structure kron"
         )
-    return gradient_values, input_values
+    repeated = [
+        torch.cat([values, values[-1:].expand(size - len(values))])
+        for values, size in zip((gradient_values, input_values), block.shape, strict=True)
+    ]
+    return repeated[0], repeated[1]

@@ -167,7 +167,7 @@ class CurvatureOptions(TypedDict, total=False):
         engine: Curvature backend: native, or laplace-torch with asdl or curvlinops. Default: ``'native'``.
         subset: Bayesian weights: lora, last-layer or all (both). Default: ``'lora'``.
         fisher: Fisher estimator: exact (C-1 backward passes), mc (sampled labels) or empirical. Default: ``'exact'``.
-        rank: Rank of lowrank (by default 400), or of Kronecker factors over 1,024 wide (by default 256). At least 1.
+        rank: Rank of kron's and ekfac's factors (by default 32; full: all) or of lowrank (400). At least 1.
         name: Name of the posterior. Default: ``'default'``.
         max_length: Maximum tokens per row. At least 1. Default: the task's.
         chat_template: Wrap prompts in the tokenizer's chat template. Default: ``False``.
@@ -186,7 +186,7 @@ class CurvatureOptions(TypedDict, total=False):
     engine: config.Engine
     subset: config.Subset
     fisher: config.FisherType
-    rank: int | None
+    rank: int | Literal["full"] | None
     name: str
     max_length: int | None
     chat_template: bool

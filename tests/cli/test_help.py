@@ -135,6 +135,7 @@ def test_a_command_has_every_option_of_its_settings(command):
         (("predict", "x", "--lnik", "map"), "did you mean --link?"),
         (("fit", "x", "--limit", "0", "--rank", "0"), "--limit 0: at least 1"),
         (("fit", "x", "--limit", "0", "--rank", "0"), "--rank 0: at least 1"),
+        (("fit", "x", "--rank", "whole"), "--rank whole: full, or a positive number"),
         (("fit", "x", "--batch-size", "many"), "auto, or a positive number"),
         (("eval", "x", "--coverage", "0"), "above 0, at most 1"),
         (("predict", "x", "--abstain-below", "1.5"), "at least 0, at most 1"),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,15 +12,17 @@ from peft import LoraConfig, get_peft_model
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
+from lapora.curvature import kfac, nystrom
 from lapora.curvature.kfac import KronObserver
 from lapora.curvature.nystrom import NystromSketch
 from lapora.curvature.passes import CurvatureRun
+from lapora.curvature.per_example import LayerBasis, PerExampleObserver
 from lapora.errors import UsageError
 from lapora.models.lora_layers import find_bayesian_layers
 from lapora.models.outputs import OutputModel
 from lapora.posterior import structures
 from lapora.posterior.gaussian import BlockPosterior
-from lapora.posterior.marglik import maximize_evidence
+from lapora.posterior.marglik import Evidence, maximize_evidence
 from lapora.posterior.structures import fit_structure
 from tiny_models import batches, close, dense_jacobian, moments, rows, tiny_causal, tiny_classifier
 
@@ -58,10 +62,40 @@ def layer_slices(layers, classes):
 
 
 def kron_basis(block):
-    eye = torch.eye(block.eigenvalues.shape[0]).double()
-    left = eye if block.gradient_basis is None else block.gradient_basis
-    right = torch.eye(block.eigenvalues.shape[1]).double() if block.input_basis is None else block.input_basis
-    return torch.kron(left.contiguous(), right.contiguous())
+    return torch.kron(block.gradient_basis.contiguous(), block.input_basis.contiguous())
+
+
+def truncated(matrix, rank):
+    """``U Λ Uᵀ + ρ (I - U Uᵀ)`` with the leading eigenvectors and the mean of the remaining eigenvalues."""
+    values, vectors = torch.linalg.eigh(matrix)
+    rest = values[: max(0, len(values) - rank)]
+    values[: len(rest)] = rest.mean() if len(rest) else 0.0
+    return vectors * values @ vectors.T
+
+
+def dense_kron(factors, layers, rank):
+    """The curvature of all layers, every side truncated on its own."""
+    found = (factors[layer.name] for layer in layers)
+    return torch.block_diag(
+        *[f.scale * torch.kron(truncated(f.gradient_sum, rank), truncated(f.input_sum, rank)) for f in found]
+    )
+
+
+def kron_factors(run):
+    observer = KronObserver(run.weight_sharing, rank=99)
+    run.observe(observer)
+    return observer.factors(run.layers)
+
+
+def check_evidence(posterior, curvature, layers):
+    """The evidence counts every direction of the dense curvature."""
+    norms = [layer.squared_norm for layer in layers]
+    evidence = Evidence(posterior.spectra, norms)
+    identity = torch.eye(len(curvature), dtype=torch.float64)
+    for delta in (0.01, DELTA, 30.0):
+        log_determinant = torch.logdet(identity + curvature / delta)
+        expected = -0.5 * (delta * sum(norms) + float(log_determinant))
+        assert evidence.log_marginal_likelihood(delta) == pytest.approx(expected, rel=1e-5)
 
 
 def check_predictive(answers, layers, posterior, encoded, jacobian, curvature):
@@ -161,8 +195,8 @@ def check_full(answers, layers, encoded, logits, jacobian):
     posterior, data = fit_structure("full", run_of(answers, layers, encoded))
     ggn = dense_ggn(logits, jacobian)
     close(data.logits, logits, answers)
-    expected = torch.linalg.eigvalsh(ggn).flip(0)[: len(posterior.joint_eigenvalues)]
-    close(posterior.joint_eigenvalues, expected, answers)
+    expected = torch.linalg.eigvalsh(ggn).flip(0)[: len(posterior.basis)]
+    close(posterior.joint_eigenvalues, torch.cat([expected, expected.new_zeros(1)]), answers)
     check_predictive(answers, layers, posterior, encoded, jacobian, ggn)
 
 
@@ -171,7 +205,8 @@ def check_lowrank(answers, layers, encoded, logits, jacobian):
     posterior, _ = fit_structure("lowrank", run_of(answers, layers, encoded, rank=len(encoded) * logits.shape[1]))
     assert posterior.retained_trace == pytest.approx(1.0, abs=1e-5)
     ggn = dense_ggn(logits, jacobian)
-    close(posterior.joint_eigenvalues.sum(), ggn.trace(), answers)
+    (spectrum,) = posterior.spectra
+    close(torch.tensor((spectrum.values * spectrum.counts).sum()), ggn.trace(), answers)
     check_predictive(answers, layers, posterior, encoded, jacobian, ggn)
 
 
@@ -231,51 +266,162 @@ def test_a_head_that_reads_one_position_counts_one_token(mixture):
         close(factors[layer.name].input_sum, last.T @ last, answers)
 
 
-@pytest.mark.parametrize("rank", [2, 5])
+@pytest.mark.parametrize("rank", [1, 2, 6])
 @pytest.mark.parametrize("sharing", ["expand", "reduce"])
-def test_truncated_kron_is_exact_for_its_curvature_and_bounds_the_variance(answers, layers, rank, sharing):
-    """The basis is a subspace, the rest keeps the prior: Λ equals the dense one, and exceeds the untruncated."""
+def test_truncated_kron_equals_its_dense_matrix(answers, layers, rank, sharing, monkeypatch):
+    """Leading eigenvectors and the mean of the rest on both sides; sums are exact here, and truncated afterwards."""
+    monkeypatch.setattr(kfac, "_OVERSAMPLING", 12)
     encoded = rows()
-    logits, jacobian = dense_jacobian(answers, layers, encoded)
-    classes = logits.shape[1]
-    posterior, _ = fit_structure("kron", run_of(answers, layers, encoded, rank=rank, weight_sharing=sharing))
-    whole, _ = fit_structure("kron", run_of(answers, layers, encoded, weight_sharing=sharing))
-    curvature = torch.zeros(jacobian.shape[2], jacobian.shape[2], dtype=torch.float64)
-    kept = []
-    for block, complete, (_, place) in zip(posterior.blocks, whole.blocks, layer_slices(layers, classes), strict=True):
-        assert max(block.eigenvalues.shape) <= max(rank, min(complete.eigenvalues.shape))
-        basis = kron_basis(block)
-        curvature[place, place] = basis @ torch.diag(block.eigenvalues.flatten()) @ basis.T
-        assert float(block.eigenvalues.sum()) <= float(complete.eigenvalues.sum()) * (1 + 1e-4)
-        if float(complete.eigenvalues.sum()) > 0:
-            kept.append(float(block.eigenvalues.sum() / complete.eigenvalues.sum()))
-            assert block.retained_trace == pytest.approx(kept[-1], rel=1e-3)
-    assert min(kept) < 1
+    run = run_of(answers, layers, encoded, rank=rank, weight_sharing=sharing)
+    _, jacobian = dense_jacobian(answers, layers, encoded)
+    posterior, _ = fit_structure("kron", run)
+    assert all(max(block.basis.inputs.shape[1], block.basis.gradients.shape[1]) <= rank for block in posterior.blocks)
+    curvature = dense_kron(kron_factors(run), layers, rank)
     check_predictive(answers, layers, posterior, encoded, jacobian, curvature)
-    _, truncated = moments(answers, layers, posterior, encoded, classes=classes, precision=DELTA)
-    _, exact = moments(answers, layers, whole, encoded, classes=classes, precision=DELTA)
-    least = torch.linalg.eigvalsh(truncated - exact).amin(dim=1)
-    assert bool((least > -1e-4 * truncated.diagonal(dim1=1, dim2=2).amax(dim=1)).all())
+    check_evidence(posterior, curvature, layers)
+    traces = [float((each.values * each.counts).sum()) for each in posterior.spectra]
+    assert sum(traces) == pytest.approx(float(curvature.trace()), rel=1e-6)
 
 
-def test_a_sketch_of_enough_width_is_exact_and_a_narrow_one_never_exceeds():
+def test_truncation_keeps_the_variance_and_the_evidence_of_the_whole(answers, layers):
+    """Nearer to the whole posterior than one that drops the rest, which is always too wide."""
+    encoded = rows(24)
+    whole, data = fit_structure("kron", run_of(answers, layers, encoded))
+    classes = data.logits.shape[1]
+    norms = [layer.squared_norm for layer in layers]
+    exact = Evidence(whole.spectra, norms).maximize()[0]
+    _, covariance = moments(answers, layers, whole, encoded, classes=classes, precision=exact)
+    posterior, _ = fit_structure("kron", run_of(answers, layers, encoded, rank=3))
+    dropped = replace_remainder(posterior)
+    errors = []
+    for each in (posterior, dropped):
+        _, found = moments(answers, layers, each, encoded, classes=classes, precision=exact)
+        ratio = found.diagonal(dim1=1, dim2=2).sum() / covariance.diagonal(dim1=1, dim2=2).sum()
+        errors.append((abs(float(ratio) - 1), abs(Evidence(each.spectra, norms).maximize()[0] / exact - 1)))
+    assert errors[0][0] < 0.5 * errors[1][0] and errors[0][1] < 0.5 * errors[1][1]
+
+
+def replace_remainder(posterior):
+    """The same posterior with nothing outside its bases, as version 0.1 saved it."""
+    blocks = []
+    for block in posterior.blocks:
+        inside = torch.from_numpy(block.spectrum.counts == 1)
+        blocks.append(replace(block, eigenvalues=block.eigenvalues * inside))
+    return BlockPosterior(blocks)
+
+
+@pytest.mark.parametrize("rank", [1, 4])
+def test_truncated_ekfac_has_the_mean_second_moment_of_each_eigenspace(answers, layers, rank):
+    encoded = rows()
+    run = run_of(answers, layers, encoded, rank=rank)
+    logits, jacobian = dense_jacobian(answers, layers, encoded)
+    posterior, _ = fit_structure("ekfac", run)
+    ggn = dense_ggn(logits, jacobian)
+    curvature = torch.zeros_like(ggn)
+    for block, (_, place) in zip(posterior.blocks, layer_slices(layers, logits.shape[1]), strict=True):
+        eigenspaces = [
+            torch.kron(left, right)
+            for left in projections(block.gradient_basis)
+            for right in projections(block.input_basis)
+        ]
+        for projection in eigenspaces:
+            part = (projection * ggn[place, place]).sum() / projection.trace()
+            curvature[place, place] += part * projection
+    check_predictive(answers, layers, posterior, encoded, jacobian, curvature)
+    check_evidence(posterior, curvature, layers)
+
+
+def projections(basis):
+    """Projections onto each vector of a basis, and onto its complement."""
+    found = [torch.outer(vector, vector) for vector in basis.T]
+    rest = torch.eye(len(basis), dtype=basis.dtype) - basis @ basis.T
+    return found if basis.shape[1] == len(basis) else [*found, rest]
+
+
+def test_truncated_lowrank_equals_its_dense_matrix(answers, layers):
+    encoded = rows()
+    posterior, _ = fit_structure("lowrank", run_of(answers, layers, encoded, rank=3))
+    logits, jacobian = dense_jacobian(answers, layers, encoded)
+    ggn = dense_ggn(logits, jacobian)
+    basis, values = posterior.basis, posterior.joint_eigenvalues
+    identity = torch.eye(len(ggn), dtype=torch.float64)
+    curvature = basis.T * (values[:-1] - values[-1]) @ basis + values[-1] * identity
+    close(curvature.trace(), ggn.trace(), answers)
+    check_predictive(answers, layers, posterior, encoded, jacobian, curvature)
+    check_evidence(posterior, curvature, layers)
+
+
+def test_nothing_cancels_in_float32():
+    """A gradient that is almost inside the basis: its small component outside has the accuracy of float32."""
+    generator = torch.Generator().manual_seed(0)
+    basis = torch.linalg.qr(torch.randn(64, 8, generator=generator).double()).Q
+    outside = torch.randn(5, 1, 64, generator=generator).double()
+    outside = 1e-4 * (outside - outside @ basis @ basis.T)
+    tokens = torch.randn(5, 1, 8, generator=generator).double() @ basis.T + outside
+    gradient = torch.ones(5, 1, 1)
+    observer = PerExampleObserver({"layer": LayerBasis("layer", basis.float(), torch.eye(1))})
+    found = []
+    observer.join = lambda layer, gradients: found.extend(gradients)
+    layer = SimpleNamespace(name="layer")
+    saved = observer.observe_input(layer, "layer", tokens.float(), None)
+    observer.observe_gradient(layer, saved, gradient)
+    observer.finish(layer)
+    products = found[0].products(found[0])
+    assert products.shape == (5, 1, 9)
+    torch.testing.assert_close(
+        products[:, 0, 8].double(), outside.square().sum(dim=(1, 2)), rtol=0.01, atol=0
+    )  # a difference of squared norms has nothing left of 1e-8 of them
+
+
+def sketch_of(data, width, seed=1):
+    sketch = NystromSketch(data.shape[1], width, seed=seed, like=data)
+    for part in data.split(7):
+        sketch.add(part)
+    return sketch
+
+
+def test_a_sketch_of_enough_width_is_exact():
     generator = torch.Generator().manual_seed(0)
     data = torch.randn(40, 30, generator=generator).double() @ torch.diag(0.7 ** torch.arange(30).double())
+    sketch = sketch_of(data, 30)
+    values, vectors = sketch.leading(30)
+    torch.testing.assert_close(vectors * values @ vectors.T, data.T @ data, atol=1e-8, rtol=1e-6)
+    assert sketch.trace == pytest.approx(float(data.square().sum()))
+
+
+@pytest.mark.parametrize("decay", [0.7, 0.9, 0.97])
+def test_a_narrow_sketch_has_the_leading_directions(decay):
+    generator = torch.Generator().manual_seed(0)
+    data = torch.randn(400, 100, generator=generator).double() @ torch.diag(decay ** torch.arange(100).double())
     total = data.T @ data
-    wide = NystromSketch(30, 30, seed=1, like=data)
-    narrow = NystromSketch(30, 12, seed=1, like=data)
-    for part in data.split(7):
-        wide.add(part)
-        narrow.add(part)
-    values, vectors = wide.leading(30)
-    torch.testing.assert_close(vectors * values @ vectors.T, total, atol=1e-8, rtol=1e-6)
-    assert wide.trace == pytest.approx(float(total.trace()))
-    values, vectors = narrow.leading(6)
-    assert len(values) == 6
-    exact = torch.linalg.eigvalsh(total).flip(0)[:6]
-    assert float((values / exact - 1).abs().max()) < 0.1
-    left = torch.linalg.eigvalsh(total - vectors * values @ vectors.T)
-    assert float(left.min()) > -1e-8 * float(total.trace())
+    values, vectors = sketch_of(data, 36).leading(12)
+    exact = torch.linalg.eigvalsh(total).flip(0)[:12]
+    assert len(values) == 12
+    assert float(values.sum()) == pytest.approx(float(exact.sum()), rel=0.06)
+    assert float((vectors.T @ total @ vectors).trace()) > 0.97 * float(exact.sum())
+
+
+def test_subtracting_the_remainder_makes_eigenvalues_less_biased(monkeypatch):
+    """Leading directions above a flat remainder, in which plain Nyström loses a part of every eigenvalue."""
+    generator = torch.Generator().manual_seed(0)
+    scale = torch.cat([torch.linspace(6.0, 2.0, 8), torch.linspace(1.2, 0.8, 192)]).double()
+    data = torch.randn(2000, 200, generator=generator).double() * scale
+    exact = torch.linalg.eigvalsh(data.T @ data).flip(0)[:8]
+    errors = []
+    for share in (0.5, 0.0):
+        monkeypatch.setattr(nystrom, "_SHIFT", share)
+        errors.append(float((sketch_of(data, 24).leading(8)[0] / exact - 1).abs().mean()))
+    assert errors[0] < 0.6 * errors[1]
+
+
+@pytest.mark.parametrize("rank", [1, 5, 20])
+def test_eigenvalues_of_a_matrix_of_low_rank_never_exceed_its_trace(rank):
+    generator = torch.Generator().manual_seed(rank)
+    data = torch.randn(rank, 200, generator=generator)
+    sketch = sketch_of(data, 12)
+    values, _ = sketch.leading(6)
+    assert len(values) == min(6, rank)
+    assert float(values.sum()) <= sketch.trace * (1 + 1e-6)
 
 
 def test_a_zero_sketch_has_no_direction():
@@ -319,7 +465,7 @@ def test_full_equals_laplace_torchs_full():
     with sdpa_kernel(SDPBackend.MATH):  # the fused kernel has no forward-mode derivative
         theirs.fit(loader, progress_bar=False)
     values = torch.linalg.eigvalsh(theirs.H.double())
-    ours = posterior.joint_eigenvalues
+    ours = posterior.joint_eigenvalues[:-1]
     torch.testing.assert_close(values.flip(0)[: len(ours)], ours, atol=1e-6, rtol=1e-4)
     batch = next(batches(answers, encoded, len(encoded)))
     jacobians, _ = theirs.backend.jacobians({"input_ids": batch.input_ids, "attention_mask": batch.attention_mask})
@@ -350,8 +496,7 @@ def test_a_wider_prior_never_narrows_the_prediction(structure):
         _, covariance = moments(answers, layers, posterior, encoded, classes=3, precision=delta)
         traces.append(covariance.diagonal(dim1=1, dim2=2).sum(1))
     assert all(bool((before > after).all()) for before, after in itertools.pairwise(traces))
-    values = [each.numpy() for each in posterior.eigenvalues]
-    best = maximize_evidence(values, posterior.parameters(), data.log_likelihood)
+    best = maximize_evidence(posterior.spectra, posterior.parameters(), data.log_likelihood)
     assert not best.at_bound
     assert isinstance(posterior, BlockPosterior) == (structure in ("kron", "ekfac", "diag"))
 
@@ -365,8 +510,8 @@ def test_monte_carlo_and_empirical_fishers_of_full():
     posterior, _ = fit_structure("full", run)
     score = torch.nn.functional.one_hot(torch.tensor(run.targets), 3) - torch.softmax(logits, dim=1)
     gradients = torch.einsum("nc,ncp->np", score, jacobian)
-    expected = torch.linalg.eigvalsh(gradients.T @ gradients).flip(0)[: len(posterior.joint_eigenvalues)]
-    close(posterior.joint_eigenvalues, expected, answers)
+    expected = torch.linalg.eigvalsh(gradients.T @ gradients).flip(0)[: len(posterior.basis)]
+    close(posterior.joint_eigenvalues[:-1], expected, answers)
     assert not posterior.linear_model
     # Sampled labels: the trace is right in expectation.
     exact = float(dense_ggn(logits, jacobian).trace())

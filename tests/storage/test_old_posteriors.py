@@ -49,3 +49,12 @@ def test_without_labelled_rows_they_say_what_is_not_known(model):
     tuned = tune_prior(model, None, PriorSettings())
     assert tuned.method == "marglik"
     assert any("fit again to average" in note for note in tuned.notes)
+
+
+def test_the_curvature_that_version_01_dropped_is_said(model):
+    """Its truncated factors have no remainder: outside the basis the posterior is the prior, as it was."""
+    tuned = tune_prior(model, None, PriorSettings(name="truncated", method="marglik"))
+    assert any("left 38% of the curvature's trace out" in note for note in tuned.notes)
+    assert tuned.prior["precision"] == pytest.approx(2.1484927582193203, rel=1e-9)
+    tuned = tune_prior(model, None, PriorSettings(name="default", method="marglik"))
+    assert not any("trace" in note for note in tuned.notes)

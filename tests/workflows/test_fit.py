@@ -30,7 +30,7 @@ def run(demo, adapter, *, data_dir=None, quantize=None, dtype=None, **settings):
 
 
 def eigenvalues(folder) -> np.ndarray:
-    return np.concatenate([values.ravel() for values in SavedPosterior(folder).eigenvalues()])
+    return np.concatenate([spectrum.values.ravel() for spectrum in SavedPosterior(folder).spectra()])
 
 
 def test_without_labels_the_curvature_is_the_same(demo, adapter, tmp_path):
@@ -102,6 +102,7 @@ def test_laplace_torchs_engines_from_the_same_command(demo, adapter):
     [
         {"structure": "full", "engine": "asdl"},
         {"structure": "diag", "rank": 4},
+        {"structure": "lowrank", "rank": "full"},
         {"engine": "curvlinops", "weight_sharing": "asdl"},
         {"engine": "asdl", "weight_sharing": "reduce"},
         {"engine": "curvlinops", "fisher": "mc"},

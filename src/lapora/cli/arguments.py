@@ -153,7 +153,7 @@ def _key(option: DeclaredOption) -> str:
 def _parameter(key: str, declared_option: DeclaredOption) -> inspect.Parameter:
     """Describe one option to Typer."""
     option, default, choices = declared_option.option, declared_option.default, declared_option.choices
-    kind = str if choices or option.none else declared_option.kind
+    kind = str if choices or declared_option.words else declared_option.kind
     about: dict[str, Any] = {
         "help": option.help,
         "rich_help_panel": option.panel,
@@ -193,10 +193,7 @@ def _refuse_wrong_values(options: Mapping[str, DeclaredOption], words: Mapping[s
     for key, each in options.items():
         found = _converted(each, words[key])
         for value in found if each.several else [found]:
-            problem = each.problem(value)
-            if each.option.none and value is not None and (problem or not isinstance(value, int)):
-                problem = f"{each.option.none}, or a positive number"
-            if problem:
+            if problem := each.problem(value):
                 problems.append(f"{each.flag} {value}: {problem}")
     if problems:
         raise UsageError("; ".join(problems))
@@ -206,7 +203,7 @@ def _converted(option: DeclaredOption, word: Any) -> Any:
     """Return the value of an option: the word for None as None, several values as a tuple."""
     if option.several:
         return tuple(part.strip() for each in word for part in each.split(",")) if option.option.commas else tuple(word)
-    if option.option.none:
+    if option.words and word is not None:
         return None if word == option.option.none else int(word) if word.isdigit() else word
     return word
 

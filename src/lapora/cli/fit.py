@@ -126,10 +126,6 @@ def print_notes(result: FitResult) -> None:
     print_message(
         f"posterior over {result.parameters:,} parameters from {result.rows:,} rows, {_prior(result)}: {result.folder}"
     )
-    if result.kept < 1:
-        print_message(
-            f"the basis keeps {result.kept:.1%} of the trace of the curvature; the other directions keep the prior"
-        )
 
 
 def _prior(result: FitResult) -> str:

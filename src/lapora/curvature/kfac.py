@@ -8,8 +8,7 @@ For a layer with inputs ``a_nt`` and gradients ``g_nts`` (example n, token t, Fi
 Source: Eschenhagen et al. 2023, "Kronecker-factored approximate curvature for modern neural network
 architectures"; Laplace-LoRA (Yang et al. 2024), section 3. Tokens are counted per layer: a head that reads
 one position counts one per example. The two sums are stored unscaled with the count, so that they can be
-all-reduced; the scale is applied in one place, :attr:`KronFactors.scale`. Wide sums can be stored as low-rank
-Nyström sketches.
+all-reduced; the scale is applied in one place, :attr:`KronFactors.scale`. Wide sums are stored as Nyström sketches.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from lapora.config import WHOLE_WIDTH, WIDE_RANK, WeightSharing
+from lapora.config import KRON_RANK, WeightSharing
 from lapora.curvature.nystrom import NystromSketch
 from lapora.curvature.passes import ObserverState, sums_from_state, sums_state
 from lapora.models.batches import Batch
@@ -30,19 +29,28 @@ Sum = Tensor | NystromSketch
 """``Σ x xᵀ``, as a full matrix or as a sketch."""
 
 
-def rank_of_side(dimension: int, other: int, rank: int | None) -> int:
-    """Return the number of leading eigenvectors that one side of a Kronecker product keeps.
+_OVERSAMPLING = 3
+"""Columns of a sketch for each eigenvector that is kept."""
 
-    Without ``rank``, sides up to ``WHOLE_WIDTH`` keep all of them; with it, only the smaller side does.
+
+def rank_of_side(dimension: int, rank: int | None) -> int:
+    """Return the number of leading eigenvectors that a side of a Kronecker product keeps.
 
     Args:
-        dimension: Dimension of this side.
-        other: Dimension of the other side.
-        rank: The requested rank, or None.
+        dimension: Dimension of the side.
+        rank: The requested rank; None is the default.
     """
-    if dimension <= WHOLE_WIDTH and (rank is None or dimension < other):
-        return dimension
-    return min(WIDE_RANK if rank is None else rank, dimension)
+    return min(dimension, KRON_RANK if rank is None else rank)
+
+
+def width_of_sum(dimension: int, rank: int | None) -> int:
+    """Return the number of columns in which the sum of a side is stored; below ``dimension`` it is a sketch.
+
+    Args:
+        dimension: Dimension of the side.
+        rank: The requested rank; None is the default.
+    """
+    return min(dimension, _OVERSAMPLING * rank_of_side(dimension, rank))
 
 
 @dataclass(frozen=True)
@@ -81,7 +89,7 @@ class KronObserver:
 
     Args:
         weight_sharing: ``expand`` or ``reduce``.
-        rank: Sides wider than twice this are sketched; None sketches only sides wider than ``WHOLE_WIDTH``.
+        rank: Number of leading eigenvectors per side; None is the default. Sides much wider than this are sketched.
         seed: Random seed of the sketches.
         offload: Keep the sums in CPU memory, and add each batch's sums there.
 
@@ -124,13 +132,13 @@ class KronObserver:
             features = inputs.flatten(0, 1) if mask is None else inputs[mask]
         else:
             features = inputs.mean(dim=1) if mask is None else _masked_mean(inputs, mask)
-        self._add(self._batch.inputs, layer.name, features, layer.shape[0])
+        self._add(self._batch.inputs, layer.name, features)
         self._offload_sum(self._batch.inputs, layer.name)
 
     def observe_gradient(self, layer: BayesianLayer, saved: object, gradient: Tensor) -> None:
         """Add ``Σ g gᵀ`` of one Fisher column."""
         rows = gradient.flatten(0, 1) if self.weight_sharing == "expand" else gradient.sum(dim=1)
-        self._add(self._batch.gradients, layer.name, rows, layer.shape[1])
+        self._add(self._batch.gradients, layer.name, rows)
 
     def finish(self, layer: BayesianLayer) -> None:
         """Offload the layer's sums, if requested."""
@@ -149,19 +157,19 @@ class KronObserver:
             total = sums[name]
             sums[name] = total.to_cpu() if isinstance(total, NystromSketch) else total.cpu()
 
-    def _add(self, sums: dict[str, Sum], name: str, rows: Tensor, other: int) -> None:
+    def _add(self, sums: dict[str, Sum], name: str, rows: Tensor) -> None:
         if name not in sums:
-            sums[name] = self._empty(rows, other)
+            sums[name] = self._empty(rows)
         total = sums[name]
         if isinstance(total, NystromSketch):
             total.add(rows)
         else:
             total.addmm_(rows.T, rows)
 
-    def _empty(self, rows: Tensor, other: int) -> Sum:
+    def _empty(self, rows: Tensor) -> Sum:
         dimension = rows.shape[1]
-        width = 2 * rank_of_side(dimension, other, self.rank)
-        if dimension <= width:
+        width = width_of_sum(dimension, self.rank)
+        if dimension == width:
             return rows.new_zeros(dimension, dimension)
         # Sketches of one shape share a test matrix, which is half of their memory.
         key = (dimension, width, rows.device, rows.dtype)

@@ -3,9 +3,9 @@
 ``R = U_gᵀ G U_a`` with ``G = Σ_t g_t a_tᵀ``, the gradient of one linear combination of logits with respect to one
 layer's weight, for one example. The K gradients of a layer are passed on together, then freed.
 
-A basis is complete (square, or the identity) or spans a subspace (rectangular). For a subspace, the component of G
-outside it is returned too. It is computed by projecting inputs and gradients: a difference of squared norms would
-cancel in float32.
+A basis is complete (square, or the identity) or spans a subspace (rectangular). For a subspace, the components of G
+outside it are returned too. They are computed by projection, and their inner products from them: a difference of two
+norms would cancel in float32.
 """
 
 from __future__ import annotations
@@ -39,20 +39,43 @@ class LayerBasis:
     @property
     def truncated(self) -> bool:
         """Whether a side spans only a subspace."""
-        return any(side is not None and side.shape[1] < side.shape[0] for side in (self.inputs, self.gradients))
+        return _is_subspace(self.inputs) or _is_subspace(self.gradients)
 
 
 @dataclass(frozen=True, eq=False)
 class LayerGradient:
-    """Gradients of one direction with respect to one layer's weight, for B examples.
+    """Gradients of one direction with respect to one layer's weight, for B examples, split by the layer's basis.
+
+    With ``P_a = I - U_a U_aᵀ`` and ``P_g = I - U_g U_gᵀ``; a component is None where its projection is zero.
 
     Attributes:
-        inside: ``R``, ``(B, o'', i')``.
-        outside: Mutually orthogonal components outside the basis, each ``(B, ., .)``; empty for a complete basis.
+        inside: ``R = U_gᵀ G U_a``, ``(B, o'', i')``.
+        right: ``U_gᵀ G P_a``, ``(B, o'', i)``.
+        below: ``P_g G U_a``, ``(B, o', i')``.
+        corner: ``P_g G P_a``, ``(B, o', i)``.
     """
 
     inside: Tensor
-    outside: tuple[Tensor, ...] = ()
+    right: Tensor | None = None
+    below: Tensor | None = None
+    corner: Tensor | None = None
+
+    def products(self, other: LayerGradient) -> Tensor:
+        """Return the inner products with another direction's gradients in each eigenspace of the layer's curvature.
+
+        Returns:
+            ``(B, o'' + 1, i' + 1)``: elementwise products in the basis; the last row and column are sums over the
+            directions outside it. A side whose basis is complete has none.
+        """
+        found = self.inside * other.inside
+        if self.right is not None and other.right is not None:
+            found = torch.cat([found, (self.right * other.right).sum(dim=2, keepdim=True)], dim=2)
+        if self.below is not None and other.below is not None:
+            last = (self.below * other.below).sum(dim=1, keepdim=True)
+            if self.corner is not None and other.corner is not None:
+                last = torch.cat([last, (self.corner * other.corner).sum(dim=(1, 2)).reshape(-1, 1, 1)], dim=2)
+            found = torch.cat([found, last], dim=1)
+        return found
 
 
 class PerExampleObserver:
@@ -98,10 +121,8 @@ class PerExampleObserver:
         rotation = basis.inputs
         if rotation is None:
             return _Inputs(inputs, rotated=True)
-        if basis.truncated:
-            coordinates = inputs @ rotation
-            complete = rotation.shape[1] == rotation.shape[0]
-            return _Inputs(coordinates, True, None if complete else inputs - coordinates @ rotation.T)
+        if _is_subspace(rotation):
+            return _Inputs(inputs, rotated=False)
         # Rotate either the T tokens once, or the gradient rows of every direction of every layer with this input.
         sides = basis.gradients
         sharing = self._layers_per_input.get(input_owner or "", 1)
@@ -130,11 +151,10 @@ class PerExampleObserver:
 
 @dataclass(frozen=True, eq=False)
 class _Inputs:
-    """A layer's input ``(B, T, i')``, whether it is already rotated, and its component outside the basis."""
+    """A layer's input ``(B, T, i)``, and whether it is already rotated."""
 
     tokens: Tensor
     rotated: bool
-    outside: Tensor | None = None
 
 
 def _complete(basis: LayerBasis, saved: _Inputs, gradient: Tensor) -> LayerGradient:
@@ -150,21 +170,31 @@ def _complete(basis: LayerBasis, saved: _Inputs, gradient: Tensor) -> LayerGradi
 
 
 def _truncated(basis: LayerBasis, saved: _Inputs, gradient: Tensor) -> LayerGradient:
-    rotation = basis.gradients
-    coordinates = gradient if rotation is None else gradient @ rotation
-    pieces = []
-    if saved.outside is not None:
-        pieces.append(coordinates.transpose(1, 2) @ saved.outside)
-    if rotation is not None and rotation.shape[1] < rotation.shape[0]:
-        rest = (gradient - coordinates @ rotation.T).transpose(1, 2)
-        pieces.append(rest @ saved.tokens)
-        if saved.outside is not None:
-            pieces.append(rest @ saved.outside)
-    return LayerGradient(coordinates.transpose(1, 2) @ saved.tokens, tuple(pieces))
+    tokens, columns, rows = saved.tokens, None if saved.rotated else basis.inputs, basis.gradients
+    if columns is not None and not _is_subspace(columns):
+        tokens, columns = tokens @ columns, None
+    if rows is None or not _is_subspace(rows):
+        rotated = gradient if rows is None else gradient @ rows
+        return LayerGradient(*_split(rotated.transpose(1, 2) @ tokens, columns))
+    upper, lower = _split(tokens.transpose(1, 2) @ gradient, rows)
+    assert lower is not None
+    return LayerGradient(*_split(upper.transpose(1, 2), columns), *_split(lower.transpose(1, 2), columns))
+
+
+def _split(values: Tensor, basis: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Return ``X U`` and ``X - X U Uᵀ`` for X ``(B, ., d)``; without a basis, X and None."""
+    if basis is None:
+        return values, None
+    coordinates = values @ basis
+    return coordinates, values - coordinates @ basis.T
+
+
+def _is_subspace(basis: Tensor | None) -> bool:
+    return basis is not None and basis.shape[1] < basis.shape[0]
 
 
 class SecondMomentObserver(PerExampleObserver):
-    """Accumulates ``Σ_ns R_ns²`` elementwise: EKFAC's eigenvalues, or with identity bases the diagonal.
+    """Accumulates ``Σ_ns R_ns²`` in each eigenspace: EKFAC's eigenvalues, or with identity bases the diagonal.
 
     Args:
         bases: Basis of each layer, by name.
@@ -185,7 +215,7 @@ class SecondMomentObserver(PerExampleObserver):
 
     def join(self, layer: BayesianLayer, gradients: Sequence[LayerGradient]) -> None:
         """Sum the batch's squared gradients over examples and directions, in float64."""
-        total = sum(gradient.inside.square().sum(dim=0, dtype=torch.float64) for gradient in gradients)
+        total = sum(gradient.products(gradient).sum(dim=0, dtype=torch.float64) for gradient in gradients)
         assert isinstance(total, Tensor)
         self._batch[layer.name] = total
 
@@ -206,7 +236,10 @@ class SecondMomentObserver(PerExampleObserver):
         self._sums = dict(state.tensors)
 
     def second_moments(self, layer: BayesianLayer) -> Tensor | None:
-        """Return ``Σ_ns R_ns²``, ``(o'', i')`` in float64, or None if no logit depends on the layer."""
+        """Return ``Σ_ns R_ns²`` in each eigenspace, in float64, or None if no logit depends on the layer.
+
+        Its shape is that of :meth:`LayerGradient.products` without the examples.
+        """
         return self._sums.get(layer.name)
 
 

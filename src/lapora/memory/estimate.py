@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from lapora.config import TOKEN_BUDGET, FitSettings, ModelSettings
+from lapora.config import KRON_RANK, TOKEN_BUDGET, FitSettings, ModelSettings
 from lapora.errors import AdapterError, LaporaError, UsageError, first_line
 from lapora.memory.dry_pass import batch_memory, input_owners_of
 from lapora.memory.footprint import Footprint, StructureShape, footprint
@@ -189,7 +189,7 @@ class _Estimator:
                 classes=self.classes,
                 columns=columns,
                 rows=self.rows,
-                rank=settings.rank,
+                rank=settings.basis_rank,
                 item=8 if meta_model.dtype == torch.float64 else 4,
                 offload=settings.offload_factors,
                 threads=torch.get_num_threads() if self.device == "cpu" else 1,
@@ -257,8 +257,8 @@ def _remedies(query: _Query, estimate_of: Callable[[_Query], MemoryEstimate]) ->
         mild.append(("--offload-factors", with_settings(offload_factors=True)))
     if settings.structure in ("full", "lowrank"):
         strong.append(("--structure kron", with_settings(structure="kron", rank=None)))
-    if settings.structure in ("kron", "ekfac") and (settings.rank is None or settings.rank > 64):
-        strong.append(("--structure kron --rank 64", with_settings(structure="kron", rank=64)))
+    if settings.structure in ("kron", "ekfac") and settings.basis_rank > KRON_RANK:
+        strong.append((f"--rank {KRON_RANK}", with_settings(rank=None)))
     if settings.structure in ("kron", "ekfac"):
         strong.append(("--structure diag", with_settings(structure="diag", rank=None, offload_factors=False)))
     if model.quantize in (None, "none"):

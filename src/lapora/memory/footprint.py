@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from lapora.config import DEFAULT_RANK, Structure
-from lapora.curvature.kfac import rank_of_side
+from lapora.curvature.kfac import rank_of_side, width_of_sum
 from lapora.curvature.nystrom import ROWS_AT_A_TIME as SKETCH_ROWS
 from lapora.models.lora_layers import BayesianLayer
 
@@ -27,7 +27,7 @@ class StructureShape:
         classes: Number of answers C.
         columns: Number of Fisher columns per row.
         rows: Number of rows N, for ``full``.
-        rank: The requested rank, or None.
+        rank: Rank of the bases; None is the default.
         item: Bytes per element of a sum: 4, or 8 if the model runs in float64.
         offload: Kronecker sums are in CPU memory.
         threads: Number of decompositions that run in parallel.
@@ -91,7 +91,7 @@ def footprint(shape: StructureShape) -> Footprint:
         image = parameters * width * shape.item
         basis = parameters * rank * _FLOAT
         deciding = image + 2 * basis + _sketch_workspace(parameters, width)
-        return Footprint(share, image, image, deciding, 0, basis + rank * _DOUBLE)
+        return Footprint(share, image, image, deciding, 0, basis + (rank + 1) * _DOUBLE)
     jacobian_rows = shape.rows * shape.columns
     jacobian = jacobian_rows * parameters * shape.item
     kernel = jacobian_rows**2 * _DOUBLE
@@ -103,29 +103,32 @@ def footprint(shape: StructureShape) -> Footprint:
 
 
 def _sketch_workspace(dimension: int, width: int) -> int:
-    """Return the workspace of decomposing a sketch: matrices of its width, and row chunks in float64."""
-    return (_EIGEN_COPIES * width + 4 * min(dimension, SKETCH_ROWS)) * width * _DOUBLE
+    """Return the workspace of decomposing a sketch: matrices of its width, and copies of row chunks in float64."""
+    return (4 * _EIGEN_COPIES * width + 6 * min(dimension, SKETCH_ROWS)) * width * _DOUBLE
+
+
+def _eigenvalues_of_side(dimension: int, rank: int | None) -> int:
+    """Return the number of eigenvalues of a side, that of the directions outside its basis included."""
+    return min(dimension, rank_of_side(dimension, rank) + 1)
 
 
 def _kronecker(shape: StructureShape) -> Footprint:
-    rank = shape.rank if shape.structure == "kron" else None
     by_layer: dict[str, int] = {}
     test_matrices: dict[tuple[int, int], int] = {}
     largest_side = largest_eigen = bases = moments = artifact = 0
     for layer in shape.layers:
         rows, columns = layer.gradient_shape(shape.classes)
-        sides = [(rows, columns)]
+        sides = [rows]
         owns_input = shape.input_owners.get(layer.name, layer.name) == layer.name
         if owns_input:
-            sides.append((columns, layer.shape[0]))
+            sides.append(columns)
         by_layer[layer.name] = 0
-        for dimension, other in sides:
-            retained = rank_of_side(dimension, other, rank)
-            width = min(2 * retained, dimension)
+        for dimension in sides:
+            retained, width = rank_of_side(dimension, shape.rank), width_of_sum(dimension, shape.rank)
             size = dimension * width * shape.item
             by_layer[layer.name] += size
             largest_side = max(largest_side, size)
-            if dimension > 2 * retained:
+            if width < dimension:
                 test_matrices[dimension, width] = size
                 bases += dimension * retained * shape.item
                 largest_eigen = max(largest_eigen, size + _sketch_workspace(dimension, width))
@@ -133,7 +136,7 @@ def _kronecker(shape: StructureShape) -> Footprint:
                 bases += dimension**2 * _DOUBLE  # dropped columns are freed only after saving
                 largest_eigen = max(largest_eigen, _EIGEN_COPIES * dimension**2 * _DOUBLE)
             artifact += dimension * retained * _FLOAT
-        values = rank_of_side(rows, columns, rank) * rank_of_side(columns, layer.shape[0], rank) * _DOUBLE
+        values = _eigenvalues_of_side(rows, shape.rank) * _eigenvalues_of_side(columns, shape.rank) * _DOUBLE
         moments += values
         artifact += values
     total = sum(by_layer.values())

@@ -28,12 +28,13 @@ def decompose(
 ) -> list[EigenBlock]:
     """Decompose each layer's Kronecker factors into eigenbases and ``λ_ij = scale · λ^g_i λ^a_j``.
 
-    Shared input sums are decompose_side once. Decompositions run in float64.
+    Of a truncated side the mean of the remaining eigenvalues is the last ``λ``. Shared input sums are decomposed once.
+    Decompositions run in float64.
 
     Args:
         layers: The Bayesian layers.
         factors: Their Kronecker factors, by layer name.
-        rank: Number of leading eigenvectors per side; None keeps all for sides up to ``WHOLE_WIDTH``.
+        rank: Number of leading eigenvectors per side; None is the default, ``KRON_RANK``.
         processes: The processes that share the decompositions; each has all the sums.
 
     Returns:
@@ -42,11 +43,11 @@ def decompose(
     Raises:
         NumericalError: A sum contains NaN or infinity, or is not positive semi-definite; the layer is named.
     """
-    sides: dict[str, _Side] = {}
+    sides: dict[str, Sum] = {}
     for layer in layers:
         layer_factors = factors[layer.name]
-        sides.setdefault(f"{layer_factors.input_owner} (inputs)", (layer_factors.input_sum, layer.shape[0]))
-        sides[f"{layer.name} (gradients)"] = (layer_factors.gradient_sum, layer.shape[1])
+        sides.setdefault(f"{layer_factors.input_owner} (inputs)", layer_factors.input_sum)
+        sides[f"{layer.name} (gradients)"] = layer_factors.gradient_sum
     eigen = _eigen_of_all(sides, rank, processes)
     blocks = []
     for layer in layers:
@@ -69,18 +70,31 @@ def decompose(
     return blocks
 
 
-_Side = tuple[Sum, int]
-"""A sum, and the dimension of the Kronecker product's other side."""
-
-
 @dataclass(frozen=True, eq=False)
-class _Eigen:
+class Eigen:
+    """Leading eigenpairs of a matrix of dimension d.
+
+    Attributes:
+        values: ``λ``, ``(k,)``, or ``(k + 1,)`` with the mean of the remaining eigenvalues last if ``k < d``.
+        vectors: ``(d, k)``.
+        retained_trace: Share of the trace within the k directions.
+    """
+
     values: Tensor
     vectors: Tensor
     retained_trace: float
 
+    @classmethod
+    def of(cls, values: Tensor, vectors: Tensor, trace: float) -> Eigen:
+        """Append the mean of the remaining eigenvalues, which follows from the trace of the whole matrix."""
+        total, others = float(values.sum()), len(vectors) - len(values)
+        if others:
+            mean = max(trace - total, 0.0) / others
+            values = torch.cat([values, values.new_full((1,), mean)])
+        return cls(values, vectors, min(total / trace, 1.0) if others and trace else 1.0)
 
-def _eigen_of_all(sides: Mapping[str, _Side], rank: int | None, processes: Processes) -> dict[str, _Eigen]:
+
+def _eigen_of_all(sides: Mapping[str, Sum], rank: int | None, processes: Processes) -> dict[str, Eigen]:
     """Decompose all sides, split over the processes, and return all of them on every process."""
     if processes.count == 1:
         return _eigen_of(sides, rank)
@@ -92,20 +106,20 @@ def _eigen_of_all(sides: Mapping[str, _Side], rank: int | None, processes: Proce
     shares = processes.all_gather({name: each.retained_trace for name, each in own.items()})
     retained = {name: share for each in shares for name, share in each.items()}
     eigen = {}
-    for name, (total, _) in sides.items():
+    for name, total in sides.items():
         device = _device_of(total)
-        eigen[name] = _Eigen(values[name].to(device), vectors[name].to(device), retained[name])
+        eigen[name] = Eigen(values[name].to(device), vectors[name].to(device), retained[name])
     return eigen
 
 
-def _assign_to_ranks(sides: Mapping[str, _Side], count: int) -> list[list[str]]:
+def _assign_to_ranks(sides: Mapping[str, Sum], count: int) -> list[list[str]]:
     """Assign sides to ranks, largest first to the rank with the least work; the cost of a side is cubic."""
     assigned: list[list[str]] = [[] for _ in range(count)]
     work = [0.0] * count
-    for name in sorted(sides, key=lambda name: (-_dimension(sides[name][0]), name)):
+    for name in sorted(sides, key=lambda name: (-_dimension(sides[name]), name)):
         least = work.index(min(work))
         assigned[least].append(name)
-        work[least] += float(_dimension(sides[name][0])) ** 3
+        work[least] += float(_dimension(sides[name])) ** 3
     return assigned
 
 
@@ -113,15 +127,15 @@ def _dimension(total: Sum) -> int:
     return len(total) if isinstance(total, Tensor) else len(total.test_matrix)
 
 
-def _eigen_of(sides: Mapping[str, _Side], rank: int | None) -> dict[str, _Eigen]:
+def _eigen_of(sides: Mapping[str, Sum], rank: int | None) -> dict[str, Eigen]:
     """Decompose sides; on a CPU in parallel with one thread each, which is faster than several threads for one."""
 
-    def decompose_side(side: tuple[str, _Side]) -> _Eigen:
-        name, (total, other) = side
-        return _eigen(total, name, other, rank)
+    def decompose_side(side: tuple[str, Sum]) -> Eigen:
+        name, total = side
+        return _eigen(total, name, rank)
 
     threads = torch.get_num_threads()
-    if threads == 1 or any(_device_of(total).type != "cpu" for total, _ in sides.values()):
+    if threads == 1 or any(_device_of(total).type != "cpu" for total in sides.values()):
         return {side[0]: decompose_side(side) for side in sides.items()}
     torch.set_num_threads(1)
     try:
@@ -135,13 +149,13 @@ def _device_of(total: Sum) -> torch.device:
     return total.device if isinstance(total, Tensor) else total.image.device
 
 
-def _eigen(total: Sum, where: str, other: int, rank: int | None) -> _Eigen:
+def _eigen(total: Sum, where: str, rank: int | None) -> Eigen:
     if isinstance(total, NystromSketch):
         try:
-            values, vectors = total.leading(rank_of_side(len(total.test_matrix), other, rank))
+            values, vectors = total.leading(rank_of_side(len(total.test_matrix), rank))
         except NumericalError as error:
             raise NumericalError(f"{where}: {error}") from error
-        return _Eigen(values, vectors, float(values.sum()) / total.trace if total.trace else 1.0)
+        return Eigen.of(values, vectors, total.trace)
     matrix = total.double()
     if not bool(torch.isfinite(matrix).all()):
         raise NumericalError(f"{where}: the curvature is not finite; try --dtype float32")
@@ -153,9 +167,5 @@ def _eigen(total: Sum, where: str, other: int, rank: int | None) -> _Eigen:
             f"largest {largest:.3g}); try --dtype float32"
         )
     values = values.clamp(min=0.0)
-    count = rank_of_side(len(values), other, rank)
-    if count == len(values):
-        return _Eigen(values, vectors, 1.0)
-    trace = float(values.sum())
-    values, vectors = values[-count:], vectors[:, -count:]
-    return _Eigen(values, vectors, float(values.sum()) / trace if trace else 1.0)
+    count = rank_of_side(len(values), rank)
+    return Eigen.of(values[-count:], vectors[:, -count:], float(values.sum()))

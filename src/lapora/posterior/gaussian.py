@@ -1,8 +1,8 @@
 """Gaussian posteriors over the Bayesian weights, in the eigenbasis of the curvature.
 
 The posterior precision is ``curvature + δ I``. In the eigenbasis the curvature is diagonal with entries ``λ``, so that
-later computations are elementwise in δ. Directions outside the basis have zero curvature: their posterior is the
-prior.
+later computations are elementwise in δ. A truncated basis ``U`` has k of d directions. All others share one eigenvalue,
+``U Λ Uᵀ + ρ (I - U Uᵀ)``, which makes the trace that of the whole curvature: ``ρ = (tr - Σ λ) / (d - k)``.
 
 :class:`BlockPosterior` has one block per layer (kron, ekfac, diag); :class:`JointPosterior` has one basis for all
 layers (full, lowrank).
@@ -22,6 +22,7 @@ from lapora.config import BASELESS_STRUCTURES, JOINT
 from lapora.curvature.per_example import LayerBasis
 from lapora.errors import NumericalError, PosteriorError
 from lapora.models.lora_layers import BayesianLayer, Role, describe_parameter
+from lapora.posterior.marglik import Spectrum
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,7 +37,8 @@ class EigenBlock:
         input_basis: ``U_a``, ``(i, i')``, eigenvectors in columns; None is the identity.
         gradient_basis: ``U_g``, ``(o', o'')``; ``o' < o`` if only the rows of the answers have curvature; None is
             the identity.
-        eigenvalues: ``λ``, ``(o'', i')`` in float64, including the curvature's scale.
+        eigenvalues: ``λ``, ``(o'', i')`` in float64, including the curvature's scale. A truncated side has one more
+            row or column, of the directions outside its basis.
         squared_norm: ``‖θ‖²`` of the full weight at the MAP.
         retained_trace: Share of the curvature's trace within the basis; 1 for a complete basis.
     """
@@ -55,6 +57,12 @@ class EigenBlock:
     def basis(self) -> LayerBasis:
         """Basis for the per-example gradients of this layer."""
         return LayerBasis(self.input_owner, self.input_basis, self.gradient_basis)
+
+    @property
+    def spectrum(self) -> Spectrum:
+        """Eigenvalues with their multiplicities."""
+        bases = (self.gradient_basis, self.input_basis)
+        return Spectrum.of(self.eigenvalues.cpu().numpy(), [None if basis is None else basis.shape for basis in bases])
 
     def to(self, device: torch.device, dtype: torch.dtype) -> EigenBlock:
         """Return the block with its bases on a device and in a dtype; eigenvalues stay in float64."""
@@ -103,6 +111,11 @@ class BlockPosterior:
     def eigenvalues(self) -> list[Tensor]:
         """``λ`` of each block."""
         return [block.eigenvalues for block in self.blocks]
+
+    @property
+    def spectra(self) -> list[Spectrum]:
+        """Eigenvalues of each block with their multiplicities."""
+        return [block.spectrum for block in self.blocks]
 
     def parameters(self) -> list[dict[str, Any]]:
         """Return the manifest's ``parameters``."""
@@ -155,7 +168,8 @@ class JointPosterior:
     Attributes:
         layers: The manifest's description of each layer, in the order of the basis's columns.
         basis: ``(M, P)`` with orthonormal rows, the directions with curvature.
-        joint_eigenvalues: ``λ``, ``(M,)`` in float64.
+        joint_eigenvalues: ``λ``, ``(M + 1,)`` in float64; the last is that of all directions outside the basis, 0 for
+            ``full``. Without it if the basis is complete.
         retained_trace: Share of the curvature's trace within the basis; 1 for ``full``.
         linear_model: Inputs of the adapted evidence, for ``full``: ``kernel`` ``(N(C-1), N(C-1))``, ``prior_mean``
             ``(N, C-1)`` and ``labels`` ``(N,)``; see :mod:`lapora.posterior.linearised_evidence`.
@@ -175,6 +189,11 @@ class JointPosterior:
     def eigenvalues(self) -> list[Tensor]:
         """``λ``, as a list of one tensor."""
         return [self.joint_eigenvalues]
+
+    @property
+    def spectra(self) -> list[Spectrum]:
+        """``λ`` with its multiplicities, as a list of one item."""
+        return [Spectrum.of(self.joint_eigenvalues.cpu().numpy(), [self.basis.shape[::-1]])]
 
     def parameters(self) -> list[dict[str, Any]]:
         """Return the manifest's ``parameters``."""
@@ -239,7 +258,7 @@ def check_blocks(posterior: BlockPosterior, structure: str, answers: int, file: 
             length = count if basis is None else len(basis)
             fits = length == size or (may_be_answers_only and length == answers < size)
             if basis is not None:
-                fits = fits and basis.dim() == 2 and basis.shape[1] == count <= length
+                fits = fits and basis.dim() == 2 and count == basis.shape[1] + (basis.shape[1] < length)
             if not fits:
                 raise PosteriorError(
                     f"{file}: the shapes of tensors {block.name}.eigenvalues and {name} do not match a "
@@ -258,7 +277,8 @@ def check_joint(posterior: JointPosterior, file: Path) -> None:
     """
     basis, values = posterior.basis, posterior.joint_eigenvalues
     weights = sum(layer["shape"][0] * layer["shape"][1] for layer in posterior.layers)
-    if basis.dim() != 2 or values.dim() != 1 or len(values) != len(basis) or basis.shape[1] > weights:
+    fits = basis.dim() == 2 and values.dim() == 1 and basis.shape[1] <= weights
+    if not fits or len(values) != len(basis) + (len(basis) < basis.shape[1]):
         raise PosteriorError(
             f"{file}: tensors joint.basis {list(basis.shape)} and joint.eigenvalues {list(values.shape)} do not match "
             f"{weights} weights; fit again with --overwrite"

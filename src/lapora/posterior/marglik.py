@@ -28,12 +28,44 @@ _ROOT_TOLERANCE = 1e-9
 """In log δ. Halving the bracket takes 35 sums; importing an optimiser's library would take longer than all of them."""
 
 
+@dataclass(frozen=True, eq=False)
+class Spectrum:
+    """Eigenvalues of a curvature with their multiplicities.
+
+    Attributes:
+        values: ``λ``, any shape.
+        counts: Number of directions with each, of the same shape.
+    """
+
+    values: NDArray[np.float64]
+    counts: NDArray[np.float64]
+
+    @classmethod
+    def of(cls, values: NDArray[np.float64], bases: Sequence[Sequence[int] | None]) -> Spectrum:
+        """Count the directions of each eigenvalue of a Kronecker product.
+
+        Args:
+            values: ``λ``, one axis for each side: its k directions, then one value for all others if there are any.
+            bases: Shape ``(d, k)`` of each side's basis; None is the identity.
+
+        Raises:
+            ValueError: The eigenvalues do not have the shape of the bases.
+        """
+        counts = np.ones(())
+        for axis, shape in enumerate(bases):
+            size, kept = [values.shape[axis]] * 2 if shape is None else shape
+            others = [size - kept] * (kept < size)
+            counts = np.multiply.outer(counts, np.append(np.ones(kept), others))
+        if values.shape != counts.shape:
+            raise ValueError(f"{values.shape} eigenvalues of {counts.shape} eigenspaces")
+        return cls(values, counts)
+
+
 class Evidence:
     """The marginal likelihood as a function of a prior precision that some blocks share.
 
     Args:
-        eigenvalues: ``λ`` of each block, any shape. Directions without curvature may be left out: they
-            add nothing to the sums.
+        spectra: Eigenvalues of each block. Directions without curvature may be left out: they add nothing to the sums.
         squared_norms: ``‖θ‖²`` of each block.
         log_likelihood: ``log p(y|X, θ_MAP)`` in nats, or 0 where the data had no labels.
 
@@ -42,13 +74,10 @@ class Evidence:
     """
 
     def __init__(
-        self,
-        eigenvalues: Sequence[NDArray[np.float64]],
-        squared_norms: Sequence[float],
-        log_likelihood: float = 0.0,
+        self, spectra: Sequence[Spectrum], squared_norms: Sequence[float], log_likelihood: float = 0.0
     ) -> None:
-        flat = [np.asarray(values, dtype=np.float64).ravel() for values in eigenvalues]
-        self.eigenvalues = np.concatenate(flat) if flat else np.zeros(0)
+        self.eigenvalues = np.concatenate([np.zeros(0), *(spectrum.values.ravel() for spectrum in spectra)])
+        self.counts = np.concatenate([np.zeros(0), *(spectrum.counts.ravel() for spectrum in spectra)])
         if not np.all(np.isfinite(self.eigenvalues)) or np.any(self.eigenvalues < 0):
             raise NumericalError("the curvature's eigenvalues are not finite and non-negative; fit again")
         self.squared_norm = float(sum(squared_norms))
@@ -56,12 +85,12 @@ class Evidence:
 
     def log_marginal_likelihood(self, precision: float) -> float:
         """``log p(D|δ)`` at one δ, in nats."""
-        complexity = float(np.log1p(self.eigenvalues / precision).sum())
+        complexity = float(self.counts @ np.log1p(self.eigenvalues / precision))
         return self.log_likelihood - 0.5 * (precision * self.squared_norm + complexity)
 
     def effective_parameters(self, precision: float) -> float:
         """``Σ λ/(λ+δ)``."""
-        return float((self.eigenvalues / (self.eigenvalues + precision)).sum())
+        return float(self.counts @ (self.eigenvalues / (self.eigenvalues + precision)))
 
     def slope(self, precision: float) -> float:
         """Derivative of the log marginal likelihood in log δ."""
@@ -134,7 +163,7 @@ class EvidenceMaximum:
 
 
 def maximize_evidence(
-    eigenvalues: Sequence[NDArray[np.float64]],
+    spectra: Sequence[Spectrum],
     parameters: Sequence[Mapping[str, Any]],
     log_likelihood: float = 0.0,
     *,
@@ -146,7 +175,7 @@ def maximize_evidence(
     """Choose δ for every group of layers: the evidence is a sum over layers, so the groups are solved one by one.
 
     Args:
-        eigenvalues: ``λ`` of each layer, or one array for all where the posterior joins layers.
+        spectra: Eigenvalues of each layer, or of all together where the posterior joins layers.
         parameters: The manifest's ``parameters``.
         log_likelihood: ``log p(y|X, θ_MAP)`` in nats, or 0 where the data had no labels.
         structure: Which layers share a δ.
@@ -161,7 +190,7 @@ def maximize_evidence(
     precisions: dict[str, float] = {}
     at_bound: dict[str, str] = {}
     total, effective = log_likelihood, 0.0
-    for group, evidence in _evidence_by_group(eigenvalues, parameters, structure).items():
+    for group, evidence in _evidence_by_group(spectra, parameters, structure).items():
         precision, bound = evidence.maximize() if optimizer == "exact" else evidence.adam(learning_rate, steps)
         precisions[group] = precision
         if bound:
@@ -173,7 +202,7 @@ def maximize_evidence(
 
 def evidence_at(
     prior: PriorPrecision,
-    eigenvalues: Sequence[NDArray[np.float64]],
+    spectra: Sequence[Spectrum],
     parameters: Sequence[Mapping[str, Any]],
     log_likelihood: float,
 ) -> tuple[float, float]:
@@ -181,7 +210,7 @@ def evidence_at(
 
     Args:
         prior: δ of every group of layers.
-        eigenvalues: Of the curvature: one array a layer, or a single one where the structure joins layers.
+        spectra: As for :func:`maximize_evidence`.
         parameters: The manifest's ``parameters``.
         log_likelihood: ``log p(y|X, θ_MAP)`` in nats; 0 where it is not known.
 
@@ -189,16 +218,16 @@ def evidence_at(
         The evidence in nats, and ``Σ λ/(λ+δ)``.
     """
     total, effective = log_likelihood, 0.0
-    for group, evidence in _evidence_by_group(eigenvalues, parameters, prior.structure).items():
+    for group, evidence in _evidence_by_group(spectra, parameters, prior.structure).items():
         total += evidence.log_marginal_likelihood(prior.precisions[group])
         effective += evidence.effective_parameters(prior.precisions[group])
     return total, effective
 
 
 def _evidence_by_group(
-    eigenvalues: Sequence[NDArray[np.float64]], parameters: Sequence[Mapping[str, Any]], structure: PriorStructure
+    spectra: Sequence[Spectrum], parameters: Sequence[Mapping[str, Any]], structure: PriorStructure
 ) -> dict[str, Evidence]:
-    joint = len(eigenvalues) != len(parameters)
+    joint = len(spectra) != len(parameters)
     if joint and structure != "scalar":
         raise UsageError(
             f"--prior {structure} needs independent layers (kron, ekfac, diag); full and lowrank join them: "
@@ -209,42 +238,8 @@ def _evidence_by_group(
         groups.setdefault(group_of(parameter, structure), []).append(index)
     return {
         group: Evidence(
-            eigenvalues if joint else [eigenvalues[index] for index in members],
+            spectra if joint else [spectra[index] for index in members],
             [float(parameters[index]["squared_norm"]) for index in members],
         )
         for group, members in groups.items()
     }
-
-
-_BIAS_WORTH_SAYING = 0.05
-
-
-def truncation_bias(
-    best: EvidenceMaximum, eigenvalues: Sequence[NDArray[np.float64]], parameters: Sequence[Mapping[str, Any]]
-) -> list[str]:
-    """Say so where the evidence leaves out curvature that would have moved its maximum.
-
-    A basis that keeps a share of the trace leaves out ``τ = Σλ (1/kept - 1)``, and with it at most ``τ/δ``
-    determined directions of ``Σ λ/(λ+δ)``: too few are set against ``δ‖θ‖²``, and δ comes out too small.
-
-    Args:
-        best: The maximum found.
-        eigenvalues: As for :func:`evidence_at`.
-        parameters: The manifest's ``parameters``, with the share of the trace that each layer's basis ``kept``.
-
-    Returns:
-        One line for people, or none.
-    """
-    joint = len(eigenvalues) != len(parameters)
-    shares = [float(parameter.get("kept", 1.0)) for parameter in parameters]
-    missed = 0.0
-    for index, values in enumerate(eigenvalues):
-        share = max(shares[index], 1e-12)
-        precision = best.prior.precisions[group_of(parameters[0 if joint else index], best.prior.structure)]
-        missed += float(np.sum(values)) * (1.0 / share - 1.0) / precision
-    if missed <= _BIAS_WORTH_SAYING * best.effective_parameters:
-        return []
-    return [
-        f"the basis leaves out up to {missed:.3g} determined directions beside the {best.effective_parameters:.3g} "
-        "that the evidence counts: the prior precision is biased low; tune it on validation rows, or keep more"
-    ]

@@ -18,7 +18,7 @@ from lapora.likelihoods.categorical import difference_columns, exact_columns
 from lapora.models.batches import Batch
 from lapora.models.device_map import available_memory
 from lapora.models.lora_layers import BayesianLayer
-from lapora.posterior.eigen import decompose
+from lapora.posterior.eigen import Eigen, decompose
 from lapora.posterior.gaussian import BlockPosterior, EigenBlock, JointPosterior, Posterior
 
 
@@ -35,11 +35,12 @@ def fit_kron(run: CurvatureRun) -> tuple[Posterior, DataPass]:
 def fit_ekfac(run: CurvatureRun) -> tuple[Posterior, DataPass]:
     """Fit EKFAC in two passes: KFAC's eigenbasis, then the exact second moments in it.
 
-    See :class:`lapora.curvature.per_example.SecondMomentObserver`.
+    Outside the basis the second moments are means over each eigenspace. See
+    :class:`lapora.curvature.per_example.SecondMomentObserver`.
     """
-    observer = KronObserver(run.weight_sharing, offload=run.offload)
+    observer = KronObserver(run.weight_sharing, run.rank, run.seed, offload=run.offload)
     run.observe(observer, keep_state=True)
-    posterior = BlockPosterior(decompose(run.layers, observer.factors(run.layers), processes=run.processes))
+    posterior = BlockPosterior(decompose(run.layers, observer.factors(run.layers), run.rank, run.processes))
     rotated = posterior.on_device(run.layers, run.output_model.device, run.working_dtype)
     bases = {block.name: block.basis for block in rotated.blocks}
     return _second_moments(run, posterior.blocks, SecondMomentObserver(bases, directions=run.columns))
@@ -75,7 +76,8 @@ def _second_moments(
             moments = torch.zeros_like(block.eigenvalues)
         if not bool(torch.isfinite(moments).all()):
             raise NumericalError(f"{layer.name}: the curvature is not finite; try --dtype float32")
-        found.append(replace(block, eigenvalues=moments))
+        counts = torch.from_numpy(block.spectrum.counts).to(moments.device)
+        found.append(replace(block, eigenvalues=moments / counts))
     return BlockPosterior(found), data
 
 
@@ -144,6 +146,7 @@ def fit_full(run: CurvatureRun) -> tuple[Posterior, DataPass]:
     if weights is not None:
         vectors = _weighted_back(vectors, weights)
     basis = _rows_to_basis(jacobian, vectors / values.sqrt())
+    values = torch.cat([values, values.new_zeros(int(len(basis) < basis.shape[1]))])
     return JointPosterior(run.describe_parameters(), basis, values, 1.0, linear_model), data
 
 
@@ -236,7 +239,8 @@ class _SketchObserver(JacobianObserver):
 def fit_lowrank(run: CurvatureRun) -> tuple[Posterior, DataPass]:
     """Fit the leading eigenvectors of ``Σ_ns j_ns j_nsᵀ`` over all weights in one pass, by a Nyström sketch.
 
-    See :class:`lapora.curvature.nystrom.NystromSketch`.
+    All other directions have the mean of the remaining eigenvalues. See
+    :class:`lapora.curvature.nystrom.NystromSketch`.
 
     Raises:
         UsageError: The sketch does not fit in memory.
@@ -247,11 +251,9 @@ def fit_lowrank(run: CurvatureRun) -> tuple[Posterior, DataPass]:
         _check_memory_of_lowrank(run, rank)
     observer = _SketchObserver(run, rank)
     data = run.observe(observer)
-    values, vectors = observer.sketch.leading(rank)
-    trace = observer.sketch.trace
-    retained_trace = min(1.0, float(values.sum()) / trace) if trace else 1.0
-    described = [{**parameter, "kept": retained_trace} for parameter in run.describe_parameters()]
-    return JointPosterior(described, vectors.T.contiguous(), values, retained_trace), data
+    found = Eigen.of(*observer.sketch.leading(rank), observer.sketch.trace)
+    described = [{**parameter, "kept": found.retained_trace} for parameter in run.describe_parameters()]
+    return JointPosterior(described, found.vectors.T.contiguous(), found.values, found.retained_trace), data
 
 
 def _check_memory_of_lowrank(run: CurvatureRun, rank: int) -> None:

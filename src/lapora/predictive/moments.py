@@ -1,7 +1,8 @@
 """Mean and covariance of the logits under the linearised model (Laplace-LoRA, Eqs. 11 and 12).
 
 ``f* ~ N(f_MAP, Λ)`` with ``Λ_cc' = Σ_ℓ Σ_ij R_c,ij R_c',ij / (λ_ij + δ)`` and ``R_c = U_gᵀ G_c U_a``, where
-``G_c = Σ_t g_tc a_tᵀ`` is the gradient of one logit combination in one layer. With independent layers each is
+``G_c = Σ_t g_tc a_tᵀ`` is the gradient of one logit combination in one layer. Directions outside a truncated basis
+share one eigenvalue, and enter by the inner product of the components there. With independent layers each is
 contracted as soon as its gradients are there: no (batch x classes x parameters) Jacobian is ever stored.
 """
 
@@ -83,18 +84,14 @@ class BlockCovarianceObserver(PerExampleObserver):
 
     def join(self, layer: BayesianLayer, gradients: Sequence[LayerGradient]) -> None:
         """Contract the layer's K gradients with its posterior variance."""
-        inside = [gradient.inside.flatten(1) for gradient in gradients]
-        count, rows = len(inside), len(inside[0])
-        variance = self._variance(layer.name, inside[0].dtype)
+        count, rows = len(gradients), len(gradients[0].inside)
+        variance = self._variance(layer.name, gradients[0].inside.dtype)
         if self._covariance is None:
             self._covariance = torch.zeros(self._depth, rows, count, count, dtype=torch.float64, device=variance.device)
-        prior_variance = 1.0 / self._precisions[layer.name].unsqueeze(1)
         for first in range(count):
             for second in range(first, count):
-                term = ((inside[first] * inside[second]) @ variance).T.double()
-                for one, other in zip(gradients[first].outside, gradients[second].outside, strict=True):
-                    term = term + prior_variance * (one * other).sum(dim=(1, 2), dtype=torch.float64)
-                term = term.to(self._covariance.device)
+                products = gradients[first].products(gradients[second]).flatten(1)
+                term = (products @ variance).T.to(self._covariance)
                 self._covariance[:, :, first, second] += term
                 if second != first:
                     self._covariance[:, :, second, first] += term
@@ -112,8 +109,8 @@ class BlockCovarianceObserver(PerExampleObserver):
 class JointCovarianceObserver(JacobianObserver):
     """Λ under a posterior whose basis spans all layers: a batch's gradients wait until all layers have theirs.
 
-    ``Λ = 1/δ ⟨G⊥, G'⊥⟩ + Σ_m c_m c'_m / (λ_m + δ)`` with ``c = W g`` and ``g⊥ = g - Wᵀ c``. For ``full`` this
-    equals ``1/δ [G Gᵀ - G Jᵀ (J Jᵀ + δI)⁻¹ J Gᵀ]`` without its difference of large numbers.
+    ``Λ = ⟨G⊥, G'⊥⟩ / (ρ + δ) + Σ_m c_m c'_m / (λ_m + δ)`` with ``c = W g`` and ``g⊥ = g - Wᵀ c``. For ``full``, where
+    ρ is 0, this equals ``1/δ [G Gᵀ - G Jᵀ (J Jᵀ + δI)⁻¹ J Gᵀ]`` without its difference of large numbers.
 
     Args:
         posterior: On the model's device.
@@ -146,9 +143,9 @@ class JointCovarianceObserver(JacobianObserver):
         outside = outside.unflatten(0, (directions, rows))
         inside = torch.cat(coordinates, dim=1).unflatten(0, (directions, rows)).double()
         variance = 1.0 / (self._posterior.joint_eigenvalues + self._precisions.unsqueeze(1))
-        found = torch.einsum("kbm,lbm,dm->dbkl", inside, inside, variance)
+        found = torch.einsum("kbm,lbm,dm->dbkl", inside, inside, variance[:, : len(basis)])
         rest = torch.einsum("kbp,lbp->bkl", outside, outside).double()
-        return found + rest / self._precisions.reshape(-1, 1, 1, 1)
+        return found + rest * variance[:, -1].reshape(-1, 1, 1, 1)
 
 
 class LinearisedPredictor:

@@ -335,8 +335,8 @@ def print_posterior(manifest: Manifest, prior: Prior) -> None:
         "prior precision": f"{prior.precisions.describe()} ({prior.method}, {prior.structure})",
         "log marginal likelihood": _nats(prior.log_marginal_likelihood),
     }
-    if manifest.kept < 1.0:
-        lines["structure"] += f", {manifest.kept:.1%} of the curvature's trace kept"
+    if manifest.rank is not None:
+        lines["structure"] += f", rank {manifest.rank} ({manifest.kept:.1%} of the curvature's trace)"
     table = Table(show_header=False)
     for key, value in lines.items():
         table.add_row(key, cell(value))

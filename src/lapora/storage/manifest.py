@@ -23,6 +23,7 @@ from lapora.config import (
     FisherType,
     PriorStructure,
     Quantization,
+    Remainder,
     Structure,
     Subset,
     WeightSharing,
@@ -211,8 +212,10 @@ class Manifest(Struct, frozen=True, kw_only=True):
         log_likelihood: ``log p(y|X, θ_MAP)`` in nats, or None where a row has no label.
         training_curve: NLL on training rows over the prior precision, or None without labels.
         engine: Curvature backend.
-        rank: Rank asked for, or None.
+        rank: Rank of the bases, or None where they are complete.
         kept: Share of the curvature's trace that the basis holds.
+        remainder: Curvature in the directions outside a basis: ``mean`` of the remaining eigenvalues, or ``none`` (of
+            version 0.1), which leaves them the prior.
         seed: Random seed.
         adapter_config: Adapter settings that affect the forward pass.
         tokenizer: Digest of the tokenizer.
@@ -238,6 +241,7 @@ class Manifest(Struct, frozen=True, kw_only=True):
     subset: Subset
     rank: Count | None = None
     kept: Share = 1.0
+    remainder: Remainder = "none"
     seed: int = 0
     parameters: list[dict[str, Any]]
     log_likelihood: Annotated[float, Meta(gt=-1e300, le=0.0)] | None

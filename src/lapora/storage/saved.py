@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from lapora.config import JOINT, ModelSettings
 from lapora.errors import NumericalError, PosteriorError, UsageError, first_line
 from lapora.models.adapter import Adapter, read_adapter
+from lapora.posterior.marglik import Spectrum
 from lapora.storage.files import fsync_path, os_error_reason, remove_path, write_json
 from lapora.storage.manifest import (
     FORMAT_VERSION,
@@ -216,13 +217,45 @@ class SavedPosterior:
             "again with --overwrite"
         )
 
-    def eigenvalues(self) -> list[NDArray[np.float64]]:
-        """``λ`` of every layer, in order; a single array where one basis spans all layers."""
-        names = [f"{JOINT}.eigenvalues"]
-        if not self.manifest.joint:
-            names = [f"{parameter['name']}.eigenvalues" for parameter in self.manifest.parameters]
-        arrays = self.arrays(names)
-        return [arrays[name] for name in names]
+    def spectra(self) -> list[Spectrum]:
+        """Eigenvalues of every layer in order, or of all layers together, with their multiplicities.
+
+        Raises:
+            PosteriorError: As for :meth:`arrays`; or the eigenvalues do not have the shape of the bases.
+            NumericalError: As for :meth:`arrays`.
+        """
+        bases = self._bases()
+        arrays = self._with_remainder(self.arrays([f"{name}.eigenvalues" for name in bases]))
+        try:
+            return [Spectrum.of(arrays[f"{name}.eigenvalues"], shapes) for name, shapes in bases.items()]
+        except (ValueError, IndexError) as error:
+            raise PosteriorError(
+                f"{self.folder / MANIFEST_FILE}: tensors do not match the factors ({error}); fit again with --overwrite"
+            ) from error
+
+    def _bases(self) -> dict[str, list[Any]]:
+        """Shapes ``(d, k)`` of the bases of each layer's sides, or of the one for all layers; None is the identity."""
+        shapes = {name: each["shape"] for name, each in self.tensors.items()}
+        if self.manifest.joint:
+            return {JOINT: [shapes.get(f"{JOINT}.basis", [])[::-1]]}
+        return {
+            each["name"]: [
+                shapes.get(f"{each['name']}.gradient_basis"),
+                shapes.get(f"{each['input_of']}.input_basis"),
+            ]
+            for each in self.manifest.parameters
+        }
+
+    def _with_remainder(self, arrays: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        """Append the eigenvalue 0 of the directions outside each basis, where the file says nothing of them."""
+        if self.manifest.remainder == "mean":
+            return arrays
+        for name, bases in self._bases().items():
+            values = arrays.get(f"{name}.eigenvalues")
+            if values is not None and values.ndim == len(bases):
+                others = [bool(shape) and len(shape) == 2 and shape[1] < shape[0] for shape in bases]
+                arrays[f"{name}.eigenvalues"] = np.pad(values, [(0, int(each)) for each in others])
+        return arrays
 
     def arrays(self, names: Sequence[str]) -> dict[str, NDArray[Any]]:
         """Read tensors, checked against the manifest.
@@ -291,7 +324,8 @@ class SavedPosterior:
         from lapora.posterior.gaussian import BlockPosterior, JointPosterior, check_blocks, check_joint
 
         wanted = [name for name in self.tensors if not name.startswith("linear_model.")]
-        tensors = {name: torch.from_numpy(array) for name, array in self.arrays(wanted).items()}
+        arrays = self._with_remainder(self.arrays(wanted))
+        tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
         try:
             if self.manifest.joint:
                 joint = JointPosterior.from_tensors(self.manifest.parameters, tensors)

@@ -20,7 +20,7 @@ from lapora.posterior.averaging import (
     average,
     tolerance_of,
 )
-from lapora.posterior.marglik import evidence_at
+from lapora.posterior.marglik import Spectrum, evidence_at
 from lapora.posterior.prior import PriorPrecision
 
 if TYPE_CHECKING:
@@ -170,13 +170,13 @@ def average_with_rows(
 def describe_averaged(
     averaged: Averaged,
     reference: PriorPrecision,
-    eigenvalues: Sequence[NDArray[np.float64]],
+    spectra: Sequence[Spectrum],
     parameters: Sequence[Mapping[str, Any]],
     log_likelihood: float | None,
 ) -> dict[str, Any]:
     """Return the manifest's ``prior`` of an average; its precision is the weighted geometric mean."""
     (mean,) = reference.on_grid([averaged.mean_precision])
-    evidence, effective = evidence_at(mean, eigenvalues, parameters, log_likelihood or 0.0)
+    evidence, effective = evidence_at(mean, spectra, parameters, log_likelihood or 0.0)
     return {
         **mean.to_manifest(),
         "method": "averaged",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -16,7 +15,7 @@ import msgspec
 from msgspec import structs
 
 from lapora._version import __version__
-from lapora.config import DEFAULT_RANK, DataSettings, FitSettings, ModelSettings, Progress
+from lapora.config import COMPLETE, DataSettings, FitSettings, ModelSettings, Progress
 from lapora.curvature.passes import CurvatureRun
 from lapora.errors import AdapterError, DataError, LaporaError, UsageError, listed
 from lapora.memory.estimate import MemoryEstimate, estimate
@@ -110,7 +109,7 @@ class FitInputs:
             classes=len(self.rows.choices),
             fisher=settings.fisher,
             weight_sharing=settings.weight_sharing,
-            rank=settings.rank,
+            rank=settings.basis_rank,
             seed=settings.seed,
             progress=progress,
             processes=self.model.processes,
@@ -431,8 +430,10 @@ def _resolve_engine(settings: FitSettings) -> FitSettings:
     structure, engine = settings.structure, settings.engine
     if settings.resume and (engine != "native" or settings.weight_sharing == "asdl"):
         raise UsageError("--resume goes with --engine native: laplace-torch's engines keep no sums to go on from")
-    if settings.rank is not None and structure not in ("kron", "lowrank"):
-        raise UsageError(f"--rank goes with --structure kron or lowrank, not {structure}")
+    if settings.rank is not None and structure not in ("kron", "ekfac", "lowrank"):
+        raise UsageError(f"--rank goes with --structure kron, ekfac or lowrank, not {structure}")
+    if settings.rank == "full" and structure == "lowrank":
+        raise UsageError("--rank full goes with --structure kron or ekfac; --structure full has all directions")
     if settings.offload_factors and (engine != "native" or structure not in ("kron", "ekfac")):
         raise UsageError("--offload-factors goes with --structure kron or ekfac, and --engine native")
     if "asdl" in (engine, settings.weight_sharing):
@@ -470,8 +471,7 @@ def _fit(inputs: FitInputs, settings: FitSettings, folder: Path, progress: Progr
     with translate_row_errors([example.where for example in rows.examples]):
         posterior, log_likelihood = fit_posterior(run, settings)
     parameters = posterior.parameters()
-    eigenvalues = [values.cpu().numpy() for values in posterior.eigenvalues]
-    evidence = maximize_evidence(eigenvalues, parameters, log_likelihood or 0.0)
+    evidence = maximize_evidence(posterior.spectra, parameters, log_likelihood or 0.0)
     notes = list(rows.adapter.notes)
     curve = None
     if settings.prior_method != "marglik":
@@ -479,7 +479,8 @@ def _fit(inputs: FitInputs, settings: FitSettings, folder: Path, progress: Progr
     if curve is None:
         prior = evidence.describe(log_likelihood is not None)
     else:
-        prior = describe_averaged(average_without_rows(curve), evidence.prior, eigenvalues, parameters, log_likelihood)
+        averaged = average_without_rows(curve)
+        prior = describe_averaged(averaged, evidence.prior, posterior.spectra, parameters, log_likelihood)
     manifest = structs.replace(
         described, parameters=parameters, log_likelihood=log_likelihood, kept=_kept(posterior), training_curve=curve
     )
@@ -558,7 +559,8 @@ def _describe(inputs: FitInputs, settings: FitSettings, run: CurvatureRun) -> Ma
         engine=settings.engine,
         fisher=settings.fisher,
         subset=settings.subset,
-        rank=settings.rank or (DEFAULT_RANK if settings.structure == "lowrank" else None),
+        rank=None if settings.basis_rank == COMPLETE else settings.basis_rank,
+        remainder="mean",
         seed=settings.seed,
         parameters=run.describe_parameters(),
         log_likelihood=None,
@@ -576,7 +578,6 @@ def _resume_key(inputs: FitInputs, settings: FitSettings, manifest: Manifest) ->
         tokens.update(json.dumps([row.input_ids, row.token_type_ids]).encode("ascii"))
     return {
         **described,
-        "rank": settings.rank,
         "batch_size": inputs.model.batch_size.rows,
         "tokens": tokens.hexdigest(),
         "device": inputs.model.outputs.device.type,
@@ -602,7 +603,7 @@ def fit_posterior(run: CurvatureRun, settings: FitSettings) -> tuple[Posterior, 
         factors, log_likelihood = asdl_factors(*rows, run.progress)
     else:
         factors, log_likelihood = curvlinops_factors(*rows, settings.weight_sharing, run.progress)
-    return BlockPosterior(decompose(run.layers, factors, rank=sys.maxsize)), log_likelihood
+    return BlockPosterior(decompose(run.layers, factors, run.rank)), log_likelihood
 
 
 def _kept(posterior: Posterior) -> float:

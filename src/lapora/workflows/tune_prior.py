@@ -14,7 +14,7 @@ from lapora.config import DataSettings, ModelSettings, PriorSettings, PriorStruc
 from lapora.errors import MissingSplitError, UnlabelledError, UsageError
 from lapora.models.adapter import read_adapter
 from lapora.posterior.averaging import Averaged
-from lapora.posterior.marglik import EvidenceMaximum, evidence_at, maximize_evidence, truncation_bias
+from lapora.posterior.marglik import EvidenceMaximum, evidence_at, maximize_evidence
 from lapora.posterior.prior import ALL, PriorPrecision
 from lapora.storage.files import write_lock
 from lapora.storage.saved import SavedPosterior, posterior_folder
@@ -150,7 +150,7 @@ def _structure(settings: PriorSettings) -> PriorStructure:
 
 def _maximize(posterior: SavedPosterior, settings: PriorSettings) -> EvidenceMaximum:
     return maximize_evidence(
-        posterior.eigenvalues(),
+        posterior.spectra(),
         posterior.manifest.parameters,
         posterior.manifest.log_likelihood or 0.0,
         structure=_structure(settings),
@@ -191,7 +191,7 @@ def _by_average(
     if settings.structure == "point":
         averaged = averaged.point()
     prior = describe_averaged(
-        averaged, evidence.prior, posterior.eigenvalues(), manifest.parameters, manifest.log_likelihood
+        averaged, evidence.prior, posterior.spectra(), manifest.parameters, manifest.log_likelihood
     )
     notes += [*_notes_of_average(averaged, deviation), *_at_bound_notes(evidence.at_bound)]
     mean = PriorPrecision.from_manifest(prior)
@@ -263,10 +263,23 @@ def _unfinished_adam(posterior: SavedPosterior, settings: PriorSettings, reached
 
 def _by_evidence(posterior: SavedPosterior, best: EvidenceMaximum, because: str = "") -> TunedPrior:
     prior = best.describe(posterior.manifest.log_likelihood is not None)
-    notes = [*_harm_note(posterior), *_at_bound_notes(best.at_bound)]
-    bias = truncation_bias(best, posterior.eigenvalues(), posterior.manifest.parameters)
+    notes = [*_harm_note(posterior), *_at_bound_notes(best.at_bound), *_truncation_note(posterior)]
     reason = f"prior precision {best.prior.describe()} by marginal likelihood{because}"
-    return TunedPrior(prior, best.prior, "marglik", reason, [*notes, *bias])
+    return TunedPrior(prior, best.prior, "marglik", reason, notes)
+
+
+_SHARE_WORTH_SAYING = 0.95
+
+
+def _truncation_note(posterior: SavedPosterior) -> list[str]:
+    """Warn of a posterior that lacks a part of the curvature, as version 0.1 truncated it."""
+    kept = posterior.manifest.kept
+    if posterior.manifest.remainder == "mean" or kept >= _SHARE_WORTH_SAYING:
+        return []
+    return [
+        f"warning: an earlier version of lapora left {1 - kept:.0%} of the curvature's trace out of this posterior: "
+        "the marginal likelihood chooses too small a prior precision; fit again with --overwrite"
+    ]
 
 
 def _at_bound_notes(at_bound: dict[str, str]) -> list[str]:
@@ -310,7 +323,7 @@ def _by_validation(
     choice = _choose(fitted, rows, settings, evidence.prior, progress)
     manifest = posterior.manifest
     log_evidence, effective = evidence_at(
-        choice.prior, posterior.eigenvalues(), manifest.parameters, manifest.log_likelihood or 0.0
+        choice.prior, posterior.spectra(), manifest.parameters, manifest.log_likelihood or 0.0
     )
     prior = {
         **choice.prior.to_manifest(),
@@ -480,7 +493,7 @@ def _adapted(posterior: SavedPosterior, settings: PriorSettings) -> TunedPrior:
     precision, evidence, bound = model.maximize()
     chosen = PriorPrecision("scalar", {ALL: precision})
     parameters = posterior.manifest.parameters
-    _, effective = evidence_at(chosen, posterior.eigenvalues(), parameters, 0.0)
+    _, effective = evidence_at(chosen, posterior.spectra(), parameters, 0.0)
     prior = {
         **chosen.to_manifest(),
         "method": "adapted",
