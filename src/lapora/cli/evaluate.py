@@ -122,7 +122,7 @@ def print_results(done: Evaluation, as_json: bool) -> None:
         print_evaluation(record)
         plain = next(each for each in done.predictions if each.method == "map")
         shown = [plain, *[each for each in done.predictions if each.method == "laplace"][:1]]
-        print_reliability({each.label: reliability_bins(each.log_p, done.targets) for each in shown})
+        print_reliability({each.label: reliability_bins(each.table, done.targets) for each in shown})
     for warning in done.warnings:
         print_message(warning)
 
@@ -155,7 +155,7 @@ def save_results(done: Evaluation, model: ModelSettings, plots: Path | None, rep
     from lapora.report.figures import evaluation_pictures, save_pictures, to_svg
     from lapora.report.page import Page, evaluation_tables, write_page
 
-    tables = {each.label: each.log_p for each in done.predictions}
+    tables = {each.label: each.table for each in done.predictions}
     # One figure per posterior, with its first link; without a posterior, of one other method.
     firsts: dict[str | None, str] = {}
     for each in done.predictions:

@@ -1,7 +1,7 @@
 """Metrics of class probabilities: scores, bootstrap intervals, calibration and selective prediction."""
 
 from lapora.metrics.bins import Bin, reliability_bins
-from lapora.metrics.bootstrap import Interval, intervals, paired_interval
+from lapora.metrics.bootstrap import Interval, bootstrap_intervals, intervals, paired_interval
 from lapora.metrics.scores import (
     ADAPTIVE_BINS,
     ECE_BINS,
@@ -23,6 +23,7 @@ __all__ = [
     "Bin",
     "Interval",
     "auroc",
+    "bootstrap_intervals",
     "constant_predictor",
     "evaluate",
     "fit_temperature",

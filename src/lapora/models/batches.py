@@ -34,6 +34,7 @@ class Batch:
         token_type_ids: ``(B, T)`` int64, or None.
         rows: Position of each row in the sequence that the batches were made from.
         has_padding: Whether any position is padding.
+        texts: Number of texts of a row that are compared, which then stand one after another: ``texts B`` sequences.
     """
 
     input_ids: Tensor
@@ -41,6 +42,7 @@ class Batch:
     token_type_ids: Tensor | None
     rows: tuple[int, ...]
     has_padding: bool
+    texts: int = 1
 
     def __len__(self) -> int:
         return len(self.rows)

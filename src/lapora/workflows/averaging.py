@@ -70,14 +70,14 @@ def training_curve(
         posterior.on_device(run.layers, device, run.working_dtype),
         torch.tensor(grid()).unsqueeze(1).expand(-1, len(run.layers)),
         classes=run.classes,
-        every_class=False,
+        every_class=not run.likelihood.uses_differences,
     )
     table = label_grid(
         inputs.model,
         predictor,
         [inputs.rows.examples[row] for row in chosen],
         [inputs.encoded[row] for row in chosen],
-        torch.tensor([targets[row] for row in chosen]),
+        run.likelihood.targets([targets[row] for row in chosen]),
         temperatures=torch.ones(1, dtype=torch.float64),
         link="mc-joint",
         samples=SAMPLES,
@@ -125,14 +125,17 @@ def average_with_rows(
     """
     import torch
 
-    from lapora.likelihoods.categorical import needs_every_class
     from lapora.workflows.rows import row_digest
     from lapora.workflows.scoring import label_grid
 
     curve = fitted.posterior.manifest.training_curve
     tolerance = None if curve is None else tolerance_of(curve)
     precisions = grid()
-    predictor = fitted.predictor(every_class=needs_every_class(settings.link), priors=reference.on_grid(precisions))
+    likelihood = fitted.model.likelihood
+    likelihood.check_link(settings.link)
+    predictor = fitted.predictor(
+        every_class=likelihood.needs_every_output(settings.link), priors=reference.on_grid(precisions)
+    )
     encoded = fitted.model.encode(rows.examples)
     log_p = label_grid(
         fitted.model,

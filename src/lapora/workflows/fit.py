@@ -104,7 +104,7 @@ class FitInputs:
             layers=find_bayesian_layers(self.model.loaded.model, settings.subset),
             batches=lambda: self.model.sharded_batches(self.encoded),
             targets=[example.target for example in self.rows.examples],
-            classes=len(self.rows.choices),
+            classes=self.model.likelihood.outputs,
             fisher=settings.fisher,
             weight_sharing=settings.weight_sharing,
             rank=settings.rank,
@@ -112,6 +112,7 @@ class FitInputs:
             progress=progress,
             processes=self.model.processes,
             offload=settings.offload_factors,
+            likelihood=self.model.likelihood,
         )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -41,7 +41,7 @@ class LabelledRows:
         task: The task that rendered them.
         split: The split they come from.
         examples: The rows.
-        targets: Their labels, ``(N,)``.
+        targets: Their labels, ``(N,)`` or ``(N, C)``.
         excluded: Number of rows of the split that were left out.
     """
 
@@ -166,7 +166,13 @@ def read_labelled_rows(
         raise NoRowsLeftError(f"{split}: all {len(examples)} rows were used to tune the prior; score another --split")
     excluded = len(examples) - len(kept)
     kept = kept[: data.limit]
-    return LabelledRows(task, split, kept, torch.tensor([cast(int, row.target) for row in kept]), excluded)
+    return LabelledRows(task, split, kept, label_tensor(kept), excluded)
+
+
+def label_tensor(examples: Sequence[Example]) -> Tensor:
+    """Return the labels of rows that all have one: ``(N,)`` int64, or ``(N, C)`` float64 where labels are vectors."""
+    labels = torch.tensor([cast(Any, example.target) for example in examples], dtype=torch.float64)
+    return labels if labels.dim() > 1 else labels.long()
 
 
 def tuning_rows(posterior: SavedPosterior, kind: ModelKind, data: DataSettings, seed: int) -> LabelledRows:

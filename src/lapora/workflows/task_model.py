@@ -16,7 +16,8 @@ from torch import Tensor
 from lapora.config import DataSettings, Dtype, ModelSettings
 from lapora.distributed import SINGLE_PROCESS, Processes
 from lapora.errors import AdapterError, DataError, LaporaWarning, NonFiniteRowError, NumericalError, UsageError
-from lapora.likelihoods.base import Averaging
+from lapora.likelihoods import likelihood_of
+from lapora.likelihoods.base import Averaging, Likelihood
 from lapora.models.adapter import Adapter, ModelKind, read_adapter
 from lapora.models.batches import Batch
 from lapora.models.batching import BatchFeed, BatchSize
@@ -48,6 +49,7 @@ class TaskModel:
         outputs: The network from batches to the logits of the answers.
         task: The task.
         choices: The C answers.
+        likelihood: From outputs to predictions.
         token_ids: Their tokens, for a causal model; else None.
         max_length: Maximum number of tokens of a row.
         chat_template: Whether prompts are wrapped in the tokenizer's chat template.
@@ -59,6 +61,7 @@ class TaskModel:
     outputs: OutputModel
     task: Task
     choices: tuple[str, ...]
+    likelihood: Likelihood
     token_ids: list[int] | None
     max_length: int
     chat_template: bool
@@ -99,6 +102,7 @@ class TaskModel:
             outputs=outputs,
             task=task,
             choices=tuple(choices),
+            likelihood=likelihood_of("categorical", choices),
             token_ids=token_ids,
             max_length=max_length,
             chat_template=chat_template,
@@ -192,8 +196,8 @@ class Fitted:
             self.layers,
             self.gaussian,
             torch.tensor(np.stack(per_layer)),
-            classes=len(self.model.choices),
-            every_class=every_class,
+            classes=self.model.likelihood.outputs,
+            every_class=every_class or not self.model.likelihood.uses_differences,
             map_only=map_only,
         )
 

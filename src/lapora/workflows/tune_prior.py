@@ -375,9 +375,10 @@ def _choose(
         priors=priors,
         progress=progress,
     )
-    tables = scored.log_p[settings.link]
-    scores = [metrics.evaluate(table, rows.targets) for table in tables]
-    at_map = metrics.evaluate(scored.log_p["map"][0], rows.targets)
+    likelihood = fitted.model.likelihood
+    tables = scored.tables[settings.link]
+    scores = [likelihood.scores(table, rows.targets) for table in tables]
+    at_map = likelihood.scores(scored.tables["map"][0], rows.targets)
     nll = [score["nll"] for score in scores[:-1]]
     least = curve_minimum(np.log(GRID).tolist(), nll)
     best = math.exp(least.position)
@@ -391,11 +392,10 @@ def _choose(
     )
     notes = _notes(least.at_bound)
     difference = metrics.paired_interval(
-        metrics.row_nll(tables[nearest], rows.targets) - metrics.row_nll(scored.log_p["map"][0], rows.targets)
+        likelihood.row_nll(tables[nearest], rows.targets) - likelihood.row_nll(scored.tables["map"][0], rows.targets)
     )
     if difference[0] > _WORTH_SAYING:
-        confidence = float(tables[nearest].exp().max(dim=1).values.mean())
-        direction = "underconfident" if confidence < scores[nearest]["accuracy"] else "overconfident"
+        direction, _ = likelihood.bias(tables[nearest], rows.targets)
         notes.append(
             f"warning: even at its best, Laplace is worse than MAP in NLL on these rows (by {difference[0]:.4f} to "
             f"{difference[1]:.4f}) and {direction}: predict with --link map"
