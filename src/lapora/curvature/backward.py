@@ -301,13 +301,13 @@ class Linearisation:
         """Give each row its own copy of an input that all rows share, so that each has its own gradient."""
         if not self._is_shared(arguments):
             return None
-        return arguments[0].expand(len(cast(Batch, self._batch)), -1, -1), *arguments[1:]
+        return arguments[0].expand(len(cast(Batch, self._batch).input_ids), -1, -1), *arguments[1:]
 
     def _per_row_hook(self, module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> Tensor | None:
         return output.as_subclass(_PerRow) if self._is_shared(arguments) else None
 
     def _is_shared(self, arguments: tuple[Any, ...]) -> bool:
-        if self._batch is None or self._hooks_disabled or len(self._batch) == 1:
+        if self._batch is None or self._hooks_disabled or len(self._batch.input_ids) == 1:
             return False
         return arguments[0].dim() == 3 and arguments[0].shape[0] == 1 and self._batch.input_ids.shape[1] > 1
 

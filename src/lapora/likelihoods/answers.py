@@ -12,8 +12,7 @@ from torch import Tensor
 
 from lapora import metrics
 from lapora.config import PredictSettings
-from lapora.errors import UsageError
-from lapora.likelihoods.base import Averaging, Likelihood, LogitMoments, ScoreOptions, Scorer
+from lapora.likelihoods.base import Averaging, Likelihood, LogitMoments, ScoreOptions, Scorer, logits_record
 from lapora.metrics.weighted import WeightedScores
 
 
@@ -76,8 +75,6 @@ class AnswerLikelihood(Likelihood):
         self, found: Sequence[LogitMoments], averaging: Averaging, settings: PredictSettings, texts: int = 1
     ) -> list[dict[str, Any]]:
         """Return answer, confidence, entropy and probabilities of each row."""
-        if settings.interval is not None:
-            raise UsageError(f"--interval goes with likelihood gaussian, not {self.name}")
         log_p = self.predict(settings.link, found, averaging, samples=settings.samples, seed=settings.seed)
         log_map = self.predict("map", found, averaging)
         moments = averaging.moments(list(found)) if settings.logits else found[0]
@@ -93,11 +90,7 @@ class AnswerLikelihood(Likelihood):
                 "map_probabilities": dict(zip(self.choices, log_map[row].exp().tolist(), strict=True)),
             }
             if settings.logits:
-                record["logits"] = {
-                    "mean": moments.mean[row].double().tolist(),
-                    "covariance": moments.covariance[row].tolist(),
-                    **({} if averaging.is_single else {"averaged": True}),
-                }
+                record["logits"] = logits_record(moments, row, averaging)
             if settings.abstain_below is not None:
                 record["abstained"] = record["confidence"] < settings.abstain_below
             records.append(record)

@@ -112,6 +112,9 @@ class Likelihood(ABC):
     has_answers: ClassVar[bool] = True
     """Whether a prediction is one distribution over :attr:`choices`, with a confidence and an entropy."""
 
+    has_noise: ClassVar[bool] = False
+    """Whether the noise is measured on the training rows, which must all have a target."""
+
     uses_differences: ClassVar[bool] = False
     """Whether only the differences of the outputs matter, as under softmax."""
 
@@ -138,6 +141,30 @@ class Likelihood(ABC):
         """
         if link not in self.links:
             raise UsageError(f"--link {link} does not go with likelihood {self.name}: use {' or '.join(self.links)}")
+
+    def check_settings(self, settings: PredictSettings) -> None:
+        """Refuse settings of ``predict`` that another likelihood has.
+
+        Raises:
+            UsageError: The link, or a field, does not exist for this likelihood.
+        """
+        self.check_link(settings.link)
+        for option, given, belongs in (
+            ("--interval", settings.interval is not None, self.has_noise),
+            ("--penalty", settings.penalty is not None, self.name == "preference"),
+            ("--abstain-below", settings.abstain_below is not None, self.has_answers),
+        ):
+            if given and not belongs:
+                raise UsageError(f"{option} does not go with likelihood {self.name}")
+
+    def with_noise(self, outputs: Tensor, targets: Tensor) -> Likelihood:
+        """Return the likelihood with the noise of the plain adapter's residuals."""
+        return self
+
+    @property
+    def reference_nll(self) -> float:
+        """NLL of a row from which the NLL on training rows is counted, in nats."""
+        return 0.0
 
     def targets(self, values: Sequence[Any]) -> Tensor:
         """Return the labels of N rows as a tensor, ``(N,)`` or ``(N, C)``."""
@@ -263,6 +290,10 @@ class Likelihood(ABC):
     def fit_temperature(self, table: Tensor, targets: Tensor, *, width: float | None = None) -> float:
         """Fit the temperature of :meth:`scaled`: minimum NLL, or maximum posterior under N(log T; 0, width²)."""
 
+    def tuned(self, table: Tensor, targets: Tensor) -> tuple[Tensor, float]:
+        """Return a prediction with the noise of least NLL, and its scale; unchanged, and 1, without noise."""
+        return table, 1.0
+
     @abstractmethod
     def row_nll(self, table: Tensor, targets: Tensor) -> Tensor:
         """Return the NLL of every row in nats, ``(N,)``."""
@@ -297,6 +328,10 @@ class Likelihood(ABC):
         """Return log-probabilities ``(M, C)`` and labels ``(M,)`` for reliability diagrams, where there are answers."""
         return table, targets
 
+    def levels(self, table: Tensor, targets: Tensor) -> Tensor | None:
+        """Return the probability integral transforms of targets that are numbers, ``(M,)``."""
+        return None
+
     @abstractmethod
     def records(
         self, found: Sequence[LogitMoments], averaging: Averaging, settings: PredictSettings, texts: int = 1
@@ -309,6 +344,15 @@ class Likelihood(ABC):
             settings: Link, samples, what is written.
             texts: Number of texts of a row that are compared.
         """
+
+
+def logits_record(moments: LogitMoments, row: int, averaging: Averaging) -> dict[str, Any]:
+    """Return mean and covariance of a row's outputs as JSON values."""
+    return {
+        "mean": moments.mean[row].double().tolist(),
+        "covariance": moments.covariance[row].tolist(),
+        **({} if averaging.is_single else {"averaged": True}),
+    }
 
 
 @dataclass(frozen=True)

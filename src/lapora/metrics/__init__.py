@@ -1,4 +1,4 @@
-"""Metrics of class probabilities: scores, bootstrap intervals, calibration and selective prediction."""
+"""Metrics of class probabilities and of regressions: scores, intervals, calibration, selective prediction."""
 
 from lapora.metrics.bins import Bin, reliability_bins
 from lapora.metrics.bootstrap import Interval, bootstrap_intervals, intervals, paired_interval
@@ -10,6 +10,7 @@ from lapora.metrics.scores import (
     constant_predictor,
     evaluate,
     fit_temperature,
+    minimize_over_temperature,
     risk_coverage,
     row_entropy,
     row_nll,
@@ -28,6 +29,7 @@ __all__ = [
     "evaluate",
     "fit_temperature",
     "intervals",
+    "minimize_over_temperature",
     "paired_interval",
     "reliability_bins",
     "risk_coverage",

@@ -28,10 +28,17 @@ HEADINGS = {
     "brier": "brier",
     "auroc": "auroc",
     "aurc": "aurc",
+    "exact_match": "exact match",
+    "f1_micro": "f1 micro",
+    "f1_macro": "f1 macro",
+    "rmse": "rmse",
+    "crps": "crps",
+    "interval_coverage": "interval coverage",
+    "interval_width": "interval width",
 }
 """Scores in the order of the table, with their headings."""
 
-_SECOND_TABLE = ("auroc", "aurc")
+_SECOND_TABLE = ("auroc", "aurc", "interval_coverage", "interval_width")
 """Scores that go into the second table on a narrow terminal."""
 
 _WIDE_TERMINAL = 112
@@ -83,7 +90,8 @@ def print_evaluation(record: Mapping[str, Any]) -> None:
     else:
         first = [score for score in scores if score not in _SECOND_TABLE]
         console.print(_scores(results, title, first, with_difference=False))
-        console.print(_scores(results, "", [*_SECOND_TABLE], with_difference=True))
+        rest = [score for score in _SECOND_TABLE if score in scores]
+        console.print(_scores(results, "", rest, with_difference=True))
     if "coverage" in results[0]:
         console.print(_coverage(results))
     for shifted in record.get("ood", []):
@@ -169,7 +177,7 @@ def print_reliability(diagrams: Mapping[str, Sequence[Bin]]) -> None:
         diagrams: Bins by method, at most two.
     """
     console = Console()
-    if not console.is_terminal:
+    if not console.is_terminal or not diagrams:
         return
     table = Table(
         title="accuracy by confidence",
@@ -224,7 +232,7 @@ def checkpoint_tables(record: Mapping[str, Any]) -> list[Table]:
     return tables
 
 
-_BEST_IS_HIGH = ("accuracy", "mcc", "auroc")
+_BEST_IS_HIGH = ("accuracy", "mcc", "auroc", "f1_macro", "f1_micro", "exact_match")
 # Not compared: the constant predictor is calibrated by construction, and the oracle has seen the labels.
 _NO_CANDIDATES = ("constant", "temperature (oracle)")
 
@@ -406,7 +414,7 @@ def _validation_curve(record: Validation) -> Table:
             table.add_section()
         length = 1 + round((_COUNT_BAR - 1) * (point.nll - low) / (high - low or 1.0))
         least = " least" if point.nll == low else ""
-        cells = (f"{value:.3f}" for value in (point.nll, point.ece, point.accuracy))
+        cells = (number(value) for value in (point.nll, point.ece, point.accuracy))
         table.add_row(label, *cells, "█" * length + least)
     return table
 

@@ -84,7 +84,7 @@ def training_curve(
         seed=run.seed,
         progress=progress,
     )
-    nll = -table[:, 0]
+    nll = -table[:, 0] - run.likelihood.reference_nll
     excess = nll[:-1] - nll[-1]
     return TrainingCurve(
         precisions=PRECISIONS.tolist(),
@@ -95,12 +95,14 @@ def training_curve(
     )
 
 
-def average_without_rows(curve: TrainingCurve) -> Averaged:
-    """Return the average from training rows alone: around the tolerance, at temperature 1."""
+def average_without_rows(curve: TrainingCurve, noise_scale: float = 1.0) -> Averaged:
+    """Return the average from training rows alone: around the tolerance, at temperature 1 or the noise's scale."""
     tolerance = tolerance_of(curve)
     precisions = grid()
     weights = average(precisions, [1.0], tolerance)
-    return Averaged(precisions=_listed(precisions), temperatures=[1.0], weights=weights.tolist(), tolerance=tolerance)
+    return Averaged(
+        precisions=_listed(precisions), temperatures=[noise_scale], weights=weights.tolist(), tolerance=tolerance
+    )
 
 
 def average_with_rows(
@@ -176,10 +178,11 @@ def describe_averaged(
     eigenvalues: Sequence[NDArray[np.float64]],
     parameters: Sequence[Mapping[str, Any]],
     log_likelihood: float | None,
+    residuals: int = 0,
 ) -> dict[str, Any]:
     """Return the manifest's ``prior`` of an average; its precision is the weighted geometric mean."""
     (mean,) = reference.on_grid([averaged.mean_precision])
-    evidence, effective = evidence_at(mean, eigenvalues, parameters, log_likelihood or 0.0)
+    evidence, effective = evidence_at(mean, eigenvalues, parameters, log_likelihood or 0.0, residuals)
     return {
         **mean.to_manifest(),
         "method": "averaged",

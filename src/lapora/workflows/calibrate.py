@@ -164,7 +164,7 @@ def judge(evaluation: Evaluation, link: Link) -> Verdict:
         results["map"]["nll"],
         to_map["nll"]["value"],
         Interval(*to_map["nll"]["interval"]),
-        to_map["accuracy"]["interval"][1] < 0,
+        "accuracy" in to_map and to_map["accuracy"]["interval"][1] < 0,
     )
     rows = evaluation.likelihood.row_nll(tables["laplace"], evaluation.targets)
     rows -= evaluation.likelihood.row_nll(tables["temperature"], evaluation.targets)

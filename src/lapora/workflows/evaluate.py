@@ -93,6 +93,12 @@ def run_evaluation(
     """
     plan = make_plan(model, settings)
     fitted = open_fitted(model, plan.names[0], data=data, load=load)
+    likelihood = fitted.model.likelihood
+    if not likelihood.has_answers and (settings.ood or settings.coverage is not None):
+        option = "--ood" if settings.ood else "--coverage"
+        raise UsageError(f"{option} needs a likelihood with answers, which {likelihood.name} is not")
+    if "all" in settings.methods and not settings.links:
+        plan = replace(plan, links=tuple(link for link in plan.links if link in likelihood.links))
     notes = [*plan.left_out]
     temperature = _temperature(fitted, plan, data, settings, notes)
     left_out = plan.tuning_digests | (temperature.rows if temperature else frozenset())

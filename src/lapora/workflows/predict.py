@@ -432,7 +432,7 @@ class OpenPredictor:
         self._routes.attach(session)  # a row that was read meanwhile may have put on another
         if self._predictor is None:
             likelihood, settings = session.model.likelihood, self._settings
-            likelihood.check_link(settings.link)
+            likelihood.check_settings(settings)
             predictor = session.predictor(
                 every_class=likelihood.needs_every_output(settings.link) or settings.logits,
                 map_only=settings.link == "map" and not settings.logits,

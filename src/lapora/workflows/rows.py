@@ -89,11 +89,18 @@ def resolve_task(data: DataSettings, recorded: Manifest | None = None) -> Task:
     Raises:
         DataError: There is neither.
     """
-    if data.task:
-        return load_task(data.task)
     if recorded is None:
-        raise DataError("no task; give one with --data (see `lapora tasks`)")
-    return Task.from_dict(recorded.task, source="the posterior's task")
+        if not data.task:
+            raise DataError("no task; give one with --data (see `lapora tasks`)")
+        return load_task(data.task)
+    own = Task.from_dict(recorded.task, source="the posterior's task")
+    task = load_task(data.task) if data.task else own
+    if task.likelihood != own.likelihood:
+        raise DataError(
+            f"task {task.task} has likelihood {task.likelihood}, and the posterior was fitted with {own.likelihood}; "
+            "give a task of the same likelihood"
+        )
+    return task
 
 
 def read_rows(data: DataSettings, recorded: Manifest | None, default_split: str) -> tuple[Task, list[Row], str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -162,10 +162,19 @@ def run_moments(
 
 def forward_table(model: TaskModel, coded: Sequence[EncodedExample]) -> Tensor:
     """Return the plain adapter's predictions by one forward pass, ``(N, ...)`` in float64, in the rows' order."""
+    return _forward(model, coded, model.likelihood.at_map)
+
+
+def forward_outputs(model: TaskModel, coded: Sequence[EncodedExample]) -> Tensor:
+    """Return the plain adapter's outputs by one forward pass, ``(N, C)`` in float64, in the rows' order."""
+    return _forward(model, coded, lambda outputs: outputs.double().cpu())
+
+
+def _forward(model: TaskModel, coded: Sequence[EncodedExample], convert: Callable[[Tensor], Tensor]) -> Tensor:
     found: dict[int, Tensor] = {}
     with model.processes.on_shard(), torch.no_grad():
         for batch, logits in run_batches(model.sharded_batches(coded), model.outputs.logits):
-            found |= zip(batch.rows, model.likelihood.at_map(logits), strict=True)
+            found |= zip(batch.rows, convert(logits), strict=True)
     everywhere = {row: own for each in model.processes.all_gather(found) for row, own in each.items()}
     return torch.stack([everywhere[row] for row in range(len(coded))])
 

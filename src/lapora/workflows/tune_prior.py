@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -157,6 +157,7 @@ def _maximize(posterior: SavedPosterior, settings: PriorSettings) -> EvidenceMax
         optimizer=settings.optimizer,
         learning_rate=settings.learning_rate,
         steps=settings.steps,
+        residuals=posterior.manifest.residuals,
     )
 
 
@@ -178,7 +179,7 @@ def _by_average(
             why = "fitted by an earlier version, or on rows without labels"
             tuned.notes.append(f"nothing is known of what the training rows tolerate ({why}): fit again to average")
             return tuned
-        averaged = average_without_rows(manifest.training_curve)
+        averaged = average_without_rows(manifest.training_curve, evidence.noise_scale)
         notes = [f"no labelled rows ({found}): the average is over what the training rows tolerate"]
         if settings.structure in ("kind", "layer"):
             notes.append(f"--prior {settings.structure} needs labelled rows to average: one precision for all layers")
@@ -191,7 +192,12 @@ def _by_average(
     if settings.structure == "point":
         averaged = averaged.point()
     prior = describe_averaged(
-        averaged, evidence.prior, posterior.eigenvalues(), manifest.parameters, manifest.log_likelihood
+        averaged,
+        evidence.prior,
+        posterior.eigenvalues(),
+        manifest.parameters,
+        manifest.log_likelihood,
+        manifest.residuals,
     )
     notes += [*_notes_of_average(averaged, deviation), *_at_bound_notes(evidence.at_bound)]
     mean = PriorPrecision.from_manifest(prior)
@@ -280,7 +286,8 @@ def _at_bound_notes(at_bound: dict[str, str]) -> list[str]:
 def _harm_note(posterior: SavedPosterior) -> list[str]:
     """Warn where the marginal likelihood is known to harm: causal models, and more than two answers."""
     manifest = posterior.manifest
-    if manifest.answers.token_ids is None and len(manifest.answers.choices) <= 2:
+    other_likelihood = manifest.task.get("likelihood", "categorical") != "categorical"
+    if manifest.answers.token_ids is None and (other_likelihood or len(manifest.answers.choices) <= 2):
         return []
     kind = "with more than two answers" if manifest.answers.token_ids is None else "on causal language models"
     return [
@@ -310,7 +317,7 @@ def _by_validation(
     choice = _choose(fitted, rows, settings, evidence.prior, progress)
     manifest = posterior.manifest
     log_evidence, effective = evidence_at(
-        choice.prior, posterior.eigenvalues(), manifest.parameters, manifest.log_likelihood or 0.0
+        choice.prior, posterior.eigenvalues(), manifest.parameters, manifest.log_likelihood or 0.0, manifest.residuals
     )
     prior = {
         **choice.prior.to_manifest(),
@@ -319,6 +326,7 @@ def _by_validation(
         "effective_parameters": effective,
         "at_bound": {ALL: choice.at_bound} if choice.at_bound else None,
         "validation": choice.record,
+        **({} if choice.noise_scale == 1.0 else {"noise_scale": choice.noise_scale}),
     }
     if len(rows.examples) < _FEW_ROWS:
         choice.notes.append(
@@ -337,6 +345,7 @@ class ValidationChoice:
         at_bound: ``lowest`` or ``highest`` where the least NLL is at the grid's end, else None.
         reason: What was chosen, and what the marginal likelihood would have given: one line.
         notes: What else the user should know.
+        noise_scale: s of a regression's noise.
     """
 
     prior: PriorPrecision
@@ -344,6 +353,7 @@ class ValidationChoice:
     at_bound: str | None
     reason: str
     notes: list[str]
+    noise_scale: float = 1.0
 
 
 def _choose(
@@ -376,7 +386,9 @@ def _choose(
         progress=progress,
     )
     likelihood = fitted.model.likelihood
-    tables = scored.tables[settings.link]
+    tables, scales = zip(
+        *(likelihood.tuned(table, rows.targets) for table in scored.tables[settings.link]), strict=True
+    )
     scores = [likelihood.scores(table, rows.targets) for table in tables]
     at_map = likelihood.scores(scored.tables["map"][0], rows.targets)
     nll = [score["nll"] for score in scores[:-1]]
@@ -407,15 +419,18 @@ def _choose(
         "link": settings.link,
         "scheme": "scalar" if scalar else f"{settings.structure}: ratios by marginal likelihood, one factor by NLL",
         "curve": [
-            {"precision": float(value), **{key: score[key] for key in ("nll", "ece", "accuracy")}}
-            for value, score in zip(GRID, scores[:-1], strict=True)
+            {"precision": float(value), **_recorded(score)} for value, score in zip(GRID, scores[:-1], strict=True)
         ],
         "least_nll": least.value,
-        "map": {key: at_map[key] for key in ("nll", "ece", "accuracy")},
-        "marglik": {**by_evidence.to_manifest(), **{key: scores[-1][key] for key in ("nll", "ece", "accuracy")}},
+        "map": _recorded(at_map),
+        "marglik": {**by_evidence.to_manifest(), **_recorded(scores[-1])},
         "rows": [row_digest(example) for example in rows.examples],
     }
-    return ValidationChoice(prior, record, least.at_bound, reason, notes)
+    return ValidationChoice(prior, record, least.at_bound, reason, notes, scales[nearest])
+
+
+def _recorded(scores: Mapping[str, float]) -> dict[str, float]:
+    return {key: scores[key] for key in ("nll", "ece", "accuracy") if key in scores}
 
 
 class CurveMinimum(NamedTuple):
