@@ -5,23 +5,26 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
 
 import lapora
-from lapora.config import DataSettings, EvalSettings, PredictSettings, PriorSettings
+from lapora.config import CheckpointSettings, DataSettings, EvalSettings, FitSettings, PredictSettings, PriorSettings
 from lapora.errors import DataError, UsageError
 from lapora.likelihoods.gaussian import Gaussian
 from lapora.metrics.mixtures import mixture_moments
 from lapora.storage.saved import SavedPosterior
+from lapora.workflows.checkpoints import evaluate_checkpoints
 from lapora.workflows.evaluate import run_evaluation
+from lapora.workflows.fit import estimate_memory, fit
 from lapora.workflows.predict import predict
 from lapora.workflows.rows import read_labelled_rows
 from lapora.workflows.scoring import forward_outputs, score_rows
 from lapora.workflows.task_model import open_fitted
 from lapora.workflows.tune_prior import tune_prior
-from tiny_adapter import command, fit_tiny, model_of
+from tiny_adapter import command, data_of, fit_tiny, model_of
 from tiny_heads import make_head, rows_of
 
 LIKELIHOODS = ("bernoulli", "multilabel", "gaussian", "preference")
@@ -271,6 +274,24 @@ def test_a_regression_needs_a_target_in_every_row(tiny):
         fit_tiny(folder, overwrite=True)
 
 
+@pytest.mark.parametrize("name", LIKELIHOODS)
+def test_the_memory_is_estimated(name, fitted_once):
+    folder = fitted_once[name]
+    found = estimate_memory(model_of(folder), data_of(folder), FitSettings())
+    assert found.activations > 0 and found.batch == (21 if name == "preference" else 24, 48)
+
+
+def test_checkpoints_and_the_adapted_evidence_are_for_answers(tiny):
+    folder = tiny("gaussian")
+    shutil.copytree(folder / "adapter", folder / "checkpoint-1")
+    model = replace(model_of(folder), adapter=str(folder))
+    with pytest.raises(UsageError, match="compares accuracy and ECE"):
+        evaluate_checkpoints(model, data_of(folder), EvalSettings(), CheckpointSettings(), print)
+    fit_tiny(folder, structure="full", overwrite=True)
+    with pytest.raises(UsageError, match="needs likelihood categorical"):
+        tune_prior(model_of(folder), None, PriorSettings(method="adapted"))
+
+
 def test_engines_of_laplace_torch_are_for_answers(tiny):
     with pytest.raises(UsageError, match="has likelihood categorical alone"):
         fit_tiny(tiny("gaussian"), engine="curvlinops", overwrite=True)
@@ -334,10 +355,6 @@ def test_an_interrupted_fit_of_pairs_resumes_to_the_same_posterior(tiny):
         done.append(count)
         if len(done) == 3:
             raise KeyboardInterrupt
-
-    from lapora.config import FitSettings
-    from lapora.workflows.fit import fit
-    from tiny_adapter import data_of
 
     settings = FitSettings(overwrite=True, save_every=0, prior_method="marglik")
     with pytest.raises(KeyboardInterrupt):

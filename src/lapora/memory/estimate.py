@@ -175,21 +175,22 @@ class _Estimator:
         layers = find_bayesian_layers(meta_model.model, settings.subset)
         columns = self.columns if settings.fisher == "exact" else 1
         in_batch = model.batch_size or max(1, TOKEN_BUDGET // (self.length * self.texts))
-        batch = min(self.rows, in_batch) * self.texts, self.length
+        batch = min(self.rows, in_batch), self.length
+        shape = batch[0] * self.texts, self.length
         activations: int = self._cached(
             ("batch", settings.structure, batch, model.gradient_checkpointing),
             lambda: batch_memory(
                 meta_model,
                 layers,
                 settings.structure,
-                batch,
+                shape,
                 classes=self.classes,
                 directions=columns,
                 recompute_blocks=model.gradient_checkpointing,
             ),
         )
         # Not in the dry pass: one dequantized weight, and the attention mask of padded rows.
-        activations += meta_model.dequantized + batch[0] * self.length**2 * meta_model.dtype.itemsize
+        activations += meta_model.dequantized + shape[0] * self.length**2 * meta_model.dtype.itemsize
         sizes = footprint(
             StructureShape(
                 structure=settings.structure,

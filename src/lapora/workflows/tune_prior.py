@@ -489,7 +489,7 @@ def _adapted(posterior: SavedPosterior, settings: PriorSettings) -> TunedPrior:
         raise UsageError(f"--method adapted chooses one precision: use --prior scalar, not {settings.structure}")
     names = ["linear_model.kernel", "linear_model.prior_mean", "linear_model.labels"]
     if names[0] not in posterior.tensors:
-        raise UsageError("--method adapted needs labelled rows and --fisher exact in `lapora fit`")
+        raise UsageError("--method adapted needs likelihood categorical, labelled rows and --fisher exact in `fit`")
     kernel, prior_mean, labels = (posterior.arrays(names)[name] for name in names)
     model = LinearModel(np.asarray(kernel), np.asarray(prior_mean), np.asarray(labels))
     precision, evidence, bound = model.maximize()
