@@ -88,8 +88,8 @@ def table(chosen: BenchmarkAdapter, folder: Path):
             if name == "m0":
                 constant = metrics.constant_predictor(rows.targets, len(session.model.choices))
                 yield _row("constant predictor", metrics.evaluate(constant, rows.targets))
-                yield _row("MAP", metrics.evaluate(scored.log_p["map"][0], rows.targets))
-            scores = metrics.evaluate(scored.log_p["mc-joint"][0], rows.targets)
+                yield _row("MAP", metrics.evaluate(scored.tables["map"][0], rows.targets))
+            scores = metrics.evaluate(scored.tables["mc-joint"][0], rows.targets)
             size = sum(file.stat().st_size for file in result.folder.iterdir())
             rest = [f"{result.kept:.3f}", f"{fit_time:.1f} s", f"{predict_time:.1f} s", f"{size / 1e6:.1f} MB"]
             yield _row(label, scores, tuned.precision.describe(), rest)

@@ -21,6 +21,7 @@ from lapora.predictive.moments import LinearisedPredictor
 class Row:
     input_ids: list[int]
     token_type_ids: list[int] | None = field(default=None)
+    second: Row | None = None
 
 
 def _random_lora(model):

@@ -25,7 +25,8 @@ from lapora.curvature.backward import Linearisation
 from lapora.curvature.kfac import KronObserver
 from lapora.curvature.passes import collect
 from lapora.curvature.per_example import JacobianObserver
-from lapora.likelihoods.categorical import difference_columns, exact_columns
+from lapora.likelihoods.base import difference_columns
+from lapora.likelihoods.categorical import exact_columns
 from lapora.models.adapter import read_adapter
 from lapora.models.batches import Batch
 from lapora.models.batching import BatchFeed, BatchSize

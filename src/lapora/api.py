@@ -23,10 +23,11 @@ a :class:`lapora.errors.UsageError`.
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Unpack, overload
 
@@ -69,18 +70,20 @@ class RowPrediction:
     """Prediction for one row.
 
     Attributes:
-        prediction: The most probable answer.
-        confidence: Its probability.
-        entropy: Entropy of the probabilities, in nats.
+        prediction: The most probable answer; the labels of ``multilabel``; the mean of ``gaussian``; None for
+            the reward of one text.
+        confidence: Its probability; NaN where the likelihood has no answers.
+        entropy: Entropy of the probabilities, in nats; NaN where the likelihood has no answers.
         probabilities: Probability of each answer, averaged over the posterior.
         map_probabilities: Probability of each answer under the plain adapter.
         logit_mean: Mean of the C logits; None without ``logits=True``.
         logit_covariance: Their C x C covariance; None without ``logits=True``.
         logits_averaged: Whether mean and covariance are those of an average over prior precisions and temperatures.
         truncated: Whether the row was truncated to the maximum length.
+        record: All fields that ``lapora predict`` prints, those of the task's likelihood included.
     """
 
-    prediction: str
+    prediction: Any
     confidence: float
     entropy: float
     probabilities: dict[str, float]
@@ -89,21 +92,23 @@ class RowPrediction:
     logit_covariance: list[list[float]] | None = None
     logits_averaged: bool = False
     truncated: bool = False
+    record: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
     @classmethod
     def of(cls, record: Mapping[str, Any]) -> RowPrediction:
         """Convert a record of ``lapora predict``."""
         logits = record.get("logits", {})
         return cls(
-            prediction=record["prediction"],
-            confidence=record["confidence"],
-            entropy=record["entropy"],
-            probabilities=record["probabilities"],
-            map_probabilities=record["map_probabilities"],
+            prediction=record.get("prediction"),
+            confidence=record.get("confidence", math.nan),
+            entropy=record.get("entropy", math.nan),
+            probabilities=record.get("probabilities", {}),
+            map_probabilities=record.get("map_probabilities", {}),
             logit_mean=logits.get("mean"),
             logit_covariance=logits.get("covariance"),
             logits_averaged=logits.get("averaged", False),
             truncated=record.get("truncated", False),
+            record=record,
         )
 
 

@@ -32,6 +32,7 @@ PriorStructure = Literal["scalar", "kind", "layer"]
 PriorChoice = Literal["scalar", "kind", "layer", "point"]
 Optimizer = Literal["exact", "adam"]
 Link = Literal["mc-joint", "mc-indep", "probit", "bridge", "map"]
+LikelihoodName = Literal["categorical", "preference", "gaussian", "bernoulli", "multilabel"]
 Method = Literal["constant", "map", "temperature", "mc-dropout", "ensemble", "laplace"]
 OnError = Literal["stop", "report"]
 Remainder = Literal["mean", "none"]
@@ -59,6 +60,9 @@ COMPLETE = sys.maxsize
 
 DEFAULT_SAMPLES = 2048
 """Default number of quasi-Monte-Carlo points of the sampling links; used for more than two answers."""
+
+DEFAULT_INTERVAL = 0.9
+"""Probability of the central intervals of a regression."""
 
 TOKEN_BUDGET = 2048
 """Tokens per batch, padding included, that ``--batch-size auto`` starts with."""
@@ -547,6 +551,9 @@ class EvalSettings:
         Option("Split for temperature.", SCORES, metavar="SPLIT", shown="rows of tune-prior"),
     ] = None
     temperature_oracle: Annotated[bool, Option("Add the temperature fitted on the scored rows.", SCORES)] = False
+    interval: Annotated[
+        float, Option("Regression: probability of the intervals scored.", SCORES, metavar="P", above=0, max=1)
+    ] = DEFAULT_INTERVAL
     ood: Annotated[tuple[str, ...], Option("Out-of-distribution task. Repeatable.", DATA, metavar="TASK")] = ()
     ood_data_dirs: Annotated[
         tuple[Path, ...],
@@ -603,6 +610,14 @@ class PredictSettings:
     ] = "stop"
     abstain_below: Annotated[
         float | None, Option("Mark rows of lower confidence.", OUTPUT, metavar="P", min=0, max=1)
+    ] = None
+    interval: Annotated[
+        float | None,
+        Option("Regression: probability of intervals.", OUTPUT, metavar="P", above=0, max=1, shown="0.9"),
+    ] = None
+    penalty: Annotated[
+        float | None,
+        Option("Reward models: add reward - K deviations.", OUTPUT, metavar="K", min=0),
     ] = None
     adapters: Annotated[
         tuple[str, ...],

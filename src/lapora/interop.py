@@ -71,6 +71,8 @@ def to_kron_laplace(fitted: Fitted) -> KronLaplace:
     Raises:
         UsageError: The structure is not one of Kronecker products.
     """
+    if fitted.model.likelihood.name != "categorical":
+        raise UsageError(f"likelihood {fitted.model.likelihood.name} has no KronLaplace; only categorical has")
     blocks, precisions = _read(fitted.posterior)
     manifest = fitted.posterior.manifest
     return kron_laplace(

@@ -16,7 +16,7 @@ from lapora import config
 from lapora.cli.app import COMMANDS, app, run
 from lapora.config import PANELS, declared, options_of
 
-LINES = {"fit": 60, "calibrate": 61, "eval": 66, "tune-prior": 48, "predict": 50}
+LINES = {"fit": 60, "calibrate": 61, "eval": 66, "tune-prior": 48, "predict": 52}
 SETTINGS = [
     each
     for each in vars(config).values()

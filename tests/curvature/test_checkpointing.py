@@ -12,7 +12,7 @@ from lapora.curvature.backward import Linearisation
 from lapora.curvature.kfac import KronObserver
 from lapora.curvature.nystrom import NystromSketch
 from lapora.curvature.passes import CurvatureRun, collect
-from lapora.likelihoods.categorical import class_columns
+from lapora.likelihoods.base import class_columns
 from lapora.models.lora_layers import find_bayesian_layers
 from lapora.posterior.structures import fit_structure
 from lapora.workflows.fit import fit

@@ -84,6 +84,25 @@ def test_fine_tune_with_trl_then_calibrate(folder, capsys):
 
 
 @pytest.mark.slow
+def test_a_reward_model(folder, capsys):
+    pytest.importorskip("trl")
+    Path("reward.py").write_text(titled("recipes/reward-model.md", "reward.py"))
+    first, second = blocks("recipes/reward-model.md", "sh")
+    python, *commands = first.splitlines(keepends=True)
+    done = shell(python, folder)
+    assert done.returncode == 0, done.stderr
+    for arguments in lapora_lines("".join(commands)):
+        app([*arguments, *(["--json"] if arguments[0] == "eval" else [])], standalone_mode=False)
+    record = json.loads(capsys.readouterr().out.splitlines()[-1])
+    scores = {result["method"]: result for result in record["results"]}
+    assert scores["map"]["accuracy"] > 0.6 and scores["laplace"]["nll"] <= scores["map"]["nll"] + 0.01
+    done = shell(second.replace("lapora predict", f"{sys.executable} -m lapora predict"), folder)
+    assert done.returncode == 0, done.stderr
+    answer = json.loads(done.stdout)
+    assert answer["penalized_reward"] == pytest.approx(answer["reward"] - answer["deviation"])
+
+
+@pytest.mark.slow
 def test_shell_pipelines(folder):
     if shutil.which("jq") is None:
         pytest.skip("no jq")

@@ -19,7 +19,7 @@ from lapora.config import DataSettings, FitSettings, ModelSettings
 from lapora.curvature.backward import Linearisation
 from lapora.curvature.kfac import KronObserver
 from lapora.curvature.nystrom import NystromSketch
-from lapora.likelihoods.categorical import class_columns
+from lapora.likelihoods.base import class_columns
 from lapora.memory import dry_pass
 from lapora.memory.dry_pass import batch_memory, input_owners_of
 from lapora.memory.estimate import allocator_overhead

@@ -64,9 +64,9 @@ def test_the_training_curve_is_the_nll_of_the_training_rows(fitted_once):
     rows = read_labelled_rows(fitted.posterior, fitted.model.kind, DataSettings(split="train"))
     priors = fitted.prior.precisions.on_grid(grid())
     scored = score_rows(fitted, rows, ["mc-joint"], samples=512, priors=priors)
-    nll = -scored.log_p["mc-joint"].gather(2, rows.targets.expand(len(priors), -1).unsqueeze(2)).squeeze(2).mean(dim=1)
+    nll = -scored.tables["mc-joint"].gather(2, rows.targets.expand(len(priors), -1).unsqueeze(2)).squeeze(2).mean(dim=1)
     assert torch.allclose(nll, torch.tensor([*curve.nll, curve.map_nll], dtype=torch.float64), atol=1e-6)
-    by_row = -scored.log_p["mc-joint"].gather(2, rows.targets.expand(len(priors), -1).unsqueeze(2)).squeeze(2)
+    by_row = -scored.tables["mc-joint"].gather(2, rows.targets.expand(len(priors), -1).unsqueeze(2)).squeeze(2)
     excess = (by_row[:-1] - by_row[-1]).numpy()
     assert np.allclose(curve.variance, excess.var(axis=1), atol=1e-6)
 
@@ -91,7 +91,7 @@ def test_predictions_are_the_weighted_sum_over_every_prior_and_temperature(tiny,
     found = torch.tensor([list(record["probabilities"].values()) for record in records], dtype=torch.float64)
     assert (found - expected).abs().max() < 1e-6
     scored = score_rows(fitted, rows, [link], samples=2048)
-    assert (scored.log_p[link][0].exp() - expected).abs().max() < 1e-6
+    assert (scored.tables[link][0].exp() - expected).abs().max() < 1e-6
 
 
 def test_the_moments_of_an_average_say_that_they_are(tiny):

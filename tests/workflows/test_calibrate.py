@@ -12,6 +12,7 @@ import torch
 import lapora
 from lapora.config import DataSettings, EvalSettings, FitSettings, PriorSettings
 from lapora.errors import PosteriorError, UsageError
+from lapora.likelihoods.categorical import Categorical
 from lapora.models import loading
 from lapora.report.tables import label_of
 from lapora.workflows import calibrate as workflow
@@ -87,7 +88,9 @@ def evaluation_of(
         }
         results.append({"method": method, **scores, "difference_to_map": differences})
     record = {"task": "t", "split": "validation", "n": rows, "results": results}
-    return Evaluation(record, [Prediction(method, log_p) for method, log_p in found.items()], targets, [], {})
+    return Evaluation(
+        record, [Prediction(method, log_p) for method, log_p in found.items()], targets, [], {}, Categorical()
+    )
 
 
 @pytest.mark.parametrize(

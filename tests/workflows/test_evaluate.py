@@ -23,7 +23,7 @@ from lapora.workflows.evaluate import run_evaluation
 from lapora.workflows.fit import fit
 from lapora.workflows.results import check_gates, parse_gate
 from lapora.workflows.rows import read_labelled_rows, row_digest
-from lapora.workflows.scoring import forward_log_p, score_rows
+from lapora.workflows.scoring import forward_table, score_rows
 from lapora.workflows.task_model import open_fitted
 
 
@@ -140,8 +140,8 @@ def test_temperature_reuses_the_rows_that_tuned_the_prior_and_none_is_scored(ada
 
 
 def run_log_map(session, rows):
-    log_p = forward_log_p(replace(session.model, batch_size=BatchSize(16)), session.model.encode(rows.examples))
-    torch.testing.assert_close(log_p, score_rows(session, rows, ["map"], samples=8).log_p["map"][0], atol=1e-5, rtol=0)
+    log_p = forward_table(replace(session.model, batch_size=BatchSize(16)), session.model.encode(rows.examples))
+    torch.testing.assert_close(log_p, score_rows(session, rows, ["map"], samples=8).tables["map"][0], atol=1e-5, rtol=0)
     return log_p
 
 
@@ -180,8 +180,8 @@ def test_an_ensemble_of_a_folder_of_checkpoints_averages_probabilities(adapter, 
         shutil.copytree(source, tmp_path / f"checkpoint-{step}", ignore=shutil.ignore_patterns("laplace"))
     done = run(adapter, methods=("map", "ensemble"), ensemble=(tmp_path,))
     predictions = {each.method: each for each in done.predictions}
-    p = predictions["ensemble"].log_p.exp()
-    own = predictions["map"].log_p.exp()
+    p = predictions["ensemble"].table.exp()
+    own = predictions["map"].table.exp()
     assert torch.allclose(p.sum(dim=1), torch.ones(80, dtype=torch.float64))
     # The other member's probabilities, got back from the average, are probabilities of another model.
     rest = 2 * p - own
@@ -193,9 +193,9 @@ def test_dropout_is_off_again_and_the_same_seed_draws_the_same(adapter):
     first, again, another = (
         run(adapter, methods=("map", "mc-dropout"), dropout_samples=3, seed=seed) for seed in (0, 0, 1)
     )
-    assert torch.equal(first.predictions[1].log_p, again.predictions[1].log_p)
-    assert not torch.equal(first.predictions[1].log_p, another.predictions[1].log_p)
-    assert torch.equal(first.predictions[0].log_p, another.predictions[0].log_p)
+    assert torch.equal(first.predictions[1].table, again.predictions[1].table)
+    assert not torch.equal(first.predictions[1].table, another.predictions[1].table)
+    assert torch.equal(first.predictions[0].table, another.predictions[0].table)
 
 
 def test_coverage_is_the_value_for_predict(adapter, demo, tmp_path, capsys):

@@ -69,7 +69,7 @@ def test_eval_of_another_task(tiny):
     assert {each.method for each in long.predictions} == {"map", "laplace", "temperature", "mc-dropout", "ensemble"}
     for cut, whole in zip(long.predictions, short.predictions, strict=True):
         assert cut.method == whole.method
-        assert torch.allclose(cut.log_p, whole.log_p, atol=1e-5), cut.method
+        assert torch.allclose(cut.table, whole.table, atol=1e-5), cut.method
 
 
 def test_ood_rows_of_another_task(tiny):

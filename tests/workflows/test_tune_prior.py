@@ -173,7 +173,7 @@ def test_a_grid_of_priors_in_one_pass_equals_one_pass_for_each(demo, adapter, st
     for index, prior in enumerate(priors):
         alone = score_rows(session, labelled, links, samples=256, priors=[prior])
         for link in links:
-            torch.testing.assert_close(together.log_p[link][index], alone.log_p[link][0], atol=1e-6, rtol=1e-5)
+            torch.testing.assert_close(together.tables[link][index], alone.tables[link][0], atol=1e-6, rtol=1e-5)
 
 
 def test_validation_chooses_the_least_nll_and_eval_leaves_its_rows_out(demo, adapter, capsys):
@@ -296,14 +296,14 @@ def test_a_prior_that_makes_it_worse_is_a_warning_with_its_remedy(demo, adapter)
     labelled = read_labelled_rows(session.posterior, session.model.kind, DataSettings(limit=100))
     hit = torch.nn.functional.one_hot(labelled.targets, 2).double()
     sure, unsure = torch.log(0.9 * hit + 0.1 * (1 - hit)), torch.log(0.6 * hit + 0.4 * (1 - hit))
-    (warning,) = evaluation._warn(session, "mc-joint", labelled, unsure, sure, 1.0, "x")
+    (warning,) = evaluation._warn(session, "mc-joint", labelled, unsure, sure, "x")
     assert warning.startswith("warning") and "underconfident" in warning and "lapora tune-prior x" in warning
-    (warning,) = evaluation._warn(session, "mc-joint", labelled, unsure.flip(1), sure, 0.0, "x")
+    (warning,) = evaluation._warn(session, "mc-joint", labelled, unsure.flip(1), sure, "x")
     assert "overconfident" in warning
     noise = 0.01 * torch.where(torch.arange(100) % 2 == 0, 1.0, -1.0).double().unsqueeze(1) - 3e-4
-    (note,) = evaluation._warn(session, "mc-joint", labelled, unsure + noise, unsure, 1.0, "x")
+    (note,) = evaluation._warn(session, "mc-joint", labelled, unsure + noise, unsure, "x")
     assert note.startswith("note") and "no better than MAP" in note
-    assert evaluation._warn(session, "mc-joint", labelled, sure, unsure, 1.0, "x") == []
+    assert evaluation._warn(session, "mc-joint", labelled, sure, unsure, "x") == []
 
 
 def test_the_remedy_fits_how_the_prior_was_chosen(demo, adapter):

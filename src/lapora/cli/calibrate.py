@@ -73,11 +73,19 @@ def _print(done: Calibration) -> None:
         record = done.evaluation.record
         table = Table(box=box.SIMPLE_HEAD)
         table.add_column(f"{record['task']}, {record['split']}: {record['n']} rows")
-        for heading in ("accuracy", "NLL", "ECE"):
-            table.add_column(heading, justify="right")
+        headings = {
+            "accuracy": "accuracy",
+            "rmse": "RMSE",
+            "f1_micro": "F1",
+            "nll": "NLL",
+            "ece": "ECE",
+            "crps": "CRPS",
+        }
+        shown = [score for score in headings if score in record["results"][0]]
+        for score in shown:
+            table.add_column(headings[score], justify="right")
         for result in record["results"]:
-            scores = (number(result[score]) for score in ("accuracy", "nll", "ece"))
-            table.add_row(Text(label_of(result)), *scores)
+            table.add_row(Text(label_of(result)), *(number(result[score]) for score in shown))
         console.print(table)
     else:
         console.print()

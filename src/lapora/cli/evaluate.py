@@ -123,7 +123,8 @@ def print_results(done: Evaluation, as_json: bool) -> None:
         print_evaluation(record)
         plain = next(each for each in done.predictions if each.method == "map")
         shown = [plain, *[each for each in done.predictions if each.method == "laplace"][:1]]
-        print_reliability({each.label: reliability_bins(each.log_p, done.targets) for each in shown})
+        answers = {each.label: done.likelihood.as_answers(each.table, done.targets) for each in shown}
+        print_reliability({label: reliability_bins(*found) for label, found in answers.items() if found is not None})
     for warning in done.warnings:
         print_message(warning)
 
@@ -153,19 +154,27 @@ def save_results(done: Evaluation, model: ModelSettings, plots: Path | None, rep
     """Write the figures and the HTML report that were asked for."""
     if not plots and not report:
         return
-    from lapora.report.figures import evaluation_pictures, save_pictures, to_svg
+    from lapora.report.figures import evaluation_pictures, regression_pictures, save_pictures, to_svg
     from lapora.report.page import Page, evaluation_tables, verdict, write_page
 
-    tables = {each.label: each.log_p for each in done.predictions}
     # One figure per posterior, with its first link; without a posterior, of one other method.
     firsts: dict[str | None, str] = {}
     for each in done.predictions:
         if each.method == "laplace":
             firsts.setdefault(each.name, each.label)
     others = [each.label for each in done.predictions if each.method not in ("constant", "map")]
-    pictures = evaluation_pictures(
-        tables, done.targets, list(firsts.values()) or others[:1] or ["map"], _rows(done.record)
-    )
+    after = list(firsts.values()) or others[:1] or ["map"]
+    answers = {each.label: done.likelihood.as_answers(each.table, done.targets) for each in done.predictions}
+    known = {label: found for label, found in answers.items() if found is not None}
+    if known:
+        targets = next(iter(known.values()))[1]
+        pictures = evaluation_pictures(
+            {label: log_p for label, (log_p, _) in known.items()}, targets, after, _rows(done.record)
+        )
+    else:
+        levels = {each.label: done.likelihood.levels(each.table, done.targets) for each in done.predictions}
+        wanted = dict.fromkeys(["map", *after])
+        pictures = regression_pictures({label: found for label in wanted if (found := levels[label]) is not None})
     if plots:
         print_message(f"{len(save_pictures(pictures, plots))} figures: {plots}")
     if not report:

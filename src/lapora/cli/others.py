@@ -95,7 +95,9 @@ def compare_command(
     metric: Annotated[
         tuple[str, ...],
         Option(
-            "Score to show: accuracy, mcc, ece, adaptive_ece, nll, brier, auroc or aurc. Repeatable.", metavar="NAME"
+            "Score to show: accuracy, mcc, ece, adaptive_ece, nll, brier, auroc, aurc; of other likelihoods also rmse, "
+            "crps, f1_micro ... Repeatable.",
+            metavar="NAME",
         ),
     ] = ("accuracy", "ece", "nll"),
     as_json: JsonOption = False,

@@ -30,12 +30,10 @@ from torch.utils.hooks import RemovableHandle
 
 from lapora.curvature.checkpointing import ForwardOverride, RecomputedBlock, blocks_of
 from lapora.errors import AdapterError
+from lapora.likelihoods.base import Directions
 from lapora.models.batches import Batch
 from lapora.models.lora_layers import BayesianLayer, norm_overrides
 from lapora.models.outputs import Layout, OutputModel
-
-Directions = Callable[[Tensor], Tensor]
-"""Maps logits ``(B, C)`` to directions ``(K, B, C)``; K = 0 runs the forward pass only."""
 
 
 class Observer(Protocol):
@@ -167,7 +165,7 @@ class Linearisation:
 
         Args:
             batch: B rows.
-            directions: Linear combinations of the logits to differentiate.
+            directions: Linear combinations of the logits to differentiate; none runs the forward pass only.
 
         Returns:
             Logits at the MAP, ``(B, C)``, detached.
@@ -309,7 +307,7 @@ class Linearisation:
             """Give each row its own copy of an input that all rows share, so that each has its own gradient."""
             if not self._is_shared(layer, arguments):
                 return None
-            return arguments[0].expand(len(cast(Batch, self._batch)), -1, -1), *arguments[1:]
+            return arguments[0].expand(len(cast(Batch, self._batch).input_ids), -1, -1), *arguments[1:]
 
         return hook
 

@@ -10,15 +10,18 @@ import torch
 from torch import Tensor
 
 from lapora.config import FisherType, Progress, WeightSharing
-from lapora.curvature.backward import Directions, Linearisation, Observer
+from lapora.curvature.backward import Linearisation, Observer
 from lapora.curvature.nystrom import NystromSketch
 from lapora.distributed import SINGLE_PROCESS, Processes
 from lapora.errors import UsageError
-from lapora.likelihoods.categorical import empirical_columns, exact_columns, monte_carlo_columns
+from lapora.likelihoods.base import Directions, Likelihood
+from lapora.likelihoods.categorical import Categorical
 from lapora.models.batches import Batch
 from lapora.models.batching import BatchFeed, run_batches
 from lapora.models.lora_layers import BayesianLayer, describe_parameter
 from lapora.models.outputs import OutputModel
+
+CATEGORICAL = Categorical()
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,8 +43,9 @@ def collect(
     observer: Observer,
     batches: Iterable[Batch],
     *,
-    targets: Sequence[int | None],
+    targets: Sequence[Any],
     fisher: FisherType | Directions = "exact",
+    likelihood: Likelihood = CATEGORICAL,
     seed: int = 0,
     progress: Progress | None = None,
     checkpoint: PassCheckpoint | None = None,
@@ -56,6 +60,7 @@ def collect(
         batches: All rows, each once; with several processes, this rank's shard.
         targets: Label of each row, or None.
         fisher: Fisher estimator, or a function that returns other directions to differentiate.
+        likelihood: Gives the Fisher's columns and the log-likelihood.
         seed: Random seed of the labels drawn by the Monte-Carlo Fisher.
         progress: Progress callback: rows done, rows in total.
         checkpoint: Stores the sums during the pass, and resumes from stored ones; requires a
@@ -69,7 +74,7 @@ def collect(
         UsageError: ``fisher`` is ``empirical``, and a row has no label.
     """
     # One uniform number per row, so that sampled labels do not depend on batches or ranks.
-    uniform = torch.rand(len(targets), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    uniform = likelihood.random_numbers(len(targets), torch.Generator().manual_seed(seed))
     labelled = all(target is not None for target in targets)
     if fisher == "empirical" and not labelled:
         raise UsageError("--fisher empirical needs a label in every row; use --fisher exact")
@@ -91,8 +96,10 @@ def collect(
     with processes.on_shard(), Linearisation(output_model, layers, observer) as linearisation:
 
         def run(batch: Batch) -> Tensor:
-            labels = torch.tensor([targets[row] for row in batch.rows]) if labelled else None
-            return linearisation.run(batch, _columns(fisher, labels, uniform[list(batch.rows)]))
+            if callable(fisher):
+                return linearisation.run(batch, fisher)
+            labels = likelihood.targets([targets[row] for row in batch.rows]) if labelled else None
+            return linearisation.run(batch, likelihood.fisher_columns(fisher, labels, uniform[list(batch.rows)]))
 
         for batch, logits in run_batches(batches, run):
             all_logits.append(logits.double())
@@ -109,8 +116,7 @@ def collect(
     logits = _in_row_order(processes.all_gather((order, [each.cpu() for each in all_logits])))
     if not labelled or not len(logits):
         return DataPass(logits, None)
-    log_p = torch.log_softmax(logits, dim=1)
-    return DataPass(logits, float(log_p.gather(1, torch.tensor(targets).unsqueeze(1)).sum()))
+    return DataPass(logits, float(likelihood.log_likelihood(logits, likelihood.targets(targets)).sum()))
 
 
 def _skip_rows(batches: Iterable[Batch], rows: int) -> Iterable[Batch]:
@@ -138,17 +144,6 @@ def _in_row_order(parts: Sequence[tuple[list[int], list[Tensor]]]) -> Tensor:
     logits = torch.empty_like(stacked)
     logits[torch.tensor(order, dtype=torch.long)] = stacked
     return logits
-
-
-def _columns(fisher: FisherType | Directions, labels: Tensor | None, uniform: Tensor) -> Directions:
-    if callable(fisher):
-        return fisher
-    if fisher == "exact":
-        return exact_columns
-    if fisher == "mc":
-        return lambda logits: monte_carlo_columns(logits, uniform)
-    assert labels is not None
-    return lambda logits: empirical_columns(logits, labels.to(logits.device))
 
 
 _OBSERVER = "observer."
@@ -301,7 +296,7 @@ class CurvatureRun:
         layers: The Bayesian layers.
         batches: Returns a new iterator over the batches.
         targets: Label of each row, or None.
-        classes: Number of answers C.
+        classes: Number of outputs C.
         fisher: Fisher estimator.
         weight_sharing: ``expand`` or ``reduce``, for the Kronecker structures.
         rank: Rank of ``kron`` or ``lowrank``; None is the structure's default.
@@ -310,12 +305,13 @@ class CurvatureRun:
         checkpoint: Stores the sums of interrupted passes.
         processes: The processes that share the rows.
         offload: Keep Kronecker sums in CPU memory.
+        likelihood: Gives the Fisher's columns and the log-likelihood.
     """
 
     output_model: OutputModel
     layers: Sequence[BayesianLayer]
     batches: Callable[[], Iterable[Batch]]
-    targets: Sequence[int | None]
+    targets: Sequence[Any]
     classes: int
     fisher: FisherType = "exact"
     weight_sharing: WeightSharing = "expand"
@@ -325,11 +321,12 @@ class CurvatureRun:
     checkpoint: CheckpointStore | None = None
     processes: Processes = SINGLE_PROCESS
     offload: bool = False
+    likelihood: Likelihood = CATEGORICAL
 
     @property
     def columns(self) -> int:
-        """Number of Fisher columns per example: C-1 for the exact Fisher, else 1."""
-        return self.classes - 1 if self.fisher == "exact" else 1
+        """Number of Fisher columns per example: those of the likelihood for the exact Fisher, else 1."""
+        return self.classes - self.likelihood.uses_differences if self.fisher == "exact" else 1
 
     def observe(
         self, observer: Observer, directions: Directions | None = None, *, keep_state: bool = False
@@ -348,6 +345,7 @@ class CurvatureRun:
             self.batches(),
             targets=self.targets,
             fisher=directions or self.fisher,
+            likelihood=self.likelihood,
             seed=self.seed,
             progress=self.progress,
             checkpoint=None if self.checkpoint is None else self.checkpoint.next_pass(keep=keep_state),

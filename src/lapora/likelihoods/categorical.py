@@ -9,13 +9,74 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import get_args
 
 import torch
 from torch import Tensor
 
 from lapora.config import DEFAULT_SAMPLES, Link
+from lapora.likelihoods.answers import AnswerLikelihood
 from lapora.likelihoods.base import Averaging, LogitMoments
 from lapora.likelihoods.quadrature import log_expected_sigmoid
+
+
+class Categorical(AnswerLikelihood):
+    """``p(y|f) = softmax(f)_y``; see this module's functions."""
+
+    name = "categorical"
+    links = get_args(Link)
+    uses_differences = True
+
+    def exact_columns(self, outputs: Tensor) -> Tensor:
+        """See :func:`exact_columns`."""
+        return exact_columns(outputs)
+
+    def sampled_columns(self, outputs: Tensor, uniform: Tensor) -> Tensor:
+        """See :func:`monte_carlo_columns`."""
+        return monte_carlo_columns(outputs, uniform)
+
+    def empirical_columns(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """See :func:`empirical_columns`."""
+        return empirical_columns(outputs, targets)
+
+    def log_p(self, outputs: Tensor) -> Tensor:
+        """Return the log-softmax."""
+        return torch.log_softmax(outputs, dim=1)
+
+    def needs_every_output(self, link: Link) -> bool:
+        """Return whether a link sees the variance of the logits' common shift."""
+        return needs_every_class(link)
+
+    def predict(
+        self,
+        link: Link,
+        found: Sequence[LogitMoments],
+        averaging: Averaging,
+        *,
+        samples: int = DEFAULT_SAMPLES,
+        seed: int = 0,
+    ) -> Tensor:
+        """See :func:`averaged_log_probabilities`."""
+        return averaged_log_probabilities(link, found, averaging, samples=samples, seed=seed)
+
+    def grid(
+        self,
+        link: Link,
+        found: Sequence[LogitMoments],
+        temperatures: Tensor,
+        targets: Tensor,
+        *,
+        samples: int = DEFAULT_SAMPLES,
+        seed: int = 0,
+    ) -> Tensor:
+        """See :func:`grid_log_probabilities`."""
+        return grid_log_probabilities(link, found, temperatures, targets, samples=samples, seed=seed)
+
+    def information(
+        self, found: Sequence[LogitMoments], averaging: Averaging, *, samples: int = DEFAULT_SAMPLES, seed: int = 0
+    ) -> Tensor:
+        """See :func:`averaged_mutual_information`."""
+        return averaged_mutual_information(found, averaging, samples=samples, seed=seed)
 
 
 def exact_columns(logits: Tensor) -> Tensor:
@@ -70,35 +131,6 @@ def empirical_columns(logits: Tensor, labels: Tensor) -> Tensor:
     """
     p = torch.softmax(logits.double(), dim=1)
     return (torch.nn.functional.one_hot(labels, p.shape[1]).to(p) - p).unsqueeze(0)
-
-
-def difference_columns(logits: Tensor) -> Tensor:
-    """The C-1 differences ``f_c - f_0``: all that softmax can see.
-
-    Returns:
-        ``(C-1, B, C)``.
-    """
-    return class_columns(logits)[1:] - class_columns(logits)[:1]
-
-
-def class_columns(logits: Tensor) -> Tensor:
-    """One direction per class.
-
-    Returns:
-        ``(C, B, C)``.
-    """
-    batch, classes = logits.shape
-    identity = torch.eye(classes, dtype=logits.dtype, device=logits.device)
-    return identity.unsqueeze(1).expand(classes, batch, classes)
-
-
-def no_columns(logits: Tensor) -> Tensor:
-    """No direction at all: the forward pass is enough.
-
-    Returns:
-        ``(0, B, C)``.
-    """
-    return logits.new_zeros(0, *logits.shape)
 
 
 SAMPLED: tuple[Link, ...] = ("mc-joint", "mc-indep")

@@ -15,7 +15,7 @@ from lapora.config import Structure
 from lapora.curvature.backward import Linearisation, Observer
 from lapora.curvature.checkpointing import blocks_of
 from lapora.curvature.per_example import JacobianObserver, LayerBasis, SecondMomentObserver
-from lapora.likelihoods.categorical import class_columns
+from lapora.likelihoods.base import class_columns
 from lapora.models.batches import Batch
 from lapora.models.lora_layers import BayesianLayer
 from lapora.models.meta_model import LiveMemory, MetaModel, MetaOutputModel, empty_batch, fake_tensors

@@ -101,6 +101,8 @@ def estimate(
     classes: int,
     rows: int,
     length: int,
+    columns: int | None = None,
+    texts: int = 1,
     device_memory: float | None = None,
 ) -> MemoryEstimate:
     """Estimate the memory of a fit from the configuration of the base model and the adapter's shapes; loads no weights.
@@ -109,9 +111,11 @@ def estimate(
         model: How to run the adapter; ``device`` may be one that this machine lacks.
         settings: The settings of the curvature.
         adapter: The adapter's files.
-        classes: Number of answers C.
+        classes: Number of outputs C.
         rows: Number of training rows.
-        length: Maximum number of tokens per row.
+        length: Maximum number of tokens per text.
+        columns: Columns of the exact Fisher; by default the C-1 of softmax.
+        texts: Number of texts of a row.
         device_memory: Free bytes of the device, if it is not a device of this machine.
 
     Raises:
@@ -125,6 +129,8 @@ def estimate(
         classes=classes,
         rows=rows,
         length=length,
+        columns=classes - 1 if columns is None else columns,
+        texts=texts,
         free_device=device_memory if device_memory is not None else _free(model.device, device, free_host),
         free_host=free_host,
     )
@@ -152,6 +158,8 @@ class _Estimator:
     classes: int
     rows: int
     length: int
+    columns: int
+    texts: int
     free_device: float | None
     free_host: float
     _cache: dict[tuple[Any, ...], Any] = field(default_factory=dict)
@@ -165,22 +173,24 @@ class _Estimator:
         model, settings = query.model, query.settings
         meta_model: MetaModel = self._cached(("meta model", model.quantize), lambda: self._build_meta_model(model))
         layers = find_bayesian_layers(meta_model.model, settings.subset)
-        columns = self.classes - 1 if settings.fisher == "exact" else 1
-        batch = min(self.rows, model.batch_size or max(1, TOKEN_BUDGET // self.length)), self.length
+        columns = self.columns if settings.fisher == "exact" else 1
+        in_batch = model.batch_size or max(1, TOKEN_BUDGET // (self.length * self.texts))
+        batch = min(self.rows, in_batch), self.length
+        shape = batch[0] * self.texts, self.length
         activations: int = self._cached(
             ("batch", settings.structure, batch, model.gradient_checkpointing),
             lambda: batch_memory(
                 meta_model,
                 layers,
                 settings.structure,
-                batch,
+                shape,
                 classes=self.classes,
                 directions=columns,
                 recompute_blocks=model.gradient_checkpointing,
             ),
         )
         # Not in the dry pass: one dequantized weight, and the attention mask of padded rows.
-        activations += meta_model.dequantized + batch[0] * self.length**2 * meta_model.dtype.itemsize
+        activations += meta_model.dequantized + shape[0] * self.length**2 * meta_model.dtype.itemsize
         sizes = footprint(
             StructureShape(
                 structure=settings.structure,

@@ -1,7 +1,7 @@
-"""Metrics of class probabilities: scores, bootstrap intervals, calibration and selective prediction."""
+"""Metrics of class probabilities and of regressions: scores, intervals, calibration, selective prediction."""
 
 from lapora.metrics.bins import Bin, reliability_bins
-from lapora.metrics.bootstrap import ENOUGH_ROWS, Interval, intervals, paired_interval
+from lapora.metrics.bootstrap import ENOUGH_ROWS, Interval, bootstrap_intervals, intervals, paired_interval
 from lapora.metrics.scores import (
     ADAPTIVE_BINS,
     ECE_BINS,
@@ -10,6 +10,7 @@ from lapora.metrics.scores import (
     constant_predictor,
     evaluate,
     fit_temperature,
+    minimize_over_temperature,
     risk_coverage,
     row_entropy,
     row_nll,
@@ -24,10 +25,12 @@ __all__ = [
     "Bin",
     "Interval",
     "auroc",
+    "bootstrap_intervals",
     "constant_predictor",
     "evaluate",
     "fit_temperature",
     "intervals",
+    "minimize_over_temperature",
     "paired_interval",
     "reliability_bins",
     "risk_coverage",

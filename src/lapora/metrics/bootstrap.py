@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -32,7 +32,7 @@ def intervals(
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> tuple[dict[str, dict[str, Interval]], dict[str, dict[str, Interval]]]:
-    """Compute 95 % intervals of all scores of several methods, on the same resamples.
+    """Compute 95 % intervals of the scores of class probabilities; see :func:`bootstrap_intervals`.
 
     Args:
         tables: ``(N, C)`` log-probabilities of each method, float64.
@@ -41,15 +41,34 @@ def intervals(
         with_mcc: Add the Matthews correlation coefficient.
         resamples: Number of resamples.
         seed: Random seed.
+    """
+    scorers = {key: WeightedScores(log_p, targets, with_mcc=with_mcc) for key, log_p in tables.items()}
+    return bootstrap_intervals(scorers, len(targets), reference=reference, resamples=resamples, seed=seed)
+
+
+def bootstrap_intervals(
+    scorers: Mapping[str, Callable[[Tensor], dict[str, Tensor]]],
+    count: int,
+    *,
+    reference: str | None = None,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> tuple[dict[str, dict[str, Interval]], dict[str, dict[str, Interval]]]:
+    """Compute 95 % intervals of all scores of several methods, on the same resamples.
+
+    Args:
+        scorers: The scores of each method as a function of row weights ``(R, N)``.
+        count: Number of rows N.
+        reference: Method to which paired differences are computed.
+        resamples: Number of resamples.
+        seed: Random seed.
 
     Returns:
         Intervals of the scores by method and score, and intervals of the differences to ``reference`` (empty without
         one). Scores undefined in more than 5 % of the resamples are left out.
     """
     generator = torch.Generator().manual_seed(seed)
-    count = len(targets)
-    scorers = {key: WeightedScores(log_p, targets, with_mcc=with_mcc) for key, log_p in tables.items()}
-    drawn: dict[str, list[dict[str, Tensor]]] = {key: [] for key in tables}
+    drawn: dict[str, list[dict[str, Tensor]]] = {key: [] for key in scorers}
     remaining = resamples
     while remaining > 0:
         size = min(remaining, max(1, _CHUNK_ELEMENTS // count))

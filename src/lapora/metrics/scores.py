@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -164,12 +165,30 @@ def fit_temperature(log_p: Tensor, targets: Tensor, *, width: float | None = Non
         T, between 0.01 and 100.
     """
 
-    def nll(log_temperature: float) -> float:
-        scaled = torch.log_softmax(log_p / math.exp(log_temperature), dim=1)
-        own = float(-scaled.gather(1, targets.unsqueeze(1)).mean())
-        return own if width is None else own + 0.5 * (log_temperature / width) ** 2 / len(targets)
+    def nll(temperature: float) -> float:
+        scaled = torch.log_softmax(log_p / temperature, dim=1)
+        return float(-scaled.gather(1, targets.unsqueeze(1)).mean())
+
+    return minimize_over_temperature(nll, len(targets), width=width)
+
+
+def minimize_over_temperature(nll: Callable[[float], float], count: int, *, width: float | None = None) -> float:
+    """Minimize a mean NLL over a temperature T, with a prior N(log T; 0, width²) or without.
+
+    Args:
+        nll: Mean NLL at a temperature, in nats a row.
+        count: Number of rows.
+        width: Standard deviation of the prior on log T; None is no prior.
+
+    Returns:
+        T, between 0.01 and 100.
+    """
+
+    def objective(log_temperature: float) -> float:
+        own = nll(math.exp(log_temperature))
+        return own if width is None else own + 0.5 * (log_temperature / width) ** 2 / count
 
     found = minimize_scalar(
-        nll, bounds=(math.log(LOWEST), math.log(HIGHEST)), method="bounded", options={"xatol": 1e-6}
+        objective, bounds=(math.log(LOWEST), math.log(HIGHEST)), method="bounded", options={"xatol": 1e-6}
     )
     return math.exp(float(found.x))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -29,11 +29,12 @@ class Batch:
     """Token ids of B rows, padded to T tokens.
 
     Attributes:
-        input_ids: ``(B, T)`` int64.
-        attention_mask: ``(B, T)`` int64, one at real tokens.
-        token_type_ids: ``(B, T)`` int64, or None.
+        input_ids: ``(B, T)`` int64; ``(2B, T)`` for rows of two texts.
+        attention_mask: The same shape, one at real tokens.
+        token_type_ids: The same shape, or None.
         rows: Position of each row in the sequence that the batches were made from.
         has_padding: Whether any position is padding.
+        texts: Number of texts of a row that are compared, which then stand one after another: ``texts B`` sequences.
     """
 
     input_ids: Tensor
@@ -41,6 +42,7 @@ class Batch:
     token_type_ids: Tensor | None
     rows: tuple[int, ...]
     has_padding: bool
+    texts: int = 1
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -60,7 +62,7 @@ def collate(
     device: torch.device | str = "cpu",
     pad_to: int | None = None,
 ) -> Batch:
-    """Pad rows to one length and stack them.
+    """Pad rows to one length and stack them; a row that is compared with a second text is followed by it.
 
     Args:
         encoded: B encoded rows.
@@ -70,6 +72,9 @@ def collate(
         device: Device of the tensors.
         pad_to: Minimum T; by default the length of the longest row.
     """
+    texts = texts_of(encoded[0])
+    if texts == 2:
+        encoded = [text for row in encoded for text in (row, _second(row))]
     length = max(pad_to or 0, *(len(row.input_ids) for row in encoded))
     ids = torch.full((len(encoded), length), pad_token_id, dtype=torch.long)
     mask = torch.zeros((len(encoded), length), dtype=torch.long)
@@ -88,4 +93,19 @@ def collate(
         token_type_ids=None if types is None else types.to(device),
         rows=tuple(rows),
         has_padding=bool((mask == 0).any()),
+        texts=texts,
     )
+
+
+def _second(row: Encoded) -> Encoded:
+    return cast(Encoded, getattr(row, "second", None))
+
+
+def texts_of(row: Encoded) -> int:
+    """Return the number of texts of a row: two if it is compared with a second one."""
+    return 1 if _second(row) is None else 2
+
+
+def length_of(row: Encoded) -> int:
+    """Return the number of tokens of a row's longest text."""
+    return max(len(row.input_ids), len(_second(row).input_ids) if texts_of(row) == 2 else 0)

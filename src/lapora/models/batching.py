@@ -11,7 +11,7 @@ import torch
 from lapora.config import MOST_TOKENS, TOKEN_BUDGET
 from lapora.distributed import SINGLE_PROCESS, Processes
 from lapora.errors import UsageError
-from lapora.models.batches import Batch, Encoded, collate
+from lapora.models.batches import Batch, Encoded, collate, length_of, texts_of
 from lapora.models.outputs import OutputModel
 
 Result = TypeVar("Result")
@@ -104,14 +104,16 @@ class BatchFeed:
         self._bucketed = bucketed and not output_model.equal_lengths
         self._output_model = output_model
         self._encoded = encoded
-        order = sorted(range(len(encoded)), key=lambda row: (-len(encoded[row].input_ids), row))
+        order = sorted(range(len(encoded)), key=lambda row: (-texts_of(encoded[row]), -length_of(encoded[row]), row))
         self._order = processes.shard(order)
         self._done = 0
 
     def __iter__(self) -> Iterator[Batch]:
         while self._done < len(self._order):
-            longest = self._length(self._order[self._done])
-            rows = self._order[self._done : self._done + self.size.for_length(longest)]
+            first = self._order[self._done]
+            longest, texts = self._length(first), texts_of(self._encoded[first])
+            rows = self._order[self._done : self._done + self.size.for_length(longest * texts)]
+            rows = [row for row in rows if texts_of(self._encoded[row]) == texts]
             if self._bucketed or self._output_model.equal_lengths:
                 rows = [row for row in rows if self._length(row) == longest]
             self._done += len(rows)
@@ -125,7 +127,7 @@ class BatchFeed:
             )
 
     def _length(self, row: int) -> int:
-        length = len(self._encoded[row].input_ids)
+        length = length_of(self._encoded[row])
         return bucket_length(length, self._output_model.max_positions) if self._bucketed else length
 
     def skip(self, rows: int) -> None:
@@ -138,8 +140,8 @@ class BatchFeed:
         Raises:
             UsageError: The batch size is fixed, or the batch had a single row.
         """
-        rows, length = batch.input_ids.shape
-        self.size.report_out_of_memory(rows, length)
+        rows = len(batch)
+        self.size.report_out_of_memory(rows, batch.input_ids.numel() // rows)
         self._done -= rows
 
     def report_success(self) -> None:

@@ -126,6 +126,8 @@ class OutputModel:
         try:
             if self.kind == "classifier":
                 logits = self._in_order(self.network(**arguments).logits)
+                if batch.texts == 2:  # the difference of the two texts' outputs
+                    logits = logits[0::2] - logits[1::2]
             else:
                 logits = self._answer_logits(batch, arguments)
         except _ERRORS_OF_CODE as error:
@@ -191,7 +193,30 @@ class OutputModel:
         *,
         are_gradients: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """Select the token positions of a layer that contribute to the logits.
+        """Select the token positions of a layer that contribute to the logits of each row.
+
+        The tokens of a row with two texts are those of both, one text after the other. The arguments are those of
+        :meth:`sequence_view`.
+
+        Returns:
+            ``(B, T', features)``, and a ``(B, T')`` boolean mask of real tokens, or None without padding.
+        """
+        view, mask = self.sequence_view(layer, values, batch, layout, are_gradients=are_gradients)
+        if batch.texts == 1:
+            return view, mask
+        joined = view.unflatten(0, (len(batch), batch.texts)).flatten(1, 2)
+        return joined, None if mask is None else mask.unflatten(0, (len(batch), batch.texts)).flatten(1, 2)
+
+    def sequence_view(
+        self,
+        layer: BayesianLayer,
+        values: Tensor,
+        batch: Batch,
+        layout: Layout = "rows",
+        *,
+        are_gradients: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Select the token positions of a layer that contribute to the outputs of each of the B sequences.
 
         Args:
             layer: The layer.

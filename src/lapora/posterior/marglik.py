@@ -144,12 +144,14 @@ class EvidenceMaximum:
         log_marginal_likelihood: In nats; without a log-likelihood, up to that constant.
         effective_parameters: ``Σ λ/(λ+δ)``, the number of directions that the data determine.
         at_bound: ``lowest`` or ``highest`` for each group whose δ ran to the end of its range.
+        noise_scale: s of a regression's noise; 1 for other likelihoods.
     """
 
     prior: PriorPrecision
     log_marginal_likelihood: float
     effective_parameters: float
     at_bound: dict[str, str]
+    noise_scale: float = 1.0
 
     def describe(self, labelled: bool) -> dict[str, Any]:
         """The manifest's ``prior``; the evidence itself is known only where the rows had labels."""
@@ -159,6 +161,7 @@ class EvidenceMaximum:
             "log_marginal_likelihood": self.log_marginal_likelihood if labelled else None,
             "effective_parameters": self.effective_parameters,
             "at_bound": self.at_bound or None,
+            **({} if self.noise_scale == 1.0 else {"noise_scale": self.noise_scale}),
         }
 
 
@@ -171,8 +174,16 @@ def maximize_evidence(
     optimizer: Optimizer = "exact",
     learning_rate: float = 0.1,
     steps: int = 1000,
+    residuals: int = 0,
 ) -> EvidenceMaximum:
     """Choose δ for every group of layers: the evidence is a sum over layers, so the groups are solved one by one.
+
+    A regression with R residuals, of mean square 1 in units of the noise that the curvature was computed with, has a
+    noise of variance s² to be chosen, too (Immer et al. 2021). With the prior scaled alike, ``θ ~ N(0, s²/δ I)``,
+
+    ``log p(D|δ, s) = log p(y|X, θ_MAP) - ½ [R (log s² + 1/s² - 1) + δ ‖θ‖²/s² + Σ log(1 + λ/δ)]``,
+
+    and for given δ the maximum is at ``s² = 1 + δ ‖θ‖²/R``. The two steps are repeated until they converge.
 
     Args:
         spectra: Eigenvalues of each layer, or of all together where the posterior joins layers.
@@ -182,22 +193,48 @@ def maximize_evidence(
         optimizer: ``exact`` solves for the root of the slope; ``adam`` is the paper's way.
         learning_rate: Of Adam.
         steps: Of Adam.
+        residuals: R, the number of residuals of a regression; 0 for other likelihoods.
 
     Raises:
-        UsageError: Several priors for a posterior that joins layers.
+        UsageError: Several priors for a posterior that joins layers, or Adam for a regression.
         NumericalError: An eigenvalue is negative or not finite.
     """
-    precisions: dict[str, float] = {}
-    at_bound: dict[str, str] = {}
-    total, effective = log_likelihood, 0.0
-    for group, evidence in _evidence_by_group(spectra, parameters, structure).items():
-        precision, bound = evidence.maximize() if optimizer == "exact" else evidence.adam(learning_rate, steps)
-        precisions[group] = precision
-        if bound:
-            at_bound[group] = bound
-        total += evidence.log_marginal_likelihood(precision)
-        effective += evidence.effective_parameters(precision)
-    return EvidenceMaximum(PriorPrecision(structure, precisions), total, effective, at_bound)
+    if residuals and optimizer != "exact":
+        raise UsageError("--optimizer adam has no noise to choose: a regression needs --optimizer exact")
+    groups = _evidence_by_group(spectra, parameters, structure)
+    norms = {group: evidence.squared_norm for group, evidence in groups.items()}
+    square = 1.0
+    for _ in range(_NOISE_STEPS):
+        precisions: dict[str, float] = {}
+        at_bound: dict[str, str] = {}
+        total, effective = log_likelihood, 0.0
+        for group, evidence in groups.items():
+            evidence.squared_norm = norms[group] / square
+            precision, bound = evidence.maximize() if optimizer == "exact" else evidence.adam(learning_rate, steps)
+            precisions[group] = precision
+            if bound:
+                at_bound[group] = bound
+            total += evidence.log_marginal_likelihood(precision)
+            effective += evidence.effective_parameters(precision)
+        before, square = square, _noise_square(precisions, norms, residuals)
+        if abs(math.log(square / before)) < _NOISE_TOLERANCE:
+            break
+    total -= _noise_penalty(square, residuals)
+    return EvidenceMaximum(PriorPrecision(structure, precisions), total, effective, at_bound, math.sqrt(square))
+
+
+_NOISE_STEPS = 100
+_NOISE_TOLERANCE = 1e-10
+
+
+def _noise_square(precisions: Mapping[str, float], norms: Mapping[str, float], residuals: int) -> float:
+    """Return s² of greatest marginal likelihood at given δ; 1 without residuals."""
+    return 1.0 + sum(precisions[group] * norms[group] for group in norms) / residuals if residuals else 1.0
+
+
+def _noise_penalty(square: float, residuals: int) -> float:
+    """Return ``½ R (log s² + 1/s² - 1)``."""
+    return 0.5 * residuals * (math.log(square) + 1.0 / square - 1.0)
 
 
 def evidence_at(
@@ -205,6 +242,7 @@ def evidence_at(
     spectra: Sequence[Spectrum],
     parameters: Sequence[Mapping[str, Any]],
     log_likelihood: float,
+    residuals: int = 0,
 ) -> tuple[float, float]:
     """The log marginal likelihood and the effective number of parameters at a given prior.
 
@@ -213,12 +251,18 @@ def evidence_at(
         spectra: As for :func:`maximize_evidence`.
         parameters: The manifest's ``parameters``.
         log_likelihood: ``log p(y|X, θ_MAP)`` in nats; 0 where it is not known.
+        residuals: Number of residuals of a regression, whose noise is then the best one for this prior.
 
     Returns:
         The evidence in nats, and ``Σ λ/(λ+δ)``.
     """
     total, effective = log_likelihood, 0.0
-    for group, evidence in _evidence_by_group(spectra, parameters, prior.structure).items():
+    groups = _evidence_by_group(spectra, parameters, prior.structure)
+    norms = {group: evidence.squared_norm for group, evidence in groups.items()}
+    square = _noise_square(prior.precisions, norms, residuals)
+    total -= _noise_penalty(square, residuals)
+    for group, evidence in groups.items():
+        evidence.squared_norm = norms[group] / square
         total += evidence.log_marginal_likelihood(prior.precisions[group])
         effective += evidence.effective_parameters(prior.precisions[group])
     return total, effective

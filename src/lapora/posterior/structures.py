@@ -14,7 +14,6 @@ from lapora.curvature.nystrom import NystromSketch
 from lapora.curvature.passes import CurvatureRun, DataPass, ObserverState, sums_from_state, sums_state
 from lapora.curvature.per_example import JacobianObserver, LayerBasis, SecondMomentObserver
 from lapora.errors import NumericalError, UsageError
-from lapora.likelihoods.categorical import difference_columns, exact_columns
 from lapora.models.batches import Batch
 from lapora.models.device_map import available_memory
 from lapora.models.lora_layers import BayesianLayer
@@ -110,8 +109,9 @@ class _RowsObserver(JacobianObserver):
 def fit_full(run: CurvatureRun) -> tuple[Posterior, DataPass]:
     """Fit the exact GGN over all weights in the dual: only ``K = J Jᵀ``, N(C-1) square, is decomposed.
 
-    With the exact Fisher, the C-1 logit differences are differentiated and weighted afterwards: the adapted evidence
-    uses unweighted Jacobians, and dividing out the weights of a saturated row is impossible.
+    With the exact Fisher, the likelihood's directions (C-1 logit differences for softmax) are differentiated and
+    weighted afterwards: the adapted evidence uses unweighted Jacobians, and dividing out the weights of a saturated row
+    is impossible.
 
     Raises:
         UsageError: ``J`` does not fit in memory; the message suggests alternatives.
@@ -121,7 +121,7 @@ def fit_full(run: CurvatureRun) -> tuple[Posterior, DataPass]:
         _check_memory_of_full(run)
     observer = _RowsObserver(run)
     exact = run.fisher == "exact"
-    data = run.observe(observer, difference_columns if exact else None)
+    data = run.observe(observer, run.likelihood.directions if exact else None)
     jacobian = observer.rows.flatten(0, 1)
     kernel = _gram(jacobian)
     if not bool(torch.isfinite(kernel).all()):
@@ -129,9 +129,8 @@ def fit_full(run: CurvatureRun) -> tuple[Posterior, DataPass]:
     linear_model: dict[str, Tensor] = {}
     weights = None
     if exact:
-        # Each column of S sums to zero, so it is a combination of differences to the first class.
-        weights = exact_columns(data.logits)[:, :, 1:].permute(1, 0, 2)  # (N, C-1 columns, C-1 differences)
-        if all(target is not None for target in run.targets):
+        weights = run.likelihood.column_weights(data.logits)  # (N, columns, directions)
+        if run.likelihood.uses_differences and all(target is not None for target in run.targets):
             theta = _parameter_vector(run.layers, run.classes, run.output_model.answer_token_ids)
             differences = data.logits[:, 1:] - data.logits[:, :1]
             linear_model = {

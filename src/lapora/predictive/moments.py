@@ -17,8 +17,7 @@ from torch import Tensor
 from lapora.curvature.backward import Linearisation
 from lapora.curvature.per_example import JacobianObserver, LayerGradient, PerExampleObserver
 from lapora.errors import NumericalError
-from lapora.likelihoods.base import LogitMoments
-from lapora.likelihoods.categorical import class_columns, difference_columns, no_columns
+from lapora.likelihoods.base import LogitMoments, class_columns, difference_columns, no_columns
 from lapora.models.batches import Batch
 from lapora.models.lora_layers import BayesianLayer
 from lapora.models.outputs import OutputModel

@@ -10,7 +10,7 @@ from lapora.config import method_label
 from lapora.errors import printable
 from lapora.storage.manifest import Manifest, Prior
 
-_SCORES = ("accuracy", "ece", "nll", "brier")
+_SCORES = ("accuracy", "f1_micro", "f1_macro", "rmse", "ece", "nll", "crps", "brier")
 
 
 def with_section(card: str, name: str, section: str) -> str:
@@ -57,10 +57,11 @@ def posterior_section(
     lines += ["", "```sh", f"lapora predict {repository} rows.jsonl{asked} > predictions.jsonl", "```"]
     if scores is not None:
         lines += ["", f"{_cell(scores['task'])}, {scores['n']} rows of {_cell(scores['split'])}:", ""]
-        lines += [f"| | {' | '.join(_SCORES)} |", f"| --- |{' --- |' * len(_SCORES)}"]
+        shown = [key for key in _SCORES if any(key in result for result in scores["results"])]
+        lines += [f"| | {' | '.join(shown)} |", f"| --- |{' --- |' * len(shown)}"]
         for result in scores["results"]:
             label = method_label(result["method"], result.get("name"), result.get("link"))
-            cells = [f"{result[key]:.3f}" if key in result else "" for key in _SCORES]
+            cells = [f"{result[key]:.3f}" if key in result else "" for key in shown]
             lines.append(f"| {_cell(label)} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -84,7 +84,8 @@ def verdict(record: Mapping[str, Any]) -> str:
     results = {result["method"]: result for result in reversed(record["results"])}
     plain, found = results["map"], results.get("laplace")
     if found is None or "difference_to_map" not in found:
-        return f"The plain adapter has an NLL of {number(plain['nll'])} and an ECE of {number(plain['ece'])}."
+        ece = f" and an ECE of {number(plain['ece'])}" if "ece" in plain else ""
+        return f"The plain adapter has an NLL of {number(plain['nll'])}{ece}."
     difference = found["difference_to_map"]["nll"]
     low, high = difference["interval"]
     if record["n"] < ENOUGH_ROWS:
@@ -93,10 +94,10 @@ def verdict(record: Mapping[str, Any]) -> str:
         how = "better calibrated than the plain adapter"
     else:
         how = "worse than the plain adapter" if low > 0 else "no better than the plain adapter"
+    ece = f", ECE {number(found['ece'])} against {number(plain['ece'])}" if "ece" in found else ""
     return (
         f"{label_of(found)} is {how}: NLL {number(found['nll'])} against {number(plain['nll'])} (difference "
-        f"{difference['value']:+.3f}, 95 % interval {low:+.3f} to {high:+.3f}), ECE {number(found['ece'])} against "
-        f"{number(plain['ece'])}."
+        f"{difference['value']:+.3f}, 95 % interval {low:+.3f} to {high:+.3f}){ece}."
     )
 
 

@@ -29,10 +29,17 @@ HEADINGS = {
     "brier": "brier",
     "auroc": "auroc",
     "aurc": "aurc",
+    "exact_match": "exact match",
+    "f1_micro": "f1 micro",
+    "f1_macro": "f1 macro",
+    "rmse": "rmse",
+    "crps": "crps",
+    "interval_coverage": "interval coverage",
+    "interval_width": "interval width",
 }
 """Scores in the order of the table, with their headings."""
 
-_SECOND_TABLE = ("auroc", "aurc")
+_SECOND_TABLE = ("auroc", "aurc", "interval_coverage", "interval_width")
 """Scores that go into the second table on a narrow terminal."""
 
 _WIDE_TERMINAL = 112
@@ -84,7 +91,8 @@ def print_evaluation(record: Mapping[str, Any]) -> None:
     else:
         first = [score for score in scores if score not in _SECOND_TABLE]
         console.print(_scores(results, title, first, with_difference=False))
-        console.print(_scores(results, "", [*_SECOND_TABLE], with_difference=True))
+        rest = [score for score in _SECOND_TABLE if score in scores]
+        console.print(_scores(results, "", rest, with_difference=True))
     if "coverage" in results[0]:
         console.print(_coverage(results))
     for shifted in record.get("ood", []):
@@ -170,7 +178,7 @@ def print_reliability(diagrams: Mapping[str, Sequence[Bin]]) -> None:
         diagrams: Bins by method, at most two.
     """
     console = Console()
-    if not console.is_terminal:
+    if not console.is_terminal or not diagrams:
         return
     table = Table(
         title="accuracy by confidence",
@@ -225,7 +233,7 @@ def checkpoint_tables(record: Mapping[str, Any]) -> list[Table]:
     return tables
 
 
-_BEST_IS_HIGH = ("accuracy", "mcc", "auroc")
+_BEST_IS_HIGH = ("accuracy", "mcc", "auroc", "f1_macro", "f1_micro", "exact_match")
 # Not compared: the constant predictor is calibrated by construction, and the oracle has seen the labels.
 _NO_CANDIDATES = ("constant", "temperature (oracle)")
 
@@ -400,8 +408,8 @@ def _validation_curve(record: Validation) -> Table:
 
     def cells(point: Scores) -> tuple[str, ...]:
         length = 1 + round((_COUNT_BAR - 1) * (point.nll - low) / (high - low or 1.0))
-        nll, *others = (f"{value:.3f}" for value in (point.nll, point.ece, point.accuracy))
-        return (nll, *others, "█" * length + (" least" if nll == f"{low:.3f}" else ""))
+        nll, *others = (number(value) for value in (point.nll, point.ece, point.accuracy))
+        return (nll, *others, "█" * length + (" least" if nll == number(low) else ""))
 
     for shown, equal in groupby(record.curve, key=cells):
         precisions = [point.precision for point in equal]

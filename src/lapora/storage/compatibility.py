@@ -70,8 +70,10 @@ def adapter_differences(manifest: Manifest, adapter: Adapter) -> list[str]:
     return found
 
 
-def model_differences(manifest: Manifest, loaded: LoadedModel, layers: Sequence[BayesianLayer]) -> list[str]:
-    """What differs in the loaded base model, its tokenizer, the outputs of its head and its layers."""
+def model_differences(
+    manifest: Manifest, loaded: LoadedModel, layers: Sequence[BayesianLayer], outputs: int
+) -> list[str]:
+    """What differs in the loaded base model, its tokenizer, the number of outputs of its head and its layers."""
     then = manifest.base_model
     found = []
     if then.quantization != loaded.quantize:
@@ -82,9 +84,8 @@ def model_differences(manifest: Manifest, loaded: LoadedModel, layers: Sequence[
         now = tokenizer_digest(loaded.tokenizer, manifest.data.chat_template)
         if now != manifest.tokenizer:
             found.append(f"tokenizer {manifest.tokenizer[:12]} then, {now[:12]} now")
-    answers = len(manifest.answers.choices)
-    if loaded.number_of_labels not in (None, answers):
-        found.append(f"answers {answers} then, {loaded.number_of_labels} outputs of the head now")
+    if loaded.number_of_labels not in (None, outputs):
+        found.append(f"answers {outputs} then, {loaded.number_of_labels} outputs of the head now")
     return found + _layer_differences(manifest.parameters, layers)
 
 

@@ -76,7 +76,7 @@ class Answers(Struct, frozen=True, kw_only=True):
         token_ids: Their tokens, for a causal model; else None.
     """
 
-    choices: Annotated[list[Text], Meta(min_length=2)]
+    choices: Annotated[list[Text], Meta(min_length=1)]
     token_ids: list[Annotated[int, Meta(ge=0, lt=2**62)]] | None
 
 
@@ -118,11 +118,11 @@ class _Tensor(Struct, frozen=True, kw_only=True):
 
 
 class Scores(Struct, frozen=True):
-    """Scores of one set of rows: NLL in nats a row, expected calibration error, accuracy."""
+    """Scores of one set of rows: NLL in nats a row; of answers, expected calibration error and accuracy."""
 
     nll: Number
-    ece: Number
-    accuracy: Number
+    ece: Number | None = None
+    accuracy: Number | None = None
 
 
 class EvidencePoint(Scores, frozen=True, kw_only=True):
@@ -178,6 +178,7 @@ class Prior(Struct, frozen=True, kw_only=True):
         at_bound: By group, the end of the search interval that was reached.
         validation: Record of a choice by validation rows.
         averaged: Grid and weights, where predictions average over prior precisions and temperatures.
+        noise_scale: s of a regression's noise, where predictions do not average over it.
     """
 
     structure: PriorStructure
@@ -188,6 +189,7 @@ class Prior(Struct, frozen=True, kw_only=True):
     at_bound: dict[str, str] | None = None
     validation: Validation | None = None
     averaged: Averaged | None = None
+    noise_scale: Annotated[float, Meta(gt=0.0, lt=1e300)] = 1.0
 
     @property
     def precisions(self) -> PriorPrecision:
@@ -211,6 +213,7 @@ class Manifest(Struct, frozen=True, kw_only=True):
         parameters: Name, shape, role and squared norm of every Bayesian weight, in order.
         log_likelihood: ``log p(y|X, θ_MAP)`` in nats, or None where a row has no label.
         training_curve: NLL on training rows over the prior precision, or None without labels.
+        noise_variance: Residual variance of each output of a regression on the training rows; else None.
         engine: Curvature backend.
         rank: Rank of the bases, or None where they are complete.
         kept: Share of the curvature's trace that the basis holds.
@@ -244,8 +247,14 @@ class Manifest(Struct, frozen=True, kw_only=True):
     remainder: Remainder = "none"
     seed: int = 0
     parameters: list[dict[str, Any]]
-    log_likelihood: Annotated[float, Meta(gt=-1e300, le=0.0)] | None
+    log_likelihood: Number | None
     training_curve: TrainingCurve | None = None
+    noise_variance: list[Annotated[float, Meta(gt=0.0, lt=1e300)]] | None = None
+
+    @property
+    def residuals(self) -> int:
+        """Number of residuals of a regression; 0 for other likelihoods."""
+        return self.data.n * len(self.noise_variance or ())
 
     @property
     def joint(self) -> bool:

@@ -71,14 +71,14 @@ def check_task(
         "task": task.task,
         "kind": kind,
         "rows": len(examples),
-        "labels": {choice: counts[index] for index, choice in enumerate(choices)},
+        "labels": _label_counts(counts, choices),
         "unlabelled": counts[None],
         "max_length": length,
         "examples": [
             {
                 "index": example.index,
                 **({"text": example.text} if kind == "causal" else {"inputs": list(example.inputs or ())}),
-                "target": None if example.target is None else choices[example.target],
+                "target": choices[example.target] if isinstance(example.target, int) else example.target,
             }
             for example in examples[:n]
         ],
@@ -103,3 +103,14 @@ def check_task(
             for choice, token_id, token in zip(choices, ids, tokens, strict=True)
         }
     return report
+
+
+def _label_counts(counts: Counter[Any], choices: tuple[str, ...]) -> dict[str, int]:
+    """Return the number of rows of each answer, or with each label; nothing for numbers."""
+    sets = [target for target in counts if isinstance(target, tuple)]
+    if any(value not in (0, 1) for target in sets for value in target):
+        return {}
+    return {
+        choice: counts[index] + sum(counts[target] for target in sets if target[index])
+        for index, choice in enumerate(choices)
+    }

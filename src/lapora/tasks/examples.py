@@ -11,7 +11,9 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from lapora.errors import DataError, listed, quoted
+from lapora.tasks.preferences import texts_of
 from lapora.tasks.rows import Row, keeps
+from lapora.tasks.targets import Target, labels_of, numbers_of
 from lapora.tasks.task import Task, TaskKind, checked_choices
 from lapora.tasks.templates import CompiledTemplate, compiled_template
 
@@ -28,10 +30,11 @@ class Example:
         id: The row's own ``id``, handed through.
         row: The row's values by field name.
         text: Prompt, for a causal model.
-        inputs: One or two input texts, for a sequence classifier.
+        inputs: One or two input texts, for a sequence classifier; of a preference, the better text first.
         choices: The C answers.
-        target: Index of the right answer, or None without a label.
+        target: Index of the right answer, or the numbers of the outputs; None without a label.
         ready: Whether the row contains a ready prompt (``text``) instead of the task's fields.
+        messages: Whether the inputs are lists of chat messages, as JSON.
         where: Name of the row in error messages.
     """
 
@@ -42,9 +45,10 @@ class Example:
     text: str | None
     inputs: tuple[str, ...] | None
     choices: tuple[str, ...]
-    target: int | None
+    target: Target | None
     ready: bool = False
     where: str = ""
+    messages: bool = False
 
 
 def required_fields(task: Task, kind: TaskKind) -> tuple[str, ...]:
@@ -89,6 +93,9 @@ def render(
     number = index if index is not None else row.index if isinstance(row, Row) else 0
     where = where or f"row {number}"
     labels = labels or ("required" if require_target else "optional")
+    if task.likelihood == "preference":
+        task.prompt_templates(kind)  # raises for other kinds of model
+        return _render_preference(task, values, number, labels, where)
     templates = task.prompt_templates(kind)
     needed = required_fields(task, kind)
     missing = [name for name in needed if values.get(name) is None]
@@ -107,15 +114,7 @@ def render(
         if _is_excluded(task, values, where):
             raise DataError(f"{where}: excluded by keep_if {quoted(task.keep_if)} of task {quoted(task.task)}")
         texts = tuple(template.text(values, where) for template in templates)
-    if not any(text.strip() for text in texts):
-        raise DataError(f"{where}: the rendered text is empty; check the row's fields")
-    for text in texts:
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError as error:  # valid in JSON, but not for a tokenizer
-            raise DataError(
-                f"{where}: character {error.start} of the text is an unpaired surrogate; remove it"
-            ) from None
+    _check_texts(texts, where)
     answers = _choices_of(task, values, where, None if choices is None else tuple(choices))
     if num_choices is not None and num_choices != len(answers):
         raise DataError(
@@ -136,6 +135,40 @@ def render(
         target=target,
         ready=ready,
         where=where,
+    )
+
+
+def _check_texts(texts: Sequence[str], where: str) -> None:
+    if not any(text.strip() for text in texts):
+        raise DataError(f"{where}: the rendered text is empty; check the row's fields")
+    for text in texts:
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:  # valid in JSON, but not for a tokenizer
+            raise DataError(
+                f"{where}: character {error.start} of the text is an unpaired surrogate; remove it"
+            ) from None
+
+
+def _render_preference(task: Task, values: Mapping[str, Any], index: int, labels: Labels, where: str) -> Example:
+    if _is_excluded(task, values, where):
+        raise DataError(f"{where}: excluded by keep_if {quoted(task.keep_if)} of task {quoted(task.task)}")
+    texts, messages = texts_of(task, values, where)
+    if labels != "ignore" and len(texts) < 2:
+        raise DataError(f"{where}: one text, and likelihood preference is fitted and scored on pairs; give two")
+    _check_texts(texts, where)
+    return Example(
+        task=task,
+        index=index,
+        id=values.get("id"),
+        row=values,
+        text=None,
+        inputs=texts,
+        choices=resolve_choices(task),
+        target=None if labels == "ignore" else 0,
+        ready=len(texts) < 2,
+        where=where,
+        messages=messages,
     )
 
 
@@ -278,14 +311,22 @@ def label_source(task: Task) -> str:
     return f"it is read from {listed(sorted(template.fields | template.optional_fields))}"
 
 
-def target_of(task: Task, values: Mapping[str, Any], answers: tuple[str, ...], where: str) -> int | None:
-    """Return the index of the right answer, or None if the row has no label.
+def target_of(task: Task, values: Mapping[str, Any], answers: tuple[str, ...], where: str) -> Target | None:
+    """Return the index of the right answer, or the numbers of the outputs; None if the row has no label.
 
     Raises:
-        DataError: The label is not one of the answers.
+        DataError: The label is not one of the answers, or not a number.
     """
+    if task.likelihood == "preference":
+        return 0  # the first text is the better one
     if task.doc_to_target is None:
         return None
+    if task.likelihood in ("gaussian", "multilabel"):
+        template = compiled_template(str(task.doc_to_target))
+        if any(values.get(name) in _NO_LABEL for name in template.fields):
+            return None
+        parse = numbers_of if task.likelihood == "gaussian" else labels_of
+        return parse(template.value(values, where), answers, where)
     if isinstance(task.doc_to_target, int):
         return _index(task.doc_to_target, answers, where)
     template = compiled_template(task.doc_to_target)

@@ -12,11 +12,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, cast, get_args
 
 import yaml
 
+from lapora.config import LikelihoodName
 from lapora.errors import DataError, first_line, listed, quoted
+from lapora.tasks.targets import CHOSEN, FIRST, REJECTED, SECOND
 from lapora.tasks.templates import CompiledTemplate, compiled_template
 
 TaskKind = Literal["causal", "classifier"]
@@ -49,6 +51,8 @@ class Task:
         doc_to_target: Label template, an answer's index or text; or a constant index.
         doc_to_inputs: Templates of the one or two input texts, for sequence classifiers.
         keep_if: Template; rows for which it is false are excluded.
+        likelihood: ``categorical`` (one answer), ``bernoulli`` (one logit for two answers), ``multilabel`` (a logit for
+            each of several labels), ``gaussian`` (regression) or ``preference`` (reward models).
         metric: ``acc`` or ``mcc``.
         metric_list: As in lm-evaluation-harness; sets ``metric``.
         truncate_field: Field to truncate if a row is too long.
@@ -71,6 +75,7 @@ class Task:
     doc_to_target: str | int | None = None
     doc_to_inputs: tuple[str, ...] | None = None
     keep_if: str | None = None
+    likelihood: LikelihoodName = "categorical"
     metric: str = "acc"
     metric_list: tuple[Mapping[str, Any], ...] = ()
     truncate_field: str | None = None
@@ -172,18 +177,68 @@ class Task:
                 raise DataError(f"{source}: {key}: {error}") from None
         if "task" not in parsed:
             raise DataError(f"{source}: missing key 'task'; give the task a name")
-        task = cls(**parsed)
+        task = cls(**_with_defaults(parsed))
         if task.metric_list and "metric" not in parsed:
-            task = cls(**{**parsed, "metric": _metric_of(task.metric_list, source)})
+            task = cls(**{**_with_defaults(parsed), "metric": _metric_of(task.metric_list, source)})
         _check_consistency(task, source)
         return task
 
 
+_DEFAULT_CHOICES: dict[str, tuple[str, ...]] = {"gaussian": ("value",), "preference": (FIRST, SECOND)}
+
+
+def _with_defaults(parsed: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values of a task with those that its likelihood implies."""
+    values = dict(parsed)
+    likelihood = values.get("likelihood", "categorical")
+    if likelihood in _DEFAULT_CHOICES:
+        values.setdefault("doc_to_choice", _DEFAULT_CHOICES[likelihood])
+    if likelihood == "preference":
+        values.setdefault("doc_to_inputs", (CHOSEN, REJECTED))
+    return values
+
+
+def _check_likelihood(task: Task, source: str) -> None:
+    """Check the keys of a task whose likelihood is not categorical."""
+    if task.doc_to_text is not None:
+        raise DataError(
+            f"{source}: likelihood {task.likelihood} is for sequence classifiers, which read doc_to_inputs; remove "
+            "doc_to_text"
+        )
+    if task.metric != "acc":
+        raise DataError(f"{source}: metric {task.metric} goes with likelihood categorical, not {task.likelihood}")
+    if not isinstance(task.doc_to_choice, tuple):
+        raise DataError(f"{source}: doc_to_choice: likelihood {task.likelihood} needs a list, not a template")
+    if task.likelihood == "bernoulli" and len(task.doc_to_choice) != 2:
+        raise DataError(
+            f"{source}: doc_to_choice: likelihood bernoulli has two answers, not {len(task.doc_to_choice)}; the second "
+            "is the one that the logit speaks for"
+        )
+    if task.likelihood == "multilabel" and len(task.doc_to_choice) < 2:
+        raise DataError(f"{source}: doc_to_choice: likelihood multilabel has several labels; use bernoulli for one")
+    if task.likelihood == "preference":
+        if task.doc_to_choice != (FIRST, SECOND):
+            raise DataError(f"{source}: doc_to_choice: likelihood preference has the answers first and second; omit it")
+        if len(task.doc_to_inputs or ()) != 2:
+            raise DataError(
+                f"{source}: doc_to_inputs: likelihood preference compares two texts: give two templates, the better "
+                "one first, or omit it for the fields chosen and rejected"
+            )
+        if task.doc_to_target is not None:
+            raise DataError(
+                f"{source}: doc_to_target: likelihood preference has none: the first text is the better one"
+            )
+
+
 def _check_consistency(task: Task, source: str) -> None:
+    if task.likelihood != "categorical":
+        _check_likelihood(task, source)
     if not task.kinds:
         raise DataError(f"{source}: missing both doc_to_text (causal models) and doc_to_inputs (classifiers); add one")
     if not task.doc_to_choice:
         raise DataError(f"{source}: missing doc_to_choice; list the answers, or give a template that returns them")
+    if isinstance(task.doc_to_choice, tuple) and len(task.doc_to_choice) < 2 and task.likelihood == "categorical":
+        raise DataError(f"{source}: doc_to_choice: at least two answers are required, not {len(task.doc_to_choice)}")
     if isinstance(task.doc_to_target, int) and isinstance(task.doc_to_choice, tuple):
         count = len(task.doc_to_choice)
         if not 0 <= task.doc_to_target < count:
@@ -267,11 +322,11 @@ def _choices(value: object) -> tuple[str, ...] | str:
         value = list(value.values())
     if not isinstance(value, (list, tuple)):
         raise DataError(f"must be a list of answers or a template, not {kind_of(value)}")
-    return checked_choices(value)
+    return checked_choices(value, least=1)
 
 
-def checked_choices(values: list[Any] | tuple[Any, ...]) -> tuple[str, ...]:
-    """Convert answers to text, and check that there are at least two, distinct and not empty.
+def checked_choices(values: list[Any] | tuple[Any, ...], least: int = 2) -> tuple[str, ...]:
+    """Convert answers to text, and check that there are at least two (or ``least``), distinct and not empty.
 
     Raises:
         DataError: They are not.
@@ -282,7 +337,7 @@ def checked_choices(values: list[Any] | tuple[Any, ...]) -> tuple[str, ...]:
         if not isinstance(value, (str, int, float)) or value == "":
             raise DataError(f"an answer must be non-empty text, not {quoted(value)}")
     choices = tuple(str(value) for value in values)
-    if len(choices) < 2:
+    if len(choices) < least:
         raise DataError(f"at least two answers are required, not {len(choices)}")
     duplicates = [choice for index, choice in enumerate(choices) if choice in choices[:index]]
     if duplicates:
@@ -302,6 +357,12 @@ def _output_type(value: object) -> str:
     if value != "multiple_choice":
         raise DataError(f"must be multiple_choice, not {quoted(value)}; other output types are not supported")
     return "multiple_choice"
+
+
+def _likelihood(value: object) -> str:
+    if value not in get_args(LikelihoodName):
+        raise DataError(f"must be one of {', '.join(get_args(LikelihoodName))}, not {quoted(value)}")
+    return cast(str, value)
 
 
 def _metric(value: object) -> str:
@@ -367,6 +428,7 @@ KEY_PARSERS: dict[str, Callable[[Any], Any]] = {
     "doc_to_target": _target,
     "doc_to_inputs": _inputs,
     "keep_if": _condition,
+    "likelihood": _likelihood,
     "metric": _metric,
     "metric_list": _metric_list,
     "truncate_field": _name,

@@ -9,6 +9,7 @@ from typing import Any, cast
 
 from lapora.errors import DataError, first_line, quoted
 from lapora.tasks.examples import Example
+from lapora.tasks.preferences import token_ids
 from lapora.tasks.task import Task, TaskKind
 
 _BATCH = 1000
@@ -24,11 +25,13 @@ class EncodedExample:
         input_ids: T token ids, special tokens included, without padding.
         token_type_ids: T segment ids, or None if the tokenizer has none.
         truncated: Whether the example was truncated.
+        second: The text that the first is compared with, or None.
     """
 
     input_ids: list[int]
     token_type_ids: list[int] | None
     truncated: bool
+    second: EncodedExample | None = None
 
 
 def encode(
@@ -58,13 +61,17 @@ def encode_all(
     alike: dict[Any, list[int]] = {}
     for index, example in enumerate(examples):
         key = example.task.target_delimiter if kind == "causal" else len(example.inputs or ())
+        if example.task.likelihood == "preference":
+            key = example.task.likelihood
         alike.setdefault(key, []).append(index)
     encoded: list[EncodedExample | None] = [None] * len(examples)
     for key, positions in alike.items():
         for start in range(0, len(positions), _BATCH):
             part = positions[start : start + _BATCH]
             batch = [examples[index] for index in part]
-            if kind == "causal":
+            if key == "preference":
+                results = [_encode_preference(example, tokenizer, max_length) for example in batch]
+            elif kind == "causal":
                 encoder = PromptEncoder(tokenizer, delimiter=key, chat_template=chat_template)
                 results = _encode_prompts(batch, encoder, max_length)
             else:
@@ -175,6 +182,19 @@ def _encode_inputs(examples: Sequence[Example], tokenizer: Any, max_length: int)
             raise DataError(f"{example.where}: the text has no tokens; check the row's fields")
         encoded.append(EncodedExample(ids, segments, truncated))
     return encoded
+
+
+def _encode_preference(example: Example, tokenizer: Any, max_length: int) -> EncodedExample:
+    """Encode each text of a preference by itself; the texts are not truncated."""
+    encoded: EncodedExample | None = None
+    for text in reversed(example.inputs or ()):
+        found = token_ids(example.task, text, tokenizer, messages=example.messages, where=example.where)
+        ids, types = list(found["input_ids"]), found.get("token_type_ids")
+        if not ids or len(ids) > max_length:
+            problem = f"{len(ids)} tokens, more than the {max_length} of --max-length; increase it, or exclude the row"
+            raise DataError(f"{example.where}: a text has {problem if ids else 'no tokens'}")
+        encoded = EncodedExample(ids, None if types is None else list(types), False, encoded)
+    return cast(EncodedExample, encoded)
 
 
 def _truncated(example: Example, length: int, tokenizer: Any, max_length: int) -> tuple[list[int], list[int] | None]:

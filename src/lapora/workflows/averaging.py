@@ -70,21 +70,21 @@ def training_curve(
         posterior.on_device(run.layers, device, run.working_dtype),
         torch.tensor(grid()).unsqueeze(1).expand(-1, len(run.layers)),
         classes=run.classes,
-        every_class=False,
+        every_class=not run.likelihood.uses_differences,
     )
     table = label_grid(
         inputs.model,
         predictor,
         [inputs.rows.examples[row] for row in chosen],
         [inputs.encoded[row] for row in chosen],
-        torch.tensor([targets[row] for row in chosen]),
+        run.likelihood.targets([targets[row] for row in chosen]),
         temperatures=torch.ones(1, dtype=torch.float64),
         link="mc-joint",
         samples=SAMPLES,
         seed=run.seed,
         progress=progress,
     )
-    nll = -table[:, 0]
+    nll = -table[:, 0] - run.likelihood.reference_nll
     excess = nll[:-1] - nll[-1]
     return TrainingCurve(
         precisions=PRECISIONS.tolist(),
@@ -95,12 +95,14 @@ def training_curve(
     )
 
 
-def average_without_rows(curve: TrainingCurve) -> Averaged:
-    """Return the average from training rows alone: around the tolerance, at temperature 1."""
+def average_without_rows(curve: TrainingCurve, noise_scale: float = 1.0) -> Averaged:
+    """Return the average from training rows alone: around the tolerance, at temperature 1 or the noise's scale."""
     tolerance = tolerance_of(curve)
     precisions = grid()
     weights = average(precisions, [1.0], tolerance)
-    return Averaged(precisions=_listed(precisions), temperatures=[1.0], weights=weights.tolist(), tolerance=tolerance)
+    return Averaged(
+        precisions=_listed(precisions), temperatures=[noise_scale], weights=weights.tolist(), tolerance=tolerance
+    )
 
 
 def average_with_rows(
@@ -125,14 +127,17 @@ def average_with_rows(
     """
     import torch
 
-    from lapora.likelihoods.categorical import needs_every_class
     from lapora.workflows.rows import row_digest
     from lapora.workflows.scoring import label_grid
 
     curve = fitted.posterior.manifest.training_curve
     tolerance = None if curve is None else tolerance_of(curve)
     precisions = grid()
-    predictor = fitted.predictor(every_class=needs_every_class(settings.link), priors=reference.on_grid(precisions))
+    likelihood = fitted.model.likelihood
+    likelihood.check_link(settings.link)
+    predictor = fitted.predictor(
+        every_class=likelihood.needs_every_output(settings.link), priors=reference.on_grid(precisions)
+    )
     encoded = fitted.model.encode(rows.examples)
     log_p = label_grid(
         fitted.model,
@@ -173,10 +178,11 @@ def describe_averaged(
     spectra: Sequence[Spectrum],
     parameters: Sequence[Mapping[str, Any]],
     log_likelihood: float | None,
+    residuals: int = 0,
 ) -> dict[str, Any]:
     """Return the manifest's ``prior`` of an average; its precision is the weighted geometric mean."""
     (mean,) = reference.on_grid([averaged.mean_precision])
-    evidence, effective = evidence_at(mean, spectra, parameters, log_likelihood or 0.0)
+    evidence, effective = evidence_at(mean, spectra, parameters, log_likelihood or 0.0, residuals)
     return {
         **mean.to_manifest(),
         "method": "averaged",

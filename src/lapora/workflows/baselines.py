@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,13 +14,14 @@ from torch import Tensor
 from lapora import metrics
 from lapora.config import DataSettings, Dtype, EvalSettings, ModelSettings
 from lapora.errors import AdapterError, DataError, UsageError
+from lapora.likelihoods.base import Likelihood
 from lapora.models.adapter import CONFIG_FILE, Adapter, fetch_adapter, is_hub_id, read_adapter
 from lapora.models.lora_layers import lora_dropout_on, lora_dropouts
 from lapora.models.outputs import OutputModel
 from lapora.models.shared_base import BaseCache
 from lapora.posterior.averaging import TEMPERATURE_WIDTH
 from lapora.workflows.rows import LabelledRows, TuningRows, are_training_rows, read_labelled_rows, row_digest
-from lapora.workflows.scoring import Prediction, forward_log_p
+from lapora.workflows.scoring import Prediction, forward_table
 from lapora.workflows.task_model import Fitted
 
 
@@ -43,10 +43,10 @@ class Temperature:
     rows: frozenset[str]
     notes: tuple[str, ...] = ()
 
-    def predict(self, log_map: Tensor) -> Prediction:
-        """The scaled probabilities of any rows."""
+    def predict(self, likelihood: Likelihood, at_map: Tensor) -> Prediction:
+        """The scaled predictions of any rows."""
         details = {"temperature": self.value, "fitted_on": {"split": self.split, "n": self.count}}
-        return Prediction("temperature", torch.log_softmax(log_map / self.value, dim=1), details=details)
+        return Prediction("temperature", likelihood.scaled(at_map, self.value), details=details)
 
 
 def fit_temperature(
@@ -78,9 +78,9 @@ def fit_temperature(
         )
         if rows.split == evaluated:
             rows = rows.chosen(max(1, len(rows.examples) // 2), settings.seed)
-    log_map = forward_log_p(fitted.model, fitted.model.encode(rows.examples))
+    at_map = forward_table(fitted.model, fitted.model.encode(rows.examples))
     digests = frozenset(row_digest(example) for example in rows.examples)
-    value = metrics.fit_temperature(log_map, rows.targets, width=TEMPERATURE_WIDTH)
+    value = fitted.model.likelihood.fit_temperature(at_map, rows.targets, width=TEMPERATURE_WIDTH)
     return Temperature(value, rows.split, len(rows.examples), digests, notes)
 
 
@@ -93,11 +93,10 @@ def _recorded_rows(fitted: Fitted, data: DataSettings, split: str, digests: Coll
     return rows.only(found) if found else None
 
 
-def oracle_temperature(log_map: Tensor, targets: Tensor) -> Prediction:
+def oracle_temperature(likelihood: Likelihood, at_map: Tensor, targets: Tensor) -> Prediction:
     """The temperature fitted on the very rows it is scored on: a bound, not a method."""
-    value = metrics.fit_temperature(log_map, targets)
-    scaled = torch.log_softmax(log_map / value, dim=1)
-    return Prediction("temperature (oracle)", scaled, details={"temperature": value})
+    value = likelihood.fit_temperature(at_map, targets)
+    return Prediction("temperature (oracle)", likelihood.scaled(at_map, value), details={"temperature": value})
 
 
 def mc_dropout(fitted: Fitted, sets: Sequence[LabelledRows], passes: int, seed: int) -> list[Prediction]:
@@ -113,9 +112,9 @@ def mc_dropout(fitted: Fitted, sets: Sequence[LabelledRows], passes: int, seed: 
     with lora_dropout_on(fitted.model.loaded.model, seed + fitted.model.processes.rank):
         for rows in sets:
             coded = fitted.model.encode(rows.examples)
-            drawn = [forward_log_p(fitted.model, coded) for _ in range(passes)]
+            drawn = [forward_table(fitted.model, coded) for _ in range(passes)]
             details = {"passes": passes, "dropout": max(layer.p for layer in layers)}
-            found.append(_averaged("mc-dropout", torch.stack(drawn), details))
+            found.append(_averaged(fitted.model.likelihood, "mc-dropout", torch.stack(drawn), details))
     return found
 
 
@@ -123,7 +122,7 @@ def ensemble(
     model: ModelSettings,
     fitted: Fitted,
     sets: Sequence[LabelledRows],
-    log_maps: Sequence[Tensor],
+    at_map: Sequence[Tensor],
     paths: Sequence[Path],
 ) -> list[Prediction]:
     """Average the probabilities of ADAPTER and other adapters of the same base.
@@ -132,7 +131,7 @@ def ensemble(
         model: How to run them.
         fitted: The fitted adapter.
         sets: Sets of rows.
-        log_maps: Its own log-probabilities of each.
+        at_map: Its own predictions of each.
         paths: Adapters, or folders with ``checkpoint-*``.
 
     Raises:
@@ -141,12 +140,12 @@ def ensemble(
     """
     members = _members(fitted, paths)
     bases = BaseCache()
-    tables = [[log_map] for log_map in log_maps]
+    tables = [[own] for own in at_map]
     for member in members:
-        for table, log_p in zip(tables, _member_log_p(model, fitted, member, sets, bases), strict=True):
-            table.append(log_p)
+        for table, found in zip(tables, _member_tables(model, fitted, member, sets, bases), strict=True):
+            table.append(found)
     details = {"members": 1 + len(members)}
-    return [_averaged("ensemble", torch.stack(table), details) for table in tables]
+    return [_averaged(fitted.model.likelihood, "ensemble", torch.stack(table), details) for table in tables]
 
 
 def _members(fitted: Fitted, paths: Sequence[Path]) -> list[Adapter]:
@@ -165,7 +164,7 @@ def _members(fitted: Fitted, paths: Sequence[Path]) -> list[Adapter]:
     return list(members.values())
 
 
-def _member_log_p(
+def _member_tables(
     model: ModelSettings, fitted: Fitted, member: Adapter, sets: Sequence[LabelledRows], bases: BaseCache
 ) -> list[Tensor]:
     own = fitted.model.loaded
@@ -184,15 +183,16 @@ def _member_log_p(
     outputs.output_order = fitted.model.outputs.output_order
     outputs.equal_lengths = fitted.model.outputs.equal_lengths
     there = replace(fitted.model, loaded=loaded, outputs=outputs)
-    return [forward_log_p(there, there.encode(rows.examples)) for rows in sets]
+    return [forward_table(there, there.encode(rows.examples)) for rows in sets]
 
 
-def _averaged(method: str, drawn: Tensor, details: dict[str, Any]) -> Prediction:
-    """Average ``(S, N, C)`` log-probabilities; what the members disagree on is mutual information."""
-    log_p = torch.logsumexp(drawn, dim=0) - math.log(len(drawn))
-    log_p = log_p - torch.logsumexp(log_p, dim=1, keepdim=True)
-    information = metrics.row_entropy(log_p) - metrics.row_entropy(drawn).mean(dim=0)
-    return Prediction(method, log_p, details=details, mutual_information=information.clamp(min=0.0))
+def _averaged(likelihood: Likelihood, method: str, drawn: Tensor, details: dict[str, Any]) -> Prediction:
+    """Average ``(S, N, ...)`` predictions; what the members disagree on is mutual information."""
+    table = likelihood.mixture(drawn)
+    if not likelihood.has_answers:
+        return Prediction(method, table, details=details)
+    information = metrics.row_entropy(table) - metrics.row_entropy(drawn).mean(dim=0)
+    return Prediction(method, table, details=details, mutual_information=information.clamp(min=0.0))
 
 
 def checkpoint_folders(run: Path) -> list[tuple[int, Path]]:

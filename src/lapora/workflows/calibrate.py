@@ -158,17 +158,17 @@ def predict_arguments(model: ModelSettings, name: str, link: Link, rows: str = "
 def judge(evaluation: Evaluation, link: Link) -> Verdict:
     """Compare Laplace with the plain adapter and with the temperature, on the rows that were scored."""
     results = {result["method"]: result for result in evaluation.record["results"]}
-    tables = {each.method: each.log_p for each in evaluation.predictions}
+    tables = {each.method: each.table for each in evaluation.predictions}
     own = results["laplace"]["nll"]
     to_map = results["laplace"]["difference_to_map"]
     versus_map = Comparison(
         results["map"]["nll"],
         to_map["nll"]["value"],
         Interval(*to_map["nll"]["interval"]),
-        to_map["accuracy"]["interval"][1] < 0,
+        "accuracy" in to_map and to_map["accuracy"]["interval"][1] < 0,
     )
-    rows = metrics.row_nll(tables["laplace"], evaluation.targets)
-    rows -= metrics.row_nll(tables["temperature"], evaluation.targets)
+    rows = evaluation.likelihood.row_nll(tables["laplace"], evaluation.targets)
+    rows -= evaluation.likelihood.row_nll(tables["temperature"], evaluation.targets)
     versus_temperature = Comparison(
         results["temperature"]["nll"], float(rows.mean()), Interval(*metrics.paired_interval(rows))
     )

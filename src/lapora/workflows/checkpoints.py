@@ -25,6 +25,7 @@ from lapora.config import (
     Progress,
 )
 from lapora.errors import PosteriorError, UsageError
+from lapora.likelihoods import likelihood_of
 from lapora.storage.saved import SavedPosterior, open_posterior, posterior_folder
 from lapora.tasks import load_rows, load_task
 from lapora.workflows.baselines import checkpoint_folders
@@ -74,6 +75,8 @@ def evaluate_checkpoints(
         raise UsageError(f"{run}: no checkpoint-STEP folder with an adapter in it; give the folder of a training run")
     if data.task is None:
         raise UsageError("--data is missing: the task that the run was trained on")
+    if not likelihood_of(load_task(data.task).likelihood, ()).has_answers:
+        raise UsageError("--checkpoints compares accuracy and ECE, which the task's likelihood does not have")
     rows_key = _rows_key(data, checkpoints)
     skipped: dict[str, str] = {}
     done = []

@@ -23,6 +23,7 @@ from lapora.config import (
     Progress,
 )
 from lapora.errors import DataError, UsageError
+from lapora.likelihoods.base import Likelihood, ScoreOptions
 from lapora.models.loading import Loader, load_model
 from lapora.storage.saved import open_posterior, saved_names
 from lapora.tasks import data_fingerprint, load_rows, load_task, render_all, resolve_choices
@@ -39,9 +40,10 @@ class Evaluation:
     Attributes:
         record: What ``eval --json`` prints.
         predictions: Of the scored rows, in the record's order.
-        targets: Their labels, ``(N,)``.
+        targets: Their labels, ``(N,)`` or ``(N, C)``.
         warnings: Lines for people: what was left out, and where Laplace is worse than MAP.
         manifests: The manifests of the posteriors scored, by name.
+        likelihood: The likelihood of the predictions.
     """
 
     record: dict[str, Any]
@@ -49,6 +51,7 @@ class Evaluation:
     targets: torch.Tensor
     warnings: list[str]
     manifests: dict[str, Mapping[str, Any]]
+    likelihood: Likelihood
 
 
 def evaluate(
@@ -90,6 +93,12 @@ def run_evaluation(
     """
     plan = make_plan(model, settings)
     fitted = open_fitted(model, plan.names[0], data=data, load=load)
+    likelihood = fitted.model.likelihood
+    if not likelihood.has_answers and (settings.ood or settings.coverage is not None):
+        option = "--ood" if settings.ood else "--coverage"
+        raise UsageError(f"{option} needs a likelihood with answers, which {likelihood.name} is not")
+    if "all" in settings.methods and not settings.links:
+        plan = replace(plan, links=tuple(link for link in plan.links if link in likelihood.links))
     notes = [*plan.left_out]
     temperature = _temperature(fitted, plan, data, settings, notes)
     left_out = plan.tuning_digests | (temperature.rows if temperature else frozenset())
@@ -110,8 +119,8 @@ def run_evaluation(
         scored = [_score(fitted, each, plan, settings, progress) for each in sets]
         if len(manifests) == 1:
             truncated = scored[0].truncated
-            log_maps = [each.log_p["map"][0] for each in scored]
-            predictions = _baselines(model, fitted, sets, log_maps, plan, settings, temperature, notes)
+            at_map = [each.tables["map"][0] for each in scored]
+            predictions = _baselines(model, fitted, sets, at_map, plan, settings, temperature, notes)
         if "laplace" in plan.methods:
             for found, each in zip(predictions, scored, strict=True):
                 found += _laplace(name, plan.links, each)
@@ -123,14 +132,14 @@ def run_evaluation(
         "excluded": rows.excluded,
         "truncated": truncated,
         "rows": data_fingerprint(rows.examples),
-        "results": _results(predictions[0], rows, settings),
+        "results": _results(fitted.model.likelihood, predictions[0], rows, settings),
     }
     if settings.ood:
         inside = [each for each in predictions[0] if each.method not in _OWN_ROWS_ONLY]
         record["ood"] = [
             shift_record(inside, found, each) for found, each in zip(predictions[1:], sets[1:], strict=True)
         ]
-    return Evaluation(record, predictions[0], rows.targets, notes, manifests)
+    return Evaluation(record, predictions[0], rows.targets, notes, manifests, fitted.model.likelihood)
 
 
 _OWN_ROWS_ONLY = ("constant", "temperature (oracle)")
@@ -171,24 +180,24 @@ def _baselines(
     model: ModelSettings,
     fitted: Fitted,
     sets: Sequence[LabelledRows],
-    log_maps: Sequence[torch.Tensor],
+    at_map: Sequence[torch.Tensor],
     plan: Plan,
     settings: EvalSettings,
     temperature: baselines.Temperature | None,
     notes: list[str],
 ) -> list[list[Prediction]]:
     """Every method but Laplace, of each set of rows; the constant and the oracle of the first set alone."""
+    likelihood = fitted.model.likelihood
     found: list[list[Prediction]] = [[] for _ in sets]
     if "constant" in plan.methods:
-        constant = metrics.constant_predictor(sets[0].targets, len(fitted.model.choices))
-        found[0].append(Prediction("constant", constant))
-    for each, log_map in zip(found, log_maps, strict=True):
+        found[0].append(Prediction("constant", likelihood.constant(sets[0].targets)))
+    for each, own in zip(found, at_map, strict=True):
         # MAP is what every other method is compared with: it is always there.
-        each.append(Prediction("map", log_map))
+        each.append(Prediction("map", own))
         if temperature:
-            each.append(temperature.predict(log_map))
+            each.append(temperature.predict(likelihood, own))
     if settings.temperature_oracle:
-        found[0].append(baselines.oracle_temperature(log_maps[0], sets[0].targets))
+        found[0].append(baselines.oracle_temperature(likelihood, at_map[0], sets[0].targets))
     if "mc-dropout" in plan.methods:
         try:
             drawn = baselines.mc_dropout(fitted, sets, settings.dropout_samples, settings.seed)
@@ -199,7 +208,7 @@ def _baselines(
         else:
             found = [[*each, one] for each, one in zip(found, drawn, strict=True)]
     if "ensemble" in plan.methods:
-        averaged = baselines.ensemble(model, fitted, sets, log_maps, settings.ensemble)
+        averaged = baselines.ensemble(model, fitted, sets, at_map, settings.ensemble)
         found = [[*each, one] for each, one in zip(found, averaged, strict=True)]
     return found
 
@@ -208,7 +217,7 @@ def _laplace(name: str, links: Sequence[Link], scored: ScoredRows) -> list[Predi
     return [
         Prediction(
             "laplace",
-            scored.log_p[link][0],
+            scored.tables[link][0],
             name,
             link,
             mutual_information=None if link == "map" else scored.information,
@@ -217,12 +226,14 @@ def _laplace(name: str, links: Sequence[Link], scored: ScoredRows) -> list[Predi
     ]
 
 
-def _results(predictions: Sequence[Prediction], rows: LabelledRows, settings: EvalSettings) -> list[dict[str, Any]]:
+def _results(
+    likelihood: Likelihood, predictions: Sequence[Prediction], rows: LabelledRows, settings: EvalSettings
+) -> list[dict[str, Any]]:
     """The record's entries: scores, their intervals, and the paired differences to MAP."""
-    with_mcc = rows.task.metric == "mcc"
-    tables = {each.label: each.log_p for each in predictions}
-    own, paired = metrics.intervals(tables, rows.targets, reference="map", with_mcc=with_mcc, seed=settings.seed)
-    scores = {label: metrics.evaluate(log_p, rows.targets, with_mcc=with_mcc) for label, log_p in tables.items()}
+    options = ScoreOptions(with_mcc=rows.task.metric == "mcc", interval=settings.interval)
+    tables = {each.label: each.table for each in predictions}
+    own, paired = likelihood.intervals(tables, rows.targets, options, reference="map", seed=settings.seed)
+    scores = {label: likelihood.scores(table, rows.targets, options) for label, table in tables.items()}
     results = []
     for each in predictions:
         entry = {**each.identity(), **{key: _defined(value) for key, value in scores[each.label].items()}}
@@ -246,9 +257,7 @@ def _warnings(fitted: Fitted, links: Sequence[Link], rows: LabelledRows, scored:
     found = []
     for link in links:
         if link != "map":
-            log_p = scored.log_p[link][0]
-            accuracy = float((log_p.argmax(dim=1) == rows.targets).double().mean())
-            found += _warn(fitted, link, rows, log_p, scored.log_p["map"][0], accuracy, options)
+            found += _warn(fitted, link, rows, scored.tables[link][0], scored.tables["map"][0], options)
     return found
 
 
@@ -260,13 +269,13 @@ def _warn(
     fitted: Fitted,
     link: Link,
     rows: LabelledRows,
-    log_p: torch.Tensor,
-    log_map: torch.Tensor,
-    accuracy: float,
+    table: torch.Tensor,
+    at_map: torch.Tensor,
     options: str,
 ) -> list[str]:
     """Where Laplace is worse than MAP beyond chance: how, and the command that mends it."""
-    differences = metrics.row_nll(log_p, rows.targets) - metrics.row_nll(log_map, rows.targets)
+    likelihood = fitted.model.likelihood
+    differences = likelihood.row_nll(table, rows.targets) - likelihood.row_nll(at_map, rows.targets)
     worse = float(differences.mean())
     if worse <= _WORTH_SAYING:
         return []
@@ -277,11 +286,10 @@ def _warn(
         return [f"note: {name} ({link}) is worse than MAP in NLL on too few rows to judge by ({interval})"]
     if low <= 0:
         return [f"note: {name} ({link}) is no better than MAP in NLL on these rows ({interval})"]
-    confidence = float(log_p.exp().max(dim=1).values.mean())
-    direction = "underconfident" if confidence < accuracy else "overconfident"
+    direction, numbers = likelihood.bias(table, rows.targets)
     return [
-        f"warning: {name} ({link}) is worse than MAP in NLL by {interval}, and {direction} (confidence "
-        f"{confidence:.2f}, accuracy {accuracy:.2f}); {_remedy(fitted, link, options)}"
+        f"warning: {name} ({link}) is worse than MAP in NLL by {interval}, and {direction} ({numbers}); "
+        f"{_remedy(fitted, link, options)}"
     ]
 
 
@@ -453,8 +461,8 @@ def shift_record(inside: Sequence[Prediction], outside: Sequence[Prediction], ro
         information: tuple[torch.Tensor, torch.Tensor] | None = None
         if own.mutual_information is not None and other.mutual_information is not None:
             information = own.mutual_information, other.mutual_information
-        confidence = [each.log_p.exp().max(dim=1) for each in (own, other)]
-        entropy = [metrics.row_entropy(each.log_p) for each in (own, other)]
+        confidence = [each.table.exp().max(dim=1) for each in (own, other)]
+        entropy = [metrics.row_entropy(each.table) for each in (own, other)]
         right = (confidence[1].indices == rows.targets)[labelled].double()
         results.append(
             {
@@ -478,5 +486,5 @@ def shift_record(inside: Sequence[Prediction], outside: Sequence[Prediction], ro
 
 def coverage_record(prediction: Prediction, targets: torch.Tensor, coverage: float) -> dict[str, float]:
     """The threshold that keeps a share of the rows: the value for ``predict --abstain-below``."""
-    found = metrics.threshold_for_coverage(prediction.log_p, targets, coverage)
+    found = metrics.threshold_for_coverage(prediction.table, targets, coverage)
     return {"asked": coverage, **found._asdict()}

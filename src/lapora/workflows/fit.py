@@ -18,6 +18,8 @@ from lapora._version import __version__
 from lapora.config import COMPLETE, DataSettings, FitSettings, ModelSettings, Progress
 from lapora.curvature.passes import CurvatureRun
 from lapora.errors import AdapterError, DataError, LaporaError, UsageError, listed
+from lapora.likelihoods import likelihood_of
+from lapora.likelihoods.gaussian import Gaussian
 from lapora.memory.estimate import MemoryEstimate, estimate
 from lapora.models.adapter import Adapter, read_adapter
 from lapora.models.batching import is_out_of_memory
@@ -53,7 +55,8 @@ from lapora.tasks import (
 from lapora.tasks.examples import Labels, refuse_missing_labels
 from lapora.tasks.rows import check_label_names
 from lapora.workflows.averaging import average_without_rows, describe_averaged, training_curve
-from lapora.workflows.rows import read_rows
+from lapora.workflows.rows import label_tensor, read_rows
+from lapora.workflows.scoring import forward_outputs
 from lapora.workflows.task_model import (
     Fitted,
     TaskModel,
@@ -106,7 +109,7 @@ class FitInputs:
             layers=find_bayesian_layers(self.model.loaded.model, settings.subset),
             batches=lambda: self.model.sharded_batches(self.encoded),
             targets=[example.target for example in self.rows.examples],
-            classes=len(self.rows.choices),
+            classes=self.model.likelihood.outputs,
             fisher=settings.fisher,
             weight_sharing=settings.weight_sharing,
             rank=settings.basis_rank,
@@ -114,6 +117,7 @@ class FitInputs:
             progress=progress,
             processes=self.model.processes,
             offload=settings.offload_factors,
+            likelihood=self.model.likelihood,
         )
 
 
@@ -385,11 +389,14 @@ def estimate_memory(
 def _estimate(
     model: ModelSettings, rows: TrainingRows, settings: FitSettings, device_memory: float | None = None
 ) -> MemoryEstimate:
+    likelihood = likelihood_of(rows.task.likelihood, rows.choices)
     return estimate(
         model,
         settings,
         rows.adapter,
-        classes=len(rows.choices),
+        classes=likelihood.outputs,
+        columns=likelihood.columns,
+        texts=2 if likelihood.name == "preference" else 1,
         rows=len(rows.examples),
         length=rows.max_length,
         device_memory=device_memory,
@@ -452,7 +459,28 @@ def _resolve_engine(settings: FitSettings) -> FitSettings:
     return settings
 
 
+def _measure_noise(inputs: FitInputs) -> FitInputs:
+    """Measure the noise of a regression on the training rows; other likelihoods have none.
+
+    Raises:
+        DataError: A row has no target, or there is no residual.
+    """
+    likelihood = inputs.model.likelihood
+    if not likelihood.has_noise:
+        return inputs
+    bare = next((example for example in inputs.rows.examples if example.target is None), None)
+    if bare is not None:
+        raise DataError(f"{bare.where}: no target; likelihood {likelihood.name} measures its noise on labelled rows")
+    with translate_row_errors([example.where for example in inputs.rows.examples]):
+        outputs = forward_outputs(inputs.model, inputs.encoded)
+    measured = likelihood.with_noise(outputs, label_tensor(inputs.rows.examples))
+    return replace(inputs, model=replace(inputs.model, likelihood=measured))
+
+
 def _fit(inputs: FitInputs, settings: FitSettings, folder: Path, progress: Progress | None) -> FitResult:
+    if settings.engine != "native" and inputs.model.likelihood.name != "categorical":
+        raise UsageError(f"--engine {settings.engine} has likelihood categorical alone, not the task's")
+    inputs = _measure_noise(inputs)
     model, rows, processes = inputs.model, inputs.rows, inputs.model.processes
     checkpoint = None
     run = inputs.run(settings, progress)
@@ -471,7 +499,7 @@ def _fit(inputs: FitInputs, settings: FitSettings, folder: Path, progress: Progr
     with translate_row_errors([example.where for example in rows.examples]):
         posterior, log_likelihood = fit_posterior(run, settings)
     parameters = posterior.parameters()
-    evidence = maximize_evidence(posterior.spectra, parameters, log_likelihood or 0.0)
+    evidence = maximize_evidence(posterior.spectra, parameters, log_likelihood or 0.0, residuals=described.residuals)
     notes = list(rows.adapter.notes)
     curve = None
     if settings.prior_method != "marglik":
@@ -479,8 +507,10 @@ def _fit(inputs: FitInputs, settings: FitSettings, folder: Path, progress: Progr
     if curve is None:
         prior = evidence.describe(log_likelihood is not None)
     else:
-        averaged = average_without_rows(curve)
-        prior = describe_averaged(averaged, evidence.prior, posterior.spectra, parameters, log_likelihood)
+        averaged = average_without_rows(curve, evidence.noise_scale)
+        prior = describe_averaged(
+            averaged, evidence.prior, posterior.spectra, parameters, log_likelihood, described.residuals
+        )
     manifest = structs.replace(
         described, parameters=parameters, log_likelihood=log_likelihood, kept=_kept(posterior), training_curve=curve
     )
@@ -527,7 +557,7 @@ def _curve_or_note(
 
 def _describe(inputs: FitInputs, settings: FitSettings, run: CurvatureRun) -> Manifest:
     """Return the manifest but for the results: log-likelihood, kept trace, input bases of the parameters."""
-    rows, loaded = inputs.rows, inputs.model.loaded
+    rows, loaded, likelihood = inputs.rows, inputs.model.loaded, inputs.model.likelihood
     return Manifest(
         format_version=FORMAT_VERSION,
         lapora_version=__version__,
@@ -564,18 +594,21 @@ def _describe(inputs: FitInputs, settings: FitSettings, run: CurvatureRun) -> Ma
         seed=settings.seed,
         parameters=run.describe_parameters(),
         log_likelihood=None,
+        noise_variance=list(likelihood.noise) if isinstance(likelihood, Gaussian) else None,
     )
 
 
 def _resume_key(inputs: FitInputs, settings: FitSettings, manifest: Manifest) -> dict[str, Any]:
     """Return everything that decides the sums of a pass: the settings, the rows, the batches."""
     described = msgspec.to_builtins(manifest)
-    for key in ("log_likelihood", "kept", "parameters", "engine"):
+    for key in ("log_likelihood", "kept", "parameters", "engine", "noise_variance"):
         del described[key]
     del described["data"]["data_dir"], described["data"]["limit"]
     tokens = hashlib.sha256()
     for row in inputs.encoded:
-        tokens.update(json.dumps([row.input_ids, row.token_type_ids]).encode("ascii"))
+        for text in (row, row.second):
+            if text is not None:
+                tokens.update(json.dumps([text.input_ids, text.token_type_ids]).encode("ascii"))
     return {
         **described,
         "batch_size": inputs.model.batch_size.rows,

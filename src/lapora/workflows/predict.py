@@ -12,7 +12,6 @@ from typing import Any, Protocol
 from lapora.config import LONGEST_LINE, ModelSettings, PredictSettings
 from lapora.distributed import Processes
 from lapora.errors import DataError, LaporaError, NonFiniteRowError, NumericalError, UsageError
-from lapora.likelihoods.categorical import averaged_log_probabilities, log_probabilities, needs_every_class
 from lapora.models.adapter import CONFIG_FILE, fetch_adapter, is_hub_id
 from lapora.models.batches import Batch
 from lapora.models.batching import run_batches
@@ -246,31 +245,7 @@ def _records(
     found = predictor.moments_under_each_prior(batch)
     for each in found:
         require_finite(each.covariance, batch)
-    averaging = fitted.averaging
-    log_p = averaged_log_probabilities(settings.link, found, averaging, samples=settings.samples, seed=settings.seed)
-    log_map = log_probabilities("map", found[0])
-    moments = averaging.moments(found) if settings.logits else found[0]
-    records = []
-    for row in range(len(log_p)):
-        p = log_p[row].exp()
-        best = int(p.argmax())
-        record: dict[str, Any] = {
-            "prediction": fitted.model.choices[best],
-            "confidence": float(p[best]),
-            "entropy": float(-(p * log_p[row]).nan_to_num(0.0).sum()),
-            "probabilities": dict(zip(fitted.model.choices, p.tolist(), strict=True)),
-            "map_probabilities": dict(zip(fitted.model.choices, log_map[row].exp().tolist(), strict=True)),
-        }
-        if settings.logits:
-            record["logits"] = {
-                "mean": moments.mean[row].double().tolist(),
-                "covariance": moments.covariance[row].tolist(),
-                **({} if averaging.is_single else {"averaged": True}),
-            }
-        if settings.abstain_below is not None:
-            record["abstained"] = record["confidence"] < settings.abstain_below
-        records.append(record)
-    return records
+    return fitted.model.likelihood.records(found, fitted.averaging, settings, batch.texts)
 
 
 _MOST_BASES = 4
@@ -446,8 +421,7 @@ class OpenPredictor:
 
     def __init__(self, routes: AdapterSelector, settings: PredictSettings) -> None:
         self._routes = routes
-        self._every_class = needs_every_class(settings.link) or settings.logits
-        self._map_only = settings.link == "map" and not settings.logits
+        self._settings = settings
         self._session: Fitted | None = None
         self._predictor: LinearisedPredictor | None = None
 
@@ -457,7 +431,12 @@ class OpenPredictor:
             self.close()
         self._routes.attach(session)  # a row that was read meanwhile may have put on another
         if self._predictor is None:
-            predictor = session.predictor(every_class=self._every_class, map_only=self._map_only)
+            likelihood, settings = session.model.likelihood, self._settings
+            likelihood.check_settings(settings)
+            predictor = session.predictor(
+                every_class=likelihood.needs_every_output(settings.link) or settings.logits,
+                map_only=settings.link == "map" and not settings.logits,
+            )
             self._predictor, self._session = predictor.__enter__(), session
         return self._predictor
 

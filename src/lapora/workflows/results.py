@@ -77,9 +77,12 @@ def same_rows(runs: Sequence[Mapping[str, Any]]) -> bool:
     return len({run.get("rows") for run in runs}) == 1
 
 
-METRICS = ("accuracy", "mcc", "ece", "adaptive_ece", "nll", "brier", "auroc", "aurc")
+METRICS = (
+    *("accuracy", "mcc", "ece", "adaptive_ece", "nll", "brier", "auroc", "aurc"),
+    *("f1_macro", "f1_micro", "exact_match", "rmse", "crps", "interval_coverage", "interval_width"),
+)
 _COMPARISONS = {">": operator.gt, ">=": operator.ge, "<": operator.lt, "<=": operator.le}
-_SIDE = re.compile(r"(?:(?P<selector>[A-Za-z0-9][A-Za-z0-9 ._/()-]*)\.)?(?P<metric>[a-z_]+)")
+_SIDE = re.compile(r"(?:(?P<selector>[A-Za-z0-9][A-Za-z0-9 ._/()-]*)\.)?(?P<metric>[a-z][a-z0-9_]*)")
 _HELP = "write METRIC>NUMBER or METRIC>METHOD.METRIC, as in 'ece>0.1' or 'nll>map.nll'"
 
 

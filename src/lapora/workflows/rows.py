@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -41,7 +41,7 @@ class LabelledRows:
         task: The task that rendered them.
         split: The split they come from.
         examples: The rows.
-        targets: Their labels, ``(N,)``.
+        targets: Their labels, ``(N,)`` or ``(N, C)``.
         excluded: Number of rows of the split that were left out.
     """
 
@@ -89,11 +89,18 @@ def resolve_task(data: DataSettings, recorded: Manifest | None = None) -> Task:
     Raises:
         DataError: There is neither.
     """
-    if data.task:
-        return load_task(data.task)
     if recorded is None:
-        raise DataError("no task; give one with --data (see `lapora tasks`)")
-    return Task.from_dict(recorded.task, source="the posterior's task")
+        if not data.task:
+            raise DataError("no task; give one with --data (see `lapora tasks`)")
+        return load_task(data.task)
+    own = Task.from_dict(recorded.task, source="the posterior's task")
+    task = load_task(data.task) if data.task else own
+    if task.likelihood != own.likelihood:
+        raise DataError(
+            f"task {task.task} has likelihood {task.likelihood}, and the posterior was fitted with {own.likelihood}; "
+            "give a task of the same likelihood"
+        )
+    return task
 
 
 def read_rows(data: DataSettings, recorded: Manifest | None, default_split: str) -> tuple[Task, list[Row], str]:
@@ -166,7 +173,13 @@ def read_labelled_rows(
         raise NoRowsLeftError(f"{split}: all {len(examples)} rows were used to tune the prior; score another --split")
     excluded = len(examples) - len(kept)
     kept = kept[: data.limit]
-    return LabelledRows(task, split, kept, torch.tensor([cast(int, row.target) for row in kept]), excluded)
+    return LabelledRows(task, split, kept, label_tensor(kept), excluded)
+
+
+def label_tensor(examples: Sequence[Example]) -> Tensor:
+    """Return the labels of rows that all have one: ``(N,)`` int64, or ``(N, C)`` float64 where labels are vectors."""
+    labels = torch.tensor([cast(Any, example.target) for example in examples], dtype=torch.float64)
+    return labels if labels.dim() > 1 else labels.long()
 
 
 def tuning_rows(posterior: SavedPosterior, kind: ModelKind, data: DataSettings, seed: int) -> LabelledRows:

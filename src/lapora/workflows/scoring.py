@@ -1,8 +1,8 @@
-"""Log-probabilities of rows under a posterior, for tuning and evaluation."""
+"""Predictions of rows under a posterior, for tuning and evaluation."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,14 +10,7 @@ import torch
 from torch import Tensor
 
 from lapora.config import Link, Progress, method_label
-from lapora.likelihoods.base import LogitMoments
-from lapora.likelihoods.categorical import (
-    averaged_log_probabilities,
-    averaged_mutual_information,
-    grid_log_probabilities,
-    log_probabilities,
-    needs_every_class,
-)
+from lapora.likelihoods.base import Averaging, LogitMoments
 from lapora.models.batches import Batch
 from lapora.models.batching import run_batches
 from lapora.posterior.prior import PriorPrecision
@@ -29,16 +22,16 @@ from lapora.workflows.task_model import Fitted, TaskModel, require_finite, trans
 
 @dataclass(frozen=True, eq=False)
 class ScoredRows:
-    """Log-probabilities of rows.
+    """Predictions of rows.
 
     Attributes:
-        log_p: By link, ``(D, N, C)`` in float64: averaged as saved (D = 1), or under each of D priors asked for.
-            ``map`` is always there.
+        tables: The likelihood's tables by link, ``(D, N, ...)`` in float64: averaged as saved (D = 1), or under each
+            of D priors asked for. ``map`` is always there.
         truncated: Number of rows that were truncated to the maximum length.
         information: Mutual information of answer and weights, ``(N,)`` in nats, where it was asked for.
     """
 
-    log_p: dict[Link, Tensor]
+    tables: dict[Link, Tensor]
     truncated: int
     information: Tensor | None = None
 
@@ -66,30 +59,35 @@ def score_rows(
         with_information: Compute the mutual information.
         progress: Progress callback.
     """
-    model, processes = fitted.model, fitted.model.processes
+    model, processes, likelihood = fitted.model, fitted.model.processes, fitted.model.likelihood
+    for link in links:
+        likelihood.check_link(link)
     coded = model.encode(rows.examples)
     mine = processes.shard(coded)
-    shape = (max(1, len(priors)), len(mine), len(model.choices))
-    log_p: dict[Link, Tensor] = {link: torch.zeros(shape, dtype=torch.float64) for link in ("map", *links)}
+    averaging = Averaging.single() if priors else fitted.averaging
+    tables: dict[Link, Tensor] = {
+        link: torch.zeros(
+            max(1, len(priors)),
+            len(mine),
+            *likelihood.row_shape(1 if link == "map" else len(averaging.components)),
+            dtype=torch.float64,
+        )
+        for link in ("map", *links)
+    }
     information = torch.zeros(len(mine), dtype=torch.float64)
     predictor = fitted.predictor(
-        every_class=any(needs_every_class(link) for link in links),
+        every_class=any(likelihood.needs_every_output(link) for link in links),
         map_only=set(links) <= {"map"} and not with_information,
         priors=priors,
     )
     for batch, found in run_moments(model, predictor, rows.examples, coded, progress):
         positions = list(batch.rows)
-        for link, table in log_p.items():
-            if priors:
-                for index, moments in enumerate(found):
-                    table[index, positions] = log_probabilities(link, moments, samples=samples, seed=seed)
-            else:
-                table[0, positions] = averaged_log_probabilities(
-                    link, found, fitted.averaging, samples=samples, seed=seed
-                )
+        for link, table in tables.items():
+            for index, each in enumerate([[moments] for moments in found] if priors else [found]):
+                table[index, positions] = likelihood.predict(link, each, averaging, samples=samples, seed=seed)
         if with_information:
-            information[positions] = averaged_mutual_information(found, fitted.averaging, samples=samples, seed=seed)
-    joined = {link: processes.interleave(table, len(coded), dim=1) for link, table in log_p.items()}
+            information[positions] = likelihood.information(found, averaging, samples=samples, seed=seed)
+    joined = {link: processes.interleave(table, len(coded), dim=1) for link, table in tables.items()}
     return ScoredRows(
         joined,
         sum(row.truncated for row in coded),
@@ -117,7 +115,7 @@ def label_grid(
         predictor: The linearised predictive under D prior precisions.
         examples: The N rows.
         encoded: Their token ids.
-        labels: Their labels, ``(N,)``.
+        labels: Their labels, ``(N, ...)``.
         temperatures: ``(T,)``.
         link: From moments to probabilities.
         samples: Quasi-Monte-Carlo points of the sampling links.
@@ -128,11 +126,11 @@ def label_grid(
         ``(D, T, N)`` in float64.
     """
     processes = model.processes
-    own = processes.shard(labels.tolist())
+    own = processes.shard(list(labels))
     table = torch.zeros(predictor.priors, len(temperatures), len(own), dtype=torch.float64)
     for batch, found in run_moments(model, predictor, examples, encoded, progress):
-        targets = torch.tensor([own[row] for row in batch.rows])
-        part = grid_log_probabilities(link, found, temperatures, targets, samples=samples, seed=seed)
+        targets = torch.stack([own[row] for row in batch.rows])
+        part = model.likelihood.grid(link, found, temperatures, targets, samples=samples, seed=seed)
         table[:, :, list(batch.rows)] = part
     return processes.interleave(table, len(encoded), dim=2)
 
@@ -162,23 +160,32 @@ def run_moments(
                 progress(min(done * processes.count, len(encoded)), len(encoded))
 
 
-def forward_log_p(model: TaskModel, coded: Sequence[EncodedExample]) -> Tensor:
-    """Return log-probabilities by one forward pass of the network, ``(N, C)`` in float64, in the rows' order."""
+def forward_table(model: TaskModel, coded: Sequence[EncodedExample]) -> Tensor:
+    """Return the plain adapter's predictions by one forward pass, ``(N, ...)`` in float64, in the rows' order."""
+    return _forward(model, coded, model.likelihood.at_map)
+
+
+def forward_outputs(model: TaskModel, coded: Sequence[EncodedExample]) -> Tensor:
+    """Return the plain adapter's outputs by one forward pass, ``(N, C)`` in float64, in the rows' order."""
+    return _forward(model, coded, lambda outputs: outputs.double().cpu())
+
+
+def _forward(model: TaskModel, coded: Sequence[EncodedExample], convert: Callable[[Tensor], Tensor]) -> Tensor:
     found: dict[int, Tensor] = {}
     with model.processes.on_shard(), torch.no_grad():
         for batch, logits in run_batches(model.sharded_batches(coded), model.outputs.logits):
-            found |= zip(batch.rows, torch.log_softmax(logits.double(), dim=1).cpu(), strict=True)
-    everywhere = {row: log_p for each in model.processes.all_gather(found) for row, log_p in each.items()}
+            found |= zip(batch.rows, convert(logits), strict=True)
+    everywhere = {row: own for each in model.processes.all_gather(found) for row, own in each.items()}
     return torch.stack([everywhere[row] for row in range(len(coded))])
 
 
 @dataclass(frozen=True, eq=False)
 class Prediction:
-    """One method's probabilities of a set of rows.
+    """One method's predictions of a set of rows.
 
     Attributes:
         method: Which.
-        log_p: ``(N, C)`` log-probabilities, float64.
+        table: The likelihood's table, ``(N, ...)`` in float64.
         name: The posterior, of ``laplace``.
         link: Its link.
         details: What else the record says of it.
@@ -186,7 +193,7 @@ class Prediction:
     """
 
     method: str
-    log_p: Tensor
+    table: Tensor
     name: str | None = None
     link: str | None = None
     details: dict[str, Any] = field(default_factory=dict)

@@ -13,10 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lapora.config import DataSettings, Dtype, ModelSettings
+from lapora.config import DataSettings, Dtype, LikelihoodName, ModelSettings
 from lapora.distributed import SINGLE_PROCESS, Processes
 from lapora.errors import AdapterError, DataError, LaporaWarning, NonFiniteRowError, NumericalError, UsageError
-from lapora.likelihoods.base import Averaging
+from lapora.likelihoods import likelihood_of
+from lapora.likelihoods.base import Averaging, Likelihood
 from lapora.models.adapter import ModelKind
 from lapora.models.batches import Batch
 from lapora.models.batching import BatchFeed, BatchSize
@@ -48,6 +49,7 @@ class TaskModel:
         outputs: The network from batches to the logits of the answers.
         task: The task.
         choices: The C answers.
+        likelihood: From outputs to predictions.
         token_ids: Their tokens, for a causal model; else None.
         max_length: Maximum number of tokens of a row.
         chat_template: Whether prompts are wrapped in the tokenizer's chat template.
@@ -59,6 +61,7 @@ class TaskModel:
     outputs: OutputModel
     task: Task
     choices: tuple[str, ...]
+    likelihood: Likelihood
     token_ids: list[int] | None
     max_length: int
     chat_template: bool
@@ -76,6 +79,7 @@ class TaskModel:
         max_length: int,
         chat_template: bool,
         how: ModelSettings,
+        noise: Sequence[float] | None = None,
     ) -> TaskModel:
         """Combine a loaded adapter and a task.
 
@@ -87,6 +91,7 @@ class TaskModel:
             max_length: Maximum number of tokens of a row.
             chat_template: Wrap prompts in the tokenizer's chat template.
             how: Batch size, processes, gradient checkpointing.
+            noise: Noise of a regression, once it was measured.
         """
         token_ids = None if token_ids is None else list(token_ids)
         outputs = OutputModel(loaded.model, loaded.kind, loaded.pad_token_id, token_ids)
@@ -100,7 +105,7 @@ class TaskModel:
             )
             max_length = positions
         outputs.recompute_blocks |= how.gradient_checkpointing
-        if loaded.kind == "classifier":
+        if loaded.kind == "classifier" and task.likelihood in ("categorical", "multilabel"):
             outputs.output_order = order_of_outputs(loaded, task, choices)
         check_padding(outputs, loaded.tokenizer, loaded.quantize != "none")
         return cls(
@@ -108,6 +113,7 @@ class TaskModel:
             outputs=outputs,
             task=task,
             choices=tuple(choices),
+            likelihood=likelihood_of(task.likelihood, choices, noise),
             token_ids=token_ids,
             max_length=max_length,
             chat_template=chat_template,
@@ -182,7 +188,8 @@ class Fitted:
         """Weights of the saved prior's precisions, in the order of :attr:`priors`, and of its temperatures."""
         averaged = self.prior.averaged
         if averaged is None:
-            return Averaging.single()
+            scale = torch.tensor([self.prior.noise_scale], dtype=torch.float64)
+            return Averaging(scale, torch.ones(1, 1, dtype=torch.float64))
         pruned = averaged.pruned()
         return Averaging(
             torch.tensor(pruned.temperatures, dtype=torch.float64), torch.tensor(pruned.weights, dtype=torch.float64)
@@ -207,8 +214,8 @@ class Fitted:
             self.layers,
             self.gaussian,
             torch.tensor(np.stack(per_layer)),
-            classes=len(self.model.choices),
-            every_class=every_class,
+            classes=self.model.likelihood.outputs,
+            every_class=every_class or not self.model.likelihood.uses_differences,
             map_only=map_only,
         )
 
@@ -253,12 +260,35 @@ def answer_tokens(
         )
     if chat_template:
         raise UsageError("--chat-template wraps the prompt of a causal language model; this adapter is a classifier")
-    if loaded.number_of_labels != len(choices):
-        raise DataError(
-            f"task {task.task} has {len(choices)} answers and the adapter's head {loaded.number_of_labels} outputs; "
-            "give the task the adapter was trained on"
-        )
+    check_head(loaded, task, likelihood_of(task.likelihood, choices).outputs)
     return None
+
+
+_PROBLEM_TYPES: dict[str, tuple[LikelihoodName, ...]] = {
+    "regression": ("gaussian", "preference"),
+    "single_label_classification": ("categorical",),
+    "multi_label_classification": ("multilabel", "bernoulli"),
+}
+
+
+def check_head(loaded: LoadedModel, task: Task, outputs: int) -> None:
+    """Check a classification head against the task's likelihood: number of outputs, and ``problem_type``.
+
+    Raises:
+        DataError: They contradict each other; both are named.
+    """
+    if loaded.number_of_labels != outputs:
+        of = "" if task.likelihood == "categorical" else f" of likelihood {task.likelihood}"
+        raise DataError(
+            f"task {task.task} has {outputs} {'answers' if not of else 'outputs'}{of} and the adapter's head "
+            f"{loaded.number_of_labels} outputs; give the task the adapter was trained on"
+        )
+    problem = str(getattr(loaded.model.get_base_model().config, "problem_type", None))
+    if task.likelihood not in _PROBLEM_TYPES.get(problem, (task.likelihood,)):
+        raise DataError(
+            f"task {task.task} has likelihood {task.likelihood}, and the base model's config problem_type {problem}, "
+            f"which is {' or '.join(_PROBLEM_TYPES[problem])}: correct the one that is wrong"
+        )
 
 
 def order_of_outputs(loaded: LoadedModel, task: Task, choices: Sequence[str]) -> list[int] | None:
@@ -339,7 +369,10 @@ def _open_fitted(
         if not differences:
             raise
         raise posterior.mismatch([*differences, str(error)]) from error
-    differences += model_differences(manifest, loaded, layers)
+    outputs = likelihood_of(
+        Task.from_dict(manifest.task, source=str(posterior.folder)).likelihood, manifest.answers.choices
+    ).outputs
+    differences += model_differences(manifest, loaded, layers, outputs)
     if differences:
         raise posterior.mismatch(differences)
     warn_of_other_versions(manifest)
@@ -359,6 +392,7 @@ def join_posterior(
         max_length=manifest.data.max_length,
         chat_template=manifest.data.chat_template,
         how=how,
+        noise=manifest.noise_variance,
     )
     return Fitted.build(model, posterior, layers)
 

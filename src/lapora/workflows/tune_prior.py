@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -157,6 +157,7 @@ def _maximize(posterior: SavedPosterior, settings: PriorSettings) -> EvidenceMax
         optimizer=settings.optimizer,
         learning_rate=settings.learning_rate,
         steps=settings.steps,
+        residuals=posterior.manifest.residuals,
     )
 
 
@@ -178,7 +179,7 @@ def _by_average(
             why = "fitted by an earlier version, or on rows without labels"
             tuned.notes.append(f"nothing is known of what the training rows tolerate ({why}): fit again to average")
             return tuned
-        averaged = average_without_rows(manifest.training_curve)
+        averaged = average_without_rows(manifest.training_curve, evidence.noise_scale)
         notes = [f"no labelled rows ({found}): the average is over what the training rows tolerate"]
         if settings.structure in ("kind", "layer"):
             notes.append(f"--prior {settings.structure} needs labelled rows to average: one precision for all layers")
@@ -191,7 +192,12 @@ def _by_average(
     if settings.structure == "point":
         averaged = averaged.point()
     prior = describe_averaged(
-        averaged, evidence.prior, posterior.spectra(), manifest.parameters, manifest.log_likelihood
+        averaged,
+        evidence.prior,
+        posterior.spectra(),
+        manifest.parameters,
+        manifest.log_likelihood,
+        manifest.residuals,
     )
     notes += [*_notes_of_average(averaged, deviation), *_at_bound_notes(evidence.at_bound)]
     mean = PriorPrecision.from_manifest(prior)
@@ -293,7 +299,8 @@ def _at_bound_notes(at_bound: dict[str, str]) -> list[str]:
 def _harm_note(posterior: SavedPosterior) -> list[str]:
     """Warn where the marginal likelihood is known to harm: causal models, and more than two answers."""
     manifest = posterior.manifest
-    if manifest.answers.token_ids is None and len(manifest.answers.choices) <= 2:
+    other_likelihood = manifest.task.get("likelihood", "categorical") != "categorical"
+    if manifest.answers.token_ids is None and (other_likelihood or len(manifest.answers.choices) <= 2):
         return []
     kind = "with more than two answers" if manifest.answers.token_ids is None else "on causal language models"
     return [
@@ -323,7 +330,7 @@ def _by_validation(
     choice = _choose(fitted, rows, settings, evidence.prior, progress)
     manifest = posterior.manifest
     log_evidence, effective = evidence_at(
-        choice.prior, posterior.spectra(), manifest.parameters, manifest.log_likelihood or 0.0
+        choice.prior, posterior.spectra(), manifest.parameters, manifest.log_likelihood or 0.0, manifest.residuals
     )
     prior = {
         **choice.prior.to_manifest(),
@@ -332,6 +339,7 @@ def _by_validation(
         "effective_parameters": effective,
         "at_bound": {ALL: choice.at_bound} if choice.at_bound else None,
         "validation": choice.record,
+        **({} if choice.noise_scale == 1.0 else {"noise_scale": choice.noise_scale}),
     }
     if len(rows.examples) < _FEW_ROWS:
         choice.notes.append(
@@ -350,6 +358,7 @@ class ValidationChoice:
         at_bound: ``lowest`` or ``highest`` where the least NLL is at the grid's end, else None.
         reason: What was chosen, and what the marginal likelihood would have given: one line.
         notes: What else the user should know.
+        noise_scale: s of a regression's noise.
     """
 
     prior: PriorPrecision
@@ -357,6 +366,7 @@ class ValidationChoice:
     at_bound: str | None
     reason: str
     notes: list[str]
+    noise_scale: float = 1.0
 
 
 def _choose(
@@ -388,9 +398,12 @@ def _choose(
         priors=priors,
         progress=progress,
     )
-    tables = scored.log_p[settings.link]
-    scores = [metrics.evaluate(table, rows.targets) for table in tables]
-    at_map = metrics.evaluate(scored.log_p["map"][0], rows.targets)
+    likelihood = fitted.model.likelihood
+    tables, scales = zip(
+        *(likelihood.tuned(table, rows.targets) for table in scored.tables[settings.link]), strict=True
+    )
+    scores = [likelihood.scores(table, rows.targets) for table in tables]
+    at_map = likelihood.scores(scored.tables["map"][0], rows.targets)
     nll = [score["nll"] for score in scores[:-1]]
     least = curve_minimum(np.log(GRID).tolist(), nll)
     best = math.exp(least.position)
@@ -404,11 +417,10 @@ def _choose(
     )
     notes = _notes(least.at_bound)
     difference = metrics.paired_interval(
-        metrics.row_nll(tables[nearest], rows.targets) - metrics.row_nll(scored.log_p["map"][0], rows.targets)
+        likelihood.row_nll(tables[nearest], rows.targets) - likelihood.row_nll(scored.tables["map"][0], rows.targets)
     )
     if difference[0] > _WORTH_SAYING:
-        confidence = float(tables[nearest].exp().max(dim=1).values.mean())
-        direction = "underconfident" if confidence < scores[nearest]["accuracy"] else "overconfident"
+        direction, _ = likelihood.bias(tables[nearest], rows.targets)
         notes.append(
             f"warning: even at its best, Laplace is worse than MAP in NLL on these rows (by {difference[0]:.4f} to "
             f"{difference[1]:.4f}) and {direction}: predict with --link map"
@@ -420,15 +432,18 @@ def _choose(
         "link": settings.link,
         "scheme": "scalar" if scalar else f"{settings.structure}: ratios by marginal likelihood, one factor by NLL",
         "curve": [
-            {"precision": float(value), **{key: score[key] for key in ("nll", "ece", "accuracy")}}
-            for value, score in zip(GRID, scores[:-1], strict=True)
+            {"precision": float(value), **_recorded(score)} for value, score in zip(GRID, scores[:-1], strict=True)
         ],
         "least_nll": least.value,
-        "map": {key: at_map[key] for key in ("nll", "ece", "accuracy")},
-        "marglik": {**by_evidence.to_manifest(), **{key: scores[-1][key] for key in ("nll", "ece", "accuracy")}},
+        "map": _recorded(at_map),
+        "marglik": {**by_evidence.to_manifest(), **_recorded(scores[-1])},
         "rows": [row_digest(example) for example in rows.examples],
     }
-    return ValidationChoice(prior, record, least.at_bound, reason, notes)
+    return ValidationChoice(prior, record, least.at_bound, reason, notes, scales[nearest])
+
+
+def _recorded(scores: Mapping[str, float]) -> dict[str, float]:
+    return {key: scores[key] for key in ("nll", "ece", "accuracy") if key in scores}
 
 
 class CurveMinimum(NamedTuple):
@@ -487,7 +502,7 @@ def _adapted(posterior: SavedPosterior, settings: PriorSettings) -> TunedPrior:
         raise UsageError(f"--method adapted chooses one precision: use --prior scalar, not {settings.structure}")
     names = ["linear_model.kernel", "linear_model.prior_mean", "linear_model.labels"]
     if names[0] not in posterior.tensors:
-        raise UsageError("--method adapted needs labelled rows and --fisher exact in `lapora fit`")
+        raise UsageError("--method adapted needs likelihood categorical, labelled rows and --fisher exact in `fit`")
     kernel, prior_mean, labels = (posterior.arrays(names)[name] for name in names)
     model = LinearModel(np.asarray(kernel), np.asarray(prior_mean), np.asarray(labels))
     precision, evidence, bound = model.maximize()
