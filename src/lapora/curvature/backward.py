@@ -206,7 +206,7 @@ class Linearisation:
         self._probed = {layer.name: [] for layer in self.layers}
         try:
             with torch.no_grad():
-                self.output_model.logits(self.output_model.probe(batch))
+                self.output_model.run_probe(batch)
             layouts.update(self._probed)
         finally:
             self._probed = None
@@ -303,13 +303,13 @@ class Linearisation:
         """Give each row its own copy of an input that all rows share, so that each has its own gradient."""
         if not self._is_shared(arguments):
             return None
-        return arguments[0].expand(len(cast(Batch, self._batch)), -1, -1), *arguments[1:]
+        return arguments[0].expand(len(cast(Batch, self._batch).input_ids), -1, -1), *arguments[1:]
 
     def _per_row_hook(self, module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> Tensor | None:
         return output.as_subclass(_PerRow) if self._is_shared(arguments) else None
 
     def _is_shared(self, arguments: tuple[Any, ...]) -> bool:
-        if self._batch is None or self._hooks_disabled or len(self._batch) == 1:
+        if self._batch is None or self._hooks_disabled or len(self._batch.input_ids) == 1:
             return False
         return arguments[0].dim() == 3 and arguments[0].shape[0] == 1 and self._batch.input_ids.shape[1] > 1
 
@@ -371,7 +371,7 @@ class Linearisation:
         return hook
 
     def _gradient_view(self, layer: BayesianLayer, gradient: Tensor, batch: Batch, layout: Layout) -> Tensor:
-        view, mask = self.output_model.token_view(layer, gradient, batch, layout)
+        view, mask = self.output_model.token_view(layer, gradient, batch, layout, gradient=True)
         if layer.answer_rows_only:
             view = view[..., cast(Tensor, self.output_model.answer_token_ids).to(view.device)]
         view = _at_least_float32(view)

@@ -9,6 +9,8 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
+from lapora.models.answers import AnswerLayout, AnswerTokens, layout_of, longest_sequence, packed_length
+
 PaddingSide = Literal["left", "right"]
 
 
@@ -23,17 +25,22 @@ class Encoded(Protocol):
     def token_type_ids(self) -> list[int] | None:
         """Segment ids, or None."""
 
+    @property
+    def answers(self) -> Sequence[AnswerTokens]:
+        """The answers that follow ``input_ids``, if whole answers are scored; else none."""
+
 
 @dataclass(frozen=True)
 class Batch:
-    """Token ids of B rows, padded to T tokens.
+    """Token ids of B rows, padded to T tokens; S sequences, where the answers of a row are in separate ones.
 
     Attributes:
-        input_ids: ``(B, T)`` int64.
-        attention_mask: ``(B, T)`` int64, one at real tokens.
-        token_type_ids: ``(B, T)`` int64, or None.
+        input_ids: ``(B, T)`` int64, or ``(S, T)``.
+        attention_mask: One at real tokens, of the same shape, int64.
+        token_type_ids: Of the same shape, or None.
         rows: Position of each row in the sequence that the batches were made from.
         has_padding: Whether any position is padding.
+        answers: Where the answers stand, if whole answers are scored.
     """
 
     input_ids: Tensor
@@ -41,6 +48,7 @@ class Batch:
     token_type_ids: Tensor | None
     rows: tuple[int, ...]
     has_padding: bool
+    answers: AnswerLayout | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -59,33 +67,54 @@ def collate(
     padding_side: PaddingSide,
     device: torch.device | str = "cpu",
     pad_to: int | None = None,
+    packed: bool = True,
 ) -> Batch:
     """Pad rows to one length and stack them.
 
     Args:
-        encoded: B encoded rows.
+        encoded: B encoded rows, all with the same number of answers, or all with none.
         rows: Their positions in the caller's sequence.
         pad_token_id: Id at padding positions; these are masked, so any valid id gives the same result.
         padding_side: ``left`` or ``right``.
         device: Device of the tensors.
         pad_to: Minimum T; by default the length of the longest row.
+        packed: Put the answers of a row into one sequence, padded on the right.
     """
-    length = max(pad_to or 0, *(len(row.input_ids) for row in encoded))
-    ids = torch.full((len(encoded), length), pad_token_id, dtype=torch.long)
-    mask = torch.zeros((len(encoded), length), dtype=torch.long)
+    length = max(pad_to or 0, *(network_length(row, packed=packed) for row in encoded))
+    sequences = [row.input_ids for row in encoded]
+    answers = None
+    if encoded[0].answers:
+        sequences, answers = layout_of([(row.input_ids, row.answers) for row in encoded], length, packed=packed)
+        answers = answers.on_device(device)
+        padding_side = "right"
+    ids = torch.full((len(sequences), length), pad_token_id, dtype=torch.long)
+    mask = torch.zeros((len(sequences), length), dtype=torch.long)
     with_types = any(row.token_type_ids is not None for row in encoded)
     types = torch.zeros((len(encoded), length), dtype=torch.long) if with_types else None
-    for index, row in enumerate(encoded):
-        count = len(row.input_ids)
+    for index, sequence in enumerate(sequences):
+        count = len(sequence)
         span = slice(length - count, length) if padding_side == "left" else slice(0, count)
-        ids[index, span] = torch.tensor(row.input_ids, dtype=torch.long)
+        ids[index, span] = torch.tensor(sequence, dtype=torch.long)
         mask[index, span] = 1
-        if types is not None and row.token_type_ids is not None:
-            types[index, span] = torch.tensor(row.token_type_ids, dtype=torch.long)
+        if types is not None and (segments := encoded[index].token_type_ids) is not None:
+            types[index, span] = torch.tensor(segments, dtype=torch.long)
     return Batch(
         input_ids=ids.to(device),
         attention_mask=mask.to(device),
         token_type_ids=None if types is None else types.to(device),
         rows=tuple(rows),
         has_padding=bool((mask == 0).any()),
+        answers=answers,
     )
+
+
+def network_length(row: Encoded, *, packed: bool = True) -> int:
+    """Return the number of tokens of a row's longest sequence.
+
+    Args:
+        row: The row.
+        packed: Whether its answers are in one sequence.
+    """
+    if not row.answers:
+        return len(row.input_ids)
+    return (packed_length if packed else longest_sequence)(len(row.input_ids), row.answers)

@@ -11,7 +11,8 @@ import torch
 from lapora.config import MOST_TOKENS, TOKEN_BUDGET
 from lapora.distributed import SINGLE_PROCESS, Processes
 from lapora.errors import UsageError
-from lapora.models.batches import Batch, Encoded, collate
+from lapora.models.answer_check import check_answers
+from lapora.models.batches import Batch, Encoded, collate, network_length
 from lapora.models.outputs import OutputModel
 
 Result = TypeVar("Result")
@@ -78,8 +79,9 @@ class BatchSize:
 class BatchFeed:
     """One pass over rows in batches of similar length; can be iterated once.
 
-    The longest rows come first, so that running out of memory happens at the start. Every row is yielded exactly
-    once, except for the rows of a requeued batch.
+    The rows with the most answers come first, the longest of them before the others, so that running out of memory
+    happens at the start; the rows of a batch have the same number of answers. Every row is yielded exactly once,
+    except for the rows of a requeued batch.
 
     Args:
         output_model: The network; gives padding id, padding side and device.
@@ -104,16 +106,19 @@ class BatchFeed:
         self._bucketed = bucketed and not output_model.equal_lengths
         self._output_model = output_model
         self._encoded = encoded
-        order = sorted(range(len(encoded)), key=lambda row: (-len(encoded[row].input_ids), row))
+        if any(row.answers for row in encoded):
+            check_answers(output_model)
+        self._shapes = [self._shape(row) for row in encoded]
+        order = sorted(range(len(encoded)), key=self._order_of)
         self._order = processes.shard(order)
         self._done = 0
 
     def __iter__(self) -> Iterator[Batch]:
         while self._done < len(self._order):
-            longest = self._length(self._order[self._done])
-            rows = self._order[self._done : self._done + self.size.for_length(longest)]
-            if self._bucketed or self._output_model.equal_lengths:
-                rows = [row for row in rows if self._length(row) == longest]
+            sequences, answers, longest = self._shapes[self._order[self._done]]
+            rows = self._order[self._done : self._done + self.size.for_length(longest * sequences)]
+            common = 3 if self._bucketed or self._output_model.equal_lengths else 2
+            rows = [row for row in rows if self._shapes[row][:common] == (sequences, answers, longest)[:common]]
             self._done += len(rows)
             yield collate(
                 [self._encoded[row] for row in rows],
@@ -122,11 +127,22 @@ class BatchFeed:
                 padding_side=self._output_model.padding_side,
                 device=self._output_model.device,
                 pad_to=longest,
+                packed=sequences == 1,
             )
 
-    def _length(self, row: int) -> int:
-        length = len(self._encoded[row].input_ids)
-        return bucket_length(length, self._output_model.max_positions) if self._bucketed else length
+    def _order_of(self, row: int) -> tuple[int, int, int, int]:
+        sequences, answers, _ = self._shapes[row]
+        return -sequences, -answers, -network_length(self._encoded[row], packed=sequences == 1), row
+
+    def _shape(self, row: Encoded) -> tuple[int, int, int]:
+        """Return the number of sequences of a row, of its answers, and of tokens of a sequence."""
+        answers, length = len(row.answers), network_length(row)
+        packed = self._output_model.packs(length)
+        if not packed:
+            length = network_length(row, packed=False)
+        if self._bucketed:
+            length = bucket_length(length, None if answers and packed else self._output_model.max_positions)
+        return (1 if packed or not answers else answers), answers, length
 
     def skip(self, rows: int) -> None:
         """Skip the first ``rows`` rows, in the order in which they would be yielded."""
@@ -138,7 +154,8 @@ class BatchFeed:
         Raises:
             UsageError: The batch size is fixed, or the batch had a single row.
         """
-        rows, length = batch.input_ids.shape
+        rows = len(batch)
+        length = batch.input_ids.numel() // rows
         self.size.report_out_of_memory(rows, length)
         self._done -= rows
 

@@ -94,7 +94,8 @@ class _RowsObserver(JacobianObserver):
 
     def end(self, rows: int, directions: int) -> None:
         """Store the batch's rows."""
-        self.rows[list(self._batch_rows)] = self.jacobian(rows, directions).transpose(0, 1).to(self.rows)
+        jacobian = self.jacobian(rows, directions).transpose(0, 1)
+        self.rows[list(self._batch_rows), :directions] = jacobian.to(self.rows)
 
     def state(self) -> ObserverState:
         """Return the rows."""
@@ -129,7 +130,7 @@ def fit_full(run: CurvatureRun) -> tuple[Posterior, DataPass]:
     if exact:
         # Each column of S sums to zero, so it is a combination of differences to the first class.
         weights = exact_columns(data.logits)[:, :, 1:].permute(1, 0, 2)  # (N, C-1 columns, C-1 differences)
-        if all(target is not None for target in run.targets):
+        if all(target is not None for target in run.targets) and bool(torch.isfinite(data.logits).all()):
             theta = _parameter_vector(run.layers, run.classes, run.output_model.answer_token_ids)
             differences = data.logits[:, 1:] - data.logits[:, :1]
             linear_model = {

@@ -178,7 +178,10 @@ def _baselines(
     """Every method but Laplace, of each set of rows; the constant and the oracle of the first set alone."""
     found: list[list[Prediction]] = [[] for _ in sets]
     if "constant" in plan.methods:
-        constant = metrics.constant_predictor(sets[0].targets, len(fitted.model.choices))
+        constant = metrics.constant_predictor(sets[0].targets, log_maps[0].shape[1])
+        missing = log_maps[0] == -torch.inf  # answers that a row does not have
+        if bool(missing.any()):
+            constant = constant.masked_fill(missing, -torch.inf).log_softmax(dim=1)
         found[0].append(Prediction("constant", constant))
     for each, log_map in zip(found, log_maps, strict=True):
         # MAP is what every other method is compared with: it is always there.
@@ -408,14 +411,16 @@ def _read(fitted: Fitted, name: str, folder: Path | None, limit: int | None) -> 
         except DataError as error:
             errors.append(error)
             continue
-        choices = resolve_choices(task, rows)
-        if len(choices) != len(fitted.model.choices):
+        own = fitted.model.choices
+        choices = resolve_choices(task, rows, kind=fitted.model.kind if not own else "classifier")
+        if own and len(choices) != len(own):
             raise DataError(
                 f"--ood {name}: {len(choices)} answers ({', '.join(choices)}), and the adapter has "
-                f"{len(fitted.model.choices)} ({', '.join(fitted.model.choices)}); give a task with as many"
+                f"{len(own)} ({', '.join(own)}); give a task with as many"
             )
         examples = render_all(task, rows, kind=fitted.model.kind, choices=choices, labels="optional")
-        same = choices == fitted.model.choices
+        same = choices == own or not own
+        examples = [replace(example, choices=own or example.choices) for example in examples]
         targets = [example.target if same and example.target is not None else -1 for example in examples]
         return LabelledRows(task, split, examples, torch.tensor(targets), 0)
     reason = str(errors[0]).replace("--data-dir", "--ood-data-dir")

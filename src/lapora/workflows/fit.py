@@ -56,7 +56,7 @@ from lapora.workflows.rows import read_rows
 from lapora.workflows.task_model import (
     Fitted,
     TaskModel,
-    answer_tokens,
+    encode_answers,
     join_posterior,
     translate_row_errors,
 )
@@ -70,7 +70,7 @@ class TrainingRows:
         adapter: The adapter's files.
         data: Where the rows come from; the split is named.
         task: The task.
-        choices: The C answers.
+        choices: The C answers; empty where each row has its own.
         examples: The rows.
         max_length: Maximum number of tokens of a row.
     """
@@ -82,6 +82,11 @@ class TrainingRows:
     examples: list[Example]
     max_length: int
 
+    @property
+    def classes(self) -> int:
+        """Number of answers C; the largest of the rows' own."""
+        return len(self.choices) or max(len(example.choices) for example in self.examples)
+
 
 @dataclass(frozen=True)
 class FitInputs:
@@ -91,20 +96,24 @@ class FitInputs:
         rows: The training rows.
         model: The adapter with its task.
         encoded: Token ids of the rows.
+        notes: What the user should know.
     """
 
     rows: TrainingRows
     model: TaskModel
     encoded: list[EncodedExample]
+    notes: tuple[str, ...] = ()
 
     def run(self, settings: FitSettings, progress: Progress | None = None) -> CurvatureRun:
         """Return the passes over the data that a structure of the curvature is computed from."""
         return CurvatureRun(
             output_model=self.model.outputs,
-            layers=find_bayesian_layers(self.model.loaded.model, settings.subset),
+            layers=find_bayesian_layers(
+                self.model.loaded.model, settings.subset, whole_answers=self.model.answer_score is not None
+            ),
             batches=lambda: self.model.sharded_batches(self.encoded),
             targets=[example.target for example in self.rows.examples],
-            classes=len(self.rows.choices),
+            classes=self.rows.classes,
             fisher=settings.fisher,
             weight_sharing=settings.weight_sharing,
             rank=settings.rank,
@@ -273,8 +282,8 @@ def fit_in_memory(
         inputs = load_inputs(how, training, settings, lambda *_: loaded)
         with write_lock(folder):
             result = _fit(inputs, settings, folder, progress)
-        layers = find_bayesian_layers(loaded.model, settings.subset)
-        return join_posterior(SavedPosterior(result.folder), loaded, layers, how), result
+        layers = inputs.run(settings).layers
+        return join_posterior(SavedPosterior(result.folder), loaded, list(layers), how), result
 
 
 def read_training_rows(model: ModelSettings, data: DataSettings, settings: FitSettings) -> TrainingRows:
@@ -296,7 +305,7 @@ def _render(
     rows: Sequence[Row | Mapping[str, Any]],
     settings: FitSettings,
 ) -> TrainingRows:
-    choices = resolve_choices(task, rows)
+    choices = resolve_choices(task, rows, kind=adapter.kind)
     labels: Labels = "required" if settings.fisher == "empirical" else "optional"
     examples = render_all(task, rows, kind=adapter.kind, choices=choices, labels=labels)
     return TrainingRows(
@@ -317,16 +326,21 @@ def load_inputs(
         DataError: A row is too long, or the answers are not the head's.
     """
     loaded = load(rows.adapter, model)
+    answers = encode_answers(loaded, rows.task, rows.examples, rows.choices, settings.chat_template)
+    if answers.answer_score is not None and settings.engine != "native":
+        raise UsageError(f"--engine {settings.engine} has no scores of whole answers ({answers.note}); use native")
     task_model = TaskModel.build(
         loaded,
         rows.task,
         rows.choices,
-        answer_tokens(loaded, rows.task, rows.examples, rows.choices, settings.chat_template),
+        answers.token_ids,
+        answer_score=answers.answer_score,
         max_length=rows.max_length,
         chat_template=settings.chat_template,
         how=model,
     )
-    return FitInputs(rows, task_model, task_model.encode(rows.examples))
+    notes = (answers.note,) if answers.note else ()
+    return FitInputs(rows, task_model, task_model.encode(rows.examples), notes)
 
 
 def prepare_fit(model: ModelSettings, data: DataSettings, settings: FitSettings) -> FitInputs:
@@ -363,7 +377,7 @@ def _estimate(
         model,
         settings,
         rows.adapter,
-        classes=len(rows.choices),
+        classes=rows.classes,
         rows=len(rows.examples),
         length=rows.max_length,
         device_memory=device_memory,
@@ -445,7 +459,7 @@ def _fit(inputs: FitInputs, settings: FitSettings, folder: Path, progress: Progr
     parameters = posterior.parameters()
     eigenvalues = [values.cpu().numpy() for values in posterior.eigenvalues]
     evidence = maximize_evidence(eigenvalues, parameters, log_likelihood or 0.0)
-    notes = list(rows.adapter.notes)
+    notes = [*rows.adapter.notes, *inputs.notes]
     curve = None
     if settings.prior_method != "marglik":
         curve = _curve_or_note(inputs, posterior, run, progress, notes)
@@ -516,7 +530,7 @@ def _describe(inputs: FitInputs, settings: FitSettings, run: CurvatureRun) -> Ma
             digests=base_digests(loaded),
         ),
         task=rows.task.to_dict(),
-        answers=Answers(choices=list(rows.choices), token_ids=inputs.model.token_ids),
+        answers=Answers(choices=list(rows.choices), token_ids=inputs.model.token_ids, score=inputs.model.answer_score),
         data=Data(
             split=rows.data.split or "train",
             n=len(rows.examples),
@@ -546,7 +560,9 @@ def _resume_key(inputs: FitInputs, settings: FitSettings, manifest: Manifest) ->
     del described["data"]["data_dir"], described["data"]["limit"]
     tokens = hashlib.sha256()
     for row in inputs.encoded:
-        tokens.update(json.dumps([row.input_ids, row.token_type_ids]).encode("ascii"))
+        content: list[Any] = [row.input_ids, row.token_type_ids]
+        content += [[answer.ids, answer.scored, answer.weight] for answer in row.answers]
+        tokens.update(json.dumps(content).encode("ascii"))
     return {
         **described,
         "rank": settings.rank,

@@ -218,7 +218,7 @@ def _predict_turn(
 
     def answer(batch: Batch) -> Sequence[dict[str, Any] | NonFiniteRowError]:
         try:
-            return _records(fitted, settings, predictor, batch)
+            return _records(fitted, settings, predictor, batch, [good[row][1].choices for row in batch.rows])
         except NonFiniteRowError:  # the others are answered all the same
             return [_alone(fitted, settings, predictor, good[row][1]) for row in batch.rows]
 
@@ -235,14 +235,19 @@ def _alone(
 ) -> dict[str, Any] | NonFiniteRowError:
     (batch,) = fitted.model.batches([coded])
     try:
-        return _records(fitted, settings, predictor, batch)[0]
+        return _records(fitted, settings, predictor, batch, [coded.choices])[0]
     except NonFiniteRowError as error:
         return error
 
 
 def _records(
-    fitted: Fitted, settings: PredictSettings, predictor: LinearisedPredictor, batch: Batch
+    fitted: Fitted,
+    settings: PredictSettings,
+    predictor: LinearisedPredictor,
+    batch: Batch,
+    own_choices: Sequence[tuple[str, ...]],
 ) -> list[dict[str, Any]]:
+    """Return the records of a batch; ``own_choices`` are the rows' own answers, or empty."""
     found = predictor.moments_under_each_prior(batch)
     for each in found:
         require_finite(each.covariance, batch)
@@ -254,12 +259,16 @@ def _records(
     for row in range(len(log_p)):
         p = log_p[row].exp()
         best = int(p.argmax())
+        choices = own_choices[row] or fitted.model.choices
+        p_map = log_map[row].exp().tolist()
+        named = not own_choices[row]
         record: dict[str, Any] = {
-            "prediction": fitted.model.choices[best],
+            "prediction": choices[best],
             "confidence": float(p[best]),
             "entropy": float(-(p * log_p[row]).nan_to_num(0.0).sum()),
-            "probabilities": dict(zip(fitted.model.choices, p.tolist(), strict=True)),
-            "map_probabilities": dict(zip(fitted.model.choices, log_map[row].exp().tolist(), strict=True)),
+            **({} if named else {"answers": list(choices)}),
+            "probabilities": dict(zip(choices, p.tolist(), strict=True)) if named else p.tolist(),
+            "map_probabilities": dict(zip(choices, p_map, strict=True)) if named else p_map,
         }
         if settings.logits:
             record["logits"] = {

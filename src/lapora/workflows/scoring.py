@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lapora.config import Link, Progress, method_label
+from lapora.curvature.passes import stack_outputs
 from lapora.likelihoods.base import LogitMoments
 from lapora.likelihoods.categorical import (
     averaged_log_probabilities,
@@ -33,7 +34,7 @@ class ScoredRows:
 
     Attributes:
         log_p: By link, ``(D, N, C)`` in float64: averaged as saved (D = 1), or under each of D priors asked for.
-            ``map`` is always there.
+            ``map`` is always there. Minus infinity for the answers that a row does not have.
         truncated: Number of rows that were truncated to the maximum length.
         information: Mutual information of answer and weights, ``(N,)`` in nats, where it was asked for.
     """
@@ -69,8 +70,9 @@ def score_rows(
     model, processes = fitted.model, fitted.model.processes
     coded = model.encode(rows.examples)
     mine = processes.shard(coded)
-    shape = (max(1, len(priors)), len(mine), len(model.choices))
-    log_p: dict[Link, Tensor] = {link: torch.zeros(shape, dtype=torch.float64) for link in ("map", *links)}
+    classes = max(len(example.choices) for example in rows.examples)
+    shape = (max(1, len(priors)), len(mine), classes)
+    log_p: dict[Link, Tensor] = {link: torch.full(shape, -torch.inf, dtype=torch.float64) for link in ("map", *links)}
     information = torch.zeros(len(mine), dtype=torch.float64)
     predictor = fitted.predictor(
         every_class=any(needs_every_class(link) for link in links),
@@ -78,13 +80,13 @@ def score_rows(
         priors=priors,
     )
     for batch, found in run_moments(model, predictor, rows.examples, coded, progress):
-        positions = list(batch.rows)
+        positions, own = list(batch.rows), slice(found[0].mean.shape[1])
         for link, table in log_p.items():
             if priors:
                 for index, moments in enumerate(found):
-                    table[index, positions] = log_probabilities(link, moments, samples=samples, seed=seed)
+                    table[index, positions, own] = log_probabilities(link, moments, samples=samples, seed=seed)
             else:
-                table[0, positions] = averaged_log_probabilities(
+                table[0, positions, own] = averaged_log_probabilities(
                     link, found, fitted.averaging, samples=samples, seed=seed
                 )
         if with_information:
@@ -163,13 +165,16 @@ def run_moments(
 
 
 def forward_log_p(model: TaskModel, coded: Sequence[EncodedExample]) -> Tensor:
-    """Return log-probabilities by one forward pass of the network, ``(N, C)`` in float64, in the rows' order."""
+    """Return log-probabilities by one forward pass of the network, ``(N, C)`` in float64, in the rows' order.
+
+    They are minus infinity for the answers that a row does not have.
+    """
     found: dict[int, Tensor] = {}
     with model.processes.on_shard(), torch.no_grad():
         for batch, logits in run_batches(model.sharded_batches(coded), model.outputs.logits):
             found |= zip(batch.rows, torch.log_softmax(logits.double(), dim=1).cpu(), strict=True)
     everywhere = {row: log_p for each in model.processes.all_gather(found) for row, log_p in each.items()}
-    return torch.stack([everywhere[row] for row in range(len(coded))])
+    return stack_outputs([everywhere[row].unsqueeze(0) for row in range(len(coded))])
 
 
 @dataclass(frozen=True, eq=False)

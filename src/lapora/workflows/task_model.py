@@ -15,7 +15,14 @@ from torch import Tensor
 
 from lapora.config import DataSettings, Dtype, ModelSettings
 from lapora.distributed import SINGLE_PROCESS, Processes
-from lapora.errors import AdapterError, DataError, LaporaWarning, NonFiniteRowError, NumericalError, UsageError
+from lapora.errors import (
+    AdapterError,
+    DataError,
+    LaporaWarning,
+    NonFiniteRowError,
+    NumericalError,
+    UsageError,
+)
 from lapora.likelihoods.base import Averaging
 from lapora.models.adapter import Adapter, ModelKind, read_adapter
 from lapora.models.batches import Batch
@@ -35,7 +42,17 @@ from lapora.storage.compatibility import (
 )
 from lapora.storage.manifest import Prior
 from lapora.storage.saved import SavedPosterior, posterior_folder
-from lapora.tasks import EncodedExample, Example, Task, answer_token_ids, encode_all, render, resolve_choices
+from lapora.tasks import (
+    AnswerEncoding,
+    AnswerScore,
+    EncodedExample,
+    Example,
+    Task,
+    encode_all,
+    render,
+    resolve_answers,
+    resolve_choices,
+)
 from lapora.workflows.rows import read_rows, resolve_task
 
 
@@ -45,10 +62,11 @@ class TaskModel:
 
     Attributes:
         loaded: Model and tokenizer.
-        outputs: The network from batches to the logits of the answers.
+        outputs: The network from batches to the logits or scores of the answers.
         task: The task.
-        choices: The C answers.
-        token_ids: Their tokens, for a causal model; else None.
+        choices: The C answers; empty where each row has its own.
+        token_ids: Their tokens, for a causal model whose answers are single tokens; else None.
+        answer_score: How whole answers are scored, for other causal models; else None.
         max_length: Maximum number of tokens of a row.
         chat_template: Whether prompts are wrapped in the tokenizer's chat template.
         batch_size: Rows per batch; adapts to what fits in memory.
@@ -60,6 +78,7 @@ class TaskModel:
     task: Task
     choices: tuple[str, ...]
     token_ids: list[int] | None
+    answer_score: AnswerScore | None
     max_length: int
     chat_template: bool
     batch_size: BatchSize
@@ -73,6 +92,7 @@ class TaskModel:
         choices: Sequence[str],
         token_ids: Sequence[int] | None,
         *,
+        answer_score: AnswerScore | None = None,
         max_length: int,
         chat_template: bool,
         how: ModelSettings,
@@ -82,8 +102,9 @@ class TaskModel:
         Args:
             loaded: Model and tokenizer.
             task: The task.
-            choices: The answers.
-            token_ids: Their tokens, for a causal model.
+            choices: The answers; empty where each row has its own.
+            token_ids: Their tokens, for a causal model whose answers are single tokens.
+            answer_score: How whole answers are scored, for other causal models.
             max_length: Maximum number of tokens of a row.
             chat_template: Wrap prompts in the tokenizer's chat template.
             how: Batch size, processes, gradient checkpointing.
@@ -100,6 +121,7 @@ class TaskModel:
             task=task,
             choices=tuple(choices),
             token_ids=token_ids,
+            answer_score=answer_score,
             max_length=max_length,
             chat_template=chat_template,
             batch_size=BatchSize(how.batch_size),
@@ -112,18 +134,44 @@ class TaskModel:
         return self.loaded.kind
 
     def render(self, row: Mapping[str, Any], *, index: int, where: str) -> Example:
-        """Render one row without looking at its label; see :func:`lapora.tasks.render`."""
-        return render(self.task, row, kind=self.kind, index=index, labels="ignore", choices=self.choices, where=where)
+        """Render one row without looking at its label; see :func:`lapora.tasks.render`.
+
+        Raises:
+            DataError: The row is not one of the task, or has answers of its own that cannot be scored.
+        """
+        found = render(self.task, row, kind=self.kind, index=index, labels="ignore", choices=self.choices, where=where)
+        if found.given and self.answer_score is None and self.writes_vocabulary:
+            raise DataError(
+                f"{where}: the adapter has LoRA on the output layer, and was fitted on answers of one token: other "
+                "answers cannot be scored with this posterior"
+            )
+        return found
+
+    @cached_property
+    def writes_vocabulary(self) -> bool:
+        """Whether a layer of the adapter outputs vocabulary logits."""
+        return any(layer.answer_rows_only for layer in find_bayesian_layers(self.loaded.model))
 
     def encode(self, examples: Sequence[Example]) -> list[EncodedExample]:
-        """Return token ids of examples of any task, truncated to the maximum length."""
-        return encode_all(
+        """Return token ids of examples of any task, truncated to the maximum length.
+
+        Texts of answers are those of rows that have their own.
+        """
+        encoded = encode_all(
             examples,
             self.loaded.tokenizer,
             kind=self.kind,
             max_length=self.max_length,
             chat_template=self.chat_template,
+            answer_score=self.answer_score,
         )
+        pairs = zip(examples, encoded, strict=True)
+        return [coded if example.given or not self.choices else replace(coded, choices=()) for example, coded in pairs]
+
+    @property
+    def classes(self) -> int:
+        """Number of answers C; at least 2 where each row has its own."""
+        return len(self.choices) or 2
 
     def batches(self, encoded: Sequence[EncodedExample]) -> BatchFeed:
         """Return batches of rows of similar length, each padded independently of its neighbors, on the device."""
@@ -192,30 +240,23 @@ class Fitted:
             self.layers,
             self.gaussian,
             torch.tensor(np.stack(per_layer)),
-            classes=len(self.model.choices),
+            classes=self.model.classes,
             every_class=every_class,
             map_only=map_only,
         )
 
 
-def answer_tokens(
+def encode_answers(
     loaded: LoadedModel, task: Task, examples: Sequence[Example], choices: Sequence[str], chat_template: bool
-) -> list[int] | None:
-    """Return the token of each answer, for a causal model; check the head's size, for a classifier.
+) -> AnswerEncoding:
+    """Find the token of each answer, or that whole answers are scored; check the head's size, for a classifier.
 
     Raises:
         UsageError: A chat template for a classifier.
-        DataError: An answer is not one token, or the task does not have as many answers as the head has outputs.
+        DataError: Two answers have one token, or the task does not have as many answers as the head has outputs.
     """
     if loaded.kind == "causal":
-        return answer_token_ids(
-            loaded.tokenizer,
-            [example.text or "" for example in examples],
-            choices,
-            delimiter=task.target_delimiter,
-            chat_template=chat_template,
-            labels=[example.where for example in examples],
-        )
+        return resolve_answers(loaded.tokenizer, task, examples, choices, chat_template=chat_template)
     if chat_template:
         raise UsageError("--chat-template wraps the prompt of a causal language model; this adapter is a classifier")
     if loaded.number_of_labels != len(choices):
@@ -223,7 +264,7 @@ def answer_tokens(
             f"task {task.task} has {len(choices)} answers and the adapter's head {loaded.number_of_labels} outputs; "
             "give the task the adapter was trained on"
         )
-    return None
+    return AnswerEncoding()
 
 
 def order_of_outputs(loaded: LoadedModel, task: Task, choices: Sequence[str]) -> list[int] | None:
@@ -309,7 +350,7 @@ def _open_fitted(
                 dtype=model.dtype or cast(Dtype, recorded.dtype),
             )
             loaded = load(adapter, as_recorded)
-        layers = find_bayesian_layers(loaded.model, manifest.subset)
+        layers = find_bayesian_layers(loaded.model, manifest.subset, whole_answers=manifest.answers.score is not None)
     except AdapterError as error:
         if not differences:
             raise
@@ -331,6 +372,7 @@ def join_posterior(
         Task.from_dict(manifest.task, source=str(posterior.folder)),
         manifest.answers.choices,
         manifest.answers.token_ids,
+        answer_score=manifest.answers.score,
         max_length=manifest.data.max_length,
         chat_template=manifest.data.chat_template,
         how=how,
@@ -345,12 +387,15 @@ def differences_of_answers(posterior: SavedPosterior, data: DataSettings | None)
     manifest = posterior.manifest
     task = resolve_task(data, manifest)
     rows: list[Any] = []
+    if not manifest.answers.choices:
+        return []
     if not isinstance(task.doc_to_choice, tuple):  # the answers come from the first row
         try:
             rows = read_rows(replace(data, limit=1), manifest, "validation")[1]
         except DataError:  # reading all of the rows raises it again
             return []
-    return answer_differences(manifest, task.task, resolve_choices(task, rows))
+    kind: ModelKind = "causal" if manifest.answers.causal else "classifier"
+    return answer_differences(manifest, task.task, resolve_choices(task, rows, kind=kind))
 
 
 @contextmanager
