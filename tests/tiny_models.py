@@ -18,10 +18,18 @@ from lapora.predictive.moments import LinearisedPredictor
 
 
 @dataclass
+class Answer:
+    ids: list[int]
+    scored: int
+    weight: float = 1.0
+
+
+@dataclass
 class Row:
     input_ids: list[int]
     token_type_ids: list[int] | None = field(default=None)
     second: Row | None = None
+    answers: list[Answer] = field(default_factory=list)
 
 
 def _random_lora(model):
@@ -68,6 +76,24 @@ def rows(count: int = 6, seed: int = 3) -> list[Row]:
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.randint(3, 9, (count,), generator=generator).tolist()
     return [Row(torch.randint(1, 30, (length,), generator=generator).tolist()) for length in lengths]
+
+
+def whole_rows(counts=(3, 3, 2, 4, 3), seed: int = 3) -> list[Row]:
+    """Rows with answers of one to four tokens, and as many of them as the counts say."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def tokens(low, high):
+        length = int(torch.randint(low, high, (1,), generator=generator))
+        return torch.randint(1, 30, (length,), generator=generator).tolist()
+
+    found = []
+    for count in counts:
+        answers = [Answer(ids, len(ids)) for ids in (tokens(1, 5) for _ in range(count))]
+        answers[1].weight = 0.5
+        if len(answers[-1].ids) > 1:
+            answers[-1].scored -= 1  # the first token belongs to the prompt of this answer
+        found.append(Row(tokens(2, 7), answers=answers))
+    return found
 
 
 def batches(answers, encoded, size, side=None, pad_to=None):

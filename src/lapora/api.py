@@ -74,25 +74,28 @@ class RowPrediction:
             the reward of one text.
         confidence: Its probability; NaN where the likelihood has no answers.
         entropy: Entropy of the probabilities, in nats; NaN where the likelihood has no answers.
-        probabilities: Probability of each answer, averaged over the posterior.
-        map_probabilities: Probability of each answer under the plain adapter.
+        probabilities: Probability of each answer, averaged over the posterior; a list in the order of ``answers`` where
+            the row has its own.
+        map_probabilities: The same under the plain adapter.
         logit_mean: Mean of the C logits; None without ``logits=True``.
         logit_covariance: Their C x C covariance; None without ``logits=True``.
         logits_averaged: Whether mean and covariance are those of an average over prior precisions and temperatures.
         truncated: Whether the row was truncated to the maximum length.
         record: All fields that ``lapora predict`` prints, those of the task's likelihood included.
+        answers: The row's own answers; None where all rows have those of the task.
     """
 
     prediction: Any
     confidence: float
     entropy: float
-    probabilities: dict[str, float]
-    map_probabilities: dict[str, float]
+    probabilities: dict[str, float] | list[float]
+    map_probabilities: dict[str, float] | list[float]
     logit_mean: list[float] | None = None
     logit_covariance: list[list[float]] | None = None
     logits_averaged: bool = False
     truncated: bool = False
     record: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    answers: list[str] | None = None
 
     @classmethod
     def of(cls, record: Mapping[str, Any]) -> RowPrediction:
@@ -109,6 +112,7 @@ class RowPrediction:
             logits_averaged=logits.get("averaged", False),
             truncated=record.get("truncated", False),
             record=record,
+            answers=record.get("answers"),
         )
 
 
@@ -129,7 +133,7 @@ class Predictor:
 
     @property
     def choices(self) -> tuple[str, ...]:
-        """The answers."""
+        """The answers; empty where each row has its own."""
         return self.session.model.choices
 
     @overload
@@ -155,7 +159,8 @@ class Predictor:
 
         Args:
             rows: A row, which is answered by one prediction; or several: a list, a pandas DataFrame, a
-                ``datasets.Dataset``. A row is a mapping with the task's fields, or a ready prompt.
+                ``datasets.Dataset``. A row is a mapping with the task's fields, or a ready prompt; for a causal model
+                also a mapping with a ``prompt`` and a list of ``answers``.
             logits: Add the mean and covariance of the logits: C backward passes instead of C-1.
             options: Link, samples and seed: :class:`lapora.options.LinkOptions`.
 

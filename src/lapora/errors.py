@@ -49,6 +49,10 @@ class MissingSplitError(DataError):
     """The requested split has no local file and is not on the Hub."""
 
 
+class SeveralTokensError(DataError):
+    """An answer is not one token, the same behind every prompt: whole answers are scored instead."""
+
+
 class UnlabelledError(DataError):
     """None of the rows has a label, and labels are required."""
 

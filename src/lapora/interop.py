@@ -73,8 +73,10 @@ def to_kron_laplace(fitted: Fitted) -> KronLaplace:
     """
     if fitted.model.likelihood.name != "categorical":
         raise UsageError(f"likelihood {fitted.model.likelihood.name} has no KronLaplace; only categorical has")
-    blocks, precisions = _read(fitted.posterior)
     manifest = fitted.posterior.manifest
+    if manifest.answers.score is not None:
+        raise UsageError("to_kron_laplace: laplace-torch has no scores of whole answers; use lapora's own predictions")
+    blocks, precisions = _read(fitted.posterior)
     return kron_laplace(
         fitted.model.outputs,
         fitted.layers,

@@ -12,9 +12,10 @@ import sys
 from pathlib import Path
 
 import pandas
+import pyarrow.parquet
 import pytest
 
-from lapora.cli.formats import count_rows, open_rows, resolve_format
+from lapora.cli.formats import count_rows, open_rows, resolve_format, write_records
 from tiny_adapter import command, fit_tiny, json_lines, make_adapter, make_rows
 
 ROWS = make_rows(7, 5)
@@ -195,3 +196,15 @@ def test_on_a_terminal_it_says_what_it_waits_for_and_shows_rows(tiny, tmp_path):
     assert process.wait(120) == 0, seen
     assert b"Ctrl-D ends" in seen and b"predict" in seen
     assert len((tmp_path / "out.jsonl").read_text().splitlines()) == 1
+
+
+@pytest.mark.parametrize("ending", ["csv", "parquet"])
+def test_lists_of_rows_with_their_own_answers_are_json(tmp_path, ending):
+    record = {"index": 0, "prediction": "a b", "answers": ["a b", "c"], "probabilities": [0.75, 0.25]}
+    target = tmp_path / f"out.{ending}"
+    write_records(iter([record]), str(target))
+    if ending == "csv":
+        (row,) = csv.DictReader(target.open())
+    else:
+        (row,) = pyarrow.parquet.read_table(target).to_pylist()
+    assert json.loads(row["answers"]) == ["a b", "c"] and json.loads(row["probabilities"]) == [0.75, 0.25]

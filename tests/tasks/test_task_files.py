@@ -110,17 +110,21 @@ def test_a_task_survives_its_manifest(folder: Path, name: str) -> None:
 @pytest.mark.parametrize(
     ("added", "says"),
     [
-        ("num_fewshot: 5\n", "unknown key num_fewshot"),
+        ("num_fewshot: 5\n", "num_fewshot: 5 examples in each prompt are not supported; set it to 0"),
         ("include: _base.yaml\n", "unknown key include"),
-        ("process_docs: !function utils.process\n", "tag '!function' is not supported"),
+        ("prompt: !function utils.prompt\n", "prompt: needs the Python function utils.prompt"),
+        (
+            "process_docs: !function utils.process\n",
+            "process_docs: needs the Python function utils.process, and no Python of task files is run; write its "
+            "result to a file as columns of the data",
+        ),
+        ("metadata: !function {a: 1}\n", "tag '!function' is not supported"),
         ("metadata: !!python/object/apply:os.system ['true']\n", "'!!python/object/apply:os.system'"),
         ("metadata: &a [1]\ntag: *a\n", "anchors and aliases"),
         ("task: again\n", "duplicate key 'task'"),
         ("? [a]\n: b\n", "a key must be a scalar"),
         ("output_type: generate_until\n", "output_type: must be multiple_choice, not 'generate_until'"),
         ("metric: bleu\n", "metric: must be one of acc, mcc, not 'bleu'"),
-        ("metric_list: [{metric: exact_match}]\n", "metric_list: unknown metric 'exact_match'"),
-        ("metric_list: [{metric: f1}]\n", "metric_list: none of f1 is supported"),
         ("metric_list: acc\n", "metric_list: must be a list of mappings"),
         ("max_length: long\n", "max_length: must be a number of tokens, not 'long'"),
         ("max_length: true\n", "max_length: must be a number of tokens, not True"),
@@ -135,7 +139,7 @@ def test_a_task_survives_its_manifest(folder: Path, name: str) -> None:
         ("truncate_field: passage\n", "truncate_field: 'passage' is not used by doc_to_text"),
         ("target_delimiter: 3\n", "target_delimiter: must be text, not a number"),
         ("dataset_path: ''\n", "dataset_path: must not be empty"),
-        ("dataset_kwargs: {trust_remote_code: true}\n", "dataset_kwargs: unknown key trust_remote_code"),
+        ("dataset_kwargs: {dataset_repo: x}\n", "dataset_kwargs: unknown key dataset_repo; use data_files"),
         ("dataset_kwargs: {data_files: 3}\n", "data_files: must be a path"),
         ("metadata: {at: 2024-01-01}\n", "metadata: must contain only text"),
         ("metadata: {x: .nan}\n", "metadata: must contain only text"),
@@ -264,3 +268,62 @@ def test_importing_the_room_loads_nothing_heavy() -> None:
     code = f"import lapora.tasks, sys; print([name for name in {heavy} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+INCLUDED = """
+include: base.yaml
+task: child
+task_alias: a child
+doc_to_target: label
+num_fewshot: 0
+fewshot_config: {sampler: first_n, samples: !function utils.samples}
+should_decontaminate: true
+doc_to_decontamination_query: question
+process_results: !function utils.results
+metric_list: [{metric: !function utils.metric, aggregation: mean}, {metric: acc_norm}]
+dataset_kwargs: {trust_remote_code: true}
+"""
+
+
+def test_included_keys_are_those_that_the_file_has_not(tmp_path: Path) -> None:
+    (tmp_path / "shared").mkdir()
+    (tmp_path / "shared" / "base.yaml").write_text(MINIMAL + "target_delimiter: ''\ntask_list: [{task: x}]\n")
+    (tmp_path / "middle.yaml").write_text("include: [shared/base.yaml]\ndescription: 'Answer.'\nmax_length: 7\n")
+    (tmp_path / "child.yaml").write_text(INCLUDED.replace("base.yaml", "middle.yaml"))
+    task = load_task(str(tmp_path / "child.yaml"))
+    assert (task.task, task.target_delimiter, task.max_length, task.description) == ("child", "", 7, "Answer.")
+    assert task.doc_to_text == "{{question}}" and task.metric == "acc" and task.dataset_kwargs == {}
+    assert Task.from_dict(json.loads(json.dumps(task.to_dict()))) == task
+    example = render_all(task, [{"question": "Which?", "label": 1}], kind="causal")[0]
+    assert example.text == "Answer.Which?" and example.target == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("include: child.yaml\n", "include: 'child.yaml' includes this file again"),
+        ("include: gone.yaml\n", "gone.yaml': No such file or directory; child.yaml includes it"),
+        ("include: {a: b}\n", "include: must be the path of a YAML file, not a mapping"),
+        ("include: list.yaml\n", "list.yaml': a task must be a mapping of keys to values, not a list"),
+    ],
+)
+def test_what_cannot_be_included_is_named(tmp_path: Path, content: str, says: str) -> None:
+    (tmp_path / "child.yaml").write_text(content + MINIMAL)
+    (tmp_path / "list.yaml").write_text("[1]\n")
+    with pytest.raises(DataError) as caught:
+        load_task(str(tmp_path / "child.yaml"))
+    assert says in str(caught.value)
+
+
+def test_a_file_that_needs_python_names_the_built_in_task_in_its_place() -> None:
+    with pytest.raises(DataError, match=r"doc_to_text: needs the Python function utils\.text.* the built-in task copa"):
+        task_from_yaml("task: copa\ndoc_to_text: !function utils.text\ndoc_to_choice: [a, b]\n", source="x")
+
+
+def test_description_and_prefix_stand_around_the_prompt() -> None:
+    keys = 'description: "Of {{topic}}.\\n"\ngen_prefix: "So it is"\n'
+    task = task_from_yaml(MINIMAL + keys, source="x")
+    example = render_all(task, [{"question": "Which?", "topic": "cows"}], kind="causal", labels="optional")[0]
+    assert example.text == "Of cows.\nWhich? So it is"
+    with pytest.raises(DataError, match="row 0: no value for topic"):
+        render_all(task, [{"question": "Which?"}], kind="causal", labels="optional")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import random
+import re
 import string
 import time
 from pathlib import Path
@@ -263,3 +265,19 @@ def test_any_source_gives_text_or_a_data_error(parts: list[str]) -> None:
         assert "\n" not in str(error)
     else:
         assert isinstance(result, str) and os.getcwd() not in result
+
+
+def test_parts_between_marks_are_dropped_as_by_a_regular_expression() -> None:
+    template = CompiledTemplate("{{ text | drop_between('[', ']') }}")
+    source = random.Random(0)
+    for _ in range(300):
+        text = "".join(source.choices("ab [] ", k=source.randint(0, 20)))
+        assert template.text({"text": text}, "row 0") == re.sub(r"\[.*?\]", "", text)
+
+
+def test_a_column_may_hold_the_text_of_a_list() -> None:
+    template = CompiledTemplate("{{ (problems | literal)[-1]['options'] }}")
+    assert template.value({"problems": "[{'options': ['a', 'b']}]"}, "row 0") == ["a", "b"]
+    for text in ("__import__('os')", "[", "[" * 10_000):
+        with pytest.raises(DataError, match="is not a literal"):
+            template.value({"problems": text}, "row 0")

@@ -131,7 +131,8 @@ def count_rows(source: str, kind: InputFormat) -> int | None:
 def write_records(records: Iterable[Mapping[str, Any]], target: str, source: str = "-") -> None:
     """Stream records to a file: CSV or Parquet by its ending, JSON lines otherwise and to standard output.
 
-    CSV and Parquet have one column per answer, ``probabilities.ANSWER`` and ``map_probabilities.ANSWER``.
+    CSV and Parquet have one column per answer, ``probabilities.ANSWER`` and ``map_probabilities.ANSWER``; lists of rows
+    that have their own answers are JSON.
 
     Args:
         records: Records of ``predict``.
@@ -162,7 +163,7 @@ def _flat(record: Mapping[str, Any]) -> dict[str, Any]:
                 f"{key}.{name}": each if isinstance(each, float) else json.dumps(each) for name, each in value.items()
             }
         else:
-            flat[key] = value
+            flat[key] = json_text(value) if isinstance(value, list) else value
     return flat
 
 

@@ -204,7 +204,7 @@ class Linearisation:
         self._probed = {layer.name: [] for layer in self.layers}
         try:
             with torch.no_grad():
-                self.output_model.logits(self.output_model.probe(batch))
+                self.output_model.run_probe(batch)
             layouts.update(self._probed)
         finally:
             self._probed = None

@@ -29,7 +29,8 @@ class DataPass:
     """Outputs of a pass besides the curvature.
 
     Attributes:
-        logits: Logits at the MAP, ``(N, C)`` in float64, in the order of the rows.
+        logits: Logits at the MAP, ``(N, C)`` in float64, in the order of the rows; minus infinity for the answers that
+            a row does not have.
         log_likelihood: ``log p(y|X, θ_MAP)`` in nats, or None if a row has no label.
     """
 
@@ -83,7 +84,7 @@ def collect(
 
     def state() -> PassState:
         assert isinstance(observer, Checkpointable)
-        logits = torch.cat([each.cpu() for each in all_logits])
+        logits = stack_outputs([each.cpu() for each in all_logits])
         return PassState(order, logits, observer.state())
 
     with processes.raise_together():
@@ -140,10 +141,16 @@ def _in_row_order(parts: Sequence[tuple[list[int], list[Tensor]]]) -> Tensor:
     all_logits = [logits for _, each in parts for logits in each]
     if not all_logits:
         return torch.zeros(0, 0, dtype=torch.float64)
-    stacked = torch.cat(all_logits)
+    stacked = stack_outputs(all_logits)
     logits = torch.empty_like(stacked)
     logits[torch.tensor(order, dtype=torch.long)] = stacked
     return logits
+
+
+def stack_outputs(parts: Sequence[Tensor]) -> Tensor:
+    """Stack ``(B, C)`` of rows that may have fewer answers than others: minus infinity where there is none."""
+    classes = max(part.shape[1] for part in parts)
+    return torch.cat([torch.nn.functional.pad(part, (0, classes - part.shape[1]), value=-torch.inf) for part in parts])
 
 
 _OBSERVER = "observer."

@@ -72,7 +72,12 @@ class AnswerLikelihood(Likelihood):
         return direction, f"confidence {confidence:.2f}, accuracy {accuracy:.2f}"
 
     def records(
-        self, found: Sequence[LogitMoments], averaging: Averaging, settings: PredictSettings, texts: int = 1
+        self,
+        found: Sequence[LogitMoments],
+        averaging: Averaging,
+        settings: PredictSettings,
+        texts: int = 1,
+        own_choices: Sequence[tuple[str, ...]] = (),
     ) -> list[dict[str, Any]]:
         """Return answer, confidence, entropy and probabilities of each row."""
         log_p = self.predict(settings.link, found, averaging, samples=settings.samples, seed=settings.seed)
@@ -82,12 +87,16 @@ class AnswerLikelihood(Likelihood):
         for row in range(len(log_p)):
             p = log_p[row].exp()
             best = int(p.argmax())
+            own = own_choices[row] if own_choices else ()
+            choices, both = own or self.choices, (p.tolist(), log_map[row].exp().tolist())
+            named = [list(each) if own else dict(zip(choices, each, strict=True)) for each in both]
             record: dict[str, Any] = {
-                "prediction": self.choices[best],
+                "prediction": choices[best],
                 "confidence": float(p[best]),
                 "entropy": float(-(p * log_p[row]).nan_to_num(0.0).sum()),
-                "probabilities": dict(zip(self.choices, p.tolist(), strict=True)),
-                "map_probabilities": dict(zip(self.choices, log_map[row].exp().tolist(), strict=True)),
+                **({"answers": list(own)} if own else {}),
+                "probabilities": named[0],
+                "map_probabilities": named[1],
             }
             if settings.logits:
                 record["logits"] = logits_record(moments, row, averaging)

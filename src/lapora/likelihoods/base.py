@@ -334,7 +334,12 @@ class Likelihood(ABC):
 
     @abstractmethod
     def records(
-        self, found: Sequence[LogitMoments], averaging: Averaging, settings: PredictSettings, texts: int = 1
+        self,
+        found: Sequence[LogitMoments],
+        averaging: Averaging,
+        settings: PredictSettings,
+        texts: int = 1,
+        own_choices: Sequence[tuple[str, ...]] = (),
     ) -> list[dict[str, Any]]:
         """Return the fields that ``predict`` prints for each row of a batch.
 
@@ -343,6 +348,7 @@ class Likelihood(ABC):
             averaging: The weights.
             settings: Link, samples, what is written.
             texts: Number of texts of a row that are compared.
+            own_choices: Answers of each row that has its own; else empty.
         """
 
 

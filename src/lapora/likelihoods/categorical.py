@@ -86,7 +86,7 @@ def exact_columns(logits: Tensor) -> Tensor:
     Tail sums and their logarithms are taken in log space, so that saturated probabilities lose no digits.
 
     Args:
-        logits: ``(B, C)``.
+        logits: ``(B, C)``; minus infinity at the end for answers that a row does not have, whose columns are zero.
 
     Returns:
         ``(C-1, B, C)``, in float64.
@@ -97,9 +97,11 @@ def exact_columns(logits: Tensor) -> Tensor:
     log_tail = torch.logcumsumexp(log_p.flip(1), dim=1).flip(1)
     columns = log_p.new_zeros(classes - 1, *log_p.shape)
     for k in range(classes - 1):
-        size = (0.5 * (log_p[:, k] + log_tail[:, k + 1] - log_tail[:, k])).exp()
+        after = log_tail[:, k + 1]
+        last = after == -torch.inf
+        size = (0.5 * (log_p[:, k] + after - log_tail[:, k])).exp().masked_fill(last, 0.0)
         columns[k, :, k] = size
-        share = (log_p[:, k + 1 :] - log_tail[:, k + 1 : k + 2]).exp()
+        share = (log_p[:, k + 1 :] - after.unsqueeze(1)).exp().masked_fill(last.unsqueeze(1), 0.0)
         columns[k, :, k + 1 :] = -size.unsqueeze(1) * share
     return columns
 

@@ -222,7 +222,12 @@ class Gaussian(Likelihood):
         return
 
     def records(
-        self, found: Sequence[LogitMoments], averaging: Averaging, settings: PredictSettings, texts: int = 1
+        self,
+        found: Sequence[LogitMoments],
+        averaging: Averaging,
+        settings: PredictSettings,
+        texts: int = 1,
+        own_choices: Sequence[tuple[str, ...]] = (),
     ) -> list[dict[str, Any]]:
         """Return mean, total and epistemic deviation and central interval: numbers, or by name of several outputs."""
         table = self.predict(settings.link, found, averaging)

@@ -156,7 +156,12 @@ class Multilabel(Likelihood):
         return direction, f"confidence {confidence:.2f}, accuracy {accuracy:.2f} over the labels"
 
     def records(
-        self, found: Sequence[LogitMoments], averaging: Averaging, settings: PredictSettings, texts: int = 1
+        self,
+        found: Sequence[LogitMoments],
+        averaging: Averaging,
+        settings: PredictSettings,
+        texts: int = 1,
+        own_choices: Sequence[tuple[str, ...]] = (),
     ) -> list[dict[str, Any]]:
         """Return the labels with a probability of at least 0.5, and all probabilities, of each row."""
         p = self.predict(settings.link, found, averaging, samples=settings.samples, seed=settings.seed)[:, :, 1].exp()

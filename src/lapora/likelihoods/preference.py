@@ -44,7 +44,12 @@ class Preference(Bernoulli):
         return {**found, "accuracy": found["accuracy"] - 0.5 * float(_ties(table, targets).mean())}
 
     def records(
-        self, found: Sequence[LogitMoments], averaging: Averaging, settings: PredictSettings, texts: int = 1
+        self,
+        found: Sequence[LogitMoments],
+        averaging: Averaging,
+        settings: PredictSettings,
+        texts: int = 1,
+        own_choices: Sequence[tuple[str, ...]] = (),
     ) -> list[dict[str, Any]]:
         """Return the answer for pairs, with the difference of the rewards; the reward of single texts."""
         means = found[0].mean.double().flatten().tolist()

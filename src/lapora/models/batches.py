@@ -9,6 +9,8 @@ from typing import Literal, Protocol, cast
 import torch
 from torch import Tensor
 
+from lapora.models.answers import AnswerLayout, AnswerTokens, layout_of, longest_sequence, packed_length
+
 PaddingSide = Literal["left", "right"]
 
 
@@ -23,18 +25,23 @@ class Encoded(Protocol):
     def token_type_ids(self) -> list[int] | None:
         """Segment ids, or None."""
 
+    @property
+    def answers(self) -> Sequence[AnswerTokens]:
+        """The answers that follow ``input_ids``, if whole answers are scored; else none."""
+
 
 @dataclass(frozen=True)
 class Batch:
-    """Token ids of B rows, padded to T tokens.
+    """Token ids of B rows, padded to T tokens; S sequences, where the answers of a row are in separate ones.
 
     Attributes:
-        input_ids: ``(B, T)`` int64; ``(2B, T)`` for rows of two texts.
-        attention_mask: The same shape, one at real tokens.
+        input_ids: ``(B, T)`` int64; ``(S, T)`` for rows of several sequences.
+        attention_mask: The same shape, one at real tokens, int64.
         token_type_ids: The same shape, or None.
         rows: Position of each row in the sequence that the batches were made from.
         has_padding: Whether any position is padding.
         texts: Number of texts of a row that are compared, which then stand one after another: ``texts B`` sequences.
+        answers: Where the answers stand, if whole answers are scored.
     """
 
     input_ids: Tensor
@@ -43,6 +50,7 @@ class Batch:
     rows: tuple[int, ...]
     has_padding: bool
     texts: int = 1
+    answers: AnswerLayout | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -61,32 +69,40 @@ def collate(
     padding_side: PaddingSide,
     device: torch.device | str = "cpu",
     pad_to: int | None = None,
+    packed: bool = True,
 ) -> Batch:
     """Pad rows to one length and stack them; a row that is compared with a second text is followed by it.
 
     Args:
-        encoded: B encoded rows.
+        encoded: B encoded rows, all with the same number of answers, or all with none.
         rows: Their positions in the caller's sequence.
         pad_token_id: Id at padding positions; these are masked, so any valid id gives the same result.
         padding_side: ``left`` or ``right``.
         device: Device of the tensors.
         pad_to: Minimum T; by default the length of the longest row.
+        packed: Put the answers of a row into one sequence, padded on the right.
     """
     texts = texts_of(encoded[0])
     if texts == 2:
         encoded = [text for row in encoded for text in (row, _second(row))]
-    length = max(pad_to or 0, *(len(row.input_ids) for row in encoded))
-    ids = torch.full((len(encoded), length), pad_token_id, dtype=torch.long)
-    mask = torch.zeros((len(encoded), length), dtype=torch.long)
+    length = max(pad_to or 0, *(network_length(row, packed=packed) for row in encoded))
+    sequences = [row.input_ids for row in encoded]
+    answers = None
+    if encoded[0].answers:
+        sequences, answers = layout_of([(row.input_ids, row.answers) for row in encoded], length, packed=packed)
+        answers = answers.on_device(device)
+        padding_side = "right"
+    ids = torch.full((len(sequences), length), pad_token_id, dtype=torch.long)
+    mask = torch.zeros((len(sequences), length), dtype=torch.long)
     with_types = any(row.token_type_ids is not None for row in encoded)
     types = torch.zeros((len(encoded), length), dtype=torch.long) if with_types else None
-    for index, row in enumerate(encoded):
-        count = len(row.input_ids)
+    for index, sequence in enumerate(sequences):
+        count = len(sequence)
         span = slice(length - count, length) if padding_side == "left" else slice(0, count)
-        ids[index, span] = torch.tensor(row.input_ids, dtype=torch.long)
+        ids[index, span] = torch.tensor(sequence, dtype=torch.long)
         mask[index, span] = 1
-        if types is not None and row.token_type_ids is not None:
-            types[index, span] = torch.tensor(row.token_type_ids, dtype=torch.long)
+        if types is not None and (segments := encoded[index].token_type_ids) is not None:
+            types[index, span] = torch.tensor(segments, dtype=torch.long)
     return Batch(
         input_ids=ids.to(device),
         attention_mask=mask.to(device),
@@ -94,6 +110,7 @@ def collate(
         rows=tuple(rows),
         has_padding=bool((mask == 0).any()),
         texts=texts,
+        answers=answers,
     )
 
 
@@ -106,6 +123,13 @@ def texts_of(row: Encoded) -> int:
     return 1 if _second(row) is None else 2
 
 
-def length_of(row: Encoded) -> int:
-    """Return the number of tokens of a row's longest text."""
-    return max(len(row.input_ids), len(_second(row).input_ids) if texts_of(row) == 2 else 0)
+def network_length(row: Encoded, *, packed: bool = True) -> int:
+    """Return the number of tokens of a row's longest sequence.
+
+    Args:
+        row: The row.
+        packed: Whether its answers are in one sequence.
+    """
+    if not row.answers:
+        return max(len(row.input_ids), len(_second(row).input_ids) if texts_of(row) == 2 else 0)
+    return (packed_length if packed else longest_sequence)(len(row.input_ids), row.answers)

@@ -11,7 +11,8 @@ import torch
 from lapora.config import MOST_TOKENS, TOKEN_BUDGET
 from lapora.distributed import SINGLE_PROCESS, Processes
 from lapora.errors import UsageError
-from lapora.models.batches import Batch, Encoded, collate, length_of, texts_of
+from lapora.models.answer_check import check_answers
+from lapora.models.batches import Batch, Encoded, collate, network_length, texts_of
 from lapora.models.outputs import OutputModel
 
 Result = TypeVar("Result")
@@ -78,8 +79,9 @@ class BatchSize:
 class BatchFeed:
     """One pass over rows in batches of similar length; can be iterated once.
 
-    The longest rows come first, so that running out of memory happens at the start. Every row is yielded exactly
-    once, except for the rows of a requeued batch.
+    The rows with the most answers come first, the longest of them before the others, so that running out of memory
+    happens at the start; the rows of a batch have the same number of answers. Every row is yielded exactly once,
+    except for the rows of a requeued batch.
 
     Args:
         output_model: The network; gives padding id, padding side and device.
@@ -104,18 +106,19 @@ class BatchFeed:
         self._bucketed = bucketed and not output_model.equal_lengths
         self._output_model = output_model
         self._encoded = encoded
-        order = sorted(range(len(encoded)), key=lambda row: (-texts_of(encoded[row]), -length_of(encoded[row]), row))
+        if any(row.answers for row in encoded):
+            check_answers(output_model)
+        self._shapes = [self._shape(row) for row in encoded]
+        order = sorted(range(len(encoded)), key=self._order_of)
         self._order = processes.shard(order)
         self._done = 0
 
     def __iter__(self) -> Iterator[Batch]:
         while self._done < len(self._order):
-            first = self._order[self._done]
-            longest, texts = self._length(first), texts_of(self._encoded[first])
-            rows = self._order[self._done : self._done + self.size.for_length(longest * texts)]
-            rows = [row for row in rows if texts_of(self._encoded[row]) == texts]
-            if self._bucketed or self._output_model.equal_lengths:
-                rows = [row for row in rows if self._length(row) == longest]
+            sequences, answers, longest = self._shapes[self._order[self._done]]
+            rows = self._order[self._done : self._done + self.size.for_length(longest * sequences)]
+            common = 3 if self._bucketed or self._output_model.equal_lengths else 2
+            rows = [row for row in rows if self._shapes[row][:common] == (sequences, answers, longest)[:common]]
             self._done += len(rows)
             yield collate(
                 [self._encoded[row] for row in rows],
@@ -124,11 +127,25 @@ class BatchFeed:
                 padding_side=self._output_model.padding_side,
                 device=self._output_model.device,
                 pad_to=longest,
+                packed=sequences == 1,
             )
 
-    def _length(self, row: int) -> int:
-        length = length_of(self._encoded[row])
-        return bucket_length(length, self._output_model.max_positions) if self._bucketed else length
+    def _order_of(self, row: int) -> tuple[int, int, int, int]:
+        sequences, answers, _ = self._shapes[row]
+        return -sequences, -answers, -network_length(self._encoded[row], packed=sequences == 1), row
+
+    def _shape(self, row: Encoded) -> tuple[int, int, int]:
+        """Return the number of sequences of a row, of its answers, and of tokens of a sequence."""
+        answers, length = len(row.answers), network_length(row)
+        if not answers:
+            longest = bucket_length(length, self._output_model.max_positions) if self._bucketed else length
+            return texts_of(row), 0, longest
+        packed = self._output_model.packs(length)
+        if not packed:
+            length = network_length(row, packed=False)
+        if self._bucketed:
+            length = bucket_length(length, None if packed else self._output_model.max_positions)
+        return (1 if packed else answers), answers, length
 
     def skip(self, rows: int) -> None:
         """Skip the first ``rows`` rows, in the order in which they would be yielded."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
 
 import torch
@@ -69,18 +69,26 @@ class BayesianLayer:
         return float(total)
 
 
-def find_bayesian_layers(model: PeftModel, subset: Subset = "lora") -> list[BayesianLayer]:
+def find_bayesian_layers(
+    model: PeftModel, subset: Subset = "lora", *, whole_answers: bool = False
+) -> list[BayesianLayer]:
     """Return the Bayesian layers of a subset, in the order of the model's modules.
 
     Args:
         model: A PEFT model with one active LoRA adapter.
         subset: ``lora`` (every LoRA factor), ``last-layer`` (the classification head's last linear layer,
             or LoRA on the language-model head) or ``all`` (LoRA and every linear layer of the head).
+        whole_answers: Whether whole answers are scored: log-probabilities have a gradient in all vocabulary logits.
 
     Raises:
         AdapterError: LoRA on a module that is not a linear layer, a LoRA variant, or a merged adapter.
         UsageError: ``last-layer`` or ``all`` for a model without a saved head or LoRA on the output layer.
     """
+    found = _find(model, subset)
+    return [replace(layer, answer_rows_only=False) for layer in found] if whole_answers else found
+
+
+def _find(model: PeftModel, subset: Subset) -> list[BayesianLayer]:
     adapter_name = cast(str, model.active_adapter)
     output_path = _output_layer_path(model)
     head_paths = _saved_head_paths(model)

@@ -221,6 +221,9 @@ class MetaOutputModel(OutputModel):
 
     def logits(self, batch: Batch) -> Tensor:
         """Compute the logits of the answers, ``(B, C)``, without checking their values."""
+        return self._outputs(batch)
+
+    def _outputs(self, batch: Batch) -> Tensor:
         arguments: dict[str, Any] = {"input_ids": batch.input_ids}
         if self._accepts["use_cache"]:
             arguments["use_cache"] = False

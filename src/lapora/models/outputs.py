@@ -1,4 +1,4 @@
-"""Logits of the C answers for a batch, for both kinds of model."""
+"""The C outputs of a batch, for both kinds of model: logits of classes or answer tokens, or scores of whole answers."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lapora.errors import AdapterError, NonFiniteRowError, NumericalError, UsageError, first_line
 from lapora.models.adapter import ModelKind
+from lapora.models.answers import AnswerLayout, Copies
 from lapora.models.batches import Batch, PaddingSide
 from lapora.models.device_map import entry_device, is_offloaded
 from lapora.models.lora_layers import BayesianLayer
@@ -29,14 +30,15 @@ class OutputModel:
     """The network ``f``: maps token ids to C logits.
 
     A sequence classifier returns its own logits. A causal language model returns the logits of the answer tokens at
-    the last real token of the prompt; its head runs only at that position. Rows are padded on the right, and positions
-    are left to the model: real tokens then have the positions that they have alone, however the model counts them.
+    the last real token of the prompt; its head runs only at that position. For a batch with whole answers it returns
+    their scores, see :mod:`lapora.models.answers`. Rows are padded on the right, and positions are left to the model:
+    real tokens then have the positions that they have alone, however the model counts them.
 
     Args:
         model: The PEFT model, in eval mode.
         kind: ``causal`` or ``classifier``.
         pad_token_id: Padding id of the batches.
-        answer_token_ids: Token id of each answer, for a causal model.
+        answer_token_ids: Token id of each answer, for a causal model whose answers are single tokens.
         recompute_blocks: Store only the inputs of transformer blocks, and recompute the blocks in the backward pass
             (gradient checkpointing). Always on for offloaded models.
 
@@ -47,9 +49,8 @@ class OutputModel:
         output_order: For each answer, the index of its output of a classification head; None is the order of the head.
         cut_blocks: Whether the backward pass is cut at the transformer blocks.
         retain_graphs: Whether a block's graph is kept after its last direction, for other blocks that read it.
-
-    Raises:
-        ValueError: A causal model without ``answer_token_ids``.
+        packs_answers: Whether the whole answers of a row can be in one sequence; None before
+            :func:`lapora.models.answer_check.check_answers`.
     """
 
     def __init__(
@@ -61,8 +62,6 @@ class OutputModel:
         *,
         recompute_blocks: bool = False,
     ) -> None:
-        if kind == "causal" and answer_token_ids is None:
-            raise ValueError("a causal model requires answer_token_ids")
         self.model = model
         self.kind = kind
         self.pad_token_id = pad_token_id
@@ -76,6 +75,8 @@ class OutputModel:
         self.cut_blocks = True
         self.retain_graphs = False
         self.output_order: list[int] | None = None
+        self.packs_answers: bool | None = None
+        self._window = window_of(self.network)
         accepted = inspect.signature(self.network.forward).parameters
         self._accepts = {name: name in accepted for name in ("attention_mask", "token_type_ids", "use_cache")}
 
@@ -116,20 +117,17 @@ class OutputModel:
             UsageError: The model does not compute in float64.
             AdapterError: The model's own code fails.
         """
-        arguments: dict[str, Any] = {"input_ids": batch.input_ids}
-        if self._accepts["attention_mask"]:
-            arguments["attention_mask"] = batch.attention_mask
-        if batch.token_type_ids is not None and self._accepts["token_type_ids"]:
-            arguments["token_type_ids"] = batch.token_type_ids
-        if self._accepts["use_cache"]:
-            arguments["use_cache"] = False
+        logits = self._outputs(batch)
+        finite = torch.isfinite(logits.detach()).all(dim=1)
+        if not bool(finite.all()):
+            row = batch.rows[int((~finite).nonzero()[0])]
+            raise NonFiniteRowError(row, "the model's logits are not finite; try --dtype float32, or check the adapter")
+        return logits
+
+    def _outputs(self, batch: Batch) -> Tensor:
+        """Compute the outputs without checking that they are finite."""
         try:
-            if self.kind == "classifier":
-                logits = self._in_order(self.network(**arguments).logits)
-                if batch.texts == 2:  # the difference of the two texts' outputs
-                    logits = logits[0::2] - logits[1::2]
-            else:
-                logits = self._answer_logits(batch, arguments)
+            logits = self._run_network(batch)
         except _ERRORS_OF_CODE as error:
             if _PACKAGE in Path(traceback.extract_tb(error.__traceback__)[-1].filename).parents:
                 raise  # a bug of ours, in a hook
@@ -144,37 +142,77 @@ class OutputModel:
                 f"--dtype float64: the code of this base model does not compute in it ({first_line(error, 120)}); "
                 "use --dtype float32"
             ) from error
-        logits = logits if logits.dtype == torch.float64 else logits.float()
-        finite = torch.isfinite(logits.detach()).all(dim=1)
-        if not bool(finite.all()):
-            row = batch.rows[int((~finite).nonzero()[0])]
-            raise NonFiniteRowError(row, "the model's logits are not finite; try --dtype float32, or check the adapter")
-        return logits
+        return logits if logits.dtype == torch.float64 else logits.float()
+
+    def _run_network(self, batch: Batch) -> Tensor:
+        arguments = self._arguments(batch)
+        if batch.answers is not None:
+            with _head_at(self.network, batch.answers.head, batch.input_ids.shape[1]):
+                logits = self.network(**arguments).logits
+            return batch.answers.scores(_at(logits, batch.answers.head))
+        if self.kind == "causal":
+            return self._answer_logits(batch, arguments)
+        logits = self._in_order(self.network(**arguments).logits)
+        # Of two texts, the output is the difference.
+        return logits[0::2] - logits[1::2] if batch.texts == 2 else logits
+
+    def _arguments(self, batch: Batch) -> dict[str, Any]:
+        arguments: dict[str, Any] = {"input_ids": batch.input_ids}
+        if self._accepts["attention_mask"]:
+            arguments["attention_mask"] = batch.attention_mask
+        if batch.answers is not None and batch.answers.position_ids is not None:
+            arguments["position_ids"] = batch.answers.position_ids
+            arguments["attention_mask"] = self._answer_mask(batch.answers)
+        if batch.token_type_ids is not None and self._accepts["token_type_ids"]:
+            arguments["token_type_ids"] = batch.token_type_ids
+        if self._accepts["use_cache"]:
+            arguments["use_cache"] = False
+        return arguments
+
+    def _answer_mask(self, answers: AnswerLayout) -> Tensor | None:
+        """Return the 4-D mask in the form of the attention's implementation: torch's own takes booleans."""
+        implementation = getattr(getattr(self.network, "config", None), "_attn_implementation", None)
+        if implementation == "sdpa":
+            return answers.attention_mask
+        return answers.additive_mask(cast(torch.dtype, self.network.dtype))
+
+    def packs(self, length: int) -> bool:
+        """Return whether the whole answers of a row of ``length`` tokens can be in one sequence.
+
+        A sliding window hides tokens of a longer row, which a mask given from outside replaces.
+        """
+        return bool(self.packs_answers) and (self._window is None or length <= self._window)
 
     def _in_order(self, logits: Tensor) -> Tensor:
         return logits if self.output_order is None else logits[:, self.output_order]
 
     def _answer_logits(self, batch: Batch, arguments: dict[str, Any]) -> Tensor:
-        last = batch.last_positions()
+        last = batch.last_positions().unsqueeze(1)
         with _head_at(self.network, last, batch.input_ids.shape[1]):
             logits = self.network(**arguments).logits
-        return _at(logits, last).index_select(1, cast(Tensor, self.answer_token_ids).to(logits.device))
+        logits = _at(logits, last).squeeze(1)
+        if self.answer_token_ids is None:  # as in a probe of a model that scores whole answers
+            return logits
+        return logits.index_select(1, self.answer_token_ids.to(logits.device))
 
-    def probe(self, batch: Batch) -> Batch:
-        """Return copies of a batch's first row, from whose number :meth:`layout_of` tells rows and tokens apart."""
-        tokens = batch.input_ids.shape[1]
+    def run_probe(self, batch: Batch) -> None:
+        """Run copies of a batch's first sequence, from whose number :meth:`layout_of` tells rows and tokens apart."""
+        # Answers in one sequence may have more tokens than the network has positions.
+        tokens = min(batch.input_ids.shape[1], self.max_positions or batch.input_ids.shape[1])
         self._probe_shape = (3 if tokens == 2 else 2, tokens)
         first = torch.zeros(self._probe_shape[0], dtype=torch.long, device=batch.input_ids.device)
-        return Batch(
-            input_ids=batch.input_ids[first],
-            attention_mask=batch.attention_mask[first],
-            token_type_ids=None if batch.token_type_ids is None else batch.token_type_ids[first],
-            rows=(batch.rows[0],) * len(first),
-            has_padding=batch.has_padding,
+        self._outputs(
+            Batch(
+                input_ids=batch.input_ids[first, :tokens],
+                attention_mask=batch.attention_mask[first, :tokens],
+                token_type_ids=None if batch.token_type_ids is None else batch.token_type_ids[first, :tokens],
+                rows=(batch.rows[0],) * len(first),
+                has_padding=batch.has_padding,
+            )
         )
 
     def layout_of(self, values: Tensor) -> Layout:
-        """Return the layout of a layer's input in the pass over :meth:`probe`'s batch."""
+        """Return the layout of a layer's input in the pass of :meth:`run_probe`."""
         rows, tokens = self._probe_shape
         if values.dim() != 3 or values.shape[0] == rows:
             return "rows"
@@ -224,11 +262,12 @@ class OutputModel:
                 ``(B, features)`` after the model has pooled the tokens.
             batch: The current batch.
             layout: Layout of the layer's input.
-            are_gradients: Whether the values are gradients, which must be zero at positions that the model itself pads.
+            are_gradients: Whether the values are gradients, which must be zero at positions that the model itself pads;
+                those of copies of a token are summed.
 
         Returns:
             ``(B, T', features)``, and a ``(B, T')`` boolean mask of real tokens, or None without padding. A head that
-            reads only the answer's position has ``T' = 1``.
+            reads only the answer's position has ``T' = 1``, with whole answers their positions.
 
         Raises:
             NumericalError: The shape does not identify rows and tokens.
@@ -259,8 +298,11 @@ class OutputModel:
         if groups > 1:
             mask = None if mask is None else mask.repeat_interleave(groups, dim=1)
             return values, mask
+        if layer.reads_answer_only and batch.answers is not None:
+            values = _at(values, batch.answers.head)
+            return _joined(values, batch.answers.heads, batch.answers.head_mask, are_gradients)
         if layer.reads_answer_only:
-            return _at(values, self._head_positions(batch)).unsqueeze(1), None
+            return _at(values, self._head_positions(batch).unsqueeze(1)), None
         if values.shape[1] > tokens and not (are_gradients and bool(values[:, tokens:].any())):
             values = values[:, :tokens]  # the model pads rows itself, as to a multiple of a window
         if values.shape[1] != tokens:
@@ -268,7 +310,7 @@ class OutputModel:
                 f"{layer.name}: {values.shape[1]} positions for {tokens} tokens, so padding cannot be masked; leave "
                 "this layer out of target_modules"
             )
-        return values, mask
+        return _joined(values, None if batch.answers is None else batch.answers.tokens, mask, are_gradients)
 
     def _head_positions(self, batch: Batch) -> Tensor:
         if self.kind == "causal":
@@ -320,23 +362,42 @@ def _reserved_positions(network: nn.Module) -> int:
     return 0
 
 
+_WINDOWS = ("sliding_window", "sliding_window_size", "window_size", "attention_window", "attention_chunk_size")
+
+
+def window_of(network: nn.Module) -> int | None:
+    """Return the length of the shortest sliding window or chunk of attention in a base's configuration, or None."""
+    config = getattr(network, "config", None)
+    text = None if config is None else config.get_text_config()
+    values = [getattr(text, name, None) for name in _WINDOWS]
+    return min((value for value in values if isinstance(value, int) and value > 0), default=None)
+
+
+def _joined(values: Tensor, copies: Copies | None, mask: Tensor | None, gradient: bool) -> tuple[Tensor, Tensor | None]:
+    """Return the values of each token of a row once, with their mask."""
+    if copies is None:
+        return values, mask
+    joined = copies.gradients(values) if gradient else copies.inputs(values)
+    return joined, copies.mask.to(values.device)
+
+
 def _at(values: Tensor, positions: Tensor) -> Tensor:
-    """Select one position of each row: ``(B, T, F)`` to ``(B, F)``; with T = 1 it has been selected already."""
-    if values.shape[1] == 1:
-        return values[:, 0]
-    return values[torch.arange(len(values), device=values.device), positions.to(values.device)]
+    """Select positions ``(S, Q)`` of each row: ``(S, T, F)`` to ``(S, Q, F)``; with T = Q they are selected already."""
+    if values.shape[1] == positions.shape[1]:
+        return values
+    return values[torch.arange(len(values), device=values.device).unsqueeze(1), positions.to(values.device)]
 
 
 @contextmanager
 def _head_at(network: nn.Module, positions: Tensor, tokens: int) -> Iterator[None]:
-    """Give the language-model head only one position of each row, so that it returns ``(B, 1, V)``.
+    """Give the language-model head only some positions of each row, so that it returns ``(S, Q, V)``.
 
     ``logits_to_keep`` would do so only where all rows have the same length. A head that is not a module, or that is
-    not called on ``(B, T, features)``, returns the logits of all positions.
+    not called on ``(S, T, features)``, returns the logits of all positions.
 
     Args:
         network: The base model.
-        positions: Position for each row, ``(B,)``.
+        positions: ``(S, Q)``.
         tokens: T, with padding.
     """
     find = getattr(network, "get_output_embeddings", None)
@@ -347,7 +408,7 @@ def _head_at(network: nn.Module, positions: Tensor, tokens: int) -> Iterator[Non
             return None
         if arguments[0].shape[:2] != (len(positions), tokens):
             return None
-        return _at(arguments[0], positions).unsqueeze(1), *arguments[1:]
+        return _at(arguments[0], positions), *arguments[1:]
 
     if not isinstance(head, nn.Module):
         yield

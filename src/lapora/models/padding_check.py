@@ -24,6 +24,7 @@ _HALF_TOLERANCE = 5e-2
 class _Row(NamedTuple):
     input_ids: list[int]
     token_type_ids: list[int] | None = None
+    answers: tuple[()] = ()
 
 
 def check_padding(output_model: OutputModel, tokenizer: Any, quantized: bool) -> None:

@@ -95,7 +95,8 @@ class _RowsObserver(JacobianObserver):
 
     def end(self, rows: int, directions: int) -> None:
         """Store the batch's rows."""
-        self.rows[list(self._batch_rows)] = self.jacobian(rows, directions).transpose(0, 1).to(self.rows)
+        jacobian = self.jacobian(rows, directions).transpose(0, 1)
+        self.rows[list(self._batch_rows), :directions] = jacobian.to(self.rows)
 
     def state(self) -> ObserverState:
         """Return the rows."""
@@ -130,7 +131,11 @@ def fit_full(run: CurvatureRun) -> tuple[Posterior, DataPass]:
     weights = None
     if exact:
         weights = run.likelihood.column_weights(data.logits)  # (N, columns, directions)
-        if run.likelihood.uses_differences and all(target is not None for target in run.targets):
+        if (
+            run.likelihood.uses_differences
+            and all(target is not None for target in run.targets)
+            and bool(torch.isfinite(data.logits).all())
+        ):
             theta = _parameter_vector(run.layers, run.classes, run.output_model.answer_token_ids)
             differences = data.logits[:, 1:] - data.logits[:, :1]
             linear_model = {

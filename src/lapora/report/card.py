@@ -48,7 +48,7 @@ def posterior_section(
         "structure": f"{manifest.structure}, {manifest.weight_sharing}, {manifest.fisher} Fisher",
         "weights": f"{manifest.subset}, {len(manifest.parameters)} matrices",
         "prior precision": f"{_chosen(prior)}",
-        "task": f"{manifest.task['task']}: {', '.join(manifest.answers.choices)}",
+        "task": f"{manifest.task['task']}: {manifest.answers.describe()}",
         "rows": f"{manifest.data.n} of {manifest.data.split}",
         "base model": f"{base.name} ({base.dtype}, quantization {base.quantization})",
     }

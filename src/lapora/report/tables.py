@@ -337,7 +337,7 @@ def print_posterior(manifest: Manifest, prior: Prior) -> None:
         "structure": f"{manifest.structure}, {manifest.weight_sharing}, {manifest.fisher} Fisher",
         "subset": f"{manifest.subset}, {len(manifest.parameters)} matrices",
         "base model": f"{manifest.base_model.name} ({manifest.base_model.dtype})",
-        "task": f"{manifest.task['task']}, {', '.join(manifest.answers.choices)}",
+        "task": f"{manifest.task['task']}, {manifest.answers.describe()}",
         "data": f"{manifest.data.n} rows of {manifest.data.split}",
         "log-likelihood": _nats(manifest.log_likelihood),
         "prior precision": f"{prior.precisions.describe()} ({prior.method}, {prior.structure})",

@@ -121,9 +121,10 @@ def _weight_differences(then: BaseModel, loaded: LoadedModel) -> list[str]:
 def answer_differences(manifest: Manifest, task: str, choices: Sequence[str]) -> list[str]:
     """What differs in the answers that rows are to have."""
     then = manifest.answers.choices
-    if list(choices) == then:
+    if not then or list(choices) == then:
         return []
-    return [f"answers {', '.join(then)} then, {', '.join(choices)} of task {task} now"]
+    now = ", ".join(choices) or "other ones in each row"
+    return [f"answers {', '.join(then)} then, {now} of task {task} now"]
 
 
 def _layer_differences(parameters: Sequence[Mapping[str, Any]], layers: Sequence[BayesianLayer]) -> list[str]:

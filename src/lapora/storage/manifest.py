@@ -11,7 +11,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, Literal, NoReturn
 
 import msgspec
 from msgspec import Meta, Struct
@@ -72,12 +72,23 @@ class Answers(Struct, frozen=True, kw_only=True):
     """The answers of the task.
 
     Attributes:
-        choices: Their texts.
-        token_ids: Their tokens, for a causal model; else None.
+        choices: Their texts; empty where each row has its own.
+        token_ids: Their tokens, for a causal model whose answers are single tokens; else None.
+        score: ``sum``, ``per_token`` or ``per_byte``, for a causal model whose whole answers are scored; else None.
     """
 
-    choices: Annotated[list[Text], Meta(min_length=1)]
+    choices: list[Text]
     token_ids: list[Annotated[int, Meta(ge=0, lt=2**62)]] | None
+    score: Literal["sum", "per_token", "per_byte"] | None = None
+
+    @property
+    def causal(self) -> bool:
+        """Whether they are answers of a causal model."""
+        return self.token_ids is not None or self.score is not None
+
+    def describe(self) -> str:
+        """Return their texts."""
+        return ", ".join(self.choices) if self.choices else "answers of each row"
 
 
 class Data(Struct, frozen=True, kw_only=True):
@@ -417,6 +428,8 @@ def _check_fields(content: Mapping[str, Any]) -> None:
         leader = parameter.input_of
         if not fields.joint and not (isinstance(leader, str) and leader in names):
             raise _Wrong(f"parameters[{index}].input_of is {leader!r:.60}, which names no parameter")
+    if len(fields.answers.choices) < 2 and (fields.answers.choices or fields.answers.score is None):
+        raise _Wrong(f"answers.choices has {len(fields.answers.choices)} answers; expected `array` of length >= 2")
     for key, items in (("choices", fields.answers.choices), ("token_ids", fields.answers.token_ids)):
         if items is not None and len(set(items)) != len(items):
             raise _Wrong(f"answers.{key} has an answer twice")

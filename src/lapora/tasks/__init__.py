@@ -11,10 +11,12 @@ from lapora.tasks.examples import (
 )
 from lapora.tasks.given import given_rows, is_one_row
 from lapora.tasks.rows import Row, load_rows, parse_json_line, split_source
-from lapora.tasks.task import Task, TaskKind, builtin_tasks, builtin_yaml, load_task
-from lapora.tasks.tokens import EncodedExample, answer_token_ids, encode, encode_all
+from lapora.tasks.task import AnswerScore, Task, TaskKind, builtin_tasks, builtin_yaml, load_task
+from lapora.tasks.tokens import AnswerEncoding, EncodedExample, answer_token_ids, encode, encode_all, resolve_answers
 
 __all__ = [
+    "AnswerEncoding",
+    "AnswerScore",
     "EncodedExample",
     "Example",
     "Row",
@@ -36,6 +38,7 @@ __all__ = [
     "render",
     "render_all",
     "required_fields",
+    "resolve_answers",
     "resolve_choices",
     "split_source",
 ]

@@ -14,7 +14,7 @@ from lapora.errors import DataError, listed, quoted
 from lapora.tasks.preferences import texts_of
 from lapora.tasks.rows import Row, keeps
 from lapora.tasks.targets import Target, labels_of, numbers_of
-from lapora.tasks.task import Task, TaskKind, checked_choices
+from lapora.tasks.task import Task, TaskKind, checked_choices, kind_of
 from lapora.tasks.templates import CompiledTemplate, compiled_template
 
 Labels = Literal["required", "optional", "ignore"]
@@ -33,7 +33,9 @@ class Example:
         inputs: One or two input texts, for a sequence classifier; of a preference, the better text first.
         choices: The C answers.
         target: Index of the right answer, or the numbers of the outputs; None without a label.
-        ready: Whether the row contains a ready prompt (``text``) instead of the task's fields.
+        continuation: Text behind the answer that is scored in its place, or None.
+        ready: Whether the row contains a ready prompt (``text``, or ``prompt``) instead of the task's fields.
+        given: Whether it contains its answers, too (``prompt`` and ``answers``).
         messages: Whether the inputs are lists of chat messages, as JSON.
         where: Name of the row in error messages.
     """
@@ -46,7 +48,9 @@ class Example:
     inputs: tuple[str, ...] | None
     choices: tuple[str, ...]
     target: Target | None
+    continuation: str | None = None
     ready: bool = False
+    given: bool = False
     where: str = ""
     messages: bool = False
 
@@ -56,7 +60,20 @@ def required_fields(task: Task, kind: TaskKind) -> tuple[str, ...]:
     names: set[str] = set()
     for template in task.prompt_templates(kind):
         names |= template.fields
+    if kind == "causal" and task.doc_to_continuation is not None:
+        names |= compiled_template(task.doc_to_continuation).fields
     return tuple(sorted(names))
+
+
+def prompt_of(task: Task, values: Mapping[str, Any], where: str) -> str:
+    """Render the prompt of a row for a causal model."""
+    texts = [template.text(values, where) for template in task.prompt_templates("causal")]
+    if not task.gen_prefix:
+        return "".join(texts)
+    *prompt, prefix = texts
+    text = "".join(prompt)
+    apart = bool(prefix) and bool(prompt[-1]) and not (prompt[-1][-1].isspace() or prefix[0].isspace())
+    return text + (task.target_delimiter if apart else "") + prefix
 
 
 def render(
@@ -73,7 +90,8 @@ def render(
 ) -> Example:
     """Render one row.
 
-    A row with a ``text`` and nothing else (but an ``id``) is a ready prompt, used unchanged.
+    A row with a ``text`` and nothing else (but an ``id``) is a ready prompt, used unchanged. For a causal model a row
+    with a ``prompt`` and ``answers`` and nothing else is a ready prompt with answers of its own.
 
     Args:
         task: The task.
@@ -83,7 +101,8 @@ def render(
         require_target: Whether a row without a label is an error; the same as ``labels="required"``.
         labels: ``required``, ``optional`` (None without a label) or ``ignore`` (not read).
         num_choices: Number of answers of the model.
-        choices: The recorded answers: a row's own answers must equal them, and a row without any gets them.
+        choices: The recorded answers: a row's own answers must equal them, and a row without any gets them. Empty or
+            None: each row has its own.
         where: Name of the row in error messages; by default ``row INDEX``.
 
     Raises:
@@ -96,11 +115,12 @@ def render(
     if task.likelihood == "preference":
         task.prompt_templates(kind)  # raises for other kinds of model
         return _render_preference(task, values, number, labels, where)
-    templates = task.prompt_templates(kind)
     needed = required_fields(task, kind)
     missing = [name for name in needed if values.get(name) is None]
     # A row with other fields lacks one of the task's: without the template it would be another prompt.
     others = [name for name, value in values.items() if value is not None and name not in _BESIDE_A_READY_PROMPT]
+    if kind == "causal" and set(others) == {"prompt", "answers"} and (missing or not needed):
+        return _given(task, values, number, where)
     ready = bool(missing) and not others and isinstance(values.get("text"), str)
     if missing and not ready:
         raise DataError(
@@ -113,9 +133,19 @@ def render(
     else:
         if _is_excluded(task, values, where):
             raise DataError(f"{where}: excluded by keep_if {quoted(task.keep_if)} of task {quoted(task.task)}")
-        texts = tuple(template.text(values, where) for template in templates)
-    _check_texts(texts, where)
-    answers = _choices_of(task, values, where, None if choices is None else tuple(choices))
+        if kind == "causal":
+            texts = (prompt_of(task, values, where),)
+        else:
+            texts = tuple(template.text(values, where) for template in task.prompt_templates(kind))
+    if kind == "classifier" or task.doc_to_text:
+        _refuse_empty(texts, where)
+    answers = _choices_of(task, values, where, tuple(choices) if choices else None)
+    continuation = None
+    if kind == "causal" and task.doc_to_continuation is not None:
+        continuation = compiled_template(task.doc_to_continuation).text(values, where)
+        if not continuation.strip():
+            raise DataError(f"{where}: doc_to_continuation is empty; check the row's fields")
+    _require_text((*texts, *answers, continuation or ""), where)
     if num_choices is not None and num_choices != len(answers):
         raise DataError(
             f"task {quoted(task.task)} has {len(answers)} answers ({listed(answers)}), but the model has "
@@ -133,14 +163,33 @@ def render(
         inputs=texts if kind == "classifier" else None,
         choices=answers,
         target=target,
+        continuation=continuation,
         ready=ready,
         where=where,
     )
 
 
-def _check_texts(texts: Sequence[str], where: str) -> None:
+def _given(task: Task, values: Mapping[str, Any], number: int, where: str) -> Example:
+    """Return the example of a row with a prompt and answers of its own."""
+    prompt, answers = values["prompt"], values["answers"]
+    if not isinstance(prompt, str):
+        raise DataError(f"{where}: its prompt is {kind_of(prompt)}, not text")
+    if not isinstance(answers, (list, tuple)):
+        raise DataError(f"{where}: its answers are {kind_of(answers)}, not a list of texts")
+    try:
+        choices = checked_choices(answers)
+    except DataError as error:
+        raise DataError(f"{where}: answers: {error}") from None
+    _require_text((prompt, *choices), where)
+    return Example(task, number, values.get("id"), values, prompt, None, choices, None, None, True, True, where)
+
+
+def _refuse_empty(texts: Sequence[str], where: str) -> None:
     if not any(text.strip() for text in texts):
         raise DataError(f"{where}: the rendered text is empty; check the row's fields")
+
+
+def _require_text(texts: Iterable[str], where: str) -> None:
     for text in texts:
         try:
             text.encode("utf-8")
@@ -156,7 +205,8 @@ def _render_preference(task: Task, values: Mapping[str, Any], index: int, labels
     texts, messages = texts_of(task, values, where)
     if labels != "ignore" and len(texts) < 2:
         raise DataError(f"{where}: one text, and likelihood preference is fitted and scored on pairs; give two")
-    _check_texts(texts, where)
+    _refuse_empty(texts, where)
+    _require_text(texts, where)
     return Example(
         task=task,
         index=index,
@@ -181,7 +231,9 @@ def render_all(
     num_choices: int | None = None,
     choices: Sequence[str] | None = None,
 ) -> list[Example]:
-    """Render rows that all have the same answers; the arguments are those of :func:`render`.
+    """Render rows; the arguments are those of :func:`render`.
+
+    Without ``choices`` all rows must have the answers of the first one; with empty ``choices`` each has its own.
 
     Raises:
         DataError: As `render`, or the answers of a row differ from those of the first row.
@@ -198,16 +250,18 @@ def render_all(
             choices=choices,
         )
         # The answers of the first row are required of all others.
-        choices = choices or example.choices
+        choices = example.choices if choices is None else choices
         examples.append(example)
     return examples
 
 
-def resolve_choices(task: Task, rows: Iterable[Row | Mapping[str, Any]] = ()) -> tuple[str, ...]:
-    """Return the task's answers; if a template returns them, they must be equal for all rows.
+def resolve_choices(
+    task: Task, rows: Iterable[Row | Mapping[str, Any]] = (), *, kind: TaskKind = "classifier"
+) -> tuple[str, ...]:
+    """Return the task's answers; none for a causal model if a template returns other ones for some rows.
 
     Raises:
-        DataError: The answers of a row differ from those of the first row, or there are no rows.
+        DataError: The answers of a row differ from those of the first row, for a classifier; or there are no rows.
     """
     if isinstance(task.doc_to_choice, tuple):
         return task.doc_to_choice
@@ -215,7 +269,10 @@ def resolve_choices(task: Task, rows: Iterable[Row | Mapping[str, Any]] = ()) ->
     for position, row in enumerate(rows):
         values = row.values if isinstance(row, Row) else row
         number = row.index if isinstance(row, Row) else position
-        answers = _choices_of(task, values, f"row {number}", answers)
+        found = _choices_of(task, values, f"row {number}", answers, may_differ=kind == "causal")
+        if answers is not None and found != answers:
+            return ()
+        answers = found
     if answers is None:
         raise DataError(f"task {quoted(task.task)}: its answers are read from rows; give at least one row")
     return answers
@@ -226,6 +283,7 @@ def data_fingerprint(examples: Iterable[Example]) -> str:
     digest = hashlib.sha256()
     for example in examples:
         content = [example.text, example.inputs, example.choices, example.target]
+        content += [] if example.continuation is None else [example.continuation]
         digest.update(json.dumps(content, ensure_ascii=True, separators=(",", ":")).encode("ascii"))
         digest.update(b"\n")
     return digest.hexdigest()
@@ -238,15 +296,28 @@ def _is_excluded(task: Task, values: Mapping[str, Any], where: str) -> bool:
     return not keeps(task, values, where)
 
 
-def _choices_of(task: Task, values: Mapping[str, Any], where: str, expected: tuple[str, ...] | None) -> tuple[str, ...]:
+def _choices_of(
+    task: Task,
+    values: Mapping[str, Any],
+    where: str,
+    expected: tuple[str, ...] | None,
+    *,
+    may_differ: bool = False,
+) -> tuple[str, ...]:
     if isinstance(task.doc_to_choice, tuple):
         answers = task.doc_to_choice
     else:
         template = compiled_template(task.doc_to_choice)
-        if expected is not None and any(values.get(name) is None for name in template.fields):
+        missing = sorted(name for name in template.fields if values.get(name) is None)
+        if missing and expected is not None:
             return expected
+        if missing:
+            raise DataError(
+                f"{where}: no value for {listed(missing)}, from which doc_to_choice of task {quoted(task.task)} takes "
+                "the answers; add the field"
+            )
         answers = _evaluated_choices(template, values, where)
-    if expected is not None and answers != expected:
+    if expected is not None and answers != expected and not may_differ:
         raise DataError(
             f"{where}: its answers are {listed(answers)}, not {listed(expected)}; all rows must have the same "
             "answers: fix doc_to_choice, or exclude such rows with keep_if"

@@ -7,6 +7,7 @@ lm-evaluation-harness (`keep_trailing_newline`). An undefined name is an error, 
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Callable, Iterable, Sized
 from typing import Any
 
@@ -134,8 +135,10 @@ class TemplateEnvironment(ImmutableSandboxedEnvironment):
         super().__init__(undefined=StrictUndefined, keep_trailing_newline=True, cache_size=0)
         self.globals = {"range": short_range, "dict": mapping}
         self.filters = {name: self.filters[name] for name in _FILTERS} | {
+            "drop_between": without_between,
             "int": whole_number,
             "join": joined,
+            "literal": literal,
             "replace": replaced,
             "round": rounded,
             "sum": total,
@@ -297,6 +300,28 @@ def replaced(text: Any, old: Any, new: Any, count: int | None = None) -> str:
     text, old, new = str(text), str(old), str(new)
     check_size(len(text) + (text.count(old) if old else len(text) + 1) * len(new))
     return text.replace(old, new, -1 if count is None else count)
+
+
+def without_between(text: Any, start: str, end: str) -> str:
+    """Remove every part of a text from ``start`` to the next ``end``, as a regular expression would."""
+    parts = str(text).split(end)
+    cut = [part.partition(start)[0] if start in part else part + end for part in parts[:-1]]
+    return "".join([*cut, parts[-1]])
+
+
+def literal(text: Any) -> Any:
+    """Parse the text of a Python literal, such as a list of mappings in a column of text.
+
+    Raises:
+        TemplateRuntimeError: It is not one.
+    """
+    check_size(len(str(text)))
+    try:
+        value = ast.literal_eval(str(text))
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        raise TemplateRuntimeError(f"{quoted(text)} is not a literal") from None
+    check_size(size_of(value)[0])
+    return value
 
 
 def mapping(*values: Any, **named: Any) -> dict[Any, Any]:

@@ -1,7 +1,7 @@
 """Task definitions: templates of prompts, answer choices and labels, read from YAML.
 
-The keys are those of lm-evaluation-harness, plus ``doc_to_inputs``, ``keep_if``, ``truncate_field`` and
-``max_length``.
+The keys are those of lm-evaluation-harness, plus ``answer_score``, ``doc_to_continuation``, ``doc_to_inputs``,
+``keep_if``, ``truncate_field`` and ``max_length``.
 """
 
 from __future__ import annotations
@@ -18,10 +18,14 @@ import yaml
 
 from lapora.config import LikelihoodName
 from lapora.errors import DataError, first_line, listed, quoted
+from lapora.tasks.harness import PythonFunction, without_evaluation_keys
 from lapora.tasks.targets import CHOSEN, FIRST, REJECTED, SECOND
 from lapora.tasks.templates import CompiledTemplate, compiled_template
 
 TaskKind = Literal["causal", "classifier"]
+
+AnswerScore = Literal["sum", "per_token", "per_byte"]
+"""Score of a whole answer: its log-probability, or that divided by its number of tokens or UTF-8 bytes."""
 
 FILE_LOADERS = ("json", "csv", "parquet")
 """Values of `dataset_path` for tasks that read local files, as in `datasets`."""
@@ -41,20 +45,24 @@ class Task:
         task: Name of the task.
         dataset_path: Hub dataset, or ``json``, ``csv``, ``parquet`` with ``dataset_kwargs.data_files``.
         dataset_name: Configuration of the Hub dataset.
-        dataset_kwargs: Only ``data_files`` is supported.
+        dataset_kwargs: ``data_files``, and for the Hub ``column_names``, ``header`` and ``revision``.
         training_split: The dataset's name of the split ``train``.
         validation_split: The dataset's name of the split ``validation``.
         test_split: The dataset's name of the split ``test``.
         output_type: Always ``multiple_choice``.
-        doc_to_text: Prompt template, for causal models.
-        doc_to_choice: The answers, or a template that returns them.
+        description: Text before the prompt, or its template.
+        doc_to_text: Prompt template, for causal models; may be empty.
+        doc_to_choice: The answers, or a template that returns them; for causal models a row's own.
+        gen_prefix: Text at the end of the prompt, behind the delimiter, or its template.
+        doc_to_continuation: Template of a text behind the answer, which is scored in its place, for causal models.
+        answer_score: Score of an answer of several tokens.
         doc_to_target: Label template, an answer's index or text; or a constant index.
         doc_to_inputs: Templates of the one or two input texts, for sequence classifiers.
         keep_if: Template; rows for which it is false are excluded.
         likelihood: ``categorical`` (one answer), ``bernoulli`` (one logit for two answers), ``multilabel`` (a logit for
             each of several labels), ``gaussian`` (regression) or ``preference`` (reward models).
         metric: ``acc`` or ``mcc``.
-        metric_list: As in lm-evaluation-harness; sets ``metric``.
+        metric_list: As in lm-evaluation-harness; ``mcc`` in it sets ``metric``, and other metrics are not used.
         truncate_field: Field to truncate if a row is too long.
         max_length: Maximum number of tokens per row; one number, or one per kind of model.
         target_delimiter: Text between prompt and answer.
@@ -70,8 +78,12 @@ class Task:
     validation_split: str | None = None
     test_split: str | None = None
     output_type: str = "multiple_choice"
+    description: str | None = None
     doc_to_text: str | None = None
     doc_to_choice: tuple[str, ...] | str = ()
+    gen_prefix: str | None = None
+    doc_to_continuation: str | None = None
+    answer_score: AnswerScore = "sum"
     doc_to_target: str | int | None = None
     doc_to_inputs: tuple[str, ...] | None = None
     keep_if: str | None = None
@@ -118,7 +130,7 @@ class Task:
         return named.get(split) or split
 
     def prompt_templates(self, kind: TaskKind) -> tuple[CompiledTemplate, ...]:
-        """Return the templates of the text that a kind of model reads.
+        """Return the templates of the text that a kind of model reads: the parts of one prompt, or one or two inputs.
 
         Raises:
             DataError: The task does not support this kind of model.
@@ -132,7 +144,11 @@ class Task:
                 f"task {quoted(self.task)} supports only {other} models: its YAML has no {needed}; add one "
                 "(`lapora tasks` lists the tasks with their kinds)"
             )
-        sources = (cast(str, self.doc_to_text),) if kind == "causal" else cast(tuple, self.doc_to_inputs)
+        if kind == "causal":
+            parts = (_or_plain(self.description), self.doc_to_text, _or_plain(self.gen_prefix))
+            sources = tuple(part for part in parts if part is not None)
+        else:
+            sources = cast(tuple, self.doc_to_inputs)
         return tuple(compiled_template(source) for source in sources)
 
     def to_dict(self) -> dict[str, Any]:
@@ -159,6 +175,7 @@ class Task:
         """
         if not isinstance(values, Mapping):
             raise DataError(f"{source}: a task must be a mapping of keys to values, not {kind_of(values)}")
+        values = without_evaluation_keys(values, source, builtin=values.get("task") in builtin_tasks())
         unknown = [key for key in values if key not in KEY_PARSERS]
         if unknown:
             close = difflib.get_close_matches(str(unknown[0]), KEY_PARSERS, n=1)
@@ -178,8 +195,8 @@ class Task:
         if "task" not in parsed:
             raise DataError(f"{source}: missing key 'task'; give the task a name")
         task = cls(**_with_defaults(parsed))
-        if task.metric_list and "metric" not in parsed:
-            task = cls(**{**_with_defaults(parsed), "metric": _metric_of(task.metric_list, source)})
+        if "metric" not in parsed and any(entry.get("metric") == "mcc" for entry in task.metric_list):
+            task = cls(**{**_with_defaults(parsed), "metric": "mcc"})
         _check_consistency(task, source)
         return task
 
@@ -230,6 +247,13 @@ def _check_likelihood(task: Task, source: str) -> None:
             )
 
 
+def _or_plain(source: str | None) -> str | None:
+    """Return the template of a text that is not a field's name: without marks it is the text itself."""
+    if source is None or any(mark in source for mark in ("{{", "{%", "{#")):
+        return source
+    return f"{{% raw %}}{source}{{% endraw %}}"
+
+
 def _check_consistency(task: Task, source: str) -> None:
     if task.likelihood != "categorical":
         _check_likelihood(task, source)
@@ -255,19 +279,7 @@ def _check_consistency(task: Task, source: str) -> None:
             )
 
 
-def _metric_of(metric_list: tuple[Mapping[str, Any], ...], source: str) -> str:
-    named = [entry.get("metric") for entry in metric_list]
-    for metric in ("mcc", "acc"):
-        if metric in named:
-            return metric
-    raise DataError(
-        f"{source}: metric_list: none of {listed([str(name) for name in named])} is supported; use acc or mcc"
-    )
-
-
 _METRICS = ("acc", "mcc")
-# Allowed beside `acc` in task files of the harness: always reported, or meaningless with one token per answer.
-_IGNORED_METRICS = ("acc_norm", "acc_mutual_info", "f1", "brier_score")
 
 
 def kind_of(value: object) -> str:
@@ -345,6 +357,22 @@ def checked_choices(values: list[Any] | tuple[Any, ...], least: int = 2) -> tupl
     return choices
 
 
+def _prompt(value: object) -> str:
+    return "" if value == "" else _template(value)
+
+
+def _plain_or_template(value: object) -> str:
+    source = _text(value)
+    compiled_template(_or_plain(source) or "")
+    return source
+
+
+def _answer_score(value: object) -> AnswerScore:
+    if value not in get_args(AnswerScore):
+        raise DataError(f"must be one of {', '.join(get_args(AnswerScore))}, not {quoted(value)}")
+    return cast(AnswerScore, value)
+
+
 def _inputs(value: object) -> tuple[str, ...]:
     if isinstance(value, str):
         return (_template(value),)
@@ -374,11 +402,6 @@ def _metric(value: object) -> str:
 def _metric_list(value: object) -> tuple[Mapping[str, Any], ...]:
     if not isinstance(value, (list, tuple)) or not all(isinstance(entry, Mapping) for entry in value):
         raise DataError("must be a list of mappings, each with a key 'metric'")
-    for entry in value:
-        if entry.get("metric") not in (*_METRICS, *_IGNORED_METRICS):
-            raise DataError(
-                f"unknown metric {quoted(entry.get('metric'))}; use {', '.join([*_METRICS, *_IGNORED_METRICS])}"
-            )
     return tuple(_json(entry) for entry in value)
 
 
@@ -392,13 +415,19 @@ def _max_length(value: object) -> int | dict[str, int]:
     return value
 
 
+_DATASET_KEYS = ("data_files", "column_names", "header", "revision")
+
+
 def _dataset_kwargs(value: object) -> dict[str, Any]:
     if not isinstance(value, Mapping):
         raise DataError(f"must be a mapping, not {kind_of(value)}")
-    unknown = [str(key) for key in value if key != "data_files"]
+    value = {key: each for key, each in value.items() if key not in ("trust_remote_code", "streaming")}
+    unknown = [str(key) for key in value if key not in _DATASET_KEYS]
     if unknown:
-        raise DataError(f"unknown key {listed(unknown)}; only data_files is supported")
-    files = value.get("data_files")
+        raise DataError(f"unknown key {listed(unknown)}; use {', '.join(_DATASET_KEYS)}")
+    if "data_files" not in value:
+        return cast("dict[str, Any]", _json(value))
+    files = value["data_files"]
     by_split = files if isinstance(files, Mapping) else {"train": files}
     for named in by_split.values():
         paths = named if isinstance(named, (list, tuple)) else [named]
@@ -423,8 +452,12 @@ KEY_PARSERS: dict[str, Callable[[Any], Any]] = {
     "validation_split": _name,
     "test_split": _name,
     "output_type": _output_type,
-    "doc_to_text": _template,
+    "description": _plain_or_template,
+    "doc_to_text": _prompt,
     "doc_to_choice": _choices,
+    "gen_prefix": _plain_or_template,
+    "doc_to_continuation": _template,
+    "answer_score": _answer_score,
     "doc_to_target": _target,
     "doc_to_inputs": _inputs,
     "keep_if": _condition,
@@ -489,39 +522,60 @@ def load_task(name_or_path: str) -> Task:
     looks_like_a_path = path.suffix.lower() in (".yaml", ".yml") or len(path.parts) > 1
     if not looks_like_a_path and not path.is_file():
         builtin_yaml(name_or_path)  # raises with the names of the built-in tasks
+    values = _read_values(path, name_or_path)
+    return Task.from_dict(values, source=f"task file {quoted(name_or_path, 200)}")
+
+
+def _read_values(path: Path, name: str, including: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """Return the values of a task file, those of the files that it includes where it has none of its own."""
+    source = f"task file {quoted(name, 200)}"
     try:
         with path.open("rb") as stream:
             content = stream.read(MAX_YAML_BYTES + 1)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or "cannot be read"
+        if including:
+            raise DataError(f"{source}: {reason}; {including[-1].name} includes it") from None
         raise DataError(
-            f"task file {quoted(name_or_path, 200)}: {reason}; give the name of a built-in "
+            f"{source}: {reason}; give the name of a built-in "
             "task (`lapora tasks` lists them) or the path of a YAML file"
         ) from None
     if len(content) > MAX_YAML_BYTES:
-        raise DataError(
-            f"task file {quoted(name_or_path, 200)}: larger than {MAX_YAML_BYTES} bytes; check that it is a task"
-        )
+        raise DataError(f"{source}: larger than {MAX_YAML_BYTES} bytes; check that it is a task")
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise DataError(
-            f"task file {quoted(name_or_path, 200)}: not UTF-8 at byte {error.start}; save it as UTF-8"
-        ) from None
-    return task_from_yaml(text, source=f"task file {quoted(name_or_path, 200)}", folder=path.resolve().parent)
+        raise DataError(f"{source}: not UTF-8 at byte {error.start}; save it as UTF-8") from None
+    values = _with_absolute_files(_yaml_values(text, source), path.resolve().parent)
+    included = values.pop("include", None)
+    merged: dict[str, Any] = {}
+    for each in [] if included is None else included if isinstance(included, list) else [included]:
+        if not isinstance(each, str):
+            raise DataError(f"{source}: include: must be the path of a YAML file, not {kind_of(each)}")
+        target = path.parent / each
+        if target.resolve() in (resolved := tuple(file.resolve() for file in (*including, path))):
+            raise DataError(f"{source}: include: {quoted(each)} includes this file again")
+        if len(resolved) > _MAX_DEPTH:
+            raise DataError(f"{source}: include: nested more than {_MAX_DEPTH} files deep")
+        merged |= _read_values(target, str(target), (*including, path))
+    merged.pop("task_list", None)
+    return {**merged, **values}
 
 
-def task_from_yaml(text: str, *, source: str, folder: Path | None = None) -> Task:
-    """Parse and validate a task's YAML.
+def task_from_yaml(text: str, *, source: str) -> Task:
+    """Parse and validate a task's YAML, which includes no other file.
 
     Args:
         text: The YAML.
         source: Name of the file in error messages.
-        folder: Folder of relative ``data_files``.
 
     Raises:
         DataError: The text is not YAML, uses aliases or tags, or is not a valid task.
     """
+    return Task.from_dict(_yaml_values(text, source), source=source)
+
+
+def _yaml_values(text: str, source: str) -> dict[str, Any]:
     try:
         _check_events(text, source)
         values = yaml.load(text, Loader=_TaskLoader)
@@ -533,9 +587,9 @@ def task_from_yaml(text: str, *, source: str, folder: Path | None = None) -> Tas
         raise DataError(f"{source}: not YAML: {first_line(error)}") from None
     if values is None:
         raise DataError(f"{source}: the file is empty; `lapora tasks boolq` prints an example")
-    if folder is not None and isinstance(values, Mapping):
-        values = _with_absolute_files(dict(values), folder)
-    return Task.from_dict(values, source=source)
+    if not isinstance(values, Mapping):
+        raise DataError(f"{source}: a task must be a mapping of keys to values, not {kind_of(values)}")
+    return dict(values)
 
 
 class _TaskLoader(yaml.SafeLoader):
@@ -555,6 +609,16 @@ class _TaskLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep=deep)
 
 
+def _python_function(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> PythonFunction:
+    return PythonFunction(loader.construct_scalar(node))
+
+
+_TaskLoader.add_constructor("!function", _python_function)
+
+
+_SCALAR_TAGS = ("!function", *(f"tag:yaml.org,2002:{kind}" for kind in ("bool", "float", "int", "null", "str")))
+
+
 def _check_events(text: str, source: str) -> None:
     """Reject aliases (which allow exponential expansion), tags and deep nesting before constructing any value."""
     depth = 0
@@ -563,7 +627,7 @@ def _check_events(text: str, source: str) -> None:
         if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None) is not None:
             raise DataError(f"{source}, line {line}: anchors and aliases are not supported; repeat the value")
         tag = getattr(event, "tag", None)
-        if tag is not None and tag != "!":
+        if tag not in (None, "!") and not (tag in _SCALAR_TAGS and isinstance(event, yaml.ScalarEvent)):
             name = str(tag).replace("tag:yaml.org,2002:", "!!")
             content = text.splitlines()[line - 1].strip() if line <= len(text.splitlines()) else name
             if name.startswith("!!") and not name.startswith("!!python"):

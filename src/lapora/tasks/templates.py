@@ -42,7 +42,7 @@ class CompiledTemplate:
         self.optional_fields: frozenset[str] = frozenset()
         self._text: Template | None = None
         self._value: Template | None = None
-        if "{{" not in source and "{%" not in source and "{#" not in source:
+        if source and "{{" not in source and "{%" not in source and "{#" not in source:
             self.fields = frozenset({source})
             return
         if len(source) > MAX_SOURCE:

@@ -1,20 +1,38 @@
-"""Encode examples to token ids, truncating the task's ``truncate_field`` but never the end of a prompt."""
+"""Encode examples to token ids, truncating the task's ``truncate_field`` but never the end of a prompt or an answer."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, cast
+from dataclasses import dataclass, replace
+from typing import Any, Protocol, TypeVar, cast
 
-from lapora.errors import DataError, first_line, quoted
-from lapora.tasks.examples import Example
+from lapora.errors import DataError, SeveralTokensError, first_line, quoted
+from lapora.tasks.examples import Example, prompt_of
 from lapora.tasks.preferences import token_ids
-from lapora.tasks.task import Task, TaskKind
+from lapora.tasks.task import AnswerScore, Task, TaskKind
 
 _BATCH = 1000
 # Truncation is accepted when the result is at most this many tokens below the maximum.
 _SLACK = 2
+
+
+@dataclass(frozen=True)
+class EncodedAnswer:
+    """Token ids of one answer, behind those that all answers of its row share.
+
+    Attributes:
+        ids: A token ids.
+        scored: Number of them, at the end, whose log-probabilities are summed.
+        weight: Factor of the sum.
+        merged: Whether the prompt's last token is another one with this answer behind it. It is cut at the prompt's
+            length then, as lm-evaluation-harness does.
+    """
+
+    ids: tuple[int, ...]
+    scored: int
+    weight: float
+    merged: bool = False
 
 
 @dataclass(frozen=True)
@@ -26,23 +44,50 @@ class EncodedExample:
         token_type_ids: T segment ids, or None if the tokenizer has none.
         truncated: Whether the example was truncated.
         second: The text that the first is compared with, or None.
+        answers: The answers, if whole answers are scored; else none.
+        choices: Their texts.
     """
 
     input_ids: list[int]
     token_type_ids: list[int] | None
     truncated: bool
     second: EncodedExample | None = None
+    answers: tuple[EncodedAnswer, ...] = ()
+    choices: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        """Return the number of tokens of prompt and longest answer that the network reads: all but the last."""
+        return len(self.input_ids) + max((len(answer.ids) - 1 for answer in self.answers), default=0)
 
 
 def encode(
-    example: Example, tokenizer: Any, *, kind: TaskKind, max_length: int, chat_template: bool = False
+    example: Example,
+    tokenizer: Any,
+    *,
+    kind: TaskKind,
+    max_length: int,
+    chat_template: bool = False,
+    answer_score: AnswerScore | None = None,
 ) -> EncodedExample:
     """Encode one example; see :func:`encode_all`."""
-    return encode_all([example], tokenizer, kind=kind, max_length=max_length, chat_template=chat_template)[0]
+    return encode_all(
+        [example],
+        tokenizer,
+        kind=kind,
+        max_length=max_length,
+        chat_template=chat_template,
+        answer_score=answer_score,
+    )[0]
 
 
 def encode_all(
-    examples: Sequence[Example], tokenizer: Any, *, kind: TaskKind, max_length: int, chat_template: bool = False
+    examples: Sequence[Example],
+    tokenizer: Any,
+    *,
+    kind: TaskKind,
+    max_length: int,
+    chat_template: bool = False,
+    answer_score: AnswerScore | None = None,
 ) -> list[EncodedExample]:
     """Encode examples, in their order; each is truncated as its own task says.
 
@@ -50,17 +95,21 @@ def encode_all(
         examples: Examples rendered for this kind of model, of one task or of several.
         tokenizer: A Hugging Face tokenizer.
         kind: The kind of model.
-        max_length: Maximum number of tokens of an example, special tokens included.
+        max_length: Maximum number of tokens of an example, special tokens included; with whole answers of the prompt
+            and the longest of them.
         chat_template: Wrap prompts in the tokenizer's chat template (causal models only).
+        answer_score: How whole answers are scored; None encodes the prompt alone, unless the row has its own answers.
 
     Raises:
-        DataError: An example is too long and cannot be truncated enough; the example and its length are named.
+        DataError: An example is too long and cannot be truncated enough, or an answer has no tokens or those of
+            another one; the example is named.
     """
     if kind == "classifier" and chat_template:
         raise DataError("--chat-template is for causal models; a sequence classifier reads plain text")
     alike: dict[Any, list[int]] = {}
     for index, example in enumerate(examples):
-        key = example.task.target_delimiter if kind == "causal" else len(example.inputs or ())
+        score = answer_score or (example.task.answer_score if example.given else None)
+        key: Any = (example.task.target_delimiter, score) if kind == "causal" else len(example.inputs or ())
         if example.task.likelihood == "preference":
             key = example.task.likelihood
         alike.setdefault(key, []).append(index)
@@ -72,8 +121,12 @@ def encode_all(
             if key == "preference":
                 results = [_encode_preference(example, tokenizer, max_length) for example in batch]
             elif kind == "causal":
-                encoder = PromptEncoder(tokenizer, delimiter=key, chat_template=chat_template)
-                results = _encode_prompts(batch, encoder, max_length)
+                delimiter, score = key
+                encoder = PromptEncoder(tokenizer, delimiter=delimiter, chat_template=chat_template)
+                if score is None:
+                    results = _encode_prompts(batch, encoder, max_length)
+                else:
+                    results = _encode_answers(batch, encoder, max_length, score)
             else:
                 results = _encode_inputs(batch, tokenizer, max_length)
             for index, result in zip(part, results, strict=True):
@@ -94,21 +147,52 @@ def _encode_prompts(examples: Sequence[Example], encoder: PromptEncoder, max_len
     return encoded
 
 
+class _Sized(Protocol):
+    def __len__(self) -> int: ...
+
+
+Ids = TypeVar("Ids", bound=_Sized)
+
+
 def _shortened(example: Example, ids: list[int], encoder: PromptEncoder, max_length: int) -> list[int]:
     """Ids of the prompt with less in it, at most ``max_length`` of them."""
     too_long = f"{example.where}: its prompt has {len(ids)} tokens, more than the {max_length} of --max-length"
-    if example.ready:
+    if example.ready and not encoder.chat_template:
         # A ready prompt is truncated on the left: its end is the cue for the answer.
+        before, _ = encoder.frame(encoder.context(cast(str, example.text))[0])
+        if before >= max_length:
+            raise DataError(f"{too_long}; increase it")
+        return ids[:before] + ids[len(ids) - (max_length - before) :]
+    return _with_less_text(example, ids, encoder, max_length, encoder.ids, too_long)
+
+
+def _with_less_text(
+    example: Example,
+    ids: Ids,
+    encoder: PromptEncoder,
+    max_length: int,
+    encoded: Callable[[str], Ids],
+    too_long: str,
+) -> Ids:
+    """Return the ids of the prompt with less of the task's ``truncate_field``, or of a ready prompt's beginning.
+
+    Args:
+        example: The example.
+        ids: Ids of the whole prompt.
+        encoder: The encoder.
+        max_length: Maximum number of ids.
+        encoded: Returns the ids of a prompt.
+        too_long: Beginning of the error message.
+
+    Raises:
+        DataError: It cannot be truncated enough.
+    """
+    if example.ready:
         text = cast(str, example.text)
-        before, _ = encoder.frame(encoder.context(text)[0])
-        if not encoder.chat_template:
-            if before >= max_length:
-                raise DataError(f"{too_long}; increase it")
-            return ids[:before] + ids[len(ids) - (max_length - before) :]
         starts = [0, *(end for _, end in _spans(encoder.tokenizer, text))]
-        shorter = _fitting(ids, len(starts) - 1, max_length, lambda kept: encoder.ids(text[starts[-1 - kept] :]))
+        shorter = _fitting(ids, len(starts) - 1, max_length, lambda kept: encoded(text[starts[-1 - kept] :]))
         if shorter is None:
-            raise DataError(f"{too_long}, and the chat template alone exceeds it; increase it")
+            raise DataError(f"{too_long}, and what cannot be truncated alone exceeds it; increase it")
         return shorter
     name = example.task.truncate_field
     if name is None:
@@ -116,11 +200,10 @@ def _shortened(example: Example, ids: list[int], encoder: PromptEncoder, max_len
     value = example.row.get(name)
     if not isinstance(value, str):
         raise DataError(f"{too_long}, and field {quoted(name)} is not text and cannot be truncated; increase it")
-    template = example.task.prompt_templates("causal")[0]
     ends = [0, *(end for _, end in _spans(encoder.tokenizer, value))]
 
-    def with_tokens(kept: int) -> list[int]:
-        return encoder.ids(template.text({**example.row, name: value[: ends[kept]]}, example.where))
+    def with_tokens(kept: int) -> Ids:
+        return encoded(prompt_of(example.task, {**example.row, name: value[: ends[kept]]}, example.where))
 
     shorter = _fitting(ids, len(ends) - 1, max_length, with_tokens)
     if shorter is None:
@@ -128,7 +211,7 @@ def _shortened(example: Example, ids: list[int], encoder: PromptEncoder, max_len
     return shorter
 
 
-def _fitting(ids: list[int], tokens: int, max_length: int, with_tokens: Callable[[int], list[int]]) -> list[int] | None:
+def _fitting(ids: Ids, tokens: int, max_length: int, with_tokens: Callable[[int], Ids]) -> Ids | None:
     """Return the ids with as many tokens of a text as fit, or None if the rest alone is too long.
 
     Args:
@@ -137,7 +220,7 @@ def _fitting(ids: list[int], tokens: int, max_length: int, with_tokens: Callable
         max_length: Maximum number of ids.
         with_tokens: Returns the ids with the given number of the text's tokens.
     """
-    best: list[int] | None = None
+    best: Ids | None = None
     fits, too_many, length = -1, tokens, len(ids)
     kept = tokens
     for attempt in range(64):
@@ -156,6 +239,121 @@ def _fitting(ids: list[int], tokens: int, max_length: int, with_tokens: Callable
         if max_length - length <= _SLACK:
             break
     return best
+
+
+def _encode_answers(
+    examples: Sequence[Example], encoder: PromptEncoder, max_length: int, score: AnswerScore
+) -> list[EncodedExample]:
+    """Encode prompts with whole answers."""
+    found = []
+    for example, encoded in zip(examples, _with_answers(examples, encoder, score), strict=True):
+        if len(encoded) > max_length:
+            encoded = replace(_with_room(example, encoded, encoder, max_length, score), truncated=True)
+        _check_answers(example, encoded, encoder.tokenizer)
+        found.append(encoded)
+    return found
+
+
+def _with_answers(examples: Sequence[Example], encoder: PromptEncoder, score: AnswerScore) -> list[EncodedExample]:
+    """Encode each context alone and with what follows it; the tokens beyond the context's number are scored.
+
+    White space at the end of a context belongs to what follows it, and an empty context is the tokenizer's BOS or EOS
+    token: the rules of lm-evaluation-harness.
+    """
+    pairs = [[encoder.split(*pair) for pair in _scored_texts(example)] for example in examples]
+    contexts = list(dict.fromkeys(context for row in pairs for context, _ in row if context))
+    known = dict(zip(contexts, encoder.encode(contexts), strict=True))
+    whole = encoder.encode([context + text for row in pairs for context, text in row if context])
+    alone = encoder.bare([text for row in pairs for context, text in row if not context])
+    behind, unprompted = iter(whole), iter(alone)
+    found = []
+    for example, row in zip(examples, pairs, strict=True):
+        before = [known[context] if context else [encoder.prefix(example.where)] for context, _ in row]
+        after = [
+            next(behind) if context else [*start, *next(unprompted)]
+            for (context, _), start in zip(row, before, strict=True)
+        ]
+        sequences = [start + ids[len(start) :] for start, ids in zip(before, after, strict=True)]
+        shared = _common(before)
+        texts = example.choices if example.continuation is None else [example.continuation] * len(row)
+        answers = []
+        for text, start, ids, sequence in zip(texts, before, after, sequences, strict=True):
+            scored = len(sequence) - len(start)
+            weight = {"sum": 1.0, "per_token": 1.0 / max(1, scored), "per_byte": 1.0 / len(text.encode())}[score]
+            merged = ids[: len(start)] != start
+            answers.append(EncodedAnswer(tuple(sequence[shared:]), scored, weight, merged))
+        found.append(EncodedExample(before[0][:shared], None, False, answers=tuple(answers), choices=example.choices))
+    return found
+
+
+def _scored_texts(example: Example) -> list[tuple[str, str]]:
+    """Return for each answer the text before the delimiter, and the text behind it."""
+    prompt = cast(str, example.text)
+    if example.continuation is None:
+        return [(prompt, choice) for choice in example.choices]
+    return [(prompt + choice, example.continuation) for choice in example.choices]
+
+
+def _common(sequences: Sequence[list[int]]) -> int:
+    """Return the number of tokens that all sequences begin with."""
+    shortest = min(len(sequence) for sequence in sequences)
+    different = (index for index in range(shortest) if len({sequence[index] for sequence in sequences}) > 1)
+    return next(different, shortest)
+
+
+def _with_room(
+    example: Example, encoded: EncodedExample, encoder: PromptEncoder, max_length: int, score: AnswerScore
+) -> EncodedExample:
+    """Shorten the prompt, so that the longest answer follows it in ``max_length`` tokens; answers are never cut."""
+    where, longest = example.where, max(encoded.answers, key=lambda answer: len(answer.ids))
+    room = max_length - (len(longest.ids) - 1)
+    if room < 1:
+        text = encoded.choices[encoded.answers.index(longest)]
+        raise DataError(
+            f"{where}: answer {quoted(text)} has {len(longest.ids)} tokens, which leaves no room for the prompt in the "
+            f"{max_length} of --max-length; increase it"
+        )
+    too_long = (
+        f"{where}: its prompt and longest answer have {len(encoded)} tokens, more than the {max_length} of --max-length"
+    )
+    if example.ready and not encoder.chat_template:
+        before, _ = encoder.frame(encoder.split(cast(str, example.text), "")[0])
+        if before >= room:
+            raise DataError(f"{too_long}; increase it")
+        ids = encoded.input_ids
+        return replace(encoded, input_ids=ids[:before] + ids[len(ids) - (room - before) :])
+    return _with_less_text(
+        example,
+        encoded,
+        encoder,
+        max_length,
+        lambda text: _with_answers([replace(example, text=text)], encoder, score)[0],
+        too_long,
+    )
+
+
+def _check_answers(example: Example, encoded: EncodedExample, tokenizer: Any) -> None:
+    """Check that every answer has tokens, known ones, and other ones than the other answers."""
+    seen: dict[tuple[int, ...], str] = {}
+    unknown = getattr(tokenizer, "unk_token_id", None)
+    shared = _common([list(answer.ids) for answer in encoded.answers])  # such as the space before an answer
+    for choice, answer in zip(encoded.choices, encoded.answers, strict=True):
+        if not answer.scored or (not encoded.input_ids and answer.scored == len(answer.ids)):
+            raise DataError(
+                f"{example.where}: answer {quoted(choice)} has no tokens of its own behind the prompt; change "
+                "doc_to_choice"
+            )
+        if unknown is not None and unknown in answer.ids[max(shared, len(answer.ids) - answer.scored) :]:
+            raise DataError(
+                f"{example.where}: answer {quoted(choice)} has text that is not in the tokenizer's vocabulary; change "
+                "doc_to_choice"
+            )
+        if answer.ids in seen:
+            raise DataError(
+                f"{example.where}: answers {quoted(seen[answer.ids])} and {quoted(choice)} have the same tokens in "
+                "this tokenizer; change doc_to_choice"
+            )
+        seen[answer.ids] = choice
 
 
 def _spans(tokenizer: Any, text: str) -> list[tuple[int, int]]:
@@ -259,6 +457,34 @@ class PromptEncoder:
         Raises:
             DataError: The tokenizer's chat template fails on a user message.
         """
+        text = self._wrapped(text)
+        if self.delimiter:
+            return text, self.delimiter
+        bare = text.rstrip(" ")
+        return bare, text[len(bare) :]
+
+    def split(self, text: str, following: str) -> tuple[str, str]:
+        """Return the prompt text to encode, without white space at its end, and that space with what follows it."""
+        text = self._wrapped(text)
+        bare = text.rstrip()
+        return bare, text[len(bare) :] + self.delimiter + following
+
+    def prefix(self, where: str) -> int:
+        """Return the token that stands for an empty prompt: BOS, or EOS of a tokenizer without it.
+
+        Raises:
+            DataError: The tokenizer has neither.
+        """
+        for token in (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id):
+            if token is not None:
+                return int(token)
+        raise DataError(f"{where}: its prompt is empty, and the tokenizer has no token of the beginning or end of text")
+
+    def bare(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return the token ids of texts without special tokens."""
+        return _plain_ids(self.tokenizer, texts, special_tokens=False) if texts else []
+
+    def _wrapped(self, text: str) -> str:
         if self.chat_template:
             messages = [{"role": "user", "content": text}]
             try:
@@ -267,10 +493,7 @@ class PromptEncoder:
                 raise DataError(
                     f"the tokenizer's chat template fails on a user message: {first_line(error)}; omit --chat-template"
                 ) from None
-        if self.delimiter:
-            return text, self.delimiter
-        bare = text.rstrip(" ")
-        return bare, text[len(bare) :]
+        return text
 
     def ids(self, text: str) -> list[int]:
         """Return the token ids of one prompt, with leading and without trailing special tokens."""
@@ -327,6 +550,65 @@ def _plain_ids(tokenizer: Any, texts: Sequence[str], *, special_tokens: bool) ->
     return [list(ids) for ids in encoded["input_ids"]]
 
 
+@dataclass(frozen=True)
+class AnswerEncoding:
+    """How the answers of a task become outputs of a model.
+
+    Attributes:
+        token_ids: Token of each answer, for a causal model whose answers are single tokens.
+        answer_score: How whole answers are scored, for other causal models.
+        note: Why whole answers are scored, or empty.
+    """
+
+    token_ids: list[int] | None = None
+    answer_score: AnswerScore | None = None
+    note: str = ""
+
+
+def resolve_answers(
+    tokenizer: Any, task: Task, examples: Sequence[Example], choices: Sequence[str], *, chat_template: bool = False
+) -> AnswerEncoding:
+    """Find the token of each answer for a causal model, or that whole answers are scored.
+
+    Args:
+        tokenizer: A Hugging Face tokenizer.
+        task: The task.
+        examples: Its rows.
+        choices: The answers that all rows have; empty where each has its own.
+        chat_template: Wrap the prompts in the tokenizer's chat template.
+
+    Raises:
+        DataError: An answer is not a known token, or two answers share one.
+    """
+    reason = _whole_answers_needed(task, examples, choices)
+    if not reason:
+        try:
+            ids = answer_token_ids(
+                tokenizer,
+                [example.text or "" for example in examples],
+                choices,
+                delimiter=task.target_delimiter,
+                chat_template=chat_template,
+                labels=[example.where for example in examples],
+            )
+        except SeveralTokensError as error:
+            reason = str(error).partition("; ")[0]
+        else:
+            return AnswerEncoding(token_ids=ids)
+    return AnswerEncoding(answer_score=task.answer_score, note=f"whole answers are scored: {reason}")
+
+
+def _whole_answers_needed(task: Task, examples: Sequence[Example], choices: Sequence[str]) -> str:
+    """Return why whole answers are scored whatever their tokens are, or an empty text."""
+    if not choices:
+        return "the rows have answers of their own"
+    if task.doc_to_continuation is not None:
+        return "the text behind the answer is scored"
+    if task.answer_score == "per_byte":
+        return "answer_score is per_byte"
+    return "the prompt is empty" if any(not (example.text or "").strip() for example in examples) else ""
+
+
 _TAIL = 200
 
 
@@ -358,8 +640,9 @@ def answer_token_ids(
         C distinct token ids.
 
     Raises:
-        DataError: An answer is not a single known token, two answers share a token, an answer merges with the end
-            of the prompt, or its token depends on the prompt. The message names the answer.
+        SeveralTokensError: An answer is not one token, merges with the end of the prompt, or its token depends on the
+            prompt. The message names the answer.
+        DataError: An answer is not a known token, or two answers share one.
     """
     if not prompts:
         raise DataError("finding the answers' tokens requires a prompt; give at least one row")
@@ -398,7 +681,7 @@ def _check_other_prompts(
         for choice, token, appended in zip(choices, ids, whole, strict=True):
             if appended != [token]:
                 where = labels[position] if labels is not None else f"prompt {position}"
-                raise DataError(
+                raise SeveralTokensError(
                     f"{where}: answer {quoted(choice)} is {_described(appended)}, but token {token} after the "
                     "first prompt; end every prompt with the same text, such as 'Answer:'"
                 )
@@ -426,12 +709,12 @@ def _appended_ids(
 
 def _single_token(tokenizer: Any, choice: str, appended: list[int] | None, *, delimiter: str) -> int:
     if appended is None:
-        raise DataError(
+        raise SeveralTokensError(
             f"answer {quoted(choice)} merges with the end of the prompt in this tokenizer (delimiter "
             f"{quoted(delimiter)}); change target_delimiter, or the end of doc_to_text"
         )
     if len(appended) != 1:
-        raise DataError(
+        raise SeveralTokensError(
             f"answer {quoted(choice)} is {_described(appended)} in this tokenizer, not one; use "
             "single-token answers in doc_to_choice, such as letters, or change target_delimiter"
         )

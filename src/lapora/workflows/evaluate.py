@@ -190,7 +190,7 @@ def _baselines(
     likelihood = fitted.model.likelihood
     found: list[list[Prediction]] = [[] for _ in sets]
     if "constant" in plan.methods:
-        found[0].append(Prediction("constant", likelihood.constant(sets[0].targets)))
+        found[0].append(Prediction("constant", _constant(fitted, sets[0].targets, at_map[0])))
     for each, own in zip(found, at_map, strict=True):
         # MAP is what every other method is compared with: it is always there.
         each.append(Prediction("map", own))
@@ -211,6 +211,14 @@ def _baselines(
         averaged = baselines.ensemble(model, fitted, sets, at_map, settings.ensemble)
         found = [[*each, one] for each, one in zip(found, averaged, strict=True)]
     return found
+
+
+def _constant(fitted: Fitted, targets: torch.Tensor, at_map: torch.Tensor) -> torch.Tensor:
+    """Return the constant prediction; of rows with their own answers, among those that each has."""
+    if fitted.model.choices:
+        return fitted.model.likelihood.constant(targets)
+    constant = metrics.constant_predictor(targets, at_map.shape[1])
+    return constant.masked_fill(at_map == -torch.inf, -torch.inf).log_softmax(dim=1)
 
 
 def _laplace(name: str, links: Sequence[Link], scored: ScoredRows) -> list[Prediction]:
@@ -428,14 +436,16 @@ def _read(fitted: Fitted, name: str, folder: Path | None, limit: int | None) -> 
         except DataError as error:
             errors.append(error)
             continue
-        choices = resolve_choices(task, rows)
-        if len(choices) != len(fitted.model.choices):
+        own = fitted.model.choices
+        choices = resolve_choices(task, rows, kind=fitted.model.kind if not own else "classifier")
+        if own and len(choices) != len(own):
             raise DataError(
                 f"--ood {name}: {len(choices)} answers ({', '.join(choices)}), and the adapter has "
-                f"{len(fitted.model.choices)} ({', '.join(fitted.model.choices)}); give a task with as many"
+                f"{len(own)} ({', '.join(own)}); give a task with as many"
             )
         examples = render_all(task, rows, kind=fitted.model.kind, choices=choices, labels="optional")
-        same = choices == fitted.model.choices
+        same = choices == own or not own
+        examples = [replace(example, choices=own or example.choices) for example in examples]
         targets = [example.target if same and example.target is not None else -1 for example in examples]
         return LabelledRows(task, split, examples, torch.tensor(targets), 0)
     reason = str(errors[0]).replace("--data-dir", "--ood-data-dir")

@@ -60,7 +60,7 @@ from lapora.workflows.scoring import forward_outputs
 from lapora.workflows.task_model import (
     Fitted,
     TaskModel,
-    answer_tokens,
+    encode_answers,
     join_posterior,
     require_embeddings,
     translate_row_errors,
@@ -75,7 +75,7 @@ class TrainingRows:
         adapter: The adapter's files.
         data: Where the rows come from; the split is named.
         task: The task.
-        choices: The C answers.
+        choices: The C answers; empty where each row has its own.
         examples: The rows.
         max_length: Maximum number of tokens of a row.
     """
@@ -87,6 +87,11 @@ class TrainingRows:
     examples: list[Example]
     max_length: int
 
+    @property
+    def classes(self) -> int:
+        """Number of answers C; the largest of the rows' own."""
+        return len(self.choices) or max(len(example.choices) for example in self.examples)
+
 
 @dataclass(frozen=True)
 class FitInputs:
@@ -96,20 +101,24 @@ class FitInputs:
         rows: The training rows.
         model: The adapter with its task.
         encoded: Token ids of the rows.
+        notes: What the user should know.
     """
 
     rows: TrainingRows
     model: TaskModel
     encoded: list[EncodedExample]
+    notes: tuple[str, ...] = ()
 
     def run(self, settings: FitSettings, progress: Progress | None = None) -> CurvatureRun:
         """Return the passes over the data that a structure of the curvature is computed from."""
         return CurvatureRun(
             output_model=self.model.outputs,
-            layers=find_bayesian_layers(self.model.loaded.model, settings.subset),
+            layers=find_bayesian_layers(
+                self.model.loaded.model, settings.subset, whole_answers=self.model.answer_score is not None
+            ),
             batches=lambda: self.model.sharded_batches(self.encoded),
             targets=[example.target for example in self.rows.examples],
-            classes=self.model.likelihood.outputs,
+            classes=self.model.likelihood.outputs or self.rows.classes,
             fisher=settings.fisher,
             weight_sharing=settings.weight_sharing,
             rank=settings.basis_rank,
@@ -282,8 +291,8 @@ def fit_in_memory(
         inputs = load_inputs(how, training, settings, lambda *_: loaded)
         with write_lock(folder):
             result = _fit(inputs, settings, folder, progress)
-        layers = find_bayesian_layers(loaded.model, settings.subset)
-        return join_posterior(SavedPosterior(result.folder), loaded, layers, how), result
+        layers = inputs.run(settings).layers
+        return join_posterior(SavedPosterior(result.folder), loaded, list(layers), how), result
 
 
 def read_training_rows(model: ModelSettings, data: DataSettings, settings: FitSettings) -> TrainingRows:
@@ -305,7 +314,7 @@ def _render(
     rows: Sequence[Row | Mapping[str, Any]],
     settings: FitSettings,
 ) -> TrainingRows:
-    choices = resolve_choices(task, rows)
+    choices = resolve_choices(task, rows, kind=adapter.kind)
     if not settings.unlabelled:
         refuse_missing_labels(task, rows)
     labels: Labels = "required" if settings.fisher == "empirical" else "optional"
@@ -347,16 +356,21 @@ def load_inputs(
         DataError: A row is too long, or the answers are not the head's.
     """
     loaded = load(rows.adapter, model)
+    answers = encode_answers(loaded, rows.task, rows.examples, rows.choices, settings.chat_template)
+    if answers.answer_score is not None and settings.engine != "native":
+        raise UsageError(f"--engine {settings.engine} has no scores of whole answers ({answers.note}); use native")
     task_model = TaskModel.build(
         loaded,
         rows.task,
         rows.choices,
-        answer_tokens(loaded, rows.task, rows.examples, rows.choices, settings.chat_template),
+        answers.token_ids,
+        answer_score=answers.answer_score,
         max_length=rows.max_length,
         chat_template=settings.chat_template,
         how=model,
     )
-    return FitInputs(rows, task_model, task_model.encode(rows.examples))
+    notes = (answers.note,) if answers.note else ()
+    return FitInputs(rows, task_model, task_model.encode(rows.examples), notes)
 
 
 def prepare_fit(model: ModelSettings, data: DataSettings, settings: FitSettings) -> FitInputs:
@@ -394,8 +408,8 @@ def _estimate(
         model,
         settings,
         rows.adapter,
-        classes=likelihood.outputs,
-        columns=likelihood.columns,
+        classes=likelihood.outputs or rows.classes,
+        columns=likelihood.columns if rows.choices else rows.classes - 1,
         texts=2 if likelihood.name == "preference" else 1,
         rows=len(rows.examples),
         length=rows.max_length,
@@ -500,7 +514,7 @@ def _fit(inputs: FitInputs, settings: FitSettings, folder: Path, progress: Progr
         posterior, log_likelihood = fit_posterior(run, settings)
     parameters = posterior.parameters()
     evidence = maximize_evidence(posterior.spectra, parameters, log_likelihood or 0.0, residuals=described.residuals)
-    notes = list(rows.adapter.notes)
+    notes = [*rows.adapter.notes, *inputs.notes]
     curve = None
     if settings.prior_method != "marglik":
         curve = _curve_or_note(inputs, posterior, run, progress, notes)
@@ -574,7 +588,7 @@ def _describe(inputs: FitInputs, settings: FitSettings, run: CurvatureRun) -> Ma
             digests=base_digests(loaded),
         ),
         task=rows.task.to_dict(),
-        answers=Answers(choices=list(rows.choices), token_ids=inputs.model.token_ids),
+        answers=Answers(choices=list(rows.choices), token_ids=inputs.model.token_ids, score=inputs.model.answer_score),
         data=Data(
             split=rows.data.split or "train",
             n=len(rows.examples),
@@ -608,7 +622,9 @@ def _resume_key(inputs: FitInputs, settings: FitSettings, manifest: Manifest) ->
     for row in inputs.encoded:
         for text in (row, row.second):
             if text is not None:
-                tokens.update(json.dumps([text.input_ids, text.token_type_ids]).encode("ascii"))
+                content: list[Any] = [text.input_ids, text.token_type_ids]
+                content += [[answer.ids, answer.scored, answer.weight] for answer in text.answers]
+                tokens.update(json.dumps(content).encode("ascii"))
     return {
         **described,
         "batch_size": inputs.model.batch_size.rows,

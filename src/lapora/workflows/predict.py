@@ -217,7 +217,7 @@ def _predict_turn(
 
     def answer(batch: Batch) -> Sequence[dict[str, Any] | NonFiniteRowError]:
         try:
-            return _records(fitted, settings, predictor, batch)
+            return _records(fitted, settings, predictor, batch, [good[row][1].choices for row in batch.rows])
         except NonFiniteRowError:  # the others are answered all the same
             return [_alone(fitted, settings, predictor, good[row][1]) for row in batch.rows]
 
@@ -234,18 +234,23 @@ def _alone(
 ) -> dict[str, Any] | NonFiniteRowError:
     (batch,) = fitted.model.batches([coded])
     try:
-        return _records(fitted, settings, predictor, batch)[0]
+        return _records(fitted, settings, predictor, batch, [coded.choices])[0]
     except NonFiniteRowError as error:
         return error
 
 
 def _records(
-    fitted: Fitted, settings: PredictSettings, predictor: LinearisedPredictor, batch: Batch
+    fitted: Fitted,
+    settings: PredictSettings,
+    predictor: LinearisedPredictor,
+    batch: Batch,
+    own_choices: Sequence[tuple[str, ...]],
 ) -> list[dict[str, Any]]:
+    """Return the records of a batch; ``own_choices`` are the rows' own answers, or empty."""
     found = predictor.moments_under_each_prior(batch)
     for each in found:
         require_finite(each.covariance, batch)
-    return fitted.model.likelihood.records(found, fitted.averaging, settings, batch.texts)
+    return fitted.model.likelihood.records(found, fitted.averaging, settings, batch.texts, own_choices)
 
 
 _MOST_BASES = 4

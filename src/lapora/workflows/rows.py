@@ -161,7 +161,7 @@ def read_labelled_rows(
     wanted = replace(data, limit=None) if exclude else data
     manifest, answers = posterior.manifest, tuple(posterior.manifest.answers.choices)
     task, rows, split = read_rows(wanted, manifest, default_split)
-    choices = resolve_choices(task, rows)
+    choices = resolve_choices(task, rows, kind=kind)
     if differences := answer_differences(manifest, task.task, choices):
         raise posterior.mismatch(differences)
     bare = render_all(task, rows[:_ROWS_SEARCHED_FOR_LABELS], kind=kind, choices=answers, labels="optional")

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lapora.config import Link, Progress, method_label
+from lapora.curvature.passes import stack_outputs
 from lapora.likelihoods.base import Averaging, LogitMoments
 from lapora.models.batches import Batch
 from lapora.models.batching import run_batches
@@ -26,7 +27,7 @@ class ScoredRows:
 
     Attributes:
         tables: The likelihood's tables by link, ``(D, N, ...)`` in float64: averaged as saved (D = 1), or under each
-            of D priors asked for. ``map`` is always there.
+            of D priors asked for. ``map`` is always there. Minus infinity for the answers that a row does not have.
         truncated: Number of rows that were truncated to the maximum length.
         information: Mutual information of answer and weights, ``(N,)`` in nats, where it was asked for.
     """
@@ -65,15 +66,12 @@ def score_rows(
     coded = model.encode(rows.examples)
     mine = processes.shard(coded)
     averaging = Averaging.single() if priors else fitted.averaging
-    tables: dict[Link, Tensor] = {
-        link: torch.zeros(
-            max(1, len(priors)),
-            len(mine),
-            *likelihood.row_shape(1 if link == "map" else len(averaging.components)),
-            dtype=torch.float64,
-        )
-        for link in ("map", *links)
-    }
+    tables: dict[Link, Tensor] = {}
+    for link in ("map", *links):
+        shape = likelihood.row_shape(1 if link == "map" else len(averaging.components))
+        if not model.choices:  # each row has its own answers
+            shape = (max(len(example.choices) for example in rows.examples),)
+        tables[link] = torch.full((max(1, len(priors)), len(mine), *shape), -torch.inf, dtype=torch.float64)
     information = torch.zeros(len(mine), dtype=torch.float64)
     predictor = fitted.predictor(
         every_class=any(likelihood.needs_every_output(link) for link in links),
@@ -84,7 +82,8 @@ def score_rows(
         positions = list(batch.rows)
         for link, table in tables.items():
             for index, each in enumerate([[moments] for moments in found] if priors else [found]):
-                table[index, positions] = likelihood.predict(link, each, averaging, samples=samples, seed=seed)
+                own = likelihood.predict(link, each, averaging, samples=samples, seed=seed)
+                table[index, positions, : own.shape[1]] = own
         if with_information:
             information[positions] = likelihood.information(found, averaging, samples=samples, seed=seed)
     joined = {link: processes.interleave(table, len(coded), dim=1) for link, table in tables.items()}
@@ -176,7 +175,8 @@ def _forward(model: TaskModel, coded: Sequence[EncodedExample], convert: Callabl
         for batch, logits in run_batches(model.sharded_batches(coded), model.outputs.logits):
             found |= zip(batch.rows, convert(logits), strict=True)
     everywhere = {row: own for each in model.processes.all_gather(found) for row, own in each.items()}
-    return torch.stack([everywhere[row] for row in range(len(coded))])
+    rows = [everywhere[row].unsqueeze(0) for row in range(len(coded))]
+    return stack_outputs(rows) if len({row.shape for row in rows}) > 1 else torch.cat(rows)
 
 
 @dataclass(frozen=True, eq=False)

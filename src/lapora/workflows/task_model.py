@@ -36,7 +36,17 @@ from lapora.storage.compatibility import (
 )
 from lapora.storage.manifest import Prior
 from lapora.storage.saved import SavedPosterior, open_posterior
-from lapora.tasks import EncodedExample, Example, Task, answer_token_ids, encode_all, render, resolve_choices
+from lapora.tasks import (
+    AnswerEncoding,
+    AnswerScore,
+    EncodedExample,
+    Example,
+    Task,
+    encode_all,
+    render,
+    resolve_answers,
+    resolve_choices,
+)
 from lapora.workflows.rows import read_rows, resolve_task
 
 
@@ -46,11 +56,12 @@ class TaskModel:
 
     Attributes:
         loaded: Model and tokenizer.
-        outputs: The network from batches to the logits of the answers.
+        outputs: The network from batches to the logits or scores of the answers.
         task: The task.
-        choices: The C answers.
+        choices: The C answers; empty where each row has its own.
         likelihood: From outputs to predictions.
-        token_ids: Their tokens, for a causal model; else None.
+        token_ids: Their tokens, for a causal model whose answers are single tokens; else None.
+        answer_score: How whole answers are scored, for other causal models; else None.
         max_length: Maximum number of tokens of a row.
         chat_template: Whether prompts are wrapped in the tokenizer's chat template.
         batch_size: Rows per batch; adapts to what fits in memory.
@@ -63,6 +74,7 @@ class TaskModel:
     choices: tuple[str, ...]
     likelihood: Likelihood
     token_ids: list[int] | None
+    answer_score: AnswerScore | None
     max_length: int
     chat_template: bool
     batch_size: BatchSize
@@ -76,6 +88,7 @@ class TaskModel:
         choices: Sequence[str],
         token_ids: Sequence[int] | None,
         *,
+        answer_score: AnswerScore | None = None,
         max_length: int,
         chat_template: bool,
         how: ModelSettings,
@@ -86,8 +99,9 @@ class TaskModel:
         Args:
             loaded: Model and tokenizer.
             task: The task.
-            choices: The answers.
-            token_ids: Their tokens, for a causal model.
+            choices: The answers; empty where each row has its own.
+            token_ids: Their tokens, for a causal model whose answers are single tokens.
+            answer_score: How whole answers are scored, for other causal models.
             max_length: Maximum number of tokens of a row.
             chat_template: Wrap prompts in the tokenizer's chat template.
             how: Batch size, processes, gradient checkpointing.
@@ -115,6 +129,7 @@ class TaskModel:
             choices=tuple(choices),
             likelihood=likelihood_of(task.likelihood, choices, noise),
             token_ids=token_ids,
+            answer_score=answer_score,
             max_length=max_length,
             chat_template=chat_template,
             batch_size=BatchSize(how.batch_size),
@@ -127,11 +142,28 @@ class TaskModel:
         return self.loaded.kind
 
     def render(self, row: Mapping[str, Any], *, index: int, where: str) -> Example:
-        """Render one row without looking at its label; see :func:`lapora.tasks.render`."""
-        return render(self.task, row, kind=self.kind, index=index, labels="ignore", choices=self.choices, where=where)
+        """Render one row without looking at its label; see :func:`lapora.tasks.render`.
+
+        Raises:
+            DataError: The row is not one of the task, or has answers of its own that cannot be scored.
+        """
+        found = render(self.task, row, kind=self.kind, index=index, labels="ignore", choices=self.choices, where=where)
+        if found.given and self.answer_score is None and self.writes_vocabulary:
+            raise DataError(
+                f"{where}: the adapter has LoRA on the output layer, and was fitted on answers of one token: other "
+                "answers cannot be scored with this posterior"
+            )
+        return found
+
+    @cached_property
+    def writes_vocabulary(self) -> bool:
+        """Whether a layer of the adapter outputs vocabulary logits."""
+        return any(layer.answer_rows_only for layer in find_bayesian_layers(self.loaded.model))
 
     def encode(self, examples: Sequence[Example]) -> list[EncodedExample]:
         """Return token ids of examples of any task, truncated to the maximum length.
+
+        Texts of answers are those of rows that have their own.
 
         Raises:
             DataError: An example cannot be encoded, or has a token that the base model has no embedding for.
@@ -142,9 +174,16 @@ class TaskModel:
             kind=self.kind,
             max_length=self.max_length,
             chat_template=self.chat_template,
+            answer_score=self.answer_score,
         )
         require_embeddings(examples, encoded, self.loaded.embedding_rows)
-        return encoded
+        pairs = zip(examples, encoded, strict=True)
+        return [coded if example.given or not self.choices else replace(coded, choices=()) for example, coded in pairs]
+
+    @property
+    def classes(self) -> int:
+        """Number of outputs C; at least 2 where each row has its own answers."""
+        return self.likelihood.outputs or 2
 
     def batches(self, encoded: Sequence[EncodedExample]) -> BatchFeed:
         """Return batches of rows of similar length, each padded independently of its neighbors, on the device."""
@@ -214,7 +253,7 @@ class Fitted:
             self.layers,
             self.gaussian,
             torch.tensor(np.stack(per_layer)),
-            classes=self.model.likelihood.outputs,
+            classes=self.model.classes,
             every_class=every_class or not self.model.likelihood.uses_differences,
             map_only=map_only,
         )
@@ -232,36 +271,30 @@ def require_embeddings(examples: Sequence[Example], encoded: Sequence[EncodedExa
         DataError: The tokenizer has more tokens than the base model, and an example has one of these.
     """
     for example, row in zip(examples, encoded, strict=True):
-        if rows is not None and max(row.input_ids) >= rows:
+        largest = max((*row.input_ids, *(token for answer in row.answers for token in answer.ids)), default=0)
+        if rows is not None and largest >= rows:
             raise DataError(
-                f"{example.where}: token id {max(row.input_ids)}, and the base model has {rows} embeddings: the "
+                f"{example.where}: token id {largest}, and the base model has {rows} embeddings: the "
                 "tokenizer has added tokens; save the adapter with save_embedding_layers=True after "
                 "resize_token_embeddings, or give it the tokenizer of the base"
             )
 
 
-def answer_tokens(
+def encode_answers(
     loaded: LoadedModel, task: Task, examples: Sequence[Example], choices: Sequence[str], chat_template: bool
-) -> list[int] | None:
-    """Return the token of each answer, for a causal model; check the head's size, for a classifier.
+) -> AnswerEncoding:
+    """Find the token of each answer, or that whole answers are scored; check the head's size, for a classifier.
 
     Raises:
         UsageError: A chat template for a classifier.
-        DataError: An answer is not one token, or the task does not have as many answers as the head has outputs.
+        DataError: Two answers have one token, or the task does not have as many answers as the head has outputs.
     """
     if loaded.kind == "causal":
-        return answer_token_ids(
-            loaded.tokenizer,
-            [example.text or "" for example in examples],
-            choices,
-            delimiter=task.target_delimiter,
-            chat_template=chat_template,
-            labels=[example.where for example in examples],
-        )
+        return resolve_answers(loaded.tokenizer, task, examples, choices, chat_template=chat_template)
     if chat_template:
         raise UsageError("--chat-template wraps the prompt of a causal language model; this adapter is a classifier")
     check_head(loaded, task, likelihood_of(task.likelihood, choices).outputs)
-    return None
+    return AnswerEncoding()
 
 
 _PROBLEM_TYPES: dict[str, tuple[LikelihoodName, ...]] = {
@@ -364,7 +397,7 @@ def _open_fitted(
                 dtype=model.dtype or cast(Dtype, recorded.dtype),
             )
             loaded = load(adapter, as_recorded)
-        layers = find_bayesian_layers(loaded.model, manifest.subset)
+        layers = find_bayesian_layers(loaded.model, manifest.subset, whole_answers=manifest.answers.score is not None)
     except AdapterError as error:
         if not differences:
             raise
@@ -389,6 +422,7 @@ def join_posterior(
         Task.from_dict(manifest.task, source=str(posterior.folder)),
         manifest.answers.choices,
         manifest.answers.token_ids,
+        answer_score=manifest.answers.score,
         max_length=manifest.data.max_length,
         chat_template=manifest.data.chat_template,
         how=how,
@@ -404,12 +438,15 @@ def differences_of_answers(posterior: SavedPosterior, data: DataSettings | None)
     manifest = posterior.manifest
     task = resolve_task(data, manifest)
     rows: list[Any] = []
+    if not manifest.answers.choices:
+        return []
     if not isinstance(task.doc_to_choice, tuple):  # the answers come from the first row
         try:
             rows = read_rows(replace(data, limit=1), manifest, "validation")[1]
         except DataError:  # reading all of the rows raises it again
             return []
-    return answer_differences(manifest, task.task, resolve_choices(task, rows))
+    kind: ModelKind = "causal" if manifest.answers.causal else "classifier"
+    return answer_differences(manifest, task.task, resolve_choices(task, rows, kind=kind))
 
 
 @contextmanager

@@ -300,9 +300,9 @@ def _harm_note(posterior: SavedPosterior) -> list[str]:
     """Warn where the marginal likelihood is known to harm: causal models, and more than two answers."""
     manifest = posterior.manifest
     other_likelihood = manifest.task.get("likelihood", "categorical") != "categorical"
-    if manifest.answers.token_ids is None and (other_likelihood or len(manifest.answers.choices) <= 2):
+    if not manifest.answers.causal and (other_likelihood or len(manifest.answers.choices) <= 2):
         return []
-    kind = "with more than two answers" if manifest.answers.token_ids is None else "on causal language models"
+    kind = "on causal language models" if manifest.answers.causal else "with more than two answers"
     return [
         f"warning: {kind} the marginal likelihood often chooses far too small a prior precision, and makes the "
         "predictions worse than the plain adapter's: compare by `lapora eval`, or use --method auto"
@@ -502,7 +502,10 @@ def _adapted(posterior: SavedPosterior, settings: PriorSettings) -> TunedPrior:
         raise UsageError(f"--method adapted chooses one precision: use --prior scalar, not {settings.structure}")
     names = ["linear_model.kernel", "linear_model.prior_mean", "linear_model.labels"]
     if names[0] not in posterior.tensors:
-        raise UsageError("--method adapted needs likelihood categorical, labelled rows and --fisher exact in `fit`")
+        raise UsageError(
+            "--method adapted needs likelihood categorical, labelled rows with as many answers each, and "
+            "--fisher exact in `fit`"
+        )
     kernel, prior_mean, labels = (posterior.arrays(names)[name] for name in names)
     model = LinearModel(np.asarray(kernel), np.asarray(prior_mean), np.asarray(labels))
     precision, evidence, bound = model.maximize()
