@@ -6,7 +6,7 @@
 Ratios to whole factors (``--rank full``): prior precision by marginal likelihood, NLL of held-out rows, and the median
 over these rows of the trace of the covariance of the logit differences, each posterior at its own prior precision. The
 factors are summed whole in one pass; every rank sketches these sums, which differs from sketching the rows by round-off
-alone, and all ranks predict the same pass.
+alone, and all ranks predict the same pass. With ``--exact`` the whole factors are truncated instead of sketched.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def sketched(factors: KronFactors, rank: int, seen: dict[int, Sum]) -> KronFacto
     return replace(factors, input_sum=seen[id(factors.input_sum)], gradient_sum=sketch(factors.gradient_sum))
 
 
-def table(name: str, base: str | None) -> list[str]:
+def table(name: str, base: str | None, *, exact: bool) -> list[str]:
     """Return the rows of one adapter."""
     with tempfile.TemporaryDirectory() as folder:
         model, data, length, scored = place(name, Path(folder), base)
@@ -110,7 +110,7 @@ def table(name: str, base: str | None) -> list[str]:
     observers, deltas, sizes = [], [], []
     for rank in RANKS:
         seen: dict[int, Sum] = {}
-        factors = {layer: sketched(each, rank, seen) for layer, each in whole.items()}
+        factors = whole if exact else {layer: sketched(each, rank, seen) for layer, each in whole.items()}
         posterior = BlockPosterior(decompose(run.layers, factors, rank))
         evidence = maximize_evidence(posterior.spectra, posterior.parameters(), log_likelihood)
         deltas.append(evidence.prior.precisions["all"])
@@ -145,10 +145,11 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("names", nargs="+")
     parser.add_argument("--base", help="folder of the decoders' base model")
+    parser.add_argument("--exact", action="store_true", help="truncate whole factors")
     options = parser.parse_args()
     print("| adapter | rank | prior precision | NLL | variance | size |\n| --- | --- | --- | --- | --- | --- |")
     for name in options.names:
-        print("\n".join(table(name, options.base)), flush=True)
+        print("\n".join(table(name, options.base, exact=options.exact)), flush=True)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,8 @@ from lapora.errors import UsageError
 from lapora.models.lora_layers import find_bayesian_layers
 from lapora.models.outputs import OutputModel
 from lapora.posterior import structures
-from lapora.posterior.gaussian import BlockPosterior
+from lapora.posterior.eigen import decompose
+from lapora.posterior.gaussian import BlockPosterior, check_blocks
 from lapora.posterior.marglik import Evidence, maximize_evidence
 from lapora.posterior.structures import fit_structure
 from tiny_models import batches, close, dense_jacobian, moments, rows, tiny_causal, tiny_classifier
@@ -422,6 +423,19 @@ def test_eigenvalues_of_a_matrix_of_low_rank_never_exceed_its_trace(rank):
     values, _ = sketch.leading(6)
     assert len(values) == min(6, rank)
     assert float(values.sum()) <= sketch.trace * (1 + 1e-6)
+
+
+def test_a_factor_that_is_zero_has_no_direction_and_keeps_the_prior(answers, layers, tmp_path):
+    encoded = rows()
+    logits, jacobian = dense_jacobian(answers, layers, encoded)
+    factors = kron_factors(run_of(answers, layers, encoded))
+    for layer in layers:
+        nothing = NystromSketch(layer.shape[0], 2, seed=0, like=jacobian)
+        factors[layer.name] = replace(factors[layer.name], gradient_sum=nothing)
+    posterior = BlockPosterior(decompose(layers, factors, 2))
+    check_blocks(posterior, "kron", logits.shape[1], tmp_path)
+    assert {block.gradient_basis.shape[1] for block in posterior.blocks} == {0}
+    check_predictive(answers, layers, posterior, encoded, jacobian, torch.zeros(2 * [jacobian.shape[2]]).double())
 
 
 def test_a_zero_sketch_has_no_direction():

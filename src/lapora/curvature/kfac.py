@@ -210,8 +210,8 @@ class KronObserver:
         input_sum = self._input_sums.get(input_owner)
         gradient_sum = self._gradient_sums.get(layer.name)
         return KronFactors(
-            input_sum=like.new_zeros(columns, columns) if input_sum is None else input_sum,
-            gradient_sum=like.new_zeros(rows, rows) if gradient_sum is None else gradient_sum,
+            input_sum=self._empty(like.new_zeros(1, columns)) if input_sum is None else input_sum,
+            gradient_sum=self._empty(like.new_zeros(1, rows)) if gradient_sum is None else gradient_sum,
             count=self._counts.get(layer.name, 0),
             input_owner=input_owner,
         )
