@@ -176,8 +176,8 @@ def _load_adapter(adapter: Adapter, base: nn.Module, base_name: str) -> PeftMode
             ) from error
         if isinstance(error, KeyError) and str(error.args[0]).endswith((".weight", ".bias")):
             raise AdapterError(
-                f"{adapter.path}: its weights have no {error.args[0]}, which peft reads from them; save the trained head "
-                "with the adapter (modules_to_save)"
+                f"{adapter.path}: its weights have no {error.args[0]}, which peft reads from them; save the trained "
+                "head with the adapter (modules_to_save)"
             ) from error
         raise AdapterError(
             f"{adapter.path}: peft cannot attach it to base model {base_name} ({first_line(error)})"
