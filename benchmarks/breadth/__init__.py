@@ -2,3 +2,7 @@
 
 ``python -m benchmarks.breadth`` writes docs/reference/coverage.md.
 """
+
+import os
+
+os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # a check by CUDA itself forbids forks

@@ -23,7 +23,6 @@ from benchmarks.breadth.page import write_page
 from lapora.config import Dtype
 from lapora.errors import LaporaError, NumericalError, UsageError
 
-os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # a check by CUDA itself forbids forks
 SECONDS = 120
 
 

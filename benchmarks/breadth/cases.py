@@ -47,7 +47,10 @@ def option_cases() -> list[Case]:
             for name in initializations
         ),
         case("init_lora_weights: corda", edits={"init_lora_weights": "corda"}),
-        case("init_lora_weights: loftq", edits={"init_lora_weights": "loftq", "loftq_config": {"loftq_bits": 4}}),
+        case(
+            "init_lora_weights: loftq",
+            edits={"init_lora_weights": "loftq", "loftq_config": {"loftq_bits": 4, "loftq_iter": 1}},
+        ),
         case("rank 1", lora={"r": 1}),
         case("use_rslora", lora={"use_rslora": True}),
         case("use_dora", lora={"use_dora": True}),

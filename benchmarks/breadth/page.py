@@ -26,7 +26,8 @@ A number is the error: the largest difference between the covariance of the logi
 rows, relative to its largest entry, with all weights in one Gaussian; or the difference between padded batches and
 single rows, if that is larger. It is in float64 where the model computes in it, else marked float32; many layers
 compute in float32 whatever the dtype. A case is accepted below 1e-4 (float32: 1e-2). Everything else is refused, with
-the words given here (exit status 3; 2 for an option). A cell is empty where PEFT makes no such adapter.
+the words given here (exit status 3; 2 for an option). A cell is empty where PEFT makes no
+such adapter, or no linear layer is called like queries and values.
 
 Made on {date} with lapora {lapora}, transformers {transformers}, PEFT {peft} and PyTorch {torch} by
 `python -m benchmarks.breadth`: {works} cases work, {refused} are refused.
@@ -71,8 +72,7 @@ def _lines(results: Results) -> Iterable[str]:
         names = sorted({key.split("/")[1] for key in results if key.startswith(f"{group}/")})
         for name in names:
             cells = [results.get(f"{group}/{name}/{targets}") for targets in ("attention", "all-linear")]
-            if any(each is not None and each["outcome"] != "none" for each in cells):
-                yield f"| {name} | {' | '.join(map(_cell, cells))} |"
+            yield f"| {name} | {' | '.join(map(_cell, cells))} |"
 
 
 def _cell(each: Mapping[str, Any] | None) -> str:

@@ -60,7 +60,7 @@ def test_the_page_has_every_model_type_of_its_versions():
     text = PAGE.read_text()
     if f"transformers {transformers.__version__}, PEFT {peft.__version__}" not in text:
         pytest.skip("the page was made with other versions")
-    assert all(f"| {case.name} |" in text or f"/{case.name}/" in text for case in model_cases())
+    assert all(f"| {case.name} |" in text for case in model_cases())
 
 
 @pytest.mark.slow

@@ -168,16 +168,16 @@ def resolve_padding(loaded: LoadedModel) -> None:
 def _load_adapter(adapter: Adapter, base: nn.Module, base_name: str) -> PeftModel:
     try:
         model = PeftModel.from_pretrained(base, os.fspath(adapter.path), is_trainable=False)
-    except KeyError as error:
-        raise AdapterError(
-            f"{adapter.path}: its weights have no {error.args[0]}, which peft reads from them; save the trained head "
-            "with the adapter (modules_to_save)"
-        ) from error
-    except (RuntimeError, ValueError, TypeError, ImportError) as error:
+    except (RuntimeError, ValueError, TypeError, ImportError, KeyError) as error:
         lines = [line.strip() for line in str(error).splitlines() if "size mismatch" in line]
         if lines:
             raise AdapterError(
                 f"{adapter.path}: the adapter does not fit base model {base_name}: {'; '.join(lines)}"
+            ) from error
+        if isinstance(error, KeyError) and str(error.args[0]).endswith((".weight", ".bias")):
+            raise AdapterError(
+                f"{adapter.path}: its weights have no {error.args[0]}, which peft reads from them; save the trained "
+                "head with the adapter (modules_to_save)"
             ) from error
         raise AdapterError(
             f"{adapter.path}: peft cannot attach it to base model {base_name} ({first_line(error)})"
