@@ -92,7 +92,7 @@ class RowPrediction:
     logit_covariance: list[list[float]] | None = None
     logits_averaged: bool = False
     truncated: bool = False
-    record: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    record: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def of(cls, record: Mapping[str, Any]) -> RowPrediction:

@@ -407,6 +407,11 @@ def _check_fields(content: Mapping[str, Any]) -> None:
         leader = parameter.input_of
         if not fields.joint and not (isinstance(leader, str) and leader in names):
             raise _Wrong(f"parameters[{index}].input_of is {leader!r:.60}, which names no parameter")
+    if fields.noise_variance is None:  # a density may exceed 1, and a regression may have one output
+        if fields.log_likelihood is not None and fields.log_likelihood > 0:
+            raise _Wrong(f"log_likelihood is {fields.log_likelihood!r}: expected a number <= 0")
+        if len(fields.answers.choices) < 2:
+            raise _Wrong(f"answers.choices is {fields.answers.choices!r:.60}: expected at least two")
     for key, items in (("choices", fields.answers.choices), ("token_ids", fields.answers.token_ids)):
         if items is not None and len(set(items)) != len(items):
             raise _Wrong(f"answers.{key} has an answer twice")
