@@ -94,7 +94,7 @@ class RowPrediction:
     logit_covariance: list[list[float]] | None = None
     logits_averaged: bool = False
     truncated: bool = False
-    record: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    record: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
     answers: list[str] | None = None
 
     @classmethod

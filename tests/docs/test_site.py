@@ -91,7 +91,7 @@ def test_the_format_page_names_every_field_and_no_other(demo):
     assert set(top) == {field.name for field in fields} | {"prior", "tensors", "checksums"} == set(saved)
     assert optional == {field.name for field in fields if not field.required}
     assert set(parameter) == {key for each in saved["parameters"] for key in each}
-    assert set(prior) - {"validation"} <= set(saved["prior"])
+    assert set(prior) - {"validation", "noise_scale"} <= set(saved["prior"])
     extra = set(saved["prior"]) - set(prior)
     assert all(f"`{key}`" in _page("format.md") for key in extra)
     for key in ("base_model", "data", "answers"):

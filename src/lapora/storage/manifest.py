@@ -433,7 +433,7 @@ def _check_fields(content: Mapping[str, Any]) -> None:
         if fields.log_likelihood is not None and fields.log_likelihood > 0:
             raise _Wrong(f"log_likelihood is {fields.log_likelihood!r}: expected a number <= 0")
         if count < 2 and (count or fields.answers.score is None):
-            raise _Wrong(f"answers.choices has {count} answers; expected `array` of length >= 2")
+            raise _Wrong(f"answers.choices is {fields.answers.choices!r:.60}: expected at least two")
     for key, items in (("choices", fields.answers.choices), ("token_ids", fields.answers.token_ids)):
         if items is not None and len(set(items)) != len(items):
             raise _Wrong(f"answers.{key} has an answer twice")
