@@ -83,7 +83,7 @@ def _untuned(prior: Prior) -> str:
 def predict_rows(
     fitted: Fitted, settings: PredictSettings, rows: Iterable[bytes | Mapping[str, Any] | None]
 ) -> Iterator[dict[str, Any]]:
-    """Predict with an open session; see :func:`predict`.
+    """Predict with a loaded adapter; see :func:`predict`.
 
     Args:
         fitted: The fitted adapter.
@@ -288,7 +288,7 @@ class AdapterSelector(Protocol):
         """
 
     def attach(self, fitted: Fitted) -> None:
-        """Make the model ready to run a session's adapter."""
+        """Make the base ready to run an adapter."""
 
     def rest(self) -> None:
         """No row is under way: what will hardly be needed may go."""
@@ -368,7 +368,7 @@ class AdapterPool:
             raise
 
     def attach(self, fitted: Fitted) -> None:
-        """Put the session's adapter on its base."""
+        """Attach the adapter to its base."""
         self._bases.attach(fitted.model.loaded)
 
     def rest(self) -> None:
@@ -422,34 +422,34 @@ def named_adapters(given: Sequence[str]) -> Iterator[tuple[str, Path, str]]:
 
 
 class OpenPredictor:
-    """The predictor of the session that was asked for last: the model has one adapter on it at a time."""
+    """The predictor of the adapter that was asked for last: a base has one adapter attached at a time."""
 
     def __init__(self, routes: AdapterSelector, settings: PredictSettings) -> None:
         self._routes = routes
         self._settings = settings
-        self._session: Fitted | None = None
+        self._fitted: Fitted | None = None
         self._predictor: LinearisedPredictor | None = None
 
-    def of(self, session: Fitted) -> LinearisedPredictor:
-        """The session's predictor; another session's is closed."""
-        if self._session is not session:
+    def of(self, fitted: Fitted) -> LinearisedPredictor:
+        """Return the adapter's predictor; another adapter's is closed."""
+        if self._fitted is not fitted:
             self.close()
-        self._routes.attach(session)  # a row that was read meanwhile may have put on another
+        self._routes.attach(fitted)  # a row that was read meanwhile may have put on another
         if self._predictor is None:
             likelihood, settings = session.model.likelihood, self._settings
             likelihood.check_settings(settings)
-            predictor = session.predictor(
+            predictor = fitted.predictor(
                 every_class=likelihood.needs_every_output(settings.link) or settings.logits,
                 map_only=settings.link == "map" and not settings.logits,
             )
-            self._predictor, self._session = predictor.__enter__(), session
+            self._predictor, self._fitted = predictor.__enter__(), fitted
         return self._predictor
 
     def close(self) -> None:
         """Leave the model as it is without a predictor."""
         if self._predictor is not None:
             self._predictor.__exit__(None, None, None)
-        self._predictor = self._session = None
+        self._predictor = self._fitted = None
 
 
 @contextmanager
