@@ -436,7 +436,7 @@ class OpenPredictor:
             self.close()
         self._routes.attach(fitted)  # a row that was read meanwhile may have put on another
         if self._predictor is None:
-            likelihood, settings = session.model.likelihood, self._settings
+            likelihood, settings = fitted.model.likelihood, self._settings
             likelihood.check_settings(settings)
             predictor = fitted.predictor(
                 every_class=likelihood.needs_every_output(settings.link) or settings.logits,
