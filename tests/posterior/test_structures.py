@@ -412,7 +412,7 @@ def test_subtracting_the_remainder_makes_eigenvalues_less_biased(monkeypatch):
     for share in (0.5, 0.0):
         monkeypatch.setattr(nystrom, "_SHIFT", share)
         errors.append(float((sketch_of(data, 24).leading(8)[0] / exact - 1).abs().mean()))
-    assert errors[0] < 0.6 * errors[1]
+    assert errors[0] < 0.7 * errors[1]
 
 
 @pytest.mark.parametrize("rank", [1, 5, 20])
