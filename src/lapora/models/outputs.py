@@ -82,6 +82,13 @@ class OutputModel:
         return positions_of(self.network)
 
     @property
+    def vocabulary(self) -> int:
+        """Number of rows of the input embedding, or 0 if the network has none."""
+        find = getattr(self.network, "get_input_embeddings", None)
+        embeddings = None if find is None else find()
+        return len(embeddings.weight) if isinstance(embeddings, nn.Embedding) else 0
+
+    @property
     def padding_side(self) -> PaddingSide:
         """Right, for both kinds of model: on the left, padding would shift learned positions."""
         return "right"
