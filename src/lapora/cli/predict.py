@@ -43,7 +43,7 @@ def predict_command(
         ),
     ] = None,
 ) -> None:
-    """Predict: one JSON line per row: task fields, text, or prompt and answers.
+    """Predict: a JSON line per row. Rows: task fields, text, or prompt and answers.
 
     Examples:
         lapora predict ADAPTER rows.jsonl --output predictions.jsonl
