@@ -124,6 +124,14 @@ def test_rows_longer_than_a_sliding_window_are_separate():
         torch.testing.assert_close(scores, plain_scores(outputs, row), **tolerance(outputs))
 
 
+def test_fewer_rows_share_a_batch_where_the_vocabulary_is_large(monkeypatch):
+    outputs, encoded = model("llama", packed=True), rows((3,) * 12)
+    few = len(next(iter(feed(outputs, encoded))))
+    monkeypatch.setattr(OutputModel, "vocabulary", 2**18)
+    batches = list(feed(outputs, encoded))
+    assert len(batches[0]) < few and sorted(row for batch in batches for row in batch.rows) == list(range(12))
+
+
 def factors_of(outputs, layers, encoded, sharing="expand", **how):
     observer = KronObserver(sharing)
     collect(outputs, layers, observer, feed(outputs, encoded, **how), targets=[None] * len(encoded))

@@ -43,7 +43,7 @@ def predict_command(
         ),
     ] = None,
 ) -> None:
-    """Predict: one JSON line out per line in. Rows have the task's fields, or text, or prompt and answers.
+    """Predict: a JSON line per row. Rows: task fields, text, or prompt and answers.
 
     Examples:
         lapora predict ADAPTER rows.jsonl --output predictions.jsonl

@@ -18,6 +18,8 @@ from lapora.models.outputs import OutputModel
 Result = TypeVar("Result")
 
 _MEMORY_FRACTION = 0.9
+_VOCABULARY = 2**16
+"""Vocabulary logits of a position that take about as much memory as a token elsewhere in the network."""
 _CPU_ALLOCATOR = "DefaultCPUAllocator"
 
 
@@ -116,7 +118,7 @@ class BatchFeed:
     def __iter__(self) -> Iterator[Batch]:
         while self._done < len(self._order):
             sequences, answers, longest = self._shapes[self._order[self._done]]
-            rows = self._order[self._done : self._done + self.size.for_length(longest * sequences)]
+            rows = self._order[self._done : self._done + self.size.for_length(self._cost(self._order[self._done]))]
             common = 3 if self._bucketed or self._output_model.equal_lengths else 2
             rows = [row for row in rows if self._shapes[row][:common] == (sequences, answers, longest)[:common]]
             self._done += len(rows)
@@ -133,6 +135,12 @@ class BatchFeed:
     def _order_of(self, row: int) -> tuple[int, int, int, int]:
         sequences, answers, _ = self._shapes[row]
         return -sequences, -answers, -network_length(self._encoded[row], packed=sequences == 1), row
+
+    def _cost(self, row: int) -> int:
+        """Return the tokens of a row, those of answers counted more often where the vocabulary is large."""
+        sequences, answers, length = self._shapes[row]
+        scored = length - len(self._encoded[row].input_ids) if answers else 0
+        return sequences * (length + scored * (self._output_model.vocabulary // _VOCABULARY))
 
     def _shape(self, row: Encoded) -> tuple[int, int, int]:
         """Return the number of sequences of a row, of its answers, and of tokens of a sequence."""

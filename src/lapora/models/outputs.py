@@ -99,6 +99,11 @@ class OutputModel:
         )
 
     @property
+    def vocabulary(self) -> int:
+        """Number of token ids that have an embedding, or 0 if the network does not say."""
+        return embedding_rows(self.network) or 0
+
+    @property
     def padding_side(self) -> PaddingSide:
         """Right, for both kinds of model: on the left, padding would shift learned positions."""
         return "right"

@@ -312,7 +312,7 @@ def print_tasks(tasks: list[dict[str, Any]]) -> None:
         (
             task["task"],
             ", ".join(task["kinds"]),
-            task["choices"] if isinstance(task["choices"], str) else " | ".join(task["choices"]),
+            "of each row" if isinstance(task["choices"], str) else " | ".join(task["choices"]),
             task["metric"],
             task["hub"] or "",
         )
