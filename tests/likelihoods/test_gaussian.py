@@ -23,7 +23,7 @@ from lapora.metrics.mixtures import (
     pit_histogram,
 )
 from lapora.models.lora_layers import BayesianLayer
-from lapora.posterior.marglik import evidence_at, maximize_evidence
+from lapora.posterior.marglik import Spectrum, evidence_at, maximize_evidence
 from lapora.posterior.prior import PriorPrecision
 from lapora.posterior.structures import fit_structure
 from lapora.predictive.moments import LinearisedPredictor
@@ -41,6 +41,10 @@ def linear_problem(penalty: float, seed: int = 0):
     return features, targets, weights, float(np.mean((targets - features @ weights) ** 2))
 
 
+def spectrum_of(features) -> Spectrum:
+    return Spectrum.of(np.linalg.eigvalsh(features.T @ features), [None])
+
+
 def exact_evidence(features, targets, noise: float, precision: float) -> float:
     covariance = noise * np.eye(ROWS) + features @ features.T / precision
     return float(multivariate_normal(np.zeros(ROWS), covariance).logpdf(targets))
@@ -51,7 +55,7 @@ def test_the_evidence_is_that_of_bayesian_linear_regression(penalty):
     """Exact where the weights are the mode: the noise is the best one, and the value is the closed form's."""
     features, targets, weights, variance = linear_problem(penalty)
     precision = penalty / variance
-    eigenvalues = [np.linalg.eigvalsh(features.T @ features / variance)]
+    eigenvalues = [spectrum_of(features / math.sqrt(variance))]
     parameters = [{"name": "w", "role": "head", "squared_norm": float(weights @ weights)}]
     at_one = float(norm(features @ weights, math.sqrt(variance)).logpdf(targets).sum())
     found, effective = evidence_at(PriorPrecision("scalar", {"all": precision}), eigenvalues, parameters, at_one, ROWS)
@@ -70,7 +74,7 @@ def test_the_maximum_is_over_precision_and_noise_together():
     penalty = 1.0
     for _ in range(200):  # the ridge penalty whose evidence chooses itself
         features, targets, weights, variance = linear_problem(penalty)
-        eigenvalues = [np.linalg.eigvalsh(features.T @ features / variance)]
+        eigenvalues = [spectrum_of(features / math.sqrt(variance))]
         parameters = [{"name": "w", "role": "head", "squared_norm": float(weights @ weights)}]
         best = maximize_evidence(eigenvalues, parameters, 0.0, residuals=ROWS)
         penalty = best.prior.precisions["all"] * variance
@@ -83,7 +87,7 @@ def test_the_maximum_is_over_precision_and_noise_together():
 
 def test_several_groups_share_one_noise():
     features, _, weights, variance = linear_problem(1.0)
-    halves = [np.linalg.eigvalsh(part.T @ part / variance) for part in (features[:, :2], features[:, 2:])]
+    halves = [spectrum_of(part / math.sqrt(variance)) for part in (features[:, :2], features[:, 2:])]
     parameters = [
         {"name": name, "role": role, "squared_norm": float(part @ part)}
         for name, role, part in (("a", "A", weights[:2]), ("b", "B", weights[2:]))
@@ -159,7 +163,7 @@ def test_regression_agrees_with_laplace_torch():
     )
     posterior, data = fit_structure("full", run)
     precision = 0.8
-    eigenvalues = [each.numpy() for each in posterior.eigenvalues]
+    eigenvalues = posterior.spectra
     norm_squared = float(head.weight.detach().square().sum())
     parameters = [{"name": "classifier", "role": "head", "squared_norm": norm_squared}]
     prior = PriorPrecision("scalar", {"all": precision})

@@ -66,7 +66,7 @@ def test_a_reward_model_agrees_with_laplace_torch():
     parameters = [{"name": "classifier", "role": "head", "squared_norm": float(weight.square().sum())}]
     evidence, _ = evidence_at(
         PriorPrecision("scalar", {"all": 0.6}),
-        [each.numpy() for each in posterior.eigenvalues],
+        posterior.spectra,
         parameters,
         data.log_likelihood,
     )
