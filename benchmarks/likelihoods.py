@@ -45,7 +45,7 @@ _TASKS = {
         "doc_to_target": "{{length}}",
         "max_length": MAX_LENGTH,
     },
-    "reward": {"task": "reward", "likelihood": "preference", "max_length": 2 * MAX_LENGTH},
+    "reward": {"task": "reward", "likelihood": "preference", "max_length": 4 * MAX_LENGTH},
 }
 
 
