@@ -70,10 +70,11 @@ def to_kron_laplace(fitted: Fitted) -> KronLaplace:
     Raises:
         UsageError: The structure is not one of Kronecker products.
     """
-    if fitted.model.likelihood.name != "categorical":
-        raise UsageError(f"likelihood {fitted.model.likelihood.name} has no KronLaplace; only categorical has")
-    blocks, precisions = _read(fitted.posterior)
     manifest = fitted.posterior.manifest
+    likelihood = manifest.task.get("likelihood", "categorical")
+    if likelihood != "categorical":
+        raise UsageError(f"likelihood {likelihood} is not converted to a KronLaplace; only categorical is")
+    blocks, precisions = _read(fitted.posterior)
     return kron_laplace(
         fitted.model.outputs,
         fitted.layers,
