@@ -7,8 +7,8 @@ Run from the project's root, a quarter of an hour on one thread::
 Two adapters are trained on all-MiniLM-L6-v2 (LoRA of rank 8 on query and value, head in ``modules_to_save``), both on
 few rows of ARC-Easy (CC BY-SA 4.0):
 
-* ``length``: a regression of the logarithm of the number of characters of a question's right answer on the question,
-  a real quantity that the question tells only in part;
+* ``length``: a regression of the logarithm of the number of characters of a question on the question, a real quantity
+  that the encoder has to infer from its tokens;
 * ``reward``: a reward model that prefers the right answer to a wrong one, judged by how often the best of n answers by
   its reward is the right one. Beside a question's own answers the candidates are answers of other questions.
 """
@@ -36,7 +36,7 @@ from lapora.workflows.predict import predict
 from lapora.workflows.tune_prior import tune_prior
 
 ROWS, MAX_LENGTH, BATCH = 300, 64, 16
-STEPS = {"length": 300, "reward": 150}
+STEPS = {"length": 200, "reward": 150}
 _TASKS = {
     "length": {
         "task": "length",
@@ -45,7 +45,7 @@ _TASKS = {
         "doc_to_target": "{{length}}",
         "max_length": MAX_LENGTH,
     },
-    "reward": {"task": "reward", "likelihood": "preference", "max_length": MAX_LENGTH},
+    "reward": {"task": "reward", "likelihood": "preference", "max_length": 4 * MAX_LENGTH},
 }
 
 

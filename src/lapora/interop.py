@@ -71,9 +71,10 @@ def to_kron_laplace(fitted: Fitted) -> KronLaplace:
     Raises:
         UsageError: The structure is not one of Kronecker products.
     """
-    if fitted.model.likelihood.name != "categorical":
-        raise UsageError(f"likelihood {fitted.model.likelihood.name} has no KronLaplace; only categorical has")
     manifest = fitted.posterior.manifest
+    likelihood = manifest.task.get("likelihood", "categorical")
+    if likelihood != "categorical":
+        raise UsageError(f"likelihood {likelihood} is not converted to a KronLaplace; only categorical is")
     if manifest.answers.score is not None:
         raise UsageError("to_kron_laplace: laplace-torch has no scores of whole answers; use lapora's own predictions")
     blocks, precisions = _read(fitted.posterior)

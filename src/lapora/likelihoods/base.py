@@ -161,11 +161,6 @@ class Likelihood(ABC):
         """Return the likelihood with the noise of the plain adapter's residuals."""
         return self
 
-    @property
-    def reference_nll(self) -> float:
-        """NLL of a row from which the NLL on training rows is counted, in nats."""
-        return 0.0
-
     def targets(self, values: Sequence[Any]) -> Tensor:
         """Return the labels of N rows as a tensor, ``(N,)`` or ``(N, C)``."""
         return torch.tensor(values)

@@ -74,11 +74,6 @@ class Gaussian(Likelihood):
         """v, ``(K,)`` in float64."""
         return torch.tensor(self.noise or (1.0,) * self.outputs, dtype=torch.float64)
 
-    @property
-    def reference_nll(self) -> float:
-        """``Σ_k ½ log 2πe v_k``: the mean NLL of residuals of variance v, in nats a row."""
-        return 0.5 * float((self.variance.log() + math.log(2.0 * math.pi * math.e)).sum())
-
     def targets(self, values: Sequence[Any]) -> Tensor:
         """Return the targets, ``(N, K)`` in float64."""
         return torch.tensor(values, dtype=torch.float64)

@@ -84,7 +84,7 @@ def training_curve(
         seed=run.seed,
         progress=progress,
     )
-    nll = -table[:, 0] - run.likelihood.reference_nll
+    nll = -table[:, 0]
     excess = nll[:-1] - nll[-1]
     return TrainingCurve(
         precisions=PRECISIONS.tolist(),
@@ -95,14 +95,12 @@ def training_curve(
     )
 
 
-def average_without_rows(curve: TrainingCurve, noise_scale: float = 1.0) -> Averaged:
-    """Return the average from training rows alone: around the tolerance, at temperature 1 or the noise's scale."""
+def average_without_rows(curve: TrainingCurve) -> Averaged:
+    """Return the average from training rows alone: around the tolerance, at temperature 1."""
     tolerance = tolerance_of(curve)
     precisions = grid()
     weights = average(precisions, [1.0], tolerance)
-    return Averaged(
-        precisions=_listed(precisions), temperatures=[noise_scale], weights=weights.tolist(), tolerance=tolerance
-    )
+    return Averaged(precisions=_listed(precisions), temperatures=[1.0], weights=weights.tolist(), tolerance=tolerance)
 
 
 def average_with_rows(

@@ -176,10 +176,11 @@ def _by_average(
     if isinstance(found, str):
         if manifest.training_curve is None:
             tuned = _by_evidence(posterior, evidence, f", since there are no labelled rows ({found})")
-            why = "fitted by an earlier version, or on rows without labels"
-            tuned.notes.append(f"nothing is known of what the training rows tolerate ({why}): fit again to average")
+            if manifest.noise_variance is None:
+                why = "fitted by an earlier version, or on rows without labels"
+                tuned.notes.append(f"nothing is known of what the training rows tolerate ({why}): fit again to average")
             return tuned
-        averaged = average_without_rows(manifest.training_curve, evidence.noise_scale)
+        averaged = average_without_rows(manifest.training_curve)
         notes = [f"no labelled rows ({found}): the average is over what the training rows tolerate"]
         if settings.structure in ("kind", "layer"):
             notes.append(f"--prior {settings.structure} needs labelled rows to average: one precision for all layers")
