@@ -22,6 +22,7 @@ class RandomRow:
 
     input_ids: list[int]
     token_type_ids: list[int] | None = None
+    answers: tuple[()] = ()
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from lapora.config import COMPLETE
 from lapora.curvature.kfac import KronObserver
 from lapora.curvature.passes import collect
 from lapora.models.loading import silence_libraries
@@ -137,10 +138,10 @@ def covariance_error(answers: OutputModel, subset: str = "lora", size: int = 3) 
     layers = find_bayesian_layers(answers.model, subset)
     encoded = row_ids(answers)
     size = 1 if answers.equal_lengths else size
-    observer = KronObserver("expand")
+    observer = KronObserver("expand", COMPLETE)
     collect(answers, layers, observer, batches(answers, encoded, size), targets=[None] * len(encoded))
     factors = observer.factors(layers)
-    blocks = decompose(layers, factors)
+    blocks = decompose(layers, factors, COMPLETE)
     mean, ours = moments(answers, layers, blocks, encoded, classes=3, size=size)
     precision = torch.block_diag(
         *[torch.kron(f.gradient_sum, f.input_sum) * f.scale for f in (factors[layer.name] for layer in layers)]

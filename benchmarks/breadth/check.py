@@ -72,6 +72,7 @@ class Case:
 class _Row:
     input_ids: list[int]
     token_type_ids: list[int] | None = None
+    answers: tuple[()] = ()
 
 
 def save_case(case: Case, folder: Path) -> Path:

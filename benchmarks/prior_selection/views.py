@@ -50,6 +50,7 @@ FEATURES = 400
 class _Encoded:
     input_ids: list[int]
     token_type_ids: list[int] | None
+    answers: tuple[()] = ()
 
 
 class Network:

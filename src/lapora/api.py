@@ -286,7 +286,7 @@ def calibrate(
         >>> done = lapora.calibrate("adapter", data="task.yaml", data_dir="data", name="calibrated")
         >>> [result["method"] for result in done.evaluation.record["results"]]
         ['map', 'temperature', 'laplace']
-        >>> done.verdict.better in (True, False)
+        >>> done.verdict.better in (True, False, None)  # None: too few rows to judge
         True
 
     Args:

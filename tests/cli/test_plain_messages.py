@@ -111,8 +111,8 @@ CASES = {
     ),
     "a Git LFS pointer for rows": (lambda f: split(f, "data/train.jsonl", LFS), FIT, 5, ["git lfs pull"]),
     "a YAML tag": (
-        lambda f: (f / "task.yaml").write_text((f / "task.yaml").read_text() + "metric: !!null\n"), FIT, 5,
-        ["tag !!null is not supported", "leave it out"],
+        lambda f: (f / "task.yaml").write_text((f / "task.yaml").read_text() + "metric: !!binary aGk=\n"), FIT, 5,
+        ["tag !!binary is not supported", "leave it out"],
     ),
     "a mistyped key": (
         lambda f: task(f, doc_to_chioce=["a", "b"]), FIT, 5, ["doc_to_chioce", "did you mean doc_to_choice?"],

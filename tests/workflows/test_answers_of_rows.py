@@ -141,7 +141,7 @@ def test_evaluation_scores_each_row_over_its_own_answers(own):
     fit_tiny(own)
     found = run_evaluation(model_of(own), DataSettings(), EvalSettings(methods=("constant", "map", "laplace")))
     rows = own_rows(12, 2)
-    by_method = {each.method: each.log_p for each in found.predictions}
+    by_method = {each.method: each.table for each in found.predictions}
     log_p = [plain_log_p(own, f"{row['story']} ?", row["options"]) for row in rows]
     nll = -sum(float(row_p[row["label"]]) for row_p, row in zip(log_p, rows, strict=True)) / len(rows)
     accuracy = sum(int(row_p.argmax()) == row["label"] for row_p, row in zip(log_p, rows, strict=True)) / len(rows)
@@ -155,7 +155,7 @@ def test_evaluation_scores_each_row_over_its_own_answers(own):
 
 def test_adapted_evidence_is_refused_where_rows_have_other_numbers_of_answers(own):
     fit_tiny(own, structure="full")
-    with pytest.raises(UsageError, match="needs labelled rows with as many answers each"):
+    with pytest.raises(UsageError, match="labelled rows with as many answers each"):
         tune_prior(model_of(own), DataSettings(), PriorSettings(method="adapted"))
 
 

@@ -167,7 +167,7 @@ def test_rows_without_labels_leave_the_evidence_and_say_so(tiny):
     for row in rows:
         del row["label"]
     (tiny / "data" / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    result = fit_tiny(tiny, prior_method="averaged", overwrite=True)
+    result = fit_tiny(tiny, prior_method="averaged", overwrite=True, unlabelled=True)
     assert result.prior["method"] == "marglik" and posterior_of(tiny).manifest.training_curve is None
     assert any("may be far too small" in note for note in result.notes)
 

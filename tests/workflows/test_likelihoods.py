@@ -319,7 +319,7 @@ def test_the_python_api(name, tiny):
     done = lapora.calibrate(
         folder / "adapter", data=folder / "task.yaml", data_dir=folder / "data", name="c", device="cpu"
     )
-    assert done.verdict.better in (True, False)
+    assert done.verdict.better is None, "six rows are too few to judge"
 
 
 @pytest.mark.parametrize("name", LIKELIHOODS)

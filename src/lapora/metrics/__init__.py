@@ -1,7 +1,7 @@
 """Metrics of class probabilities and of regressions: scores, intervals, calibration, selective prediction."""
 
 from lapora.metrics.bins import Bin, reliability_bins
-from lapora.metrics.bootstrap import ENOUGH_ROWS, Interval, bootstrap_intervals, intervals, paired_interval
+from lapora.metrics.bootstrap import Interval, bootstrap_intervals, intervals, paired_interval
 from lapora.metrics.scores import (
     ADAPTIVE_BINS,
     ECE_BINS,
@@ -20,7 +20,6 @@ from lapora.metrics.scores import (
 __all__ = [
     "ADAPTIVE_BINS",
     "ECE_BINS",
-    "ENOUGH_ROWS",
     "HIGHER_IS_BETTER",
     "Bin",
     "Interval",

@@ -11,8 +11,6 @@ from torch import Tensor
 from lapora.metrics.weighted import WeightedScores
 
 RESAMPLES = 1000
-ENOUGH_ROWS = 20
-"""With fewer rows, a percentile interval of a mean holds the truth too rarely to decide anything by it."""
 _CHUNK_ELEMENTS = 4_000_000
 
 

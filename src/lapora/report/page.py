@@ -10,8 +10,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from lapora.config import ENOUGH_ROWS
 from lapora.errors import DataError
-from lapora.metrics.bootstrap import ENOUGH_ROWS
 from lapora.report.tables import HEADINGS, label_of, number, threshold
 
 

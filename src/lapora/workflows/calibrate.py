@@ -8,7 +8,16 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from lapora import metrics
-from lapora.config import DataSettings, EvalSettings, FitSettings, Link, ModelSettings, PriorSettings, Progress
+from lapora.config import (
+    ENOUGH_ROWS,
+    DataSettings,
+    EvalSettings,
+    FitSettings,
+    Link,
+    ModelSettings,
+    PriorSettings,
+    Progress,
+)
 from lapora.errors import NoRowsLeftError, UsageError
 from lapora.memory.estimate import MemoryEstimate
 from lapora.metrics.bootstrap import Interval
@@ -174,8 +183,8 @@ def judge(evaluation: Evaluation, link: Link) -> Verdict:
     )
     where = f"on {evaluation.record['n']} rows of {evaluation.record['split']} that tuned nothing"
     numbers = _numbers(own, versus_map)
-    if evaluation.record["n"] < metrics.ENOUGH_ROWS:
-        text = f"too few rows to judge, at least {metrics.ENOUGH_ROWS} are needed: {where}, {numbers}."
+    if evaluation.record["n"] < ENOUGH_ROWS:
+        text = f"too few rows to judge, at least {ENOUGH_ROWS} are needed: {where}, {numbers}."
         return Verdict(None, text, link, versus_map, versus_temperature)
     if versus_map.better:
         text = f"better calibrated than the plain adapter {where}: {numbers}."

@@ -14,6 +14,7 @@ import torch
 from lapora import metrics
 from lapora.config import (
     DEFAULT_SAMPLES,
+    ENOUGH_ROWS,
     DataSettings,
     EvalSettings,
     Link,
@@ -290,7 +291,7 @@ def _warn(
     low, high = metrics.paired_interval(differences)
     name = fitted.posterior.folder.name
     interval = f"{worse:.4f} a row, 95 % interval {low:.4f} to {high:.4f}, {len(differences)} rows"
-    if len(differences) < metrics.ENOUGH_ROWS:
+    if len(differences) < ENOUGH_ROWS:
         return [f"note: {name} ({link}) is worse than MAP in NLL on too few rows to judge by ({interval})"]
     if low <= 0:
         return [f"note: {name} ({link}) is no better than MAP in NLL on these rows ({interval})"]
