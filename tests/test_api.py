@@ -196,6 +196,7 @@ def test_wrong_choices_in_a_list_are_named(options, message):
         lapora.evaluate("adapter", **options)
 
 
+@pytest.mark.slow
 def test_type_checkers_see_the_options(tmp_path):
     pytest.importorskip("mypy")
     lines = [

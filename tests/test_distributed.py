@@ -40,6 +40,7 @@ def done(process, status=0):
     return out, err
 
 
+@pytest.mark.slow
 def test_sums_of_two_processes_are_those_of_one(tmp_path):
     file = tmp_path / "found.json"
     done(torchrun(2, HERE / "processes_worker.py", "sums", file))

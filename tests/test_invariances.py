@@ -220,6 +220,7 @@ def within_a_millionth(session: Fitted, lines: list[bytes]) -> None:
         assert len(whole) == len(lines) and max(furthest(whole, other) for other in others) < 1e-6
 
 
+@pytest.mark.slow
 def test_a_trained_language_model_is_within_a_millionth_at_other_batch_sizes(demo):
     lines = (demo / "data" / "validation.jsonl").read_bytes().splitlines()[:100]
     within_a_millionth(open_fitted(ModelSettings(str(demo / "adapter"), device="cpu"), "default"), lines)
@@ -234,6 +235,7 @@ max_length: 48
 """
 
 
+@pytest.mark.slow
 def test_a_trained_classifier_is_within_a_millionth_at_other_batch_sizes(shared, tmp_path):
     """A real adapter on real text of many lengths; its figures differed by 9e-7 while rows were padded as they came."""
     adapter = tmp_path / "adapter"

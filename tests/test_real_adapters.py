@@ -72,6 +72,7 @@ def test_figures_of_an_independent_implementation(shared, tmp_path, name, sharin
         _labelled_rows_mend_what_the_evidence_spoils(model)
 
 
+@pytest.mark.slow
 def test_the_default_rank_is_within_a_percent_of_whole_factors(shared, tmp_path):
     """Prior precision, NLL and predictive variance, at less than a tenth of the size."""
     model, data = place(shared, tmp_path, "source2", 300)

@@ -120,6 +120,7 @@ def test_a_chat_template_wraps_prompts_in_fit_and_predict(lapora, demo, lines, t
     assert len(chat) == len(bare) == 9 and all(abs(a - b) > 1e-6 for a, b in zip(chat, bare, strict=True))
 
 
+@pytest.mark.slow
 def test_a_reader_that_goes_ends_the_run_quietly(demo, lines):
     started = [sys.executable, "-m", "lapora", "predict", str(demo / "adapter"), "--batch-size", "1"]
     with subprocess.Popen(started, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
@@ -130,6 +131,7 @@ def test_a_reader_that_goes_ends_the_run_quietly(demo, lines):
         assert (process.wait(timeout=120), process.stderr.read()) == (0, b"")
 
 
+@pytest.mark.slow
 def test_interruption_leaves_whole_lines(demo, lines):
     started = [sys.executable, "-m", "lapora", "predict", str(demo / "adapter"), "--batch-size", "1"]
     # A test runner in the background ignores SIGINT, and its children would too.

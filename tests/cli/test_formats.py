@@ -162,6 +162,7 @@ def test_a_long_line_of_a_compressed_file_is_not_held(tmp_path):
         assert [len(row) for row in rows] == [LONGEST_LINE + 1, 3]
 
 
+@pytest.mark.slow
 def test_on_a_terminal_it_says_what_it_waits_for_and_shows_rows(tiny, tmp_path):
     """Standard input and stderr are a terminal; predictions go to a file."""
     main, terminal = pty.openpty()

@@ -221,6 +221,7 @@ def start(tiny: Path, *options: str) -> subprocess.Popen:
     )
 
 
+@pytest.mark.slow
 def test_a_conversation_then_control_c(tiny):
     """One line, its answer, the next line; then Ctrl-C: status 130, one line on stderr, whole lines on stdout."""
     with start(tiny) as process:

@@ -117,6 +117,7 @@ def source(tmp_path) -> Path:
     return copy.parent
 
 
+@pytest.mark.slow
 def test_each_needs_what_the_page_says_and_no_more(source, tmp_path):
     environment = {**os.environ, "PYTHONPATH": f"{source}{os.pathsep}{ROOT / 'tests'}"}
     command = [sys.executable, "-c", USE, str(tmp_path / "tiny")]

@@ -139,6 +139,7 @@ def test_a_batch_holds_what_its_shape_says(folder, structure, directions, rerun)
     assert found == pytest.approx(memory.peak, rel=0.05)
 
 
+@pytest.mark.slow
 def test_many_blocks_are_reckoned_from_fewer(tmp_path, monkeypatch):
     folder = without_weights(tmp_path, hidden_size=32, intermediate_size=64, num_hidden_layers=14, vocab_size=50)
     skeleton = build_meta_model(read_adapter(folder / "adapter"), ModelSettings(""), "cpu")

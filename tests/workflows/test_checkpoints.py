@@ -56,6 +56,7 @@ def recipe(demo, tmp_path_factory):
     return folder, outputs
 
 
+@pytest.mark.slow
 def test_the_recipe_draws_the_papers_figures(recipe):
     folder, outputs = recipe
     figures = sorted(file.name for file in (folder / "figures").iterdir())
@@ -83,6 +84,7 @@ def again(folder, monkeypatch, said, **changes):
     return evaluate_checkpoints(ModelSettings(adapter="run"), data, settings(), checkpoints, said.append)
 
 
+@pytest.mark.slow
 def test_what_is_done_is_not_redone_and_what_has_changed_is(recipe, monkeypatch):
     folder, _ = recipe
     done: list[str] = []

@@ -198,6 +198,7 @@ def test_two_of_one_name_are_refused(several):
         list(predict(settings_of(several, "adapter"), settings, []))
 
 
+@pytest.mark.slow
 def test_the_commands(several, tmp_path):
     lapora = [sys.executable, "-m", "lapora"]
     (several / "third" / "adapter_model.safetensors").write_bytes(b"damaged")
@@ -277,6 +278,7 @@ def test_adapters_that_are_done_with_are_freed(several):
     assert [reference() is None for reference in seen] == [True, True, False]
 
 
+@pytest.mark.slow
 def test_where_several_posteriors_are_put_and_found(several, tmp_path):
     lapora = [sys.executable, "-m", "lapora"]
     data = ["--data", several / "task.yaml", "--data-dir", several / "data"]
