@@ -15,6 +15,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tiny_heads import make_head
+
 HERE = Path(__file__).parent
 
 
@@ -148,6 +150,44 @@ def test_the_commands_by_three_processes(demo, adapter, tmp_path):
         if "error" not in record:
             assert record["probabilities"] == pytest.approx(other["probabilities"], abs=1e-4)
     assert sum("error" in record for record in answers[0]) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("likelihood", ["gaussian", "preference"])
+def test_other_likelihoods_by_two_processes(likelihood, tmp_path):
+    """The noise of a regression is measured on all rows; the two texts of a pair stay together."""
+    folder = make_head(tmp_path, likelihood)
+    lines = folder / "data" / "validation.jsonl"
+    data = ["--data", folder / "task.yaml", "--data-dir", folder / "data"]
+
+    def steps(name):
+        output = folder / f"{name}.predictions"
+        each = (
+            ["fit", folder / "adapter", *data, "--name", name],
+            ["tune-prior", folder / "adapter", "--name", name],
+            ["predict", folder / "adapter", lines, "--name", name, "--output", output],
+        )
+        return json.dumps([[str(part) for part in command] for command in each])
+
+    worker = HERE / "processes_worker.py"
+    done(torchrun(2, worker, "commands", steps("many")))
+    subprocess.run([sys.executable, worker, "commands", steps("alone")], capture_output=True, check=True)
+    manifests = [
+        json.loads((folder / "adapter" / "laplace" / name / "posterior.json").read_text()) for name in ("many", "alone")
+    ]
+    noise = [manifest["noise_variance"] or [] for manifest in manifests]
+    assert noise[0] == pytest.approx(noise[1], rel=1e-5) and bool(noise[0]) == (likelihood == "gaussian")
+    assert manifests[0]["prior"]["precision"] == pytest.approx(manifests[1]["prior"]["precision"], rel=1e-3)
+    found, expected = (
+        [json.loads(line) for line in (folder / f"{name}.predictions").read_text().splitlines()]
+        for name in ("many", "alone")
+    )
+    assert len(found) == len(expected) == 12
+    for record, other in zip(found, expected, strict=True):
+        assert record.keys() == other.keys()
+        for key, value in other.items():
+            if isinstance(value, (dict, float)):
+                assert record[key] == pytest.approx(value, abs=1e-4), key
 
 
 def _spoken(stderr):

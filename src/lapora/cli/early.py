@@ -74,7 +74,7 @@ def _check_data(data: DataSettings) -> None:
         find_split_file(data.data_dir, [data.split, *([task.source_split(data.split)] if task else [])])
 
 
-_DEVICE = re.compile(r"auto|cpu|(cuda|mps|xpu|hpu|npu|mlu|xla)(:\d+)?")
+_DEVICE = re.compile(r"auto|(cpu|cuda|mps|xpu|hpu|npu|mlu|xla)(:\d+)?")
 _ROWS_CHECKED = 20
 
 
@@ -93,16 +93,18 @@ def _check_rows(adapter: Path, data: DataSettings, settings: FitSettings) -> Non
     task.prompt_templates(kind)
     if settings.chat_template and kind == "classifier":
         raise UsageError("--chat-template wraps the prompt of a causal language model; this adapter is a classifier")
-    if labels is not None and isinstance(task.doc_to_choice, tuple) and labels != len(task.doc_to_choice):
-        raise DataError(
-            f"task {task.task} has {len(task.doc_to_choice)} answers and the adapter's head {labels} outputs; give the "
-            "task the adapter was trained on"
-        )
+    if labels is not None and isinstance(task.doc_to_choice, tuple):
+        outputs = 1 if task.likelihood in ("bernoulli", "preference") else len(task.doc_to_choice)
+        if labels != outputs:
+            raise DataError(
+                f"task {task.task} has {len(task.doc_to_choice)} answers and the adapter's head {labels} outputs; give "
+                "the task the adapter was trained on"
+            )
     if data.data_dir is None and not task.reads_files:
         return  # rows on the Hub
     limit = min(data.limit or _ROWS_CHECKED, _ROWS_CHECKED)
     rows = load_rows(task, data.split or "train", data_dir=data.data_dir, limit=limit)
-    render_all(task, rows, kind=kind, choices=resolve_choices(task, rows), labels="optional")
+    render_all(task, rows, kind=kind, choices=resolve_choices(task, rows, kind=kind), labels="optional")
     if not settings.unlabelled and missing_label_fields(task, rows):
         refuse_missing_labels(task, load_rows(task, data.split or "train", data_dir=data.data_dir, limit=data.limit))
 
