@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from transformers.pytorch_utils import Conv1D
 
 from benchmarks.breadth.configurations import END, PADDING, tiny_configuration
-from lapora.config import Dtype, ModelSettings
+from lapora.config import COMPLETE, Dtype, ModelSettings
 from lapora.curvature.passes import CurvatureRun
 from lapora.models.adapter import WEIGHTS_FILE, ModelKind, read_adapter
 from lapora.models.batching import BatchFeed, BatchSize
@@ -260,7 +260,7 @@ def _moments(
 ) -> tuple[Tensor, Tensor]:
     """Return mean ``(N, C)`` and covariance ``(N, C, C)`` of the logits, in batches of a size."""
     run = CurvatureRun(
-        outputs, layers, lambda: BatchFeed(outputs, rows, BatchSize(size)), [0] * len(rows), len(ANSWERS)
+        outputs, layers, lambda: BatchFeed(outputs, rows, BatchSize(size)), [0] * len(rows), len(ANSWERS), rank=COMPLETE
     )
     posterior, _ = fit_structure(structure, run)
     working = torch.float64 if outputs.network.dtype == torch.float64 else torch.float32
