@@ -24,7 +24,7 @@ def fitted(shared, tmp_path, smollm2, name) -> tuple[ModelSettings, DataSettings
     shutil.copytree(shared / "adapters" / f"smollm2-{name}", adapter, copy_function=shutil.copyfile)
     adapter.chmod(0o755)
     model = ModelSettings(str(adapter), base_model=smollm2, dtype="float32", device="cpu")
-    return model, DataSettings(str(adapter / "task.yaml"), data_dir=shared / "data" / name, limit=200)
+    return model, DataSettings(str(adapter / "task.yaml"), data_dir=shared / "data" / name.split("-")[0], limit=200)
 
 
 def test_two_answers_have_the_independent_covariances(shared, tmp_path, smollm2):
