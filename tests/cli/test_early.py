@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import yaml
 
-from lapora.cli import console
+from lapora.cli import console, early
 from lapora.cli.fit import saying_how_to_resume
 from lapora.config import FitSettings, ModelSettings
+from lapora.errors import UsageError
 from lapora.report.tables import _nats
 from lapora.workflows.commands import command_line, tune_prior_arguments
 from tiny_adapter import command, fit_tiny, make_adapter, make_rows
@@ -56,6 +58,7 @@ OTHER = ("--data-dir", "data", "--name", "other")
         (("fit", "adapter", *OTHER, "--data", "task.yaml", "--device", "gpu"), 2, ["--device gpu: no such device"]),
         (("eval", "adapter", "--device", "gpu"), 2, ["--device gpu: no such device"]),
         (("eval", "adapter", "--fail-if", "eec>0.1"), 2, ["eec"]),
+        (("predict", "adapter", "--device", "mps"), 2, ["--device mps: not available on this machine"]),
     ],
 )
 def test_mistakes_are_said_together_and_without_torch(tiny, arguments, status, words):
@@ -68,6 +71,20 @@ def test_mistakes_are_said_together_and_without_torch(tiny, arguments, status, w
     )
     assert (done.returncode, done.stdout) == (status, "False\n"), done.stderr
     assert len(done.stderr.splitlines()) == 1 and all(each in done.stderr for each in words)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="drivers are looked for on Linux")
+@pytest.mark.parametrize(("driver", "refused"), [("none", True), ("cuda", False), ("amd", False)])
+def test_a_gpu_without_a_driver_is_refused(driver, refused, monkeypatch):
+    def load(name: str) -> None:
+        if driver != "cuda":
+            raise OSError(name)
+
+    monkeypatch.setattr(early.ctypes, "CDLL", load)
+    monkeypatch.setattr(early.Path, "exists", lambda path: str(path) == "/dev/kfd" and driver == "amd")
+    with pytest.raises(UsageError, match="cuda:1: not available") if refused else nullcontext():
+        early._check_device("cuda:1")
+    early._check_device("cpu")
 
 
 @pytest.mark.parametrize("kept", [True, False])

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import cast
@@ -81,6 +83,21 @@ _ROWS_CHECKED = 20
 def _check_device(device: str) -> None:
     if not _DEVICE.fullmatch(device):
         raise UsageError(f"--device {device}: no such device; use auto, cpu, or cuda:0 for the first GPU")
+    if _has_no_driver(device):
+        raise UsageError(f"--device {device}: not available on this machine (it has no driver for it); use auto or cpu")
+
+
+def _has_no_driver(device: str) -> bool:
+    """Return whether a device is certainly absent; whether it works is known once PyTorch is loaded."""
+    if device.startswith("mps"):
+        return sys.platform != "darwin"
+    if not device.startswith("cuda") or sys.platform != "linux" or Path("/dev/kfd").exists():  # AMD's driver
+        return False
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return True
+    return False
 
 
 def _check_rows(adapter: Path, data: DataSettings, settings: FitSettings) -> None:
