@@ -24,8 +24,11 @@ from benchmarks.real.experiments import FULL, QUICK, Experiment
 from benchmarks.real.tables import markdown, write_csv
 from lapora.models.demo_base import fetch_demo_base
 
-_LABELLED = (20, 50, 200)
+_LABELLED = (200, 50, 20)
 """Labelled rows m that tune the averaged prior."""
+_LINK = ("--link", "mc-joint")
+_TIMED = 60
+"""Rows that are predicted to time a method."""
 _KEPT = 5
 """Checkpoints of a run."""
 
@@ -110,33 +113,36 @@ class Run:
         key = f"{self.experiment.name} {self.seed} {step}"
         return self.commands.lapora(key, command, str(self.adapter), *where, *arguments)
 
-    def fit(self) -> list[str]:
-        """Fit and tune every posterior; return their names."""
+    @property
+    def posteriors(self) -> list[str]:
+        """Names of the posteriors; the first that was tuned on rows gives the temperature its rows: the most rows."""
+        return [*self._tuned, "default", "marglik", "asdl", "llla"]
+
+    @property
+    def _tuned(self) -> dict[str, list[str]]:
+        return {f"m{count}": ["--limit", str(count)] for count in _LABELLED if 2 * count <= self.experiment.scored}
+
+    def fit(self) -> None:
+        """Fit and tune every posterior."""
         data = ["--data", self.task, "--data-dir", str(self.data), "--max-length", str(self.experiment.max_length)]
         self.lapora("fit", "fit", *data, "--overwrite")
-        names = ["default"]
-        for name, options in {
-            "marglik": ["--method", "marglik"],
-            **{f"m{count}": ["--limit", str(count)] for count in _LABELLED if 2 * count <= self.experiment.scored},
-        }.items():
+        for name, options in {"marglik": ["--method", "marglik"], **self._tuned}.items():
             folder = self.adapter / "laplace" / name
             if f"{self.experiment.name} {self.seed} tune {name}" not in self.commands.records:
                 shutil.rmtree(folder, ignore_errors=True)
                 shutil.copytree(self.adapter / "laplace" / "default", folder)
             self.lapora(f"tune {name}", "tune-prior", "--name", name, *options)
-            names.append(name)
         self.lapora("fit asdl", "fit", *data, "--name", "asdl", "--engine", "asdl", "--overwrite")
         self.lapora("tune asdl", "tune-prior", "--name", "asdl", "--method", "marglik")
         self.lapora("fit llla", "fit", *data, "--name", "llla", "--subset", "last-layer", "--overwrite")
-        return [*names, "asdl", "llla"]
 
     def scores(self, others: list[Run]) -> dict[str, dict[str, Any]]:
         """Scores of every method, on the rows that tuned nothing; the others' adapters are the ensemble of seeds."""
         self.train()
-        names = self.fit()
-        chosen = [part for name in names for part in ("--name", name)]
+        self.fit()
+        chosen = [part for name in self.posteriors for part in ("--name", name)]
         checkpoints = ["--ensemble", str(self.folder / "run")]
-        record = self.lapora("eval", "eval", *chosen, "--methods", "all", *checkpoints, "--json")["result"]
+        record = self.lapora("eval", "eval", *chosen, "--methods", "all", *_LINK, *checkpoints, "--json")["result"]
         found = {_label(result): _scores(result, record) for result in record["results"]}
         if others:
             for each in others:
@@ -145,30 +151,23 @@ class Run:
             seeds = self.lapora("eval seeds", "eval", *chosen, "--methods", "ensemble", *members, "--json")["result"]
             result = next(each for each in seeds["results"] if each["method"] == "ensemble")
             found["ensemble of seeds"] = _scores(result, seeds)
+        names = ",".join(self.posteriors)
         tfb = self.commands.run(
             f"{self.experiment.name} {self.seed} tfb",
-            *("-m", "benchmarks.real.tfb", str(self.adapter), self.base, ",".join(names), str(self.experiment.scored)),
+            *("-m", "benchmarks.real.tfb", str(self.adapter), self.base, names, str(self.experiment.scored)),
         )["result"]
         assert tfb["n"] == record["n"], "the same rows"
         found["TFB"] = tfb
         return found
 
     def costs(self) -> dict[str, dict[str, float]]:
-        """Seconds and peak memory of predicting 100 rows, as ratios to MAP's; loading the model is subtracted."""
-        rows = self.folder / "rows.jsonl"
-        lines = (self.data / "validation.jsonl").read_text(encoding="utf-8").splitlines()
-        rows.write_text("\n".join(lines[:100]) + "\n", encoding="utf-8")
-        one = self.folder / "one.jsonl"
-        one.write_text(lines[0] + "\n", encoding="utf-8")
-        found = {}
-        for label, options in {"map": ["--link", "map"], "laplace default": []}.items():
-            many, start = (
-                self.lapora(f"cost {label} {file.stem}", "predict", str(file), *options, "--output", str(file) + ".out")
-                for file in (rows, one)
-            )
-            found[label] = (many["seconds"] - start["seconds"], many["peak_mib"])
-        plain = found["map"]
-        return {label: {"seconds": each[0] / plain[0], "memory": each[1] / plain[1]} for label, each in found.items()}
+        """Seconds and peak memory of predicting rows, as ratios to MAP's."""
+        names, run = ",".join(self.posteriors), str(self.folder / "run")
+        found = self.commands.run(
+            f"{self.experiment.name} {self.seed} costs",
+            *("-m", "benchmarks.real.costs", str(self.adapter), self.base, names, str(_TIMED), run),
+        )["result"]
+        return dict(found)
 
     def figures(self) -> None:
         """Accuracy, ECE and NLL along training, as in the paper's figures."""
@@ -182,7 +181,8 @@ class Run:
 
 
 def _label(result: dict[str, Any]) -> str:
-    return " ".join(part for part in (result["method"], result.get("name")) if part)
+    rows = f"on {result['fitted_on']['n']} rows" if "fitted_on" in result else None
+    return " ".join(part for part in (result["method"], result.get("name"), rows) if part)
 
 
 def _scores(result: dict[str, Any], record: dict[str, Any]) -> dict[str, Any]:

@@ -23,10 +23,11 @@ from lapora.config import DataSettings, EvalSettings, ModelSettings
 from lapora.tasks import EncodedExample
 from lapora.workflows.evaluate import make_plan
 from lapora.workflows.rows import read_labelled_rows
-from lapora.workflows.scoring import forward_log_p
+from lapora.workflows.scoring import forward_table
 from lapora.workflows.task_model import Fitted, open_fitted
 
-_TOLERANCE, _SAMPLES, _BISECTIONS = 0.03, 10, 8
+SAMPLES = 10
+_TOLERANCE, _BISECTIONS = 0.03, 8
 _LEAST, _MOST = 1e-4, 1.0
 
 
@@ -43,13 +44,13 @@ def main() -> None:
         fitted.posterior, fitted.model.kind, replace(DataSettings(), limit=limit), exclude=plan.tuning_digests
     )
     coded = fitted.model.encode(anchors.examples)
-    plain = metrics.row_nll(forward_log_p(fitted.model, coded), anchors.targets).mean()
+    plain = metrics.row_nll(forward_table(fitted.model, coded), anchors.targets).mean()
     low, high = math.log(_LEAST), math.log(_MOST)
     for _ in range(_BISECTIONS):
         middle = (low + high) / 2
         nll = metrics.row_nll(sampled(fitted, coded, math.exp(middle), 4), anchors.targets).mean()
         low, high = (middle, high) if nll - plain <= _TOLERANCE else (low, middle)
-    log_p = sampled(fitted, fitted.model.encode(rows.examples), math.exp(low), _SAMPLES)
+    log_p = sampled(fitted, fitted.model.encode(rows.examples), math.exp(low), SAMPLES)
     scores = metrics.evaluate(log_p, rows.targets)
     print(json.dumps({"sigma": math.exp(low), "n": len(rows.examples), **scores}))
 
@@ -70,7 +71,7 @@ def sampled(fitted: Fitted, coded: Sequence[EncodedExample], sigma: float, sampl
                     scale = sigma / d.clamp(min=1e-3 * d[0]).unsqueeze(1)
                     noise = scale * torch.randn(weight.shape, generator=generator)
                     weight += right.T @ noise
-        drawn.append(forward_log_p(fitted.model, coded))
+        drawn.append(forward_table(fitted.model, coded))
         with torch.no_grad():
             for weight, old in kept:
                 weight.copy_(old)
