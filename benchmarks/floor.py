@@ -7,6 +7,8 @@ backward passes.
     python -m benchmarks.floor                   # the table of ratios
     python -m benchmarks.floor --peers           # add laplace-torch (ASDL, curvlinops) and bayesian-lora
     python -m benchmarks.floor --memory          # peak memory, each program in its own process
+    python -m benchmarks.floor --bases FOLDER    # real decoders: FOLDER/smollm2 and FOLDER/gemma3
+    python -m benchmarks.floor --bases FOLDER --shares    # where the time goes
 
 Time is measured in one process, floor and programs alternating, as medians of several rounds. Model loading is
 excluded, eigendecompositions are included.
@@ -22,13 +24,16 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks.models import Subject, subject
+from lapora.curvature.kfac import KronObserver
 from lapora.curvature.passes import CurvatureRun
 from lapora.likelihoods.categorical import exact_columns, log_probabilities
+from lapora.posterior.eigen import decompose
 from lapora.posterior.gaussian import Posterior
 from lapora.posterior.structures import fit_structure
 from lapora.predictive.moments import LinearisedPredictor
@@ -40,6 +45,14 @@ CASES: list[dict[str, Any]] = [
     {"kind": "llama-134M", "classes": 2, "tokens": 64, "rows": 48, "batch_size": 16},
     {"kind": "llama-134M", "classes": 4, "tokens": 64, "rows": 48, "batch_size": 16},
 ]
+REAL_CASES: list[dict[str, Any]] = [
+    {"classes": 2, "tokens": 60, "rows": 48, "batch_size": 8, "targets": "q, v"},
+    {"classes": 4, "tokens": 60, "rows": 32, "batch_size": 8, "targets": "q, v"},
+    {"classes": 2, "tokens": 200, "rows": 16, "batch_size": 4, "targets": "q, v"},
+    {"classes": 2, "tokens": 60, "rows": 48, "batch_size": 8, "targets": "q, v, head"},
+    {"classes": 2, "tokens": 60, "rows": 48, "batch_size": 8, "targets": "all linear"},
+]
+"""Of every real decoder."""
 PEER_CASES: list[dict[str, Any]] = [
     {"kind": "encoder-22M", "classes": 2, "tokens": 12, "rows": 100, "batch_size": 25},
     {"kind": "encoder-22M", "classes": 2, "tokens": 52, "rows": 50, "batch_size": 25},
@@ -125,6 +138,52 @@ def timed(run: Callable[[], object]) -> float:
     return time.perf_counter() - started
 
 
+def shares(case: dict[str, Any], rounds: int) -> dict[str, float]:
+    """Return median seconds of the parts of a fit and of a prediction."""
+    it = subject(**case)
+    less = it.classes - 1
+    posterior = fit(it).on_device(it.layers, it.answers.device, torch.float32)
+    run = CurvatureRun(it.answers, it.layers, lambda: it.batches, [0] * it.rows, it.classes)
+    precisions = torch.ones(1, len(it.layers), dtype=torch.float64)
+    found: dict[str, list[float]] = {}
+
+    def part(name: str, work: Callable[[], Any]) -> Any:
+        kept: list[Any] = []
+        found.setdefault(name, []).append(timed(lambda: kept.append(work())))
+        return kept[0]
+
+    for _ in range(rounds + 1):
+        with torch.no_grad():
+            part("forward", lambda: [it.answers.logits(batch) for batch in it.batches])
+        part("forward and backward", lambda: floor(it, less))
+        observer = KronObserver("expand")
+        part("pass of fit", lambda observer=observer: run.observe(observer))
+        part("decomposition", lambda o=observer: decompose(run.layers, o.factors(run.layers), run.rank, run.processes))
+        with LinearisedPredictor(it.answers, it.layers, posterior, precisions, classes=it.classes) as predictor:
+            moments = part("moments", lambda p=predictor: [p.moments(batch) for batch in it.batches])
+        part("link", lambda m=moments: [log_probabilities("mc-joint", each) for each in m])
+    return {name: statistics.median(times[1:]) for name, times in found.items()}
+
+
+def _print_shares(cases: list[dict[str, Any]], rounds: int) -> None:
+    print("| model | LoRA | C | tokens | forward | backward | factors | decomposition | moments | link |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |")
+    for case in cases:
+        found = shares(case, rounds)
+        floors = found["forward and backward"]
+        parts = (
+            found["forward"],
+            floors - found["forward"],
+            found["pass of fit"] - floors,
+            found["decomposition"],
+            found["moments"] - floors,
+            found["link"],
+        )
+        cells = " | ".join(f"{each / floors:.3f}" for each in parts)
+        print(f"| {case['kind']} | {case['targets']} | {case['classes']} | {case['tokens']} | {cells} |", flush=True)
+    print("\nIn parts of one forward and C-1 backward passes; factors and moments are what a pass takes beyond them.")
+
+
 def peak(case: dict[str, Any], name: str, peers: bool) -> float:
     """Return the peak memory beyond the loaded model, in MiB, of one program (or ``floor``) in this process."""
     it = subject(**case)
@@ -152,6 +211,8 @@ def main() -> None:
     parser.add_argument("--memory", action="store_true")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--cases", type=int, nargs="*", help="numbers of the cases, from 0; all by default")
+    parser.add_argument("--bases", type=Path, help="folder with real decoders, made by shared/bases/make.py")
+    parser.add_argument("--shares", action="store_true", help="the shares of time; needs --bases")
     parser.add_argument("--one", help="JSON of a case and a contestant, for a process of its own")
     options = parser.parse_args()
     if options.one:
@@ -159,17 +220,28 @@ def main() -> None:
         print(peak(request["case"], request["name"], options.peers))
         return
     cases = PEER_CASES if options.peers else CASES
+    if options.bases:
+        cases = [
+            {"kind": base.name, "folder": str(base), **case}
+            for base in (options.bases / "smollm2", options.bases / "gemma3")
+            if base.is_dir()
+            for case in REAL_CASES
+        ]
     cases = [cases[index] for index in options.cases] if options.cases else cases
     print(f"{torch.get_num_threads()} threads, torch {torch.__version__}\n")
+    if options.shares:
+        _print_shares(cases, options.rounds)
+        return
     if options.memory:
         _print_memory(cases, options.peers)
         return
-    print("| model | C | tokens | rows | | floor | time | ratio | spread |")
-    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
+    print("| model | LoRA | C | tokens | rows | | floor | time | ratio | spread |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |")
     for case in cases:
         for row in measure(case, options.rounds, options.peers):
             print(
-                f"| {row['kind']} | {row['classes']} | {row['tokens']} | {row['rows']} | {row['name']} | "
+                f"| {row['kind']} | {row.get('targets', 'q, v')} | {row['classes']} | {row['tokens']} | "
+                f"{row['rows']} | {row['name']} | "
                 f"{row['floor']:.2f} s | {row['time']:.2f} s | {row['ratio']:.2f} | {row['spread']:.0%} |",
                 flush=True,
             )
@@ -180,7 +252,8 @@ def _print_memory(cases: list[dict[str, Any]], peers: bool) -> None:
     if peers:
         names += ["laplace-torch asdl fit", "laplace-torch asdl predict"]
     print(
-        "| model | C | tokens | batch | | peak beyond the model | ratio |\n| --- | --- | --- | --- | --- | --- | --- |"
+        "| model | LoRA | C | tokens | batch | | peak beyond the model | ratio |\n"
+        "| --- | --- | --- | --- | --- | --- | --- | --- |"
     )
     for case in cases:
         base = None
@@ -191,7 +264,8 @@ def _print_memory(cases: list[dict[str, Any]], peers: bool) -> None:
             used = float(done.stdout.strip().splitlines()[-1])
             base = base or used
             print(
-                f"| {case['kind']} | {case['classes']} | {case['tokens']} | {case['batch_size']} | {name} | "
+                f"| {case['kind']} | {case.get('targets', 'q, v')} | {case['classes']} | {case['tokens']} | "
+                f"{case['batch_size']} | {name} | "
                 f"{used:.0f} MiB | {used / base:.2f} |",
                 flush=True,
             )

@@ -8,7 +8,7 @@ from importlib import resources
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForSequenceClassification, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
 from lapora.models.batches import Batch, collate
 from lapora.models.loading import silence_libraries
@@ -59,6 +59,22 @@ def llama(classes: int, rank: int = 8, *, layers: int = 12, width: int = 768, he
     return get_peft_model(LlamaForCausalLM(config), lora)
 
 
+TARGETS: dict[str, list[str] | str] = {
+    "q, v": ["q_proj", "v_proj"],
+    "q, v, head": ["q_proj", "v_proj", "lm_head"],
+    "all linear": "all-linear",
+}
+"""Modules with LoRA, of a real decoder."""
+
+
+def decoder(folder: str, targets: str, rank: int = 8) -> PeftModel:
+    """Return a real pretrained decoder with LoRA."""
+    with silence_libraries():
+        model = AutoModelForCausalLM.from_pretrained(folder)
+    lora = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=TARGETS[targets], task_type="CAUSAL_LM")
+    return get_peft_model(model, lora)
+
+
 MODELS: dict[str, Callable[..., PeftModel]] = {"encoder-22M": encoder, "llama-134M": llama}
 
 
@@ -72,16 +88,18 @@ def subject(
     rank: int = 8,
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
+    folder: str | None = None,
+    targets: str = "q, v",
     **shape: int,
 ) -> Subject:
-    """Build a model and its batches, equal in every process with the same seed."""
+    """Build a model and its batches, equal in every process with the same seed; a decoder is read from ``folder``."""
     torch.manual_seed(0)
-    model = MODELS[kind](classes, rank, **shape)
+    model = decoder(folder, targets, rank) if folder else MODELS[kind](classes, rank, **shape)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.02)
     model = model.to(device, dtype).eval().requires_grad_(False)
-    causal = kind.startswith("llama")
+    causal = folder is not None or kind.startswith("llama")
     tokens_of_answers = list(range(100, 100 + classes)) if causal else None
     answers = OutputModel(model, "causal" if causal else "classifier", 0, tokens_of_answers)
     batches = random_batches(answers, rows=rows, tokens=tokens, batch_size=batch_size, device=device)

@@ -109,7 +109,7 @@ FURTHER: tuple[Recipe, ...] = (
 """Adapters for the averaged prior: they have learnt their rows by heart, without skill or on easy tasks. Their halves
 were set before any was scored."""
 
-DECODERS: dict[str, Half] = {"smollm2-source2": "choose", "smollm2-source5-over": "test"}
+DECODERS: dict[str, Half] = {"smollm2-source2": "choose", "smollm2-source5-over": "test", "smollm2-source5": "test"}
 """Shared adapters of SmolLM2-135M, and their halves."""
 
 
