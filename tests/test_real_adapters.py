@@ -34,7 +34,6 @@ EXPECTED = [
     ("boolq", "expand", 1000, 500, (1.173, 0.272), (14.1, 0.799, 0.137)),
     ("boolq", "reduce", 1000, 500, (1.173, 0.272), (8.9, 0.756, 0.113)),
 ]
-FAST, SLOW = EXPECTED[:1], [pytest.param(*each, marks=pytest.mark.slow) for each in EXPECTED[1:]]
 
 
 def place(shared, folder, name, rows):
@@ -50,7 +49,8 @@ def place(shared, folder, name, rows):
     return model, DataSettings(task=task, data_dir=shared / "data" / name, split="train", limit=rows)
 
 
-@pytest.mark.parametrize(("name", "sharing", "rows", "scored", "at_map", "expected"), [*FAST, *SLOW])
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "sharing", "rows", "scored", "at_map", "expected"), EXPECTED)
 def test_figures_of_an_independent_implementation(shared, tmp_path, name, sharing, rows, scored, at_map, expected):
     model, data = place(shared, tmp_path, name, rows)
     length = 128 if name == "boolq" else None

@@ -155,6 +155,7 @@ class Run:
         tfb = self.commands.run(
             f"{self.experiment.name} {self.seed} tfb",
             *("-m", "benchmarks.real.tfb", str(self.adapter), self.base, names, str(self.experiment.scored)),
+            prints_json=True,
         )["result"]
         assert tfb["n"] == record["n"], "the same rows"
         found["TFB"] = tfb
@@ -166,6 +167,7 @@ class Run:
         found = self.commands.run(
             f"{self.experiment.name} {self.seed} costs",
             *("-m", "benchmarks.real.costs", str(self.adapter), self.base, names, str(_TIMED), run),
+            prints_json=True,
         )["result"]
         return dict(found)
 

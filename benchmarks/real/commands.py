@@ -25,8 +25,8 @@ class Commands:
         lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
         self.records: dict[str, dict[str, Any]] = {record["key"]: record for record in map(json.loads, lines)}
 
-    def run(self, key: str, *command: str) -> dict[str, Any]:
-        """Return the record of a command: ``key``, ``seconds``, ``peak_mib`` and what it printed as JSON, if anything.
+    def run(self, key: str, *command: str, prints_json: bool = False) -> dict[str, Any]:
+        """Return the record of a command: ``key``, ``seconds``, ``peak_mib`` and, if it prints JSON, ``result``.
 
         Raises:
             SystemExit: It fails; its last lines are printed.
@@ -49,7 +49,7 @@ class Commands:
         record: dict[str, Any] = {"key": key, "seconds": round(time.perf_counter() - started, 2)}
         if peak := [line for line in errors.splitlines() if line.startswith("PEAK ")]:
             record["peak_mib"] = float(peak[-1].split()[1])
-        if out.lstrip().startswith("{"):
+        if prints_json:
             record["result"] = json.loads(out)
         self.records[key] = record
         with self._file.open("a", encoding="utf-8") as file:
@@ -58,4 +58,4 @@ class Commands:
 
     def lapora(self, key: str, *arguments: str) -> dict[str, Any]:
         """Run a command of lapora; its peak memory is measured as well."""
-        return self.run(key, "-m", "benchmarks.real.measured", *arguments)
+        return self.run(key, "-m", "benchmarks.real.measured", *arguments, prints_json="--json" in arguments)

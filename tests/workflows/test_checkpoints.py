@@ -111,6 +111,7 @@ def test_what_is_done_is_not_redone_and_what_has_changed_is(recipe, monkeypatch)
     assert third["checkpoints"][1]["results"] == first["checkpoints"][1]["results"]
 
 
+@pytest.mark.slow
 def test_an_adapter_without_a_last_layer_has_no_llla_said_aloud(demo, tmp_path, monkeypatch, capsys):
     for step in (3, 12):
         shutil.copytree(

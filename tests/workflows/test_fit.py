@@ -114,9 +114,9 @@ def test_impossible_combinations_are_refused(demo, adapter, settings):
         run(demo, adapter, **settings)
 
 
-@pytest.mark.parametrize("structure", ["ekfac", "diag", "lowrank", "full"])
-def test_every_structure_is_saved_and_read_back(demo, adapter, structure):
-    result = run(demo, adapter, structure=structure)
+@pytest.mark.parametrize(("structure", "rank"), [("ekfac", None), ("diag", None), ("lowrank", 64), ("full", None)])
+def test_every_structure_is_saved_and_read_back(demo, adapter, structure, rank):
+    result = run(demo, adapter, structure=structure, rank=rank)
     saved = SavedPosterior(result.folder)
     assert saved.content["structure"] == structure and saved.content["kept"] > 0.9
     record = evaluate(ModelSettings(adapter=str(adapter)), DataSettings(limit=100), names=["other"])
