@@ -1,4 +1,6 @@
-"""Type the commands of docs/start.md in a fresh virtual environment and a terminal of 80 columns, and record them.
+"""Type the README's `make demo`, what it says to type next, and docs/start.md in a terminal of 80 columns; record it.
+
+A fresh clone and two fresh virtual environments are made: the Makefile's, and the start page's.
 
     python tools/first_hour.py RECORDING.cast [--folder DIR] [--limit 2.0]
 
@@ -20,19 +22,30 @@ import sys
 import tempfile
 import termios
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
 
 ROOT = Path(__file__).parents[1]
 _COLUMNS, _LINES = 80, 24
 _PROMPT = "first-hour-ready> "
+_CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
+"""Colors and movements of the cursor."""
 
 
-def commands() -> list[str]:
-    """Commands of the start page, one for each line that ends one; continued lines are kept together."""
+def commands() -> Iterator[tuple[str, re.Pattern[str] | None]]:
+    """Yield what is typed; with a pattern, the lines of its output that match are typed next."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert "\nmake demo\n" in readme, "the README's command"
+    yield 'git clone --quiet "$LAPORA" clone', None
+    yield "cd clone", None
+    yield "make demo", re.compile(r"^\s*(\.venv/bin/lapora .*|.*\| \.venv/bin/lapora .*)$", flags=re.M)
+    yield "cd ..", None
     page = (ROOT / "docs" / "start.md").read_text(encoding="utf-8")
-    blocks = re.findall(r"```sh\n(.*?)```", page, flags=re.S)
-    return [line for block in blocks for line in block.replace("\\\n", " ").splitlines() if line.strip()]
+    for block in re.findall(r"```sh\n(.*?)```", page, flags=re.S):  # continued lines are one command
+        for line in block.replace("\\\n", " ").splitlines():
+            if line.strip():
+                yield line, None
 
 
 class Terminal:
@@ -86,13 +99,18 @@ def main() -> int:
     wrong, total = 0, 0.0
     with tempfile.TemporaryDirectory() as scratch, options.recording.open("w", encoding="utf-8") as recording:
         terminal = Terminal(options.folder or Path(scratch), recording)
-        for line in commands():
-            seconds, silence, _ = terminal.type(line)
-            _, _, status = terminal.type("echo status $?")
-            failed = "status 0" not in status
-            wrong += failed or silence > options.limit
-            total += seconds
-            print(f"{seconds:7.1f} s, silent {silence:4.1f} s{', FAILED' if failed else ''}: {line}", flush=True)
+        for command, following in commands():
+            waiting = [command]
+            while waiting:
+                line = waiting.pop(0)
+                seconds, silence, output = terminal.type(line)
+                _, _, status = terminal.type("echo status $?")
+                failed = "status 0" not in status
+                wrong += failed or silence > options.limit
+                total += seconds
+                print(f"{seconds:7.1f} s, silent {silence:4.1f} s{', FAILED' if failed else ''}: {line}", flush=True)
+                if following is not None and line == command:
+                    waiting += [each.strip() for each in following.findall(_CONTROL.sub("", output).replace("\r", ""))]
     print(f"{total / 60:.1f} minutes")
     return int(wrong > 0)
 

@@ -1,4 +1,4 @@
-"""The averaged prior against choosing one prior precision or one temperature, on held-out rows of 21 adapters.
+"""The averaged prior against choosing one prior precision or one temperature, on held-out rows of 22 adapters.
 
 Run from the project's root::
 
