@@ -2,6 +2,7 @@
 
     python -m benchmarks.ranks source2 source5 boolq
     python -m benchmarks.ranks --base SMOLLM2 smollm2-source2 smollm2-source5 smollm2-source5-over
+    python -m benchmarks.ranks --base GEMMA3 ADAPTER:TASK:DATA    # any adapter, its task and the folder of its rows
 
 Ratios to whole factors (``--rank full``): prior precision by marginal likelihood, NLL of held-out rows, and the median
 over these rows of the trace of the covariance of the logit differences, each posterior at its own prior precision. The
@@ -72,6 +73,9 @@ def place(name: str, folder: Path, base: str | None) -> tuple[ModelSettings, Dat
     if name in ADAPTERS:
         chosen = ADAPTERS[name]
         return *chosen.place(folder), chosen.max_length, min(_SCORED, chosen.scored)
+    if ":" in name:
+        adapter, task, rows = name.split(":")
+        return ModelSettings(adapter, base, device="cpu"), DataSettings(task, Path(rows), "train", 200), None, _SCORED
     source = SHARED / "adapters" / name
     shutil.copytree(source, folder / name, copy_function=shutil.copyfile)
     data = DataSettings(str(source / "task.yaml"), SHARED / "data" / name.split("-")[1], "train", 200)

@@ -77,7 +77,7 @@ def _check_data(data: DataSettings) -> None:
 
 
 _DEVICE = re.compile(r"auto|(cpu|cuda|mps|xpu|hpu|npu|mlu|xla)(:\d+)?")
-_ROWS_CHECKED = 20
+_ROWS_CHECKED = 1000
 
 
 def _check_device(device: str) -> None:
