@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import http.server
 import importlib.util
+import json
 import re
 import shutil
 import subprocess
@@ -226,6 +227,45 @@ def test_the_search_finds(opened, site, browse):
         server.shutdown()
     assert re.search(r"[1-9]\d* matching documents", shown)
     assert re.search(r'href="[^"]*posteriors\.html"[^>]*class="md-search-result__link"', shown)
+
+
+@pytest.mark.parametrize("width", [1280, 700])
+def test_no_block_of_code_scrolls_sideways(site, browse, width):
+    """Every page in a frame of a browser's page; a block is wider than what is shown of it, if it scrolls."""
+    names = sorted(str(page.relative_to(site)) for page in site.rglob("*.html") if page.name != "404.html")
+    page = site / "frames.html"
+    page.write_text(_FRAMES.replace("WIDTH", str(width)).replace("NAMES", json.dumps(names)), encoding="utf-8")
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(_Site, directory=site)) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        shown = browse(f"http://127.0.0.1:{server.server_address[1]}/frames.html", "--virtual-time-budget=30000")
+        server.shutdown()
+    page.unlink()
+    found = re.search(r'id="found">([^<]*)<', shown)
+    assert found, shown[-500:]
+    pages, blocks, *scrolling = found.group(1).split()
+    assert int(pages) == len(names) and int(blocks) > 100 and not scrolling
+
+
+_FRAMES = """<!doctype html><body><script>
+const names = NAMES, scrolling = []; let pages = 0, blocks = 0;
+async function measure(name) {
+  const frame = document.createElement('iframe');
+  frame.sandbox = 'allow-same-origin';  // no scripts
+  frame.width = WIDTH; frame.height = 800; frame.src = name;
+  const loaded = new Promise(done => frame.onload = done);
+  document.body.append(frame); await loaded;
+  for (const block of frame.contentDocument.querySelectorAll('pre, pre > code')) {
+    blocks += 1;
+    if (block.scrollWidth > block.clientWidth + 1) scrolling.push(name);
+  }
+  pages += 1; frame.remove();
+}
+(async () => {
+  for (const name of names) await measure(name);
+  const shown = document.createElement('p'); shown.id = 'found';
+  shown.textContent = [pages, blocks, ...scrolling].join(' '); document.body.append(shown);
+})();
+</script></body>"""
 
 
 def _measuring(site: Path) -> Path:
