@@ -10,8 +10,8 @@ backward passes.
     python -m benchmarks.floor --bases FOLDER    # real decoders: FOLDER/smollm2 and FOLDER/gemma3
     python -m benchmarks.floor --bases FOLDER --shares    # where the time goes
 
-Time is measured in one process, floor and programs alternating, as medians of several rounds. Model loading is
-excluded, eigendecompositions are included.
+Time is measured in one process, floor and programs alternating, as medians of several rounds; with one thread
+(``OMP_NUM_THREADS=1``) it is CPU time. Model loading is excluded, eigendecompositions are included.
 """
 
 from __future__ import annotations
@@ -129,13 +129,16 @@ def measure(case: dict[str, Any], rounds: int, peers: bool) -> list[dict[str, An
 
 
 def timed(run: Callable[[], object]) -> float:
+    """Return seconds; with one thread CPU seconds, which other work on the machine hardly changes."""
+    alone = torch.get_num_threads() == 1 and not torch.cuda.is_available()
+    clock = time.process_time if alone else time.perf_counter
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    started = time.perf_counter()
+    started = clock()
     run()
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    return time.perf_counter() - started
+    return clock() - started
 
 
 def shares(case: dict[str, Any], rounds: int) -> dict[str, float]:

@@ -84,6 +84,7 @@ FULL = (*_decoders("smollm2"), *_decoders("gemma3"), *_encoders("mpnet"), *_enco
 
 QUICK = (
     Experiment("quick-minilm-source2", "minilm", "source2", 150, 32, 1e-3, 48, 300, 300),
+    Experiment("quick-mpnet-source5", "mpnet", "source5", 60, 16, 1e-3, 48, 200, 200),
     Experiment("quick-smollm2-source5", "smollm2", "source5", 60, 8, 2e-3, 64, 100, 120),
 )
 """Minutes."""
