@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import _thread
 import sys
+import threading
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from sys import UnraisableHookArgs
 
 
 def main() -> None:
     """Run the command line."""
+    sys.unraisablehook = interrupt_again
     try:
         from lapora.cli.app import run
 
@@ -14,6 +21,16 @@ def main() -> None:
     except KeyboardInterrupt:  # outside of a command: while modules are imported, or at the very end
         print("error: interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def interrupt_again(unraisable: UnraisableHookArgs) -> None:
+    """Raise a KeyboardInterrupt once more that Python dropped because it was raised in a destructor."""
+    if issubclass(unraisable.exc_type, KeyboardInterrupt):
+        again = threading.Timer(0.01, _thread.interrupt_main)  # once the destructor has returned
+        again.daemon = True
+        again.start()
+    else:
+        sys.__unraisablehook__(unraisable)
 
 
 if __name__ == "__main__":

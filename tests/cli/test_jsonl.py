@@ -321,6 +321,27 @@ def test_control_c_while_it_starts(tiny):
         assert out == b"" and b"lapora" not in errors
 
 
+def test_control_c_in_a_destructor_is_not_lost():
+    code = """
+import time
+import lapora.__main__, lapora.cli.app
+
+class Unlucky:
+    def __del__(self):
+        raise KeyboardInterrupt
+
+def run():
+    Unlucky()
+    time.sleep(20)
+    print("went on")
+
+lapora.cli.app.run = run
+lapora.__main__.main()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "error: interrupted\n")
+
+
 @pytest.mark.slow
 def test_head_1_ends_it_quietly(tiny):
     script = f"yes '{GOOD.decode()}' | {sys.executable} -m lapora predict {tiny / 'adapter'} --device cpu | head -1"
