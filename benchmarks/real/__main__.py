@@ -11,9 +11,11 @@ figures of its checkpoints. ``--quick`` is a size of minutes; the full size take
 from __future__ import annotations
 
 import argparse
+import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping
 from contextlib import nullcontext
 from importlib import resources
 from pathlib import Path
@@ -54,7 +56,7 @@ def main() -> None:
         runs = [Run(commands, experiment, seed, base, options.shared, options.output) for seed in seeds]
         for run in runs:
             found = results[experiment.name, run.seed] = run.scores([each for each in runs if each is not run])
-            rows[experiment.name] = int(found["map"]["n"])
+            rows[experiment.name] = int(found["MAP"]["n"])
             write_csv(options.output / "results.csv", results)
         costs[experiment.name] = runs[0].costs()
         runs[0].figures()
@@ -169,7 +171,7 @@ class Run:
             *("-m", "benchmarks.real.costs", str(self.adapter), self.base, names, str(_TIMED), run),
             prints_json=True,
         )["result"]
-        return dict(found)
+        return {_named(label.removeprefix("laplace ")): cost for label, cost in found.items()}
 
     def figures(self) -> None:
         """Accuracy, ECE and NLL along training, as in the paper's figures."""
@@ -182,9 +184,29 @@ class Run:
         )
 
 
-def _label(result: dict[str, Any]) -> str:
-    rows = f"on {result['fitted_on']['n']} rows" if "fitted_on" in result else None
-    return " ".join(part for part in (result["method"], result.get("name"), rows) if part)
+_METHODS = {
+    "constant": "answer frequencies only",
+    "map": "MAP",
+    "mc-dropout": "MC dropout",
+    "ensemble": "ensemble of checkpoints",
+    "default": "Laplace, averaged, no rows (default)",
+    "marglik": "Laplace, marginal likelihood",
+    "asdl": "Laplace, the paper's stack",
+    "llla": "Laplace of the last layer, averaged",
+}
+"""Names in the tables, by method or posterior."""
+
+
+def _label(result: Mapping[str, Any]) -> str:
+    if "fitted_on" in result:
+        return f"temperature, {result['fitted_on']['n']} rows"
+    return _named(result.get("name") or result["method"])
+
+
+def _named(name: str) -> str:
+    if re.fullmatch(r"m\d+", name):
+        return f"Laplace, averaged, {name[1:]} rows"
+    return _METHODS.get(name, name)
 
 
 def _scores(result: dict[str, Any], record: dict[str, Any]) -> dict[str, Any]:

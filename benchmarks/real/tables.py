@@ -17,8 +17,8 @@ Results = Mapping[tuple[str, int], Mapping[str, Mapping[str, Any]]]
 
 def skilled(seeds: Sequence[Mapping[str, Mapping[str, Any]]], n: int) -> bool:
     """Whether MAP is more accurate than the constant predictor by two standard errors, on average over seeds."""
-    constant = statistics.fmean(each["constant"]["accuracy"] for each in seeds)
-    plain = statistics.fmean(each["map"]["accuracy"] for each in seeds)
+    constant = statistics.fmean(each["answer frequencies only"]["accuracy"] for each in seeds)
+    plain = statistics.fmean(each["MAP"]["accuracy"] for each in seeds)
     return plain > constant + _DEVIATIONS * (constant * (1 - constant) / n) ** 0.5
 
 
@@ -30,7 +30,7 @@ def markdown(results: Results, rows: Mapping[str, int], costs: Mapping[str, Mapp
     for name in order:
         seeds = by_name[name]
         note = "" if skilled(seeds, rows[name]) else ", **at chance: not in the headline**"
-        yield f"\n### {name}: {rows[name]} rows scored, {len(seeds)} seeds{note}\n"
+        yield f"\n### {name}: {rows[name]} rows scored, {len(seeds)} seed{'s' * (len(seeds) > 1)}{note}\n"
         yield "| method | accuracy | NLL | NLL less MAP's (95 %) | ECE | seconds and memory over MAP's |"
         yield "| --- | --- | --- | --- | --- | --- |"
         for method in dict.fromkeys(method for each in seeds for method in each):
