@@ -28,8 +28,8 @@ from lapora.config import COMPLETE, DataSettings, FitSettings, ModelSettings
 from lapora.curvature.backward import Linearisation
 from lapora.curvature.kfac import KronFactors, KronObserver, Sum, width_of_sum
 from lapora.curvature.nystrom import NystromSketch
-from lapora.likelihoods.base import LogitMoments
-from lapora.likelihoods.categorical import difference_columns, log_probabilities
+from lapora.likelihoods.base import LogitMoments, difference_columns
+from lapora.likelihoods.categorical import log_probabilities
 from lapora.models.batches import Batch
 from lapora.models.batching import run_batches
 from lapora.models.lora_layers import BayesianLayer
