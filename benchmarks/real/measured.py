@@ -8,7 +8,12 @@ import sys
 
 from lapora.__main__ import main
 
-atexit.register(
-    lambda: print(f"PEAK {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f}", file=sys.stderr, flush=True)
-)
-main()
+
+def print_peak() -> None:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    print(f"PEAK {peak:.0f}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    atexit.register(print_peak)
+    main()
