@@ -8,6 +8,7 @@ import random
 import sys
 import tempfile
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -48,6 +49,7 @@ def make_adapter(
     zero_b: bool = False,
     scale: float = 0.3,
     initializer_range: float = 0.5,
+    targets: Sequence[str] = ("q_proj", "v_proj"),
 ) -> Path:
     """Write ``base/``, ``adapter/``, ``data/`` and ``task.yaml``; returns ``folder``."""
     torch.manual_seed(seed)
@@ -71,7 +73,7 @@ def make_adapter(
         base = LlamaForCausalLM(config)
         base.save_pretrained(folder / "base")
         tokenizer.save_pretrained(folder / "base")
-        lora = LoraConfig(r=3, lora_alpha=6, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+        lora = LoraConfig(r=3, lora_alpha=6, target_modules=list(targets), task_type="CAUSAL_LM")
         model = get_peft_model(base, lora)
         if not zero_b:
             for name, parameter in model.named_parameters():

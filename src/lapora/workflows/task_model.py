@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lapora.config import DataSettings, Dtype, LikelihoodName, ModelSettings
 from lapora.distributed import SINGLE_PROCESS, Processes
-from lapora.errors import AdapterError, DataError, LaporaWarning, NonFiniteRowError, NumericalError, UsageError
+from lapora.errors import AdapterError, DataError, LaporaWarning, NonFiniteRowError, NumericalError
 from lapora.likelihoods import likelihood_of
 from lapora.likelihoods.base import Averaging, Likelihood
 from lapora.models.adapter import ModelKind
@@ -37,14 +37,12 @@ from lapora.storage.compatibility import (
 from lapora.storage.manifest import Prior
 from lapora.storage.saved import SavedPosterior, open_posterior
 from lapora.tasks import (
-    AnswerEncoding,
     AnswerScore,
     EncodedExample,
     Example,
     Task,
     encode_all,
     render,
-    resolve_answers,
     resolve_choices,
 )
 from lapora.workflows.rows import read_rows, resolve_task
@@ -278,23 +276,6 @@ def require_embeddings(examples: Sequence[Example], encoded: Sequence[EncodedExa
                 "tokenizer has added tokens; save the adapter with save_embedding_layers=True after "
                 "resize_token_embeddings, or give it the tokenizer of the base"
             )
-
-
-def encode_answers(
-    loaded: LoadedModel, task: Task, examples: Sequence[Example], choices: Sequence[str], chat_template: bool
-) -> AnswerEncoding:
-    """Find the token of each answer, or that whole answers are scored; check the head's size, for a classifier.
-
-    Raises:
-        UsageError: A chat template for a classifier.
-        DataError: Two answers have one token, or the task does not have as many answers as the head has outputs.
-    """
-    if loaded.kind == "causal":
-        return resolve_answers(loaded.tokenizer, task, examples, choices, chat_template=chat_template)
-    if chat_template:
-        raise UsageError("--chat-template wraps the prompt of a causal language model; this adapter is a classifier")
-    check_head(loaded, task, likelihood_of(task.likelihood, choices).outputs)
-    return AnswerEncoding()
 
 
 _PROBLEM_TYPES: dict[str, tuple[LikelihoodName, ...]] = {
