@@ -302,10 +302,10 @@ def test_structures_take_what_the_footprint_says_or_less(folder):
         assert 0.5 < memory.peak / reckoned < 1.1
 
 
-@pytest.mark.parametrize("targets", [("q_proj", "v_proj"), ("v_proj", "lm_head")])
+@pytest.mark.parametrize("targets", [["q_proj", "v_proj"], ["v_proj", "lm_head"]])
 def test_a_fit_of_whole_answers_takes_what_is_said(tmp_path, targets):
     """The tokens of all answers of a row count, and, with LoRA on the output layer, all rows of its weight."""
-    make_adapter(tmp_path, hidden=64, targets=targets)
+    make_adapter(tmp_path, hidden=64, target_modules=targets)
     options = [["the loud sheep", "anna", "boris is quiet in the barn"], ["the cows are quiet", "no", "is anna loud"]]
     lines = [{**row, "options": options[number % 2]} for number, row in enumerate(make_rows(24))]
     (tmp_path / "data" / "train.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))

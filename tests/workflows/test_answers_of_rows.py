@@ -178,6 +178,82 @@ def test_a_prompt_with_answers_is_scored_by_any_causal_posterior(tmp_path, fixed
         assert record["probabilities"] != record["map_probabilities"]
 
 
+GIVEN = {"prompt": "the cows are loud ?", "answers": ["anna", "the quiet barn", "no"]}
+
+
+def fitted_on_the_output_layer(folder: Path, *, fixed: bool, subset: str = "lora", **lora: object) -> None:
+    make_adapter(folder, **lora)
+    if not fixed:
+        use_task(folder, doc_to_choice="{{options}}", doc_to_target="{{label}}")
+        write(folder, "train", own_rows(20, 1))
+    fit_tiny(folder, subset=subset)
+
+
+@pytest.mark.parametrize(
+    ("subset", "lora"),
+    [
+        ("lora", {"target_modules": ["v_proj", "lm_head"]}),
+        ("all", {"modules_to_save": ["lm_head"]}),
+        ("last-layer", {"modules_to_save": ["lm_head"]}),
+    ],
+)
+def test_single_token_posteriors_of_the_output_layer_refuse_other_answers(
+    tmp_path, monkeypatch, capfdbinary, subset, lora
+):
+    """Only the rows of the output layer for the answers have a posterior."""
+    fitted_on_the_output_layer(tmp_path, fixed=True, subset=subset, **lora)
+    ordinary = make_rows(1, 3)[0]
+    lines = b"".join(json.dumps(row).encode() + b"\n" for row in (ordinary, GIVEN))
+    status, out, err = command(
+        monkeypatch, capfdbinary, "predict", tmp_path / "adapter", "--device", "cpu", stdin=lines
+    )
+    (record,) = map(json.loads, out.splitlines())
+    assert status == 5 and list(record["probabilities"]) == ["no", "yes"]
+    errors = [line for line in err.splitlines() if line.startswith("error")]
+    assert len(errors) == 1 and "line 2: the posterior was fitted on answers of one token" in errors[0]
+
+
+def test_a_posterior_without_the_saved_output_layer_scores_other_answers(tmp_path):
+    fitted_on_the_output_layer(tmp_path, fixed=True, modules_to_save=["lm_head"])
+    (record,) = predicted(tmp_path, [GIVEN])
+    expected = plain_log_p(tmp_path, GIVEN["prompt"], GIVEN["answers"]).exp().tolist()
+    assert record["map_probabilities"] == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("subset", "lora"),
+    [("lora", {"target_modules": ["v_proj", "lm_head"]}), ("last-layer", {"modules_to_save": ["lm_head"]})],
+)
+def test_whole_answer_posteriors_of_the_output_layer_score_all_answers(tmp_path, subset, lora):
+    """Of one token or of several, of the task's rows or given: each row of the output layer has a posterior."""
+    fitted_on_the_output_layer(tmp_path, fixed=False, subset=subset, **lora)
+    single = {"prompt": "anna is ?", "answers": ["no", "yes"]}
+    ordinary = own_rows(1, 3)[0]
+    found = predicted(tmp_path, [GIVEN, single, ordinary])
+    for row, record in zip((GIVEN, single), found[:2], strict=True):
+        expected = plain_log_p(tmp_path, row["prompt"], row["answers"]).exp().tolist()
+        assert record["map_probabilities"] == pytest.approx(expected, abs=1e-5)
+        assert record["probabilities"] != pytest.approx(expected, abs=1e-4)
+    assert found[2]["answers"] == ordinary["options"]
+
+
+@pytest.mark.parametrize("fixed", [True, False])
+def test_rows_of_other_answers_are_evaluated_or_refused(tmp_path, fixed, monkeypatch, capfdbinary):
+    """A posterior of fixed answers is of those alone; one of rows with their own answers takes any."""
+    fitted_on_the_output_layer(tmp_path, fixed=fixed, target_modules=["v_proj", "lm_head"])
+    write(tmp_path, "validation", [{**row, "options": ["no", "the cows"]} for row in own_rows(8, 2, (2,))])
+    use_task(tmp_path, doc_to_choice="{{options}}" if fixed else ["quiet", "the cows"], doc_to_target="{{label}}")
+    if fixed:
+        write(tmp_path, "validation", own_rows(8, 2))
+    arguments = ("--data", tmp_path / "task.yaml", "--device", "cpu", "--json")
+    status, out, err = command(monkeypatch, capfdbinary, "eval", tmp_path / "adapter", *arguments)
+    if not fixed:
+        assert status == 0 and json.loads(out)["n"] == 8
+        return
+    (error,) = [line for line in err.splitlines() if line.startswith("error")]
+    assert status == 4 and "answers no, yes then, other ones in each row of task tiny now" in error
+
+
 def test_bad_lines_are_one_line_each(own, monkeypatch, capfdbinary):
     fit_tiny(own)
     good = own_rows(1, 3)[0]
