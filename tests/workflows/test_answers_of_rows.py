@@ -13,6 +13,7 @@ import yaml
 
 from lapora.config import DataSettings, EvalSettings, PredictSettings, PriorSettings
 from lapora.errors import DataError, UsageError
+from lapora.likelihoods.base import ScoreOptions
 from lapora.models import outputs as outputs_module
 from lapora.storage.saved import SavedPosterior
 from lapora.workflows.evaluate import evaluate, run_evaluation
@@ -151,6 +152,23 @@ def test_evaluation_scores_each_row_over_its_own_answers(own):
     for table in by_method.values():
         assert torch.isneginf(table).sum(dim=1).tolist() == [4 - len(row["options"]) for row in rows]
         torch.testing.assert_close(table.exp().sum(dim=1), torch.ones(12, dtype=torch.float64))
+
+
+def test_a_row_with_more_answers_changes_no_number_of_the_others(own):
+    """The tables of a split are as wide as its row with the most answers; what is behind a row's own has no part."""
+    few = own_rows(6, 8, (2,))
+    fit_tiny(own, prior_method="averaged")
+    settings = EvalSettings(methods=("map", "laplace"), links=("mc-joint", "mc-indep", "probit", "bridge"))
+    found = []
+    for rows in (few, [*few, *own_rows(1, 9, (4,))]):
+        write(own, "validation", rows)
+        found.append(run_evaluation(model_of(own), DataSettings(), settings))
+    for narrow, wide in zip(found[0].predictions, found[1].predictions, strict=True):
+        assert narrow.table.shape == (6, 2) and wide.table.shape == (7, 4)
+        assert torch.equal(wide.table[:6, :2], narrow.table) and bool(torch.isneginf(wide.table[:6, 2:]).all())
+        labels, options = found[0].targets, ScoreOptions()
+        likelihood = found[0].likelihood
+        assert likelihood.scores(wide.table[:6], labels, options) == likelihood.scores(narrow.table, labels, options)
 
 
 def test_adapted_evidence_is_refused_where_rows_have_other_numbers_of_answers(own):
