@@ -218,7 +218,7 @@ def test_single_tokens_have_one_posterior_scored_as_logits_or_as_whole_answers(s
         if "lm_head.lora_B" in name:
             assert gradient_sum.shape == (32, 32) and one.gradient_sum.shape == (3, 3)
             others = [token for token in range(32) if token not in tokens]
-            assert not bool(gradient_sum[others].any())
+            assert float(gradient_sum[others].abs().max()) < 1e-12 * float(gradient_sum.abs().max())
             gradient_sum = gradient_sum[tokens][:, tokens]
         torch.testing.assert_close(gradient_sum, one.gradient_sum)
         torch.testing.assert_close(scores[name].input_sum, one.input_sum)
