@@ -13,15 +13,17 @@ import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from lapora.config import Dtype, ModelSettings
 from lapora.models.adapter import read_adapter
 from lapora.models.batching import run_batches
-from lapora.models.loading import load_model
+from lapora.models.loading import LoadedModel, load_model
 from lapora.tasks import Example, Task, load_task, render
 from lapora.tasks.rows import read_file
 from lapora.workflows.task_model import TaskModel
@@ -128,6 +130,8 @@ class Compared:
         rows: Number of rows.
         answers: Number of answers of all rows.
         difference: Largest absolute difference of a log-likelihood, in nats.
+        rounding: Largest absolute difference from lapora's log-likelihoods in float64: lapora's and the harness's.
+        largest: Largest absolute log-likelihood in float64.
         accuracy: Share of rows whose best answer is right: lapora's and the harness's.
         accuracy_per_byte: The same by log-likelihood per byte.
         seconds: Time of scoring, without loading: lapora's, lapora's in separate sequences, and the harness's.
@@ -137,6 +141,8 @@ class Compared:
     rows: int
     answers: int
     difference: float
+    rounding: tuple[float, float]
+    largest: float
     accuracy: tuple[float, float]
     accuracy_per_byte: tuple[float, float]
     seconds: tuple[float, float, float]
@@ -202,31 +208,45 @@ def compare(base: str, adapter: str, data: Path, limit: int, dtype: Dtype = "flo
     """Score all rows with both."""
     from lm_eval.models.huggingface import HFLM
 
-    settings = ModelSettings(adapter, base_model=base, device="cpu", dtype=dtype)
-    loaded = load_model(read_adapter(Path(adapter)), settings)
+    def build(task: Task, dtype: Dtype) -> TaskModel:
+        settings = ModelSettings(adapter, base_model=base, device="cpu", dtype=dtype)
+        if dtype not in loaded:
+            loaded[dtype] = load_model(read_adapter(Path(adapter)), settings)
+        return TaskModel.build(
+            loaded[dtype], task, (), None, answer_score="sum", max_length=512, chat_template=False, how=settings
+        )
+
+    loaded: dict[Dtype, LoadedModel] = {}
     harness = HFLM(pretrained=base, peft=adapter, device="cpu", dtype=dtype, batch_size=8)
     found = []
     for task, rows in tasks_and_rows(data, limit):
         examples = examples_of(task, rows)
-        model = TaskModel.build(
-            loaded, task, (), None, answer_score="sum", max_length=512, chat_template=False, how=settings
-        )
+        model = build(task, dtype)
         ours, seconds = lapora_scores(model, examples)
         _, separate_seconds = lapora_scores(model, examples, packed=False)
         theirs, their_seconds = harness_scores(harness, examples)
-        flat = [(one, other) for pair in zip(ours, theirs, strict=True) for one, other in zip(*pair, strict=True)]
+        exact, _ = (ours, 0.0) if dtype == "float64" else lapora_scores(build(task, "float64"), examples)
+        one, other, reference = (
+            torch.tensor([*chain.from_iterable(scores)], dtype=torch.float64) for scores in (ours, theirs, exact)
+        )
         found.append(
             Compared(
                 task.task,
                 len(examples),
-                len(flat),
-                max(abs(one - other) for one, other in flat),
+                len(one),
+                _largest(one - other),
+                (_largest(one - reference), _largest(other - reference)),
+                _largest(reference),
                 (accuracy(ours, examples), accuracy(theirs, examples)),
                 (accuracy(ours, examples, per_byte=True), accuracy(theirs, examples, per_byte=True)),
                 (seconds, separate_seconds, their_seconds),
             )
         )
     return found
+
+
+def _largest(values: Tensor) -> float:
+    return float(values.abs().max())
 
 
 def main() -> None:
@@ -244,13 +264,15 @@ def main() -> None:
         print(json.dumps([vars(each) for each in found], indent=2))
         return
     print(
-        "task        rows  answers  largest difference  accuracy (per byte): both  seconds: packed, separate, harness"
+        "task        rows  answers  largest |log p|  difference  from float64: both"
+        "  accuracy (per byte): both  seconds: packed, separate, harness"
     )
     for each in found:
         (a, b), (c, d) = each.accuracy, each.accuracy_per_byte
         seconds = " ".join(f"{value:.1f}" for value in each.seconds)
         print(
-            f"{each.task:<11} {each.rows:>4} {each.answers:>8}  {each.difference:>18.1e}"
+            f"{each.task:<11} {each.rows:>4} {each.answers:>8} {each.largest:>16.1f} {each.difference:>11.1e}"
+            f"  {each.rounding[0]:.1e}, {each.rounding[1]:.1e}"
             f"  {a:.3f} ({c:.3f}), {b:.3f} ({d:.3f})  {seconds}"
         )
 

@@ -48,8 +48,9 @@ def make_adapter(
     zero_b: bool = False,
     scale: float = 0.3,
     initializer_range: float = 0.5,
+    **settings: object,
 ) -> Path:
-    """Write ``base/``, ``adapter/``, ``data/`` and ``task.yaml``; returns ``folder``."""
+    """Write ``base/``, ``adapter/``, ``data/`` and ``task.yaml``; the settings are PEFT's; returns ``folder``."""
     torch.manual_seed(seed)
     vocabulary = {word: index for index, word in enumerate(["<pad>", "<unk>", *WORDS])}
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
@@ -71,7 +72,8 @@ def make_adapter(
         base = LlamaForCausalLM(config)
         base.save_pretrained(folder / "base")
         tokenizer.save_pretrained(folder / "base")
-        lora = LoraConfig(r=3, lora_alpha=6, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+        plain = {"r": 3, "lora_alpha": 6, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
+        lora = LoraConfig(**{**plain, **settings})
         model = get_peft_model(base, lora)
         if not zero_b:
             for name, parameter in model.named_parameters():

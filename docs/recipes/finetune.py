@@ -3,7 +3,8 @@
 The defaults are those of Tables 1 and 2 of "Bayesian low-rank adaptation for large language models": r 8, alpha 16,
 dropout 0.1, learning rate 5e-5 falling linearly, weight decay 0, 10,000 steps, a checkpoint every 1,000; batches of
 32 rows and 256 tokens for a classifier, of 8 rows and 300 tokens for a causal language model. Prompts and answers are
-lapora's own, so that what is trained is what is evaluated.
+lapora's own, so that what is trained is what is evaluated. The loss of a causal model is the cross-entropy of the right
+answer's tokens, one or several.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from transformers import (
     set_seed,
 )
 
-from lapora.tasks import answer_token_ids, encode_all, load_rows, load_task, render_all, resolve_choices
+from lapora.tasks import encode_all, load_rows, load_task, render_all, resolve_choices
 
 PAPER: dict[str, dict[str, Any]] = {
     "classifier": {"batch_size": 32, "max_length": 256, "targets": ["query", "value"]},
@@ -38,6 +39,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--kind", choices=sorted(PAPER), required=True)
     parser.add_argument("--data", required=True, metavar="TASK", help="built-in task, or a YAML file")
     parser.add_argument("--data-dir", type=Path, help="folder with train.jsonl; by default the Hub")
+    parser.add_argument("--limit", type=int, help="maximum number of training rows")
     parser.add_argument("--output-dir", required=True)
     parser.add_argument("--steps", type=int, default=10_000)
     parser.add_argument("--save-every", type=int, default=1_000)
@@ -94,24 +96,23 @@ def main() -> None:
 
 
 def training_rows(options: argparse.Namespace, tokenizer: Any, max_length: int) -> tuple[list[dict[str, Any]], Any]:
-    """Token ids and labels: a class, or, of a causal model, the answer's token after the prompt."""
+    """Token ids and labels: a class, or, of a causal model, the tokens of the right answer after the prompt."""
     task = load_task(options.data)
-    loaded = load_rows(task, "train", data_dir=options.data_dir)
-    choices = resolve_choices(task, loaded)
+    loaded = load_rows(task, "train", data_dir=options.data_dir, limit=options.limit)
+    choices = resolve_choices(task, loaded, kind=options.kind)
     examples = render_all(task, loaded, kind=options.kind, choices=choices)
-    coded = encode_all(examples, tokenizer, kind=options.kind, max_length=max_length)
+    coded = encode_all(examples, tokenizer, kind=options.kind, max_length=max_length, answer_score="sum")
     if options.kind == "classifier":
         rows = [
             {"ids": row.input_ids, "types": row.token_type_ids, "labels": example.target}
             for row, example in zip(coded, examples, strict=True)
         ]
         return rows, choices
-    texts = [example.text for example in examples]
-    tokens = answer_token_ids(tokenizer, texts, choices, delimiter=task.target_delimiter)
     rows = []
     for row, example in zip(coded, examples, strict=True):
-        answer = tokens[example.target]
-        rows.append({"ids": [*row.input_ids, answer], "labels": [-100] * len(row.input_ids) + [answer]})
+        answer = row.answers[example.target]
+        ids = [*row.input_ids, *answer.ids]
+        rows.append({"ids": ids, "labels": [-100] * (len(ids) - answer.scored) + ids[len(ids) - answer.scored :]})
     return rows, choices
 
 

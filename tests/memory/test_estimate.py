@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from safetensors.numpy import save_file
 from transformers import AutoModelForCausalLM, LlamaConfig
@@ -25,15 +26,15 @@ from lapora.memory.dry_pass import batch_memory, input_owners_of
 from lapora.memory.estimate import allocator_overhead
 from lapora.memory.footprint import StructureShape, footprint
 from lapora.models.adapter import read_adapter
-from lapora.models.batches import collate
+from lapora.models.batches import collate, network_length
 from lapora.models.loading import load_model, silence_libraries
 from lapora.models.lora_layers import find_bayesian_layers
-from lapora.models.meta_model import LiveMemory, build_meta_model
+from lapora.models.meta_model import LiveMemory, build_meta_model, first_batch
 from lapora.models.outputs import OutputModel
 from lapora.posterior.structures import fit_structure
 from lapora.workflows.fit import estimate_memory, prepare_fit
-from tiny_adapter import command, data_of, fit_tiny, make_adapter, model_of
-from tiny_models import Row
+from tiny_adapter import command, data_of, fit_tiny, make_adapter, make_rows, model_of
+from tiny_models import Answer, Row
 
 LLAMA_2_70B = {
     "vocab_size": 32000,
@@ -98,10 +99,8 @@ def test_the_file_is_as_large_as_said(folder, structure):
     )
 
 
-@pytest.mark.parametrize("rank", [None, 2])
-def test_sums_are_as_large_as_said(folder, rank):
-    prepared = prepare_fit(model_of(folder), data_of(folder), FitSettings())
-    run = prepared.run(FitSettings(rank=rank))
+def held_sums(run, rank: int | None) -> tuple[dict[str, int], dict[str, str]]:
+    """Bytes of each layer's Kronecker sums, and the owner of its input."""
     observer = KronObserver("expand", rank)
     run.observe(observer)
     held = {}
@@ -110,6 +109,14 @@ def test_sums_are_as_large_as_said(folder, rank):
         input_owners[name] = factors.input_owner
         sums = [factors.gradient_sum] + ([factors.input_sum] if factors.input_owner == name else [])
         held[name] = sum((each.image if isinstance(each, NystromSketch) else each).nbytes for each in sums)
+    return held, input_owners
+
+
+@pytest.mark.parametrize("rank", [None, 2])
+def test_sums_are_as_large_as_said(folder, rank):
+    prepared = prepare_fit(model_of(folder), data_of(folder), FitSettings())
+    run = prepared.run(FitSettings(rank=rank))
+    held, input_owners = held_sums(run, rank)
     skeleton = build_meta_model(read_adapter(folder / "adapter"), ModelSettings(""), "cpu")
     layers = find_bayesian_layers(skeleton.model)
     assert input_owners_of(skeleton, layers, 2) == input_owners
@@ -134,9 +141,47 @@ def test_a_batch_holds_what_its_shape_says(folder, structure, directions, rerun)
     skeleton = build_meta_model(adapter, ModelSettings(""), "cpu")
     shapes = find_bayesian_layers(skeleton.model)
     found = batch_memory(
-        skeleton, shapes, structure, (8, 32), classes=classes, directions=directions, recompute_blocks=rerun
+        skeleton,
+        shapes,
+        structure,
+        first_batch(skeleton, 8, 32),
+        classes=classes,
+        directions=directions,
+        recompute_blocks=rerun,
     )
     assert found == pytest.approx(memory.peak, rel=0.05)
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize(
+    ("structure", "directions", "rerun"), [("kron", 1, False), ("kron", 2, True), ("diag", 2, False), ("full", 2, True)]
+)
+def test_a_batch_of_whole_answers_holds_what_its_shape_says(folder, monkeypatch, structure, directions, rerun, packed):
+    """Answers of unlike lengths, behind a prompt with which the longest has 24 tokens."""
+    lengths = [3, 9, 6]
+    adapter = read_adapter(folder / "adapter")
+    loaded = load_model(adapter, ModelSettings("", device="cpu"))
+    outputs = OutputModel(loaded.model, "causal", 0, recompute_blocks=rerun)
+    layers = find_bayesian_layers(loaded.model, whole_answers=True)
+    row = Row([3] * 16, answers=[Answer([4 + number] * length, length) for number, length in enumerate(lengths)])
+    batch = collate([row] * 8, list(range(8)), pad_token_id=0, padding_side="right", packed=packed)
+    assert batch.input_ids.shape == ((8, 16 + 2 + 8 + 5) if packed else (24, 24))
+    observer = dry_pass._observer(structure, layers, 3, directions)
+    with LiveMemory(loaded.model) as memory, Linearisation(outputs, layers, observer) as linearisation:
+        linearisation.run(batch, lambda logits: class_columns(logits)[:directions])
+    skeleton = build_meta_model(adapter, ModelSettings(""), "cpu")
+    shapes = find_bayesian_layers(skeleton.model, whole_answers=True)
+    if not packed:
+        monkeypatch.setattr(OutputModel, "packs", lambda self, length: False)
+    assumed = first_batch(skeleton, 8, 24, answers=lengths)
+    assert assumed.input_ids.shape == batch.input_ids.shape
+    found = batch_memory(skeleton, shapes, structure, assumed, classes=3, directions=directions, recompute_blocks=rerun)
+    assert found == pytest.approx(memory.peak, rel=0.05)
+    alone = first_batch(skeleton, 8, 24)
+    alone_found = batch_memory(
+        skeleton, shapes, structure, alone, classes=3, directions=directions, recompute_blocks=rerun
+    )
+    assert alone_found < 0.8 * found
 
 
 @pytest.mark.slow
@@ -144,12 +189,13 @@ def test_many_blocks_are_reckoned_from_fewer(tmp_path, monkeypatch):
     folder = without_weights(tmp_path, hidden_size=32, intermediate_size=64, num_hidden_layers=14, vocab_size=50)
     skeleton = build_meta_model(read_adapter(folder / "adapter"), ModelSettings(""), "cpu")
     layers = find_bayesian_layers(skeleton.model)
-    few = [batch_memory(skeleton, layers, s, (4, 32), classes=2, directions=1) for s in ("kron", "diag")]
+    batch = first_batch(skeleton, 4, 32)
+    few = [batch_memory(skeleton, layers, s, batch, classes=2, directions=1) for s in ("kron", "diag")]
     input_owners = input_owners_of(skeleton, layers, 2)
     monkeypatch.setattr(dry_pass, "_count_identical_blocks", lambda *_: None)
     assert input_owners == input_owners_of(skeleton, layers, 2)
     for size, structure in zip(few, ("kron", "diag"), strict=True):
-        whole = batch_memory(skeleton, layers, structure, (4, 32), classes=2, directions=1)
+        whole = batch_memory(skeleton, layers, structure, batch, classes=2, directions=1)
         assert size == pytest.approx(whole, rel=0.01)
 
 
@@ -254,6 +300,28 @@ def test_structures_take_what_the_footprint_says_or_less(folder):
         budget = estimate_memory(model_of(folder), data_of(folder), settings)
         reckoned = (budget.peak_device - sum(budget.weights.values())) / allocator_overhead("cpu")
         assert 0.5 < memory.peak / reckoned < 1.1
+
+
+@pytest.mark.parametrize("targets", [["q_proj", "v_proj"], ["v_proj", "lm_head"]])
+def test_a_fit_of_whole_answers_takes_what_is_said(tmp_path, targets):
+    """The tokens of all answers of a row count, and, with LoRA on the output layer, all rows of its weight."""
+    make_adapter(tmp_path, hidden=64, target_modules=targets)
+    options = [["the loud sheep", "anna", "boris is quiet in the barn"], ["the cows are quiet", "no", "is anna loud"]]
+    lines = [{**row, "options": options[number % 2]} for number, row in enumerate(make_rows(24))]
+    (tmp_path / "data" / "train.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    task = yaml.safe_load((tmp_path / "task.yaml").read_text())
+    (tmp_path / "task.yaml").write_text(yaml.safe_dump({**task, "doc_to_choice": "{{options}}"}))
+    prepared = prepare_fit(model_of(tmp_path), data_of(tmp_path), FitSettings())
+    longest = max(prepared.encoded, key=lambda row: network_length(row))
+    settings = FitSettings(max_length=len(longest))
+    budget = estimate_memory(model_of(tmp_path), data_of(tmp_path), settings)
+    assert budget.batch == (24, network_length(longest)) and network_length(longest) > len(longest)
+    run = prepared.run(settings)
+    with LiveMemory(prepared.model.loaded.model) as memory:
+        fit_structure("kron", run)
+    reckoned = (budget.peak_device - sum(budget.weights.values())) / allocator_overhead("cpu")
+    assert 0.5 < memory.peak / reckoned < 1.1
+    assert budget.factors.by_layer == held_sums(prepared.run(settings), None)[0]
 
 
 _FIT = """

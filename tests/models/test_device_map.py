@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 import torch
+import yaml
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import BertConfig, BertForSequenceClassification, BertModel
@@ -91,8 +92,16 @@ def test_a_head_that_the_base_has_not(folder):
     assert float(expected.abs().max()) > 0
 
 
-@pytest.mark.parametrize("structure", ["kron", "ekfac", "diag", "lowrank", "full"])
-def test_fit_and_predict_are_the_same(folder, structure):
+@pytest.mark.parametrize(
+    ("structure", "choices"),
+    [
+        *((structure, ["no", "yes"]) for structure in ("kron", "ekfac", "diag", "lowrank", "full")),
+        ("kron", ["the cows", "anna is loud", "no"]),  # whole answers
+    ],
+)
+def test_fit_and_predict_are_the_same(folder, structure, choices):
+    task = yaml.safe_load((folder / "task.yaml").read_text())
+    (folder / "task.yaml").write_text(yaml.safe_dump({**task, "doc_to_choice": choices}))
     data = DataSettings(task=str(folder / "task.yaml"), data_dir=folder / "data")
     how = FitSettings(structure=structure, rank=20 if structure == "lowrank" else None)
     plain, other = settings(folder), spread(folder, to="spread")

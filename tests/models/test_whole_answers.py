@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from lapora.posterior.structures import fit_structure
 from lapora.predictive.moments import LinearisedPredictor
 from tiny_bases import tiny_base
 from tiny_models import Answer, Row
+from tiny_models import rows as plain_rows
 from tiny_models import whole_rows as rows
 
 ARCHITECTURES = ["llama", "gemma3_text", "gpt2", "qwen2", "qwen3"]
@@ -193,6 +195,37 @@ def test_a_resumed_pass_over_unlike_numbers_of_answers_gives_the_same():
         assert resumed[name].count == each.count
 
 
+@pytest.mark.parametrize("sharing", ["expand", "reduce"])
+def test_single_tokens_have_one_posterior_scored_as_logits_or_as_whole_answers(sharing):
+    """Log-probabilities differ from logits by a shift of the row, which no difference of two answers has."""
+    tokens, found = [5, 6, 7], []
+    for whole in (False, True):
+        outputs = model("gpt2", packed=True, targets=["c_attn", "lm_head"])
+        outputs.answer_token_ids = None if whole else torch.tensor(tokens)
+        answers = [Answer([token], 1) for token in tokens] if whole else []
+        encoded = [replace(row, answers=answers) for row in plain_rows()]
+        layers = find_bayesian_layers(outputs.model, whole_answers=whole)
+        factors = factors_of(outputs, layers, encoded, sharing, size=3)
+        precisions = torch.full((1, len(layers)), 0.7, dtype=torch.float64)
+        posterior = BlockPosterior(decompose(layers, factors))
+        predictor = LinearisedPredictor(outputs, layers, posterior, precisions, classes=3, every_class=False)
+        with predictor:
+            covariances = by_row(outputs, encoded, lambda batch, of=predictor: of.moments(batch).covariance, size=3)
+        found.append((factors, torch.stack(covariances)))
+    (logits, expected), (scores, covariance) = found
+    for name, one in logits.items():
+        gradient_sum = scores[name].gradient_sum
+        if "lm_head.lora_B" in name:
+            assert gradient_sum.shape == (32, 32) and one.gradient_sum.shape == (3, 3)
+            others = [token for token in range(32) if token not in tokens]
+            assert float(gradient_sum[others].abs().max()) < 1e-12 * float(gradient_sum.abs().max())
+            gradient_sum = gradient_sum[tokens][:, tokens]
+        torch.testing.assert_close(gradient_sum, one.gradient_sum)
+        torch.testing.assert_close(scores[name].input_sum, one.input_sum)
+        assert scores[name].count == one.count
+    torch.testing.assert_close(covariance, expected)
+
+
 def dense_ggn(outputs, layers, encoded):
     curvature = 0
     for row in encoded:
@@ -225,10 +258,11 @@ def test_the_curvature_is_the_dense_ggn_of_the_scores(name, packed, structure):
     assert data.log_likelihood == pytest.approx(float(sum(log_p)), rel=1e-4)
 
 
+@pytest.mark.parametrize("targets", ["all-linear", ["c_attn", "v_proj", "lm_head"]])
 @pytest.mark.parametrize(("name", "packed"), [("llama", True), ("gpt2", True), ("gpt2", False)])
-def test_the_covariance_is_dense_and_has_a_row_s_own_number_of_answers(name, packed):
-    outputs, encoded = model(name, packed=packed), rows()
-    layers = find_bayesian_layers(outputs.model)
+def test_the_covariance_is_dense_and_has_a_row_s_own_number_of_answers(name, packed, targets):
+    outputs, encoded = model(name, packed=packed, targets=targets), rows()
+    layers = find_bayesian_layers(outputs.model, whole_answers=True)
     factors = factors_of(outputs, layers, encoded, size=3)
     blocks = decompose(layers, factors)
     precision = torch.block_diag(

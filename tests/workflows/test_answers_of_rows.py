@@ -13,6 +13,7 @@ import yaml
 
 from lapora.config import DataSettings, EvalSettings, PredictSettings, PriorSettings
 from lapora.errors import DataError, UsageError
+from lapora.likelihoods.base import ScoreOptions
 from lapora.models import outputs as outputs_module
 from lapora.storage.saved import SavedPosterior
 from lapora.workflows.evaluate import evaluate, run_evaluation
@@ -153,6 +154,23 @@ def test_evaluation_scores_each_row_over_its_own_answers(own):
         torch.testing.assert_close(table.exp().sum(dim=1), torch.ones(12, dtype=torch.float64))
 
 
+def test_a_row_with_more_answers_changes_no_number_of_the_others(own):
+    """The tables of a split are as wide as its row with the most answers; what is behind a row's own has no part."""
+    few = own_rows(6, 8, (2,))
+    fit_tiny(own, prior_method="averaged")
+    settings = EvalSettings(methods=("map", "laplace"), links=("mc-joint", "mc-indep", "probit", "bridge"))
+    found = []
+    for rows in (few, [*few, *own_rows(1, 9, (4,))]):
+        write(own, "validation", rows)
+        found.append(run_evaluation(model_of(own), DataSettings(), settings))
+    for narrow, wide in zip(found[0].predictions, found[1].predictions, strict=True):
+        assert narrow.table.shape == (6, 2) and wide.table.shape == (7, 4)
+        assert torch.equal(wide.table[:6, :2], narrow.table) and bool(torch.isneginf(wide.table[:6, 2:]).all())
+        labels, options = found[0].targets, ScoreOptions()
+        likelihood = found[0].likelihood
+        assert likelihood.scores(wide.table[:6], labels, options) == likelihood.scores(narrow.table, labels, options)
+
+
 def test_adapted_evidence_is_refused_where_rows_have_other_numbers_of_answers(own):
     fit_tiny(own, structure="full")
     with pytest.raises(UsageError, match="labelled rows with as many answers each"):
@@ -176,6 +194,82 @@ def test_a_prompt_with_answers_is_scored_by_any_causal_posterior(tmp_path, fixed
         assert record["map_probabilities"] == pytest.approx(expected, abs=1e-5)
         assert record["probabilities"] == pytest.approx(alone["probabilities"], abs=1e-6)
         assert record["probabilities"] != record["map_probabilities"]
+
+
+GIVEN = {"prompt": "the cows are loud ?", "answers": ["anna", "the quiet barn", "no"]}
+
+
+def fitted_on_the_output_layer(folder: Path, *, fixed: bool, subset: str = "lora", **lora: object) -> None:
+    make_adapter(folder, **lora)
+    if not fixed:
+        use_task(folder, doc_to_choice="{{options}}", doc_to_target="{{label}}")
+        write(folder, "train", own_rows(20, 1))
+    fit_tiny(folder, subset=subset)
+
+
+@pytest.mark.parametrize(
+    ("subset", "lora"),
+    [
+        ("lora", {"target_modules": ["v_proj", "lm_head"]}),
+        ("all", {"modules_to_save": ["lm_head"]}),
+        ("last-layer", {"modules_to_save": ["lm_head"]}),
+    ],
+)
+def test_single_token_posteriors_of_the_output_layer_refuse_other_answers(
+    tmp_path, monkeypatch, capfdbinary, subset, lora
+):
+    """Only the rows of the output layer for the answers have a posterior."""
+    fitted_on_the_output_layer(tmp_path, fixed=True, subset=subset, **lora)
+    ordinary = make_rows(1, 3)[0]
+    lines = b"".join(json.dumps(row).encode() + b"\n" for row in (ordinary, GIVEN))
+    status, out, err = command(
+        monkeypatch, capfdbinary, "predict", tmp_path / "adapter", "--device", "cpu", stdin=lines
+    )
+    (record,) = map(json.loads, out.splitlines())
+    assert status == 5 and list(record["probabilities"]) == ["no", "yes"]
+    errors = [line for line in err.splitlines() if line.startswith("error")]
+    assert len(errors) == 1 and "line 2: the posterior was fitted on answers of one token" in errors[0]
+
+
+def test_a_posterior_without_the_saved_output_layer_scores_other_answers(tmp_path):
+    fitted_on_the_output_layer(tmp_path, fixed=True, modules_to_save=["lm_head"])
+    (record,) = predicted(tmp_path, [GIVEN])
+    expected = plain_log_p(tmp_path, GIVEN["prompt"], GIVEN["answers"]).exp().tolist()
+    assert record["map_probabilities"] == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("subset", "lora"),
+    [("lora", {"target_modules": ["v_proj", "lm_head"]}), ("last-layer", {"modules_to_save": ["lm_head"]})],
+)
+def test_whole_answer_posteriors_of_the_output_layer_score_all_answers(tmp_path, subset, lora):
+    """Of one token or of several, of the task's rows or given: each row of the output layer has a posterior."""
+    fitted_on_the_output_layer(tmp_path, fixed=False, subset=subset, **lora)
+    single = {"prompt": "anna is ?", "answers": ["no", "yes"]}
+    ordinary = own_rows(1, 3)[0]
+    found = predicted(tmp_path, [GIVEN, single, ordinary])
+    for row, record in zip((GIVEN, single), found[:2], strict=True):
+        expected = plain_log_p(tmp_path, row["prompt"], row["answers"]).exp().tolist()
+        assert record["map_probabilities"] == pytest.approx(expected, abs=1e-5)
+        assert record["probabilities"] != pytest.approx(expected, abs=1e-4)
+    assert found[2]["answers"] == ordinary["options"]
+
+
+@pytest.mark.parametrize("fixed", [True, False])
+def test_rows_of_other_answers_are_evaluated_or_refused(tmp_path, fixed, monkeypatch, capfdbinary):
+    """A posterior of fixed answers is of those alone; one of rows with their own answers takes any."""
+    fitted_on_the_output_layer(tmp_path, fixed=fixed, target_modules=["v_proj", "lm_head"])
+    write(tmp_path, "validation", [{**row, "options": ["no", "the cows"]} for row in own_rows(8, 2, (2,))])
+    use_task(tmp_path, doc_to_choice="{{options}}" if fixed else ["quiet", "the cows"], doc_to_target="{{label}}")
+    if fixed:
+        write(tmp_path, "validation", own_rows(8, 2))
+    arguments = ("--data", tmp_path / "task.yaml", "--device", "cpu", "--json")
+    status, out, err = command(monkeypatch, capfdbinary, "eval", tmp_path / "adapter", *arguments)
+    if not fixed:
+        assert status == 0 and json.loads(out)["n"] == 8
+        return
+    (error,) = [line for line in err.splitlines() if line.startswith("error")]
+    assert status == 4 and "answers no, yes then, " in error
 
 
 def test_bad_lines_are_one_line_each(own, monkeypatch, capfdbinary):

@@ -18,7 +18,7 @@ from lapora.curvature.per_example import JacobianObserver, LayerBasis, SecondMom
 from lapora.likelihoods.base import class_columns
 from lapora.models.batches import Batch
 from lapora.models.lora_layers import BayesianLayer
-from lapora.models.meta_model import LiveMemory, MetaModel, MetaOutputModel, empty_batch, fake_tensors
+from lapora.models.meta_model import LiveMemory, MetaModel, MetaOutputModel, fake_tensors, first_batch
 
 _FEW, _MORE = 4, 8
 _DIRECTIONS = 2
@@ -54,8 +54,9 @@ def input_owners_of(meta_model: MetaModel, layers: Sequence[BayesianLayer], clas
     """
     observer = _InputOwners()
     identical = _count_identical_blocks(meta_model, layers)
+    batch = first_batch(meta_model, 1, 2)
     with _first_blocks(meta_model, layers, None if identical is None else 1) as remaining:
-        _peak_bytes(meta_model, remaining, observer, (1, 2), classes, 1, recompute_blocks=False)
+        _peak_bytes(meta_model, remaining, observer, batch, classes, 1, recompute_blocks=False)
     owners = observer.input_owners
     if identical is not None:
         (blocks,) = _block_lists(meta_model, layers)
@@ -73,7 +74,7 @@ def batch_memory(
     meta_model: MetaModel,
     layers: Sequence[BayesianLayer],
     structure: Structure,
-    shape: tuple[int, int],
+    batch: Batch,
     *,
     classes: int,
     directions: int,
@@ -88,7 +89,7 @@ def batch_memory(
         meta_model: The model.
         layers: The Bayesian layers.
         structure: Curvature structure; the tensors that its observer stores for a batch are included.
-        shape: Rows and tokens of the batch.
+        batch: Rows without padding.
         classes: Number of answers C.
         directions: Number of directions K, gradients per row.
         recompute_blocks: Blocks store only their inputs (gradient checkpointing).
@@ -98,7 +99,7 @@ def batch_memory(
         with _first_blocks(meta_model, layers, blocks) as remaining:
             observer = _observer(structure, remaining, classes, count)
             return _peak_bytes(
-                meta_model, remaining, observer, shape, classes, count, recompute_blocks=recompute_blocks
+                meta_model, remaining, observer, batch, classes, count, recompute_blocks=recompute_blocks
             )
 
     def of_directions(count: int) -> int:
@@ -126,16 +127,15 @@ def _peak_bytes(
     meta_model: MetaModel,
     layers: Sequence[BayesianLayer],
     observer: Observer,
-    shape: tuple[int, int],
+    batch: Batch,
     classes: int,
     directions: int,
     *,
     recompute_blocks: bool,
 ) -> int:
     with fake_tensors(meta_model.model):
-        tokens = [0] * classes if meta_model.kind == "causal" else None
+        tokens = [0] * classes if meta_model.kind == "causal" and batch.answers is None else None
         output_model = MetaOutputModel(meta_model.model, meta_model.kind, 0, tokens, recompute_blocks=recompute_blocks)
-        batch = empty_batch(*shape)
         with Linearisation(output_model, layers, observer) as linearisation:
             linearisation.probe(batch)
         with LiveMemory(meta_model.model) as memory, Linearisation(output_model, layers, observer) as linearisation:

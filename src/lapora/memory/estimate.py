@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
-from lapora.config import KRON_RANK, TOKEN_BUDGET, FitSettings, ModelSettings
+from lapora.config import KRON_RANK, FitSettings, ModelSettings
 from lapora.errors import AdapterError, LaporaError, UsageError, first_line
 from lapora.memory.dry_pass import batch_memory, input_owners_of
 from lapora.memory.footprint import Footprint, StructureShape, footprint
 from lapora.models.adapter import Adapter
 from lapora.models.device_map import available_memory
 from lapora.models.lora_layers import find_bayesian_layers
-from lapora.models.meta_model import MetaModel, build_meta_model
+from lapora.models.meta_model import MetaModel, build_meta_model, first_batch
 
 _ALLOWANCE = {"cpu": 1.6}
 _OTHER_ALLOWANCE = 1.2
@@ -103,6 +103,7 @@ def estimate(
     length: int,
     columns: int | None = None,
     texts: int = 1,
+    answers: Sequence[int] | None = None,
     device_memory: float | None = None,
 ) -> MemoryEstimate:
     """Estimate the memory of a fit from the configuration of the base model and the adapter's shapes; loads no weights.
@@ -113,9 +114,10 @@ def estimate(
         adapter: The adapter's files.
         classes: Number of outputs C.
         rows: Number of training rows.
-        length: Maximum number of tokens per text.
+        length: Maximum number of tokens per text; of prompt and longest answer, if whole answers are scored.
         columns: Columns of the exact Fisher; by default the C-1 of softmax.
         texts: Number of texts of a row.
+        answers: Tokens of each answer of the row that has the most, if whole answers are scored.
         device_memory: Free bytes of the device, if it is not a device of this machine.
 
     Raises:
@@ -131,6 +133,7 @@ def estimate(
         length=length,
         columns=classes - 1 if columns is None else columns,
         texts=texts,
+        answers=tuple(answers or ()),
         free_device=device_memory if device_memory is not None else _free(model.device, device, free_host),
         free_host=free_host,
     )
@@ -160,6 +163,7 @@ class _Estimator:
     length: int
     columns: int
     texts: int
+    answers: tuple[int, ...]
     free_device: float | None
     free_host: float
     _cache: dict[tuple[Any, ...], Any] = field(default_factory=dict)
@@ -172,25 +176,26 @@ class _Estimator:
     def budget(self, query: _Query) -> MemoryEstimate:
         model, settings = query.model, query.settings
         meta_model: MetaModel = self._cached(("meta model", model.quantize), lambda: self._build_meta_model(model))
-        layers = find_bayesian_layers(meta_model.model, settings.subset)
+        layers = find_bayesian_layers(meta_model.model, settings.subset, whole_answers=bool(self.answers))
         columns = self.columns if settings.fisher == "exact" else 1
-        in_batch = model.batch_size or max(1, TOKEN_BUDGET // (self.length * self.texts))
-        batch = min(self.rows, in_batch), self.length
-        shape = batch[0] * self.texts, self.length
+        batch = first_batch(
+            meta_model, self.rows, self.length, answers=self.answers, texts=self.texts, batch_size=model.batch_size
+        )
+        sequences, tokens = batch.input_ids.shape
         activations: int = self._cached(
-            ("batch", settings.structure, batch, model.gradient_checkpointing),
+            ("batch", settings.structure, len(batch), model.gradient_checkpointing),
             lambda: batch_memory(
                 meta_model,
                 layers,
                 settings.structure,
-                shape,
+                batch,
                 classes=self.classes,
                 directions=columns,
                 recompute_blocks=model.gradient_checkpointing,
             ),
         )
         # Not in the dry pass: one dequantized weight, and the attention mask of padded rows.
-        activations += meta_model.dequantized + shape[0] * self.length**2 * meta_model.dtype.itemsize
+        activations += meta_model.dequantized + sequences * tokens**2 * meta_model.dtype.itemsize
         sizes = footprint(
             StructureShape(
                 structure=settings.structure,
@@ -205,9 +210,17 @@ class _Estimator:
                 threads=torch.get_num_threads() if self.device == "cpu" else 1,
             )
         )
-        device, host = _peaks(sum(meta_model.weights.values()), self.device, activations, sizes, settings)
+        on_device, on_host = _peaks(sum(meta_model.weights.values()), self.device, activations, sizes, settings)
         return MemoryEstimate(
-            self.device, meta_model.weights, batch, activations, sizes, device, host, self.free_device, self.free_host
+            device=self.device,
+            weights=meta_model.weights,
+            batch=(len(batch), tokens),
+            activations=activations,
+            factors=sizes,
+            peak_device=on_device,
+            peak_host=on_host,
+            free_device=self.free_device,
+            free_host=self.free_host,
         )
 
     def _build_meta_model(self, model: ModelSettings) -> MetaModel:

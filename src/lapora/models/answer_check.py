@@ -8,13 +8,12 @@ are run in both ways.
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
 
 from lapora.errors import AdapterError, LaporaWarning
-from lapora.models.batches import collate
+from lapora.models.batches import PlainAnswer, PlainRow, collate
 from lapora.models.outputs import OutputModel
 
 _TOLERANCE = 1e-4
@@ -22,20 +21,6 @@ _HALF_TOLERANCE = 1e-2
 """In half precision kernels round differently for other shapes; a seen answer moves a score by far more."""
 _LENGTHS = ((7, (5, 1, 3)), (4, (2, 4, 2)))
 """Tokens of the prompt and of each answer of two rows; an answer behind a longer one shows what it sees."""
-
-
-@dataclass(frozen=True)
-class _Answer:
-    ids: list[int]
-    scored: int
-    weight: float = 1.0
-
-
-@dataclass(frozen=True)
-class _Row:
-    input_ids: list[int]
-    answers: list[_Answer]
-    token_type_ids: list[int] | None = field(default=None)
 
 
 def check_answers(output_model: OutputModel) -> None:
@@ -91,7 +76,7 @@ def _scores(output_model: OutputModel, *, packed: bool) -> torch.Tensor:
     return output_model.logits(batch)
 
 
-def _rows(output_model: OutputModel) -> list[_Row]:
+def _rows(output_model: OutputModel) -> list[PlainRow]:
     embeddings = cast(Any, output_model.network).get_input_embeddings()
     vocabulary = int(embeddings.weight.shape[0])
     ids = [token for token in range(1, vocabulary) if token != output_model.pad_token_id]
@@ -101,7 +86,7 @@ def _rows(output_model: OutputModel) -> list[_Row]:
         taken, spread = spread[:prompt], spread[prompt:]
         answers = []
         for length in lengths:
-            answers.append(_Answer(spread[:length], length))
+            answers.append(PlainAnswer(spread[:length], length))
             spread = spread[length:]
-        rows.append(_Row(taken, answers))
+        rows.append(PlainRow(taken, answers))
     return rows

@@ -31,6 +31,25 @@ class Encoded(Protocol):
 
 
 @dataclass(frozen=True)
+class PlainAnswer:
+    """Tokens of an answer that stands for no text, as in checks and estimates."""
+
+    ids: Sequence[int]
+    scored: int
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class PlainRow:
+    """Tokens of a row that stands for no text."""
+
+    input_ids: list[int]
+    answers: Sequence[PlainAnswer] = ()
+    token_type_ids: list[int] | None = None
+    second: PlainRow | None = None
+
+
+@dataclass(frozen=True)
 class Batch:
     """Token ids of B rows, padded to T tokens; S sequences, where the answers of a row are in separate ones.
 

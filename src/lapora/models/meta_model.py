@@ -9,9 +9,9 @@ import copy
 import os
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -21,10 +21,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lapora.config import ModelSettings, Quantization
+from lapora.config import TOKEN_BUDGET, ModelSettings, Quantization
 from lapora.errors import AdapterError, first_line
 from lapora.models.adapter import Adapter, ModelKind
-from lapora.models.batches import Batch
+from lapora.models.batches import Batch, PlainAnswer, PlainRow
+from lapora.models.batching import BatchFeed, BatchSize
 from lapora.models.loading import ResolvedBase, auto_class, resize_embeddings, resolve_base, silence_libraries
 from lapora.models.outputs import OutputModel
 from lapora.models.quantization import unquantized_modules
@@ -217,22 +218,53 @@ def fake_tensors(model: nn.Module) -> Iterator[None]:
 
 
 class MetaOutputModel(OutputModel):
-    """OutputModel for fake tensors: assumes unpadded rows, so that no value is ever read."""
+    """OutputModel for fake tensors: assumes unpadded rows, so that no value is ever read.
+
+    Whole answers are in one sequence if the network takes positions; values would tell whether it heeds them.
+    """
+
+    def __init__(self, *arguments: Any, **keywords: Any) -> None:
+        super().__init__(*arguments, **keywords)
+        self.device = torch.device("cpu")
+        self.packs_answers = self._accepts["position_ids"]
 
     def logits(self, batch: Batch) -> Tensor:
-        """Compute the logits of the answers, ``(B, C)``, without checking their values."""
+        """Compute the outputs, ``(B, C)``, without checking their values."""
         return self._outputs(batch)
 
     def _outputs(self, batch: Batch) -> Tensor:
-        arguments: dict[str, Any] = {"input_ids": batch.input_ids}
-        if self._accepts["use_cache"]:
-            arguments["use_cache"] = False
-        causal = self.kind == "causal"
-        logits = self._answer_logits(batch, arguments) if causal else self.network(**arguments).logits
+        logits = self._run_network(batch)
         return logits if logits.dtype == torch.float64 else logits.float()
 
+    def _arguments(self, batch: Batch) -> dict[str, Any]:
+        arguments = super()._arguments(batch)
+        if batch.answers is None or batch.answers.position_ids is None:
+            arguments.pop("attention_mask", None)
+        return arguments
 
-def empty_batch(rows: int, tokens: int) -> Batch:
-    """Return a batch of zeros without padding; call it within :func:`fake_tensors`."""
-    ids = torch.zeros(rows, tokens, dtype=torch.long)
-    return Batch(ids, torch.zeros_like(ids), None, tuple(range(rows)), has_padding=False)
+
+def first_batch(
+    meta_model: MetaModel,
+    rows: int,
+    tokens: int,
+    *,
+    answers: Sequence[int] = (),
+    texts: int = 1,
+    batch_size: int | None = None,
+) -> Batch:
+    """Return the first batch of a pass over equal rows of zeros.
+
+    Args:
+        meta_model: The model.
+        rows: Number of rows.
+        tokens: Tokens of a text; of the prompt and the longest answer that the network reads, if whole answers are
+            scored.
+        answers: Tokens of each answer then.
+        texts: Number of texts of a row.
+        batch_size: Rows per batch, or None for the token budget.
+    """
+    prompt = max(1, tokens - max((length - 1 for length in answers), default=0))
+    row = PlainRow([0] * prompt, [PlainAnswer([0] * length, length) for length in answers])
+    row = replace(row, second=row) if texts == 2 else row
+    outputs = MetaOutputModel(meta_model.model, meta_model.kind, 0)
+    return next(iter(BatchFeed(outputs, [row] * min(rows, batch_size or TOKEN_BUDGET), BatchSize(batch_size))))

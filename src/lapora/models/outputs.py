@@ -78,7 +78,7 @@ class OutputModel:
         self.packs_answers: bool | None = None
         self._window = window_of(self.network)
         accepted = inspect.signature(self.network.forward).parameters
-        self._accepts = {name: name in accepted for name in ("attention_mask", "token_type_ids", "use_cache")}
+        self._accepts = {name: name in accepted for name in _OPTIONAL}
 
     @property
     def max_positions(self) -> int | None:
@@ -350,6 +350,7 @@ def positions_of(network: nn.Module) -> int | None:
     return None
 
 
+_OPTIONAL = ("attention_mask", "position_ids", "token_type_ids", "use_cache")
 _OF_DTYPES = re.compile("dtype|double|overflow", re.IGNORECASE)
 _PACKAGE = Path(__file__).parents[1]
 _ERRORS_OF_CODE = (ValueError, TypeError, AttributeError, LookupError, NotImplementedError, AssertionError)

@@ -39,6 +39,7 @@ from lapora.storage.manifest import FORMAT_VERSION, Answers, BaseModel, Data, Ma
 from lapora.storage.partial import Checkpoint
 from lapora.storage.saved import SavedPosterior, posterior_folder, refuse_to_replace, write_posterior
 from lapora.tasks import (
+    AnswerEncoding,
     EncodedExample,
     Example,
     Row,
@@ -50,6 +51,7 @@ from lapora.tasks import (
     load_task,
     render_all,
     required_fields,
+    resolve_answers,
     resolve_choices,
 )
 from lapora.tasks.examples import Labels, refuse_missing_labels
@@ -60,7 +62,7 @@ from lapora.workflows.scoring import forward_outputs
 from lapora.workflows.task_model import (
     Fitted,
     TaskModel,
-    encode_answers,
+    check_head,
     join_posterior,
     require_embeddings,
     translate_row_errors,
@@ -200,11 +202,11 @@ def fit(
     with processes.raise_together():
         refuse_to_replace(folder, overwrite=settings.overwrite)
         rows = read_training_rows(model, data, settings)
-        _refuse_unknown_tokens(model, rows, settings)
+        answers = _check_tokens(model, rows, settings)
     notes: list[str] = []
     memory = None
     if on_estimate is not None:
-        memory = _estimate_or_note(model, rows, settings, notes)
+        memory = _estimate_or_note(model, rows, answers, settings, notes)
         if memory is not None:
             on_estimate(memory)
     with processes.on_main(write_lock(folder)):
@@ -324,23 +326,50 @@ def _render(
     )
 
 
-def _refuse_unknown_tokens(model: ModelSettings, rows: TrainingRows, settings: FitSettings) -> None:
-    """Check, before weights are loaded, that the base model has an embedding for every token of the rows.
+def _check_tokens(model: ModelSettings, rows: TrainingRows, settings: FitSettings) -> list[int]:
+    """Check, before weights are loaded, that whole answers can be scored, and that every token has an embedding.
+
+    Returns:
+        Tokens of each answer of the row that has the most; none if the answers are single tokens, or classes.
 
     Raises:
-        DataError: It has not.
+        DataError: An answer is no tokens, or other ones than the base model has embeddings for.
+        UsageError: The engine has no scores of whole answers.
     """
     tokenizer, known = tokenizer_and_embeddings(rows.adapter, model)
-    if known is None or max(tokenizer.get_vocab().values(), default=0) < known:
-        return
+    answers = _encode_answers(tokenizer, rows, settings)
+    has_embeddings = known is None or max(tokenizer.get_vocab().values(), default=0) < known
+    if answers.answer_score is None and has_embeddings:
+        return []
     encoded = encode_all(
         rows.examples,
         tokenizer,
         kind=rows.adapter.kind,
         max_length=rows.max_length,
         chat_template=settings.chat_template,
+        answer_score=answers.answer_score,
     )
     require_embeddings(rows.examples, encoded, known)
+    return max(([len(answer.ids) for answer in row.answers] for row in encoded), key=sum)
+
+
+def _encode_answers(tokenizer: Any, rows: TrainingRows, settings: FitSettings) -> AnswerEncoding:
+    """Find the token of each answer of a causal model, or that whole answers are scored.
+
+    Raises:
+        DataError: As :func:`lapora.tasks.resolve_answers`.
+        UsageError: A chat template for a classifier, or whole answers for an engine without them.
+    """
+    if rows.adapter.kind == "classifier":
+        if settings.chat_template:
+            raise UsageError(
+                "--chat-template wraps the prompt of a causal language model; this adapter is a classifier"
+            )
+        return AnswerEncoding()
+    answers = resolve_answers(tokenizer, rows.task, rows.examples, rows.choices, chat_template=settings.chat_template)
+    if answers.answer_score is not None and settings.engine != "native":
+        raise UsageError(f"--engine {settings.engine} has no scores of whole answers ({answers.note}); use native")
+    return answers
 
 
 def load_inputs(
@@ -356,9 +385,9 @@ def load_inputs(
         DataError: A row is too long, or the answers are not the head's.
     """
     loaded = load(rows.adapter, model)
-    answers = encode_answers(loaded, rows.task, rows.examples, rows.choices, settings.chat_template)
-    if answers.answer_score is not None and settings.engine != "native":
-        raise UsageError(f"--engine {settings.engine} has no scores of whole answers ({answers.note}); use native")
+    answers = _encode_answers(loaded.tokenizer, rows, settings)
+    if loaded.kind == "classifier":
+        check_head(loaded, rows.task, likelihood_of(rows.task.likelihood, rows.choices).outputs)
     task_model = TaskModel.build(
         loaded,
         rows.task,
@@ -397,11 +426,16 @@ def estimate_memory(
         LaporaError: As :func:`fit`, for files and options.
     """
     settings = resolve_settings(model, settings)
-    return _estimate(model, read_training_rows(model, data, settings), settings, device_memory)
+    rows = read_training_rows(model, data, settings)
+    return _estimate(model, rows, _check_tokens(model, rows, settings), settings, device_memory)
 
 
 def _estimate(
-    model: ModelSettings, rows: TrainingRows, settings: FitSettings, device_memory: float | None = None
+    model: ModelSettings,
+    rows: TrainingRows,
+    answers: Sequence[int],
+    settings: FitSettings,
+    device_memory: float | None = None,
 ) -> MemoryEstimate:
     likelihood = likelihood_of(rows.task.likelihood, rows.choices)
     return estimate(
@@ -413,16 +447,17 @@ def _estimate(
         texts=2 if likelihood.name == "preference" else 1,
         rows=len(rows.examples),
         length=rows.max_length,
+        answers=answers,
         device_memory=device_memory,
     )
 
 
 def _estimate_or_note(
-    model: ModelSettings, rows: TrainingRows, settings: FitSettings, notes: list[str]
+    model: ModelSettings, rows: TrainingRows, answers: Sequence[int], settings: FitSettings, notes: list[str]
 ) -> MemoryEstimate | None:
     """Estimate the memory; where that is not possible for this model, note why and let the fit decide."""
     try:
-        return _estimate(model, rows, settings)
+        return _estimate(model, rows, answers, settings)
     except AdapterError as error:
         notes.append(f"memory not estimated: {error}")
         return None

@@ -164,9 +164,8 @@ def _read(routes: AdapterSelector, number: int, line: _Line) -> _Item:
         row = parse_json_line(line, where) if isinstance(line, bytes) else line
         identifier = _identifier(row.get("id"), where)
         route = routes.of(row, where)
-        model = route.fitted.model
-        example = model.render(row, index=number - 1, where=where)
-        return _Item(where, identifier, route, model.encode([example])[0])
+        example = route.fitted.render(row, index=number - 1, where=where)
+        return _Item(where, identifier, route, route.fitted.model.encode([example])[0])
     except LaporaError as error:
         return _Item(where, identifier, route, error)
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lapora.config import DataSettings, Dtype, LikelihoodName, ModelSettings
 from lapora.distributed import SINGLE_PROCESS, Processes
-from lapora.errors import AdapterError, DataError, LaporaWarning, NonFiniteRowError, NumericalError, UsageError
+from lapora.errors import AdapterError, DataError, LaporaWarning, NonFiniteRowError, NumericalError, listed
 from lapora.likelihoods import likelihood_of
 from lapora.likelihoods.base import Averaging, Likelihood
 from lapora.models.adapter import ModelKind
@@ -37,14 +37,12 @@ from lapora.storage.compatibility import (
 from lapora.storage.manifest import Prior
 from lapora.storage.saved import SavedPosterior, open_posterior
 from lapora.tasks import (
-    AnswerEncoding,
     AnswerScore,
     EncodedExample,
     Example,
     Task,
     encode_all,
     render,
-    resolve_answers,
     resolve_choices,
 )
 from lapora.workflows.rows import read_rows, resolve_task
@@ -141,25 +139,6 @@ class TaskModel:
         """``causal`` or ``classifier``."""
         return self.loaded.kind
 
-    def render(self, row: Mapping[str, Any], *, index: int, where: str) -> Example:
-        """Render one row without looking at its label; see :func:`lapora.tasks.render`.
-
-        Raises:
-            DataError: The row is not one of the task, or has answers of its own that cannot be scored.
-        """
-        found = render(self.task, row, kind=self.kind, index=index, labels="ignore", choices=self.choices, where=where)
-        if found.given and self.answer_score is None and self.writes_vocabulary:
-            raise DataError(
-                f"{where}: the adapter has LoRA on the output layer, and was fitted on answers of one token: other "
-                "answers cannot be scored with this posterior"
-            )
-        return found
-
-    @cached_property
-    def writes_vocabulary(self) -> bool:
-        """Whether a layer of the adapter outputs vocabulary logits."""
-        return any(layer.answer_rows_only for layer in find_bayesian_layers(self.loaded.model))
-
     def encode(self, examples: Sequence[Example]) -> list[EncodedExample]:
         """Return token ids of examples of any task, truncated to the maximum length.
 
@@ -216,6 +195,23 @@ class Fitted:
         working = torch.float64 if model.loaded.dtype == "float64" else torch.float32
         gaussian = posterior.gaussian().on_device(layers, model.outputs.device, working)
         return cls(model, posterior, layers, gaussian)
+
+    def render(self, row: Mapping[str, Any], *, index: int, where: str) -> Example:
+        """Render one row without looking at its label; see :func:`lapora.tasks.render`.
+
+        Raises:
+            DataError: The row is not one of the task, or has answers of its own that the posterior does not cover.
+        """
+        model = self.model
+        found = render(
+            model.task, row, kind=model.kind, index=index, labels="ignore", choices=model.choices, where=where
+        )
+        if found.given and any(layer.answer_rows_only for layer in self.layers):
+            raise DataError(
+                f"{where}: the posterior was fitted on answers of one token, and covers the output layer for these "
+                f"alone ({listed(model.choices)}): it cannot score other answers; fit one on rows with whole answers"
+            )
+        return found
 
     @cached_property
     def prior(self) -> Prior:
@@ -278,23 +274,6 @@ def require_embeddings(examples: Sequence[Example], encoded: Sequence[EncodedExa
                 "tokenizer has added tokens; save the adapter with save_embedding_layers=True after "
                 "resize_token_embeddings, or give it the tokenizer of the base"
             )
-
-
-def encode_answers(
-    loaded: LoadedModel, task: Task, examples: Sequence[Example], choices: Sequence[str], chat_template: bool
-) -> AnswerEncoding:
-    """Find the token of each answer, or that whole answers are scored; check the head's size, for a classifier.
-
-    Raises:
-        UsageError: A chat template for a classifier.
-        DataError: Two answers have one token, or the task does not have as many answers as the head has outputs.
-    """
-    if loaded.kind == "causal":
-        return resolve_answers(loaded.tokenizer, task, examples, choices, chat_template=chat_template)
-    if chat_template:
-        raise UsageError("--chat-template wraps the prompt of a causal language model; this adapter is a classifier")
-    check_head(loaded, task, likelihood_of(task.likelihood, choices).outputs)
-    return AnswerEncoding()
 
 
 _PROBLEM_TYPES: dict[str, tuple[LikelihoodName, ...]] = {
