@@ -49,8 +49,7 @@ class Gaussian(Likelihood):
     noise: tuple[float, ...] = ()
 
     name = "gaussian"
-    links = ("mc-joint", "map")
-    has_answers = False
+    score = "rmse"
     has_noise = True
 
     def with_noise(self, outputs: Tensor, targets: Tensor) -> Gaussian:
@@ -139,6 +138,21 @@ class Gaussian(Likelihood):
         squared = (targets.double().cpu() - found[0].mean.double().cpu()).square()
         variance = (_variances(found) + self.variance).unsqueeze(1) * temperatures.square().reshape(-1, 1, 1)
         return -0.5 * (squared / variance + variance.log() + math.log(2.0 * math.pi)).sum(dim=3)
+
+    def information(
+        self, found: Sequence[LogitMoments], averaging: Averaging, *, samples: int = DEFAULT_SAMPLES, seed: int = 0
+    ) -> Tensor:
+        """Return the entropy of a Gaussian of the prediction's variance less the mean entropy of the noise."""
+        components = averaging.components
+        noise = sum(weight * (self.variance.log() + 2.0 * math.log(scale)) for _, scale, weight in components)
+        _, variance = mixture_moments(self.predict("mc-joint", found, averaging))
+        return 0.5 * (variance.log() - noise).sum(dim=1)
+
+    def uncertainty(self, table: Tensor) -> dict[str, Tensor]:
+        """Return the deviation (of several outputs the geometric mean), and the entropy of Gaussians that have it."""
+        _, variance = mixture_moments(table)
+        entropy = 0.5 * (variance.log() + math.log(2.0 * math.pi * math.e)).sum(dim=1)
+        return {"deviation": (0.5 * variance.log().mean(dim=1)).exp(), "entropy": entropy}
 
     def at_map(self, outputs: Tensor) -> Tensor:
         """Return ``N(f, v)``."""

@@ -132,7 +132,6 @@ def average_with_rows(
     tolerance = None if curve is None else tolerance_of(curve)
     precisions = grid()
     likelihood = fitted.model.likelihood
-    likelihood.check_link(settings.link)
     predictor = fitted.predictor(
         every_class=likelihood.needs_every_output(settings.link), priors=reference.on_grid(precisions)
     )

@@ -15,7 +15,7 @@ import msgspec
 from msgspec import structs
 
 from lapora._version import __version__
-from lapora.config import COMPLETE, DataSettings, FitSettings, ModelSettings, Progress
+from lapora.config import COMPLETE, DataSettings, FitSettings, ModelSettings, Progress, check_likelihood
 from lapora.curvature.passes import CurvatureRun
 from lapora.errors import AdapterError, DataError, LaporaError, UsageError, listed
 from lapora.likelihoods import likelihood_of
@@ -55,6 +55,7 @@ from lapora.tasks import (
 from lapora.tasks.examples import Labels, refuse_missing_labels
 from lapora.tasks.rows import check_label_names
 from lapora.workflows.averaging import average_without_rows, describe_averaged, training_curve
+from lapora.workflows.contradictions import check_head
 from lapora.workflows.rows import label_tensor, read_rows
 from lapora.workflows.scoring import forward_outputs
 from lapora.workflows.task_model import (
@@ -314,7 +315,9 @@ def _render(
     rows: Sequence[Row | Mapping[str, Any]],
     settings: FitSettings,
 ) -> TrainingRows:
+    check_likelihood(task.likelihood, settings)
     choices = resolve_choices(task, rows, kind=adapter.kind)
+    check_head(task, choices, adapter.head)
     if not settings.unlabelled:
         refuse_missing_labels(task, rows)
     labels: Labels = "required" if settings.fisher == "empirical" else "optional"
@@ -492,8 +495,6 @@ def _measure_noise(inputs: FitInputs) -> FitInputs:
 
 
 def _fit(inputs: FitInputs, settings: FitSettings, folder: Path, progress: Progress | None) -> FitResult:
-    if settings.engine != "native" and inputs.model.likelihood.name != "categorical":
-        raise UsageError(f"--engine {settings.engine} has likelihood categorical alone, not the task's")
     inputs = _measure_noise(inputs)
     model, rows, processes = inputs.model, inputs.rows, inputs.model.processes
     checkpoint = None

@@ -13,12 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lapora.config import DataSettings, Dtype, LikelihoodName, ModelSettings
+from lapora.config import DataSettings, Dtype, ModelSettings
 from lapora.distributed import SINGLE_PROCESS, Processes
 from lapora.errors import AdapterError, DataError, LaporaWarning, NonFiniteRowError, NumericalError, UsageError
 from lapora.likelihoods import likelihood_of
 from lapora.likelihoods.base import Averaging, Likelihood
-from lapora.models.adapter import ModelKind
+from lapora.models.adapter import Head, ModelKind
 from lapora.models.batches import Batch
 from lapora.models.batching import BatchFeed, BatchSize
 from lapora.models.loading import LoadedModel, Loader, load_model
@@ -47,7 +47,8 @@ from lapora.tasks import (
     resolve_answers,
     resolve_choices,
 )
-from lapora.workflows.rows import read_rows, resolve_task
+from lapora.workflows.contradictions import check_head, resolve_task
+from lapora.workflows.rows import read_rows
 
 
 @dataclass(frozen=True)
@@ -293,35 +294,9 @@ def encode_answers(
         return resolve_answers(loaded.tokenizer, task, examples, choices, chat_template=chat_template)
     if chat_template:
         raise UsageError("--chat-template wraps the prompt of a causal language model; this adapter is a classifier")
-    check_head(loaded, task, likelihood_of(task.likelihood, choices).outputs)
+    problem_type = getattr(loaded.model.get_base_model().config, "problem_type", None)
+    check_head(task, choices, Head(loaded.kind, loaded.number_of_labels, problem_type))
     return AnswerEncoding()
-
-
-_PROBLEM_TYPES: dict[str, tuple[LikelihoodName, ...]] = {
-    "regression": ("gaussian", "preference"),
-    "single_label_classification": ("categorical",),
-    "multi_label_classification": ("multilabel", "bernoulli"),
-}
-
-
-def check_head(loaded: LoadedModel, task: Task, outputs: int) -> None:
-    """Check a classification head against the task's likelihood: number of outputs, and ``problem_type``.
-
-    Raises:
-        DataError: They contradict each other; both are named.
-    """
-    if loaded.number_of_labels != outputs:
-        of = "" if task.likelihood == "categorical" else f" of likelihood {task.likelihood}"
-        raise DataError(
-            f"task {task.task} has {outputs} {'answers' if not of else 'outputs'}{of} and the adapter's head "
-            f"{loaded.number_of_labels} outputs; give the task the adapter was trained on"
-        )
-    problem = str(getattr(loaded.model.get_base_model().config, "problem_type", None))
-    if task.likelihood not in _PROBLEM_TYPES.get(problem, (task.likelihood,)):
-        raise DataError(
-            f"task {task.task} has likelihood {task.likelihood}, and the base model's config problem_type {problem}, "
-            f"which is {' or '.join(_PROBLEM_TYPES[problem])}: correct the one that is wrong"
-        )
 
 
 def order_of_outputs(loaded: LoadedModel, task: Task, choices: Sequence[str]) -> list[int] | None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from lapora.config import DataSettings, ModelSettings, PriorSettings, PriorStructure, Progress
+from lapora.config import DataSettings, ModelSettings, PriorSettings, PriorStructure, Progress, check_likelihood
 from lapora.errors import MissingSplitError, UnlabelledError, UsageError
 from lapora.models.adapter import read_adapter
 from lapora.posterior.averaging import Averaged
@@ -19,6 +19,7 @@ from lapora.posterior.prior import ALL, PriorPrecision
 from lapora.storage.files import write_lock
 from lapora.storage.saved import SavedPosterior, posterior_folder
 from lapora.workflows.averaging import average_with_rows, average_without_rows, describe_averaged
+from lapora.workflows.contradictions import resolve_task
 
 if TYPE_CHECKING:
     from lapora.models.loading import Loader
@@ -103,6 +104,7 @@ def _tune(
     load: Loader | None,
 ) -> TunedPrior:
     posterior = SavedPosterior(folder, validate_prior=False)
+    check_likelihood(resolve_task(data, posterior.manifest).likelihood, settings)
     evidence = _maximize(posterior, settings)
     if not all(model.processes.all_gather(posterior.prior_is_sound())):
         _rewrite(model, posterior, evidence.describe(posterior.manifest.log_likelihood is not None))
