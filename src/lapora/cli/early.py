@@ -6,7 +6,7 @@ import functools
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 from lapora.config import (
     DataSettings,
@@ -19,6 +19,9 @@ from lapora.config import (
 )
 from lapora.errors import DataError, LaporaError, SeveralError, UsageError
 from lapora.models.adapter import check_adapter_files, read_head
+
+if TYPE_CHECKING:
+    from lapora.workflows.results import Gate
 
 
 def check_fit(
@@ -54,6 +57,7 @@ def check_fitted(
     names: Sequence[str],
     settings: PriorSettings | EvalSettings | PredictSettings,
     data: DataSettings | None = None,
+    gates: Sequence[Gate] = (),
 ) -> None:
     """Check an adapter's files, its posteriors' manifests, the data asked for, and options against the likelihood.
 
@@ -70,7 +74,7 @@ def check_fitted(
     ]
     for name in names:
         folder = posterior_folder(model.root, name)
-        checks.append(functools.partial(_check_posterior, folder, settings, data or DataSettings()))
+        checks.append(functools.partial(_check_posterior, folder, settings, data or DataSettings(), gates))
     if data is not None:
         checks.append(lambda: _check_data(data))
     _raise_together(checks)
@@ -96,15 +100,20 @@ def check_input(source: str) -> None:
 
 
 def _check_posterior(
-    folder: Path, settings: PriorSettings | EvalSettings | PredictSettings, data: DataSettings
+    folder: Path,
+    settings: PriorSettings | EvalSettings | PredictSettings,
+    data: DataSettings,
+    gates: Sequence[Gate],
 ) -> None:
     from lapora.storage.saved import SavedPosterior
     from lapora.tasks import load_task
     from lapora.workflows.contradictions import check_other_rows, resolve_task
+    from lapora.workflows.results import check_gate_metrics
 
     manifest = SavedPosterior(folder, validate_prior=False).manifest
     task = resolve_task(data, manifest)
     check_likelihood(task.likelihood, settings)
+    check_gate_metrics(gates, task.likelihood)
     for name in settings.ood if isinstance(settings, EvalSettings) else ():
         other = load_task(name)
         check_other_rows(other, other.doc_to_choice if isinstance(other.doc_to_choice, tuple) else (), manifest)

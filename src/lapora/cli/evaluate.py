@@ -75,7 +75,7 @@ def eval_command(
 
     gates = [parse_gate(condition) for condition in fail_if]
     names = settings.names or (saved_names(model.root) if "all" in settings.methods else ("default",))
-    check_fitted(model, names, settings, data)
+    check_fitted(model, names, settings, data, gates)
     with loading():
         from lapora.workflows.evaluate import run_evaluation
 
