@@ -402,7 +402,7 @@ def test_the_checkpoints_of_a_run(name, tiny, monkeypatch, capfdbinary, tmp_path
 def test_engines_of_laplace_torch_are_for_answers(tiny):
     with pytest.raises(UsageError, match="--engine curvlinops does not go with likelihood gaussian"):
         fit_tiny(tiny("gaussian"), engine="curvlinops", overwrite=True)
-    with pytest.raises(UsageError, match="--engine asdl does not go with likelihood bernoulli"):
+    with pytest.raises(UsageError, match="--weight-sharing asdl does not go with likelihood bernoulli"):
         fit_tiny(tiny("bernoulli"), weight_sharing="asdl", overwrite=True)
 
 
@@ -436,7 +436,7 @@ def test_the_scale_of_a_regression_is_averaged_over(tiny):
         "".join(json.dumps({**line, "label": y}) + "\n" for line, y in zip(lines, wide[:, 0].tolist(), strict=True))
     )
     for method in ("auto", "validation"):
-        tune_prior(model_of(folder), DataSettings(limit=12), PriorSettings(method=method))
+        tune_prior(model_of(folder), DataSettings(data_dir=folder / "data", limit=12), PriorSettings(method=method))
         fitted = open_fitted(model_of(folder), "default")
         found = score_rows(fitted, rows, ["mc-joint"], samples=256).tables
         mean, variance = mixture_moments(found["mc-joint"][0])

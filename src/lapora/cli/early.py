@@ -115,8 +115,7 @@ def _check_posterior(
     check_likelihood(task.likelihood, settings)
     check_gate_metrics(gates, task.likelihood)
     for name in settings.ood if isinstance(settings, EvalSettings) else ():
-        other = load_task(name)
-        check_other_rows(other, other.doc_to_choice if isinstance(other.doc_to_choice, tuple) else (), manifest)
+        check_other_rows(load_task(name), manifest)
 
 
 def _check_data(data: DataSettings, *settings: FitSettings | PredictSettings | EvalSettings) -> None:
@@ -148,7 +147,7 @@ def _check_rows(model: ModelSettings, data: DataSettings, settings: FitSettings)
 
     head = read_head(model)
     task = load_task(cast(str, data.task))
-    check_head(task, task.doc_to_choice if isinstance(task.doc_to_choice, tuple) else (), head)
+    check_head(task, head)
     kind = head.kind
     task.prompt_templates(kind)
     if settings.chat_template and kind == "classifier":

@@ -105,16 +105,16 @@ def evaluation_tables(record: Mapping[str, Any]) -> list[PageTable]:
     """Return the tables of an evaluation."""
     results = record["results"]
     scores = [score for score in HEADINGS if score in results[0]]
+    compared = [score for score in ("nll", "ece", "crps") if score in scores]
     tables = [
         PageTable(
             f"Scores on {record['n']} rows of {record['split']}",
-            ["method", *(HEADINGS[score] for score in scores), "nll minus MAP (95 %)", "ece minus MAP (95 %)"],
+            ["method", *(HEADINGS[score] for score in scores), *(f"{score} minus MAP (95 %)" for score in compared)],
             [
                 [
                     label_of(result),
                     *(_with_interval(result, score) for score in scores),
-                    _difference(result, "nll"),
-                    _difference(result, "ece"),
+                    *(_difference(result, score) for score in compared),
                 ]
                 for result in results
             ],

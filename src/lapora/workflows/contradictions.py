@@ -22,13 +22,13 @@ _PROBLEM_TYPES: dict[str, tuple[LikelihoodName, ...]] = {
 }
 
 
-def check_head(task: Task, choices: Sequence[str], head: Head) -> None:
+def check_head(task: Task, head: Head, choices: Sequence[str] = ()) -> None:
     """Check a model's head against a task: kind of model, number of outputs and ``problem_type``.
 
     Args:
         task: The task.
-        choices: Its answers or outputs; empty where they are not known yet.
         head: The head, as far as it is known.
+        choices: Answers that are read from rows, where they are.
 
     Raises:
         DataError: They contradict each other; both are named.
@@ -42,7 +42,7 @@ def check_head(task: Task, choices: Sequence[str], head: Head) -> None:
                 f"({head.source}): give the adapter or the task that belongs to the other"
             )
         return
-    outputs = 1 if likelihood in _OF_ONE_OUTPUT else len(choices)
+    outputs = 1 if likelihood in _OF_ONE_OUTPUT else len(_choices(task, choices))
     if outputs and head.labels not in (None, outputs):
         of = "answers" if likelihood == "categorical" else f"outputs of likelihood {likelihood}"
         others = "; one output is for likelihood bernoulli, gaussian or preference" if head.labels == 1 else ""
@@ -58,19 +58,24 @@ def check_head(task: Task, choices: Sequence[str], head: Head) -> None:
         )
 
 
-def check_other_rows(task: Task, choices: Sequence[str], manifest: Manifest) -> None:
+def _choices(task: Task, read: Sequence[str]) -> Sequence[str]:
+    return task.doc_to_choice if isinstance(task.doc_to_choice, tuple) else read
+
+
+def check_other_rows(task: Task, manifest: Manifest, choices: Sequence[str] = ()) -> None:
     """Check that the model of a posterior can predict the rows of another task.
 
     Args:
         task: The task of ``--ood``.
-        choices: Its answers; empty where they are not known yet.
         manifest: The posterior's manifest.
+        choices: Answers that are read from rows, where they are.
 
     Raises:
         DataError: The rows are pairs of texts and the model reads single ones, or the reverse; or there are more or
             fewer answers.
     """
     own, likelihood = manifest.answers.choices, resolve_task(DataSettings(), manifest).likelihood
+    choices = _choices(task, choices)
     task.prompt_templates("causal" if manifest.answers.causal else "classifier")
     if (task.likelihood == "preference") != (likelihood == "preference"):
         raise DataError(

@@ -439,7 +439,7 @@ def _read(fitted: Fitted, name: str, folder: Path | None, limit: int | None) -> 
             continue
         own, likelihood = fitted.model.choices, fitted.model.likelihood
         choices = resolve_choices(task, rows, kind=fitted.model.kind if not own else "classifier")
-        check_other_rows(task, choices, fitted.posterior.manifest)
+        check_other_rows(task, fitted.posterior.manifest, choices)
         examples = render_all(task, rows, kind=fitted.model.kind, choices=choices, labels="optional")
         same = task.likelihood == likelihood.name and (choices == own or not own)
         unknown = (math.nan,) * likelihood.outputs if likelihood.name in ("gaussian", "multilabel") else -1

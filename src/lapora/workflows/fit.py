@@ -317,7 +317,7 @@ def _render(
 ) -> TrainingRows:
     check_likelihood(task.likelihood, settings)
     choices = resolve_choices(task, rows, kind=adapter.kind)
-    check_head(task, choices, adapter.head)
+    check_head(task, adapter.head, choices)
     if not settings.unlabelled:
         refuse_missing_labels(task, rows)
     labels: Labels = "required" if settings.fisher == "empirical" else "optional"

@@ -295,7 +295,7 @@ def encode_answers(
     if chat_template:
         raise UsageError("--chat-template wraps the prompt of a causal language model; this adapter is a classifier")
     problem_type = getattr(loaded.model.get_base_model().config, "problem_type", None)
-    check_head(task, choices, Head(loaded.kind, loaded.number_of_labels, problem_type))
+    check_head(task, Head(loaded.kind, loaded.number_of_labels, problem_type), choices)
     return AnswerEncoding()
 
 
