@@ -9,13 +9,16 @@ from dataclasses import replace
 
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import lapora
 from lapora.config import DataSettings, EvalSettings, FitSettings, PredictSettings, PriorSettings
 from lapora.errors import DataError, UsageError
 from lapora.likelihoods.gaussian import Gaussian
 from lapora.metrics.mixtures import mixture_moments
+from lapora.models.loading import silence_libraries
 from lapora.report.figures import checkpoint_pictures
 from lapora.report.tables import checkpoint_scores
 from lapora.storage.saved import SavedPosterior
@@ -27,7 +30,7 @@ from lapora.workflows.scoring import forward_outputs, score_rows
 from lapora.workflows.task_model import open_fitted
 from lapora.workflows.tune_prior import tune_prior
 from tiny_adapter import command, data_of, fit_tiny, model_of
-from tiny_heads import make_head, rows_of, task_of
+from tiny_heads import OUTPUTS, make_head, rows_of, task_of
 
 LIKELIHOODS = ("bernoulli", "multilabel", "gaussian", "preference")
 
@@ -458,6 +461,30 @@ def test_the_python_api(name, tiny):
         folder / "adapter", data=folder / "task.yaml", data_dir=folder / "data", name="c", device="cpu"
     )
     assert done.verdict.better is None, "six rows are too few to judge"
+
+
+@pytest.mark.parametrize("name", LIKELIHOODS)
+def test_a_model_in_memory_predicts_as_its_files(name, fitted_once, tmp_path):
+    folder = fitted_once[name]
+    with silence_libraries():
+        base = AutoModelForSequenceClassification.from_pretrained(folder / "base", num_labels=OUTPUTS[name])
+        network = PeftModel.from_pretrained(base, str(folder / "adapter"))
+        tokenizer = AutoTokenizer.from_pretrained(folder / "base")
+    rows = [json.loads(line) for line in (folder / "data" / "train.jsonl").read_text().splitlines()]
+    predictor = lapora.fit_model(network, tokenizer, rows, task=folder / "task.yaml", output_dir=tmp_path)
+    row = rows_of(name, 1, OUTPUTS[name], seed=4)[0]
+    found = predictor.predict(row).record
+    (record,) = predict(model_of(folder), PredictSettings(logits=True), [json.dumps(row).encode()])
+    flat, expected = (torch.tensor(list(numbers_in(each))) for each in (found, record))
+    assert found.keys() == record.keys() and torch.allclose(flat, expected, rtol=1e-3, atol=1e-4)
+
+
+def numbers_in(value):
+    if isinstance(value, (dict, list)):
+        for each in value.values() if isinstance(value, dict) else value:
+            yield from numbers_in(each)
+    elif isinstance(value, (int, float)):
+        yield float(value)
 
 
 @pytest.mark.parametrize("name", LIKELIHOODS)
