@@ -123,8 +123,7 @@ def test_every_structure_ends_at_map(name, structure, tiny):
     fit_tiny(folder, prior_method="averaged", structure=structure, overwrite=True, **_rank(structure))
     manifest = open_fitted(model_of(folder), "default").posterior.manifest
     curve = manifest.training_curve
-    assert (curve is None) == (name == "gaussian")
-    assert curve is None or curve.nll[-1] == pytest.approx(curve.map_nll, abs=1e-3)
+    assert curve.nll[-1] == pytest.approx(curve.map_nll, abs=1e-3)
     record = run_evaluation(model_of(folder), DataSettings(), EvalSettings()).record
     assert {result["method"] for result in record["results"]} == {"constant", "map", "laplace"}
 
@@ -227,13 +226,33 @@ def test_the_marginal_likelihood_scales_the_noise(tiny):
     assert record["deviation"] ** 2 == pytest.approx(total, rel=1e-6)
 
 
-def test_a_regression_without_labelled_rows_has_the_prior_of_its_evidence(tiny):
+def test_a_regression_without_labelled_rows_is_averaged_by_its_training_rows(tiny):
     folder = tiny("gaussian")
     (folder / "data" / "validation.jsonl").unlink()
     result = fit_tiny(folder, prior_method="averaged", overwrite=True)
-    assert result.prior["method"] == "marglik" and result.prior["noise_scale"] == result.evidence.noise_scale
+    assert result.prior["method"] == "averaged" and result.prior["averaged"]["temperatures"] == [1.0]
     tuned = tune_prior(model_of(folder), None, PriorSettings())
-    assert tuned.prior == result.prior and "since there are no labelled rows" in tuned.reason
+    assert tuned.prior == result.prior and "no labelled rows" in tuned.notes[0]
+    by_evidence = tune_prior(model_of(folder), None, PriorSettings(method="marglik")).prior
+    assert by_evidence["noise_scale"] == result.evidence.noise_scale > 1.0
+
+
+def test_what_the_training_rows_tolerate_does_not_depend_on_the_unit(tiny):
+    """Targets and head a thousand times as large give the same tolerance and the same relative deviations."""
+    folder = tiny("gaussian")
+    small = fit_tiny(folder, prior_method="averaged", overwrite=True).prior["averaged"]
+    (before,) = predict(model_of(folder), PredictSettings(), lines_of("gaussian", 1))
+    weights = load_file(folder / "adapter" / "adapter_model.safetensors")
+    scaled = {key: 1e3 * value if "score" in key else value for key, value in weights.items()}
+    save_file(scaled, folder / "adapter" / "adapter_model.safetensors")
+    for file in (folder / "data").glob("*.jsonl"):
+        rows = [json.loads(line) for line in file.read_text().splitlines()]
+        file.write_text("".join(json.dumps({**row, "label": 1e3 * row["label"]}) + "\n" for row in rows))
+    large = fit_tiny(folder, prior_method="averaged", overwrite=True).prior["averaged"]
+    (after,) = predict(model_of(folder), PredictSettings(), lines_of("gaussian", 1))
+    assert large["tolerance"] == pytest.approx(small["tolerance"], rel=1e-3)
+    assert after["deviation"] == pytest.approx(1e3 * before["deviation"], rel=1e-3)
+    assert after["epistemic_deviation"] == pytest.approx(1e3 * before["epistemic_deviation"], rel=1e-3)
 
 
 def test_validation_finds_the_noise_of_least_nll(tiny):

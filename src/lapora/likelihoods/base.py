@@ -120,6 +120,11 @@ class Likelihood(ABC):
         return len(self.choices)
 
     @property
+    def noise_entropy(self) -> float:
+        """Entropy of the targets given the outputs in nats a row, where it is the same for all rows; else 0."""
+        return 0.0
+
+    @property
     def columns(self) -> int:
         """Number of columns of the exact Fisher's square root."""
         return self.outputs - self.uses_differences

@@ -35,6 +35,7 @@ from lapora.metrics.mixtures import (
 )
 
 _NO_VARIANCE = 1e-24
+_LOG_2_PI_E = math.log(2.0 * math.pi * math.e)
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,11 @@ class Gaussian(Likelihood):
     def variance(self) -> Tensor:
         """v, ``(K,)`` in float64."""
         return torch.tensor(self.noise or (1.0,) * self.outputs, dtype=torch.float64)
+
+    @property
+    def noise_entropy(self) -> float:
+        """Return ``Σ_k log(2πe v_k) / 2``: the NLL of MAP on the training rows."""
+        return 0.5 * float((self.variance.log() + _LOG_2_PI_E).sum())
 
     def targets(self, values: Sequence[Any]) -> Tensor:
         """Return the targets, ``(N, K)`` in float64."""
@@ -151,7 +157,7 @@ class Gaussian(Likelihood):
     def uncertainty(self, table: Tensor) -> dict[str, Tensor]:
         """Return the deviation (of several outputs the geometric mean), and the entropy of Gaussians that have it."""
         _, variance = mixture_moments(table)
-        entropy = 0.5 * (variance.log() + math.log(2.0 * math.pi * math.e)).sum(dim=1)
+        entropy = 0.5 * (variance.log() + _LOG_2_PI_E).sum(dim=1)
         return {"deviation": (0.5 * variance.log().mean(dim=1)).exp(), "entropy": entropy}
 
     def at_map(self, outputs: Tensor) -> Tensor:

@@ -84,7 +84,7 @@ def training_curve(
         seed=run.seed,
         progress=progress,
     )
-    nll = -table[:, 0]
+    nll = -table[:, 0] - run.likelihood.noise_entropy
     excess = nll[:-1] - nll[-1]
     return TrainingCurve(
         precisions=PRECISIONS.tolist(),

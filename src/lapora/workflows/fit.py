@@ -517,14 +517,18 @@ def _fit(inputs: FitInputs, settings: FitSettings, folder: Path, progress: Progr
     evidence = maximize_evidence(posterior.spectra, parameters, log_likelihood or 0.0, residuals=described.residuals)
     notes = [*rows.adapter.notes, *inputs.notes]
     curve = None
-    # The tolerance was measured for classification; the evidence of a regression chooses its noise, too.
-    if settings.prior_method != "marglik" and not model.likelihood.has_noise:
+    if settings.prior_method != "marglik":
         curve = _curve_or_note(inputs, posterior, run, progress, notes)
     if curve is None:
         prior = evidence.describe(log_likelihood is not None)
     else:
         prior = describe_averaged(
-            average_without_rows(curve), evidence.prior, posterior.spectra, parameters, log_likelihood
+            average_without_rows(curve),
+            evidence.prior,
+            posterior.spectra,
+            parameters,
+            log_likelihood,
+            described.residuals,
         )
     manifest = structs.replace(
         described, parameters=parameters, log_likelihood=log_likelihood, kept=_kept(posterior), training_curve=curve

@@ -178,9 +178,8 @@ def _by_average(
     if isinstance(found, str):
         if manifest.training_curve is None:
             tuned = _by_evidence(posterior, evidence, f", since there are no labelled rows ({found})")
-            if manifest.noise_variance is None:
-                why = "fitted by an earlier version, or on rows without labels"
-                tuned.notes.append(f"nothing is known of what the training rows tolerate ({why}): fit again to average")
+            why = "fitted by an earlier version, or on rows without labels"
+            tuned.notes.append(f"nothing is known of what the training rows tolerate ({why}): fit again to average")
             return tuned
         averaged = average_without_rows(manifest.training_curve)
         notes = [f"no labelled rows ({found}): the average is over what the training rows tolerate"]
@@ -250,7 +249,7 @@ def _learned(averaged: Averaged) -> str:
 
 def _notes_of_average(averaged: Averaged, deviation: float | None) -> list[str]:
     if deviation is None:
-        return ["with labelled rows (--split, --data-dir) the temperature of the logits is averaged over, too"]
+        return ["with labelled rows (--split, --data-dir) the temperature is averaged over, too"]
     if deviation > _UNDECIDED:
         return [f"more labelled rows would help: the averaged settings still differ by {deviation:.3f} nats a row"]
     return [f"more labelled rows would change little: the averaged settings differ by {deviation:.4f} nats a row"]
