@@ -321,3 +321,39 @@ def test_a_mixture_of_equal_predictions_is_that_prediction(name):
     mixed = likelihood.mixture(torch.stack([table, table, table]))
     assert torch.allclose(likelihood.row_nll(mixed, labels), likelihood.row_nll(table, labels))
     assert likelihood.scores(mixed, labels) == pytest.approx(likelihood.scores(table, labels), nan_ok=True)
+
+
+def test_the_uncertainty_of_several_labels_is_that_of_each():
+    likelihood, single = make("multilabel"), likelihood_of("bernoulli", ("no", "yes"))
+    found, averaging = components(likelihood)
+    table, information = likelihood.predict("mc-joint", found, averaging), likelihood.information(found, averaging)
+    measures = likelihood.uncertainty(table)
+    entropy, confidence, expected = (torch.zeros(6, dtype=torch.float64) for _ in range(3))
+    for label in range(likelihood.outputs):
+        own = slice(label, label + 1)
+        narrow = [LogitMoments(each.mean[:, own], each.covariance[:, own, own]) for each in found]
+        one = single.uncertainty(single.predict("mc-joint", narrow, averaging))
+        entropy, confidence = entropy + one["entropy"], confidence + (1.0 - one["max_probability"]) / 3
+        expected = expected + single.information(narrow, averaging)
+    assert torch.allclose(measures["entropy"], entropy) and torch.allclose(
+        1.0 - measures["max_probability"], confidence
+    )
+    assert torch.allclose(information, expected) and bool((information > 0).all())
+
+
+def test_the_uncertainty_of_a_regression_in_closed_form():
+    likelihood = make("gaussian")
+    found = moments(likelihood)
+    noise, epistemic = likelihood.variance, found.covariance.diagonal(dim1=1, dim2=2)
+    table = likelihood.predict("mc-joint", [found], Averaging.single())
+    normal = torch.distributions.Normal(torch.zeros(6, 2).double(), (epistemic + noise).sqrt())
+    measures = likelihood.uncertainty(table)
+    assert torch.allclose(measures["entropy"], normal.entropy().sum(dim=1))
+    assert torch.allclose(measures["deviation"], normal.scale.prod(dim=1).sqrt())
+    information = likelihood.information([found], Averaging.single())
+    assert torch.allclose(information, 0.5 * torch.log1p(epistemic / noise).sum(dim=1))
+    assert likelihood.noise_entropy == pytest.approx(
+        float(torch.distributions.Normal(0.0, noise.sqrt()).entropy().sum())
+    )
+    certain = likelihood.information([LogitMoments(found.mean, torch.zeros_like(found.covariance))], Averaging.single())
+    assert torch.allclose(certain, torch.zeros(6, dtype=torch.float64), atol=1e-12)
