@@ -299,15 +299,21 @@ def _at_bound_notes(at_bound: dict[str, str]) -> list[str]:
 
 
 def _harm_note(posterior: SavedPosterior) -> list[str]:
-    """Warn where the marginal likelihood is known to harm: causal models, and more than two answers."""
+    """Warn where the marginal likelihood is known to harm: causal models, regressions, and more than two answers."""
     manifest = posterior.manifest
-    other_likelihood = manifest.task.get("likelihood", "categorical") != "categorical"
-    if not manifest.answers.causal and (other_likelihood or len(manifest.answers.choices) <= 2):
+    likelihood = manifest.task.get("likelihood", "categorical")
+    chosen = "small a prior precision"
+    if manifest.answers.causal:
+        kind = "on causal language models"
+    elif likelihood == "gaussian":
+        kind, chosen = "of regressions", "large a noise"
+    elif likelihood == "categorical" and len(manifest.answers.choices) > 2:
+        kind = "with more than two answers"
+    else:
         return []
-    kind = "on causal language models" if manifest.answers.causal else "with more than two answers"
     return [
-        f"warning: {kind} the marginal likelihood often chooses far too small a prior precision, and makes the "
-        "predictions worse than the plain adapter's: compare by `lapora eval`, or use --method auto"
+        f"warning: {kind} the marginal likelihood often chooses far too {chosen}, and makes the predictions "
+        "worse than the plain adapter's: compare by `lapora eval`, or use --method auto"
     ]
 
 
