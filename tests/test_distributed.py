@@ -153,12 +153,13 @@ def test_the_commands_by_three_processes(demo, adapter, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("likelihood", ["gaussian", "preference"])
+@pytest.mark.parametrize("likelihood", ["gaussian", "multilabel", "preference"])
 def test_other_likelihoods_by_two_processes(likelihood, tmp_path):
     """The noise of a regression is measured on all rows; the two texts of a pair stay together."""
     folder = make_head(tmp_path, likelihood)
     lines = folder / "data" / "validation.jsonl"
     data = ["--data", folder / "task.yaml", "--data-dir", folder / "data"]
+    others = ["--ood", folder / "task.yaml", "--ood-data-dir", folder / "data", "--methods", "map,temperature,laplace"]
 
     def steps(name):
         output = folder / f"{name}.predictions"
@@ -166,6 +167,7 @@ def test_other_likelihoods_by_two_processes(likelihood, tmp_path):
             ["fit", folder / "adapter", *data, "--name", name],
             ["tune-prior", folder / "adapter", "--name", name],
             ["predict", folder / "adapter", lines, "--name", name, "--output", output],
+            ["eval", folder / "adapter", "--name", name, *others, "--output", folder / f"{name}.eval"],
         )
         return json.dumps([[str(part) for part in command] for command in each])
 
@@ -188,6 +190,11 @@ def test_other_likelihoods_by_two_processes(likelihood, tmp_path):
         for key, value in other.items():
             if isinstance(value, (dict, float)):
                 assert record[key] == pytest.approx(value, abs=1e-4), key
+    scores = [json.loads((folder / f"{name}.eval").read_text()) for name in ("many", "alone")]
+    for result, other in zip(*([*each["results"], *each["ood"][0]["results"]] for each in scores), strict=True):
+        for key, value in other.items():
+            if isinstance(value, float):
+                assert result[key] == pytest.approx(value, abs=1e-3), key
 
 
 def _spoken(stderr):

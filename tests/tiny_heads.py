@@ -20,7 +20,13 @@ OUTPUTS = {"categorical": 3, "bernoulli": 1, "multilabel": 3, "gaussian": 1, "pr
 
 
 def make_head(
-    folder: Path, likelihood: str, *, outputs: int | None = None, rows: int = 24, problem_type: str | None = None
+    folder: Path,
+    likelihood: str,
+    *,
+    outputs: int | None = None,
+    rows: int = 24,
+    problem_type: str | None = None,
+    dropout: float = 0.0,
 ) -> Path:
     """Write ``base/``, ``adapter/`` with a saved head, ``data/`` and ``task.yaml``; returns ``folder``."""
     torch.manual_seed(0)
@@ -49,7 +55,12 @@ def make_head(
         base.save_pretrained(folder / "base")
         tokenizer.save_pretrained(folder / "base")
         lora = LoraConfig(
-            r=3, lora_alpha=6, target_modules=["q_proj", "v_proj"], task_type="SEQ_CLS", modules_to_save=["score"]
+            r=3,
+            lora_alpha=6,
+            lora_dropout=dropout,
+            target_modules=["q_proj", "v_proj"],
+            task_type="SEQ_CLS",
+            modules_to_save=["score"],
         )
         model = get_peft_model(base, lora)
         for name, parameter in model.named_parameters():

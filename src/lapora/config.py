@@ -235,6 +235,55 @@ def options_of(settings: type) -> dict[str, DeclaredOption]:
     return {each.name: each for each in found if each is not None}
 
 
+_SIGMOID_LINKS: tuple[Link, ...] = ("mc-joint", "mc-indep", "probit", "map")
+
+LINKS: dict[LikelihoodName, tuple[Link, ...]] = {
+    "categorical": get_args(Link),
+    "preference": _SIGMOID_LINKS,
+    "gaussian": ("mc-joint", "map"),
+    "bernoulli": _SIGMOID_LINKS,
+    "multilabel": _SIGMOID_LINKS,
+}
+"""Links of each likelihood."""
+
+WITH_ANSWERS: tuple[LikelihoodName, ...] = ("categorical", "preference", "bernoulli")
+"""Likelihoods whose prediction is one distribution over answers, with a confidence."""
+
+_LIKELIHOODS_OF: dict[str, tuple[LikelihoodName, ...]] = {
+    "abstain_below": WITH_ANSWERS,
+    "coverage": WITH_ANSWERS,
+    "interval": ("gaussian",),
+    "penalty": ("preference",),
+    "unlabelled": (*WITH_ANSWERS, "multilabel"),
+}
+"""Options of some likelihoods."""
+
+_CATEGORICAL_ONLY = {"engine": ("asdl", "curvlinops"), "weight_sharing": ("asdl",), "method": ("adapted",)}
+
+
+def check_likelihood(likelihood: LikelihoodName, settings: Any) -> None:
+    """Refuse options and links that a likelihood does not have.
+
+    Args:
+        likelihood: The task's likelihood.
+        settings: Settings of a command.
+
+    Raises:
+        UsageError: An option or link belongs to other likelihoods; both are named.
+    """
+    kind: Any = type(settings)
+    for name, option in options_of(kind).items():
+        value, does_not_go = getattr(settings, name), f"does not go with likelihood {likelihood}"
+        others = _LIKELIHOODS_OF.get(name)
+        if others and likelihood not in others and value != option.default:
+            raise UsageError(f"{option.flag} {does_not_go}, but with {', '.join(others)}")
+        if likelihood != "categorical" and value in _CATEGORICAL_ONLY.get(name, ()):
+            raise UsageError(f"{option.flag} {value} {does_not_go}, but with categorical")
+        for link in (value if option.several else [value]) if option.kind == Link else ():
+            if link not in LINKS[likelihood]:
+                raise UsageError(f"--link {link} {does_not_go}: use {' or '.join(LINKS[likelihood])}")
+
+
 _LINKS = "mc-joint (sampled logits), mc-indep (no covariance), probit, bridge (Laplace bridge) or map (plain adapter)."
 _LINK_SYNONYMS = {"mc": "mc-joint", "joint": "mc-joint", "sampling": "mc-joint", "indep": "mc-indep"}
 _PRIOR_SYNONYMS = {

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import subprocess
 import sys
 from contextlib import nullcontext
@@ -9,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from safetensors.torch import load_file, save_file
 
 from lapora.cli import console, early
 from lapora.cli.fit import saying_how_to_resume
@@ -17,6 +20,7 @@ from lapora.errors import UsageError
 from lapora.report.tables import _nats
 from lapora.workflows.commands import command_line, tune_prior_arguments
 from tiny_adapter import command, fit_tiny, make_adapter, make_rows
+from tiny_heads import OUTPUTS, make_head, task_of
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +89,93 @@ def test_a_gpu_without_a_driver_is_refused(driver, refused, monkeypatch):
     with pytest.raises(UsageError, match="cuda:1: not available") if refused else nullcontext():
         early._check_device("cuda:1")
     early._check_device("cpu")
+
+
+@pytest.fixture(scope="module")
+def heads(tmp_path_factory) -> Path:
+    """Heads of one and of three outputs, a causal adapter, fitted posteriors, and a task of every likelihood."""
+    root = tmp_path_factory.mktemp("heads")
+    make_adapter(root / "causal")
+    make_head(root / "labels", "gaussian", problem_type="multi_label_classification")
+    for name, likelihood in (("one", "gaussian"), ("three", "multilabel")):
+        fit_tiny(make_head(root / name, likelihood))
+    for likelihood, outputs in OUTPUTS.items():
+        content = {**task_of(likelihood, outputs), "task": likelihood}
+        (root / f"{likelihood}.yaml").write_text(yaml.safe_dump(content))
+    (root / "two.yaml").write_text(yaml.safe_dump({**task_of("categorical", 2), "task": "two"}))
+    shutil.copytree(root / "one" / "adapter", root / "unsaved", ignore=shutil.ignore_patterns("laplace"))
+    file = root / "unsaved" / "adapter_model.safetensors"
+    save_file({key: value for key, value in load_file(file).items() if "score" not in key}, file)
+    return root
+
+
+NEW = ("--data-dir", "one/data", "--name", "new")
+CONTRADICTIONS = [
+    # kind of model, number of outputs, problem_type
+    (("fit", "causal/adapter", *NEW, "--data", "gaussian.yaml"), 5, ["likelihood gaussian", "task_type CAUSAL_LM"]),
+    (("fit", "causal/adapter", *NEW, "--data", "preference.yaml"), 5, ["likelihood preference", "task_type CAUSAL_LM"]),
+    (("fit", "three/adapter", *NEW, "--data", "gaussian.yaml"), 5, ["1 outputs of likelihood gaussian", "head 3"]),
+    (("fit", "three/adapter", *NEW, "--data", "bernoulli.yaml"), 5, ["1 outputs of likelihood bernoulli", "head 3"]),
+    (("fit", "one/adapter", *NEW, "--data", "multilabel.yaml"), 5, ["3 outputs of likelihood multilabel", "head 1"]),
+    (("fit", "one/adapter", *NEW, "--data", "two.yaml"), 5, ["2 answers", "head 1 outputs", "bernoulli, gaussian or"]),
+    (("fit", "unsaved", *NEW, "--data", "two.yaml"), 5, ["2 answers", "head 1 outputs"]),
+    (("fit", "labels/adapter", *NEW, "--data", "gaussian.yaml"), 5, ["likelihood gaussian", "multi_label_classifi"]),
+    (("calibrate", "labels/adapter", *NEW, "--data", "gaussian.yaml"), 5, ["likelihood gaussian", "multi_label_cla"]),
+    # options
+    (("fit", "one/adapter", *NEW, "--data", "gaussian.yaml", "--engine", "asdl"), 2, ["--engine asdl", "gaussian"]),
+    (("fit", "one/adapter", *NEW, "--data", "gaussian.yaml", "--unlabelled"), 2, ["--unlabelled", "gaussian"]),
+    (("calibrate", "one/adapter", *NEW, "--data", "gaussian.yaml", "--link", "probit"), 2, ["--link probit", "gaus"]),
+    (("tune-prior", "one/adapter", "--link", "bridge"), 2, ["--link bridge", "likelihood gaussian", "mc-joint or map"]),
+    (("tune-prior", "one/adapter", "--method", "adapted"), 2, ["--method adapted", "likelihood gaussian"]),
+    (("predict", "one/adapter", "gaussian.yaml", "--link", "probit"), 2, ["--link probit", "likelihood gaussian"]),
+    (("predict", "one/adapter", "gaussian.yaml", "--abstain-below", "0.5"), 2, ["--abstain-below", "gaussian"]),
+    (("predict", "one/adapter", "gaussian.yaml", "--penalty", "1"), 2, ["--penalty", "gaussian", "preference"]),
+    (("predict", "three/adapter", "gaussian.yaml", "--interval", "0.5"), 2, ["--interval", "multilabel", "gaussian"]),
+    (("eval", "one/adapter", "--link", "mc-indep"), 2, ["--link mc-indep", "likelihood gaussian"]),
+    (("eval", "one/adapter", "--methods", "all", "--link", "probit"), 2, ["--link probit", "likelihood gaussian"]),
+    (("eval", "three/adapter", "--coverage", "0.5"), 2, ["--coverage", "likelihood multilabel"]),
+    (("eval", "one/adapter", "--fail-if", "accuracy<0.5"), 2, ["accuracy", "likelihood gaussian", "rmse"]),
+    (("eval", "one", "--checkpoints", "--data", "gaussian.yaml", "--link", "probit"), 2, ["--link probit", "gaussian"]),
+    # rows
+    (("eval", "one/adapter", "--data", "bernoulli.yaml"), 5, ["likelihood bernoulli", "fitted with gaussian"]),
+    (("tune-prior", "one/adapter", "--data", "preference.yaml"), 5, ["likelihood preference", "fitted with gaussian"]),
+    (("eval", "one/adapter", "--ood", "preference.yaml"), 5, ["--ood preference", "posterior's gaussian"]),
+    (("eval", "three/adapter", "--ood", "two.yaml"), 5, ["--ood two: 2 answers", "the adapter has 3"]),
+    (("eval", "three/adapter", "--ood", "nothing"), 5, ["no built-in task 'nothing'"]),
+]
+ALL = """
+import contextlib, io, json, sys
+from lapora.cli.app import run
+found = []
+for arguments in json.load(sys.stdin):
+    sys.argv, said, status = ["lapora", *arguments], io.StringIO(), 0
+    with contextlib.redirect_stderr(said):
+        try:
+            run()
+        except SystemExit as end:
+            status = end.code
+    found.append([status, said.getvalue(), sorted({"torch", "transformers", "datasets"} & set(sys.modules))])
+print(json.dumps(found))
+"""
+
+
+@pytest.fixture(scope="module")
+def said(heads) -> list[tuple[int, str, list[str]]]:
+    """Exit status, standard error and slow imports of each command, in one process."""
+    arguments = json.dumps([each for each, *_ in CONTRADICTIONS])
+    done = subprocess.run(
+        [sys.executable, "-c", ALL], cwd=heads, input=arguments, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("case", range(len(CONTRADICTIONS)), ids=[" ".join(each) for each, *_ in CONTRADICTIONS])
+def test_contradictions_of_the_likelihood_are_said_without_torch(said, case):
+    _, status, words = CONTRADICTIONS[case]
+    found, text, slow = said[case]
+    assert (found, slow) == (status, []), text
+    assert len(text.splitlines()) == 1 and all(each in text for each in words), text
 
 
 @pytest.mark.parametrize("kept", [True, False])

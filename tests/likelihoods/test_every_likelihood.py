@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from lapora.config import LINKS, WITH_ANSWERS, PredictSettings, check_likelihood
 from lapora.curvature.passes import CurvatureRun, collect
 from lapora.errors import UsageError
 from lapora.likelihoods import likelihood_of
@@ -237,9 +238,9 @@ def components(likelihood: Likelihood) -> tuple[list[LogitMoments], Averaging]:
 @pytest.mark.parametrize("link", ["mc-joint", "probit"])
 def test_an_average_predicts_the_labels_as_the_sum_of_its_components(name, link):
     likelihood = make(name)
-    if link not in likelihood.links:
+    if link not in LINKS[name]:
         with pytest.raises(UsageError, match=f"--link {link} does not go with likelihood {name}"):
-            likelihood.check_link(link)
+            check_likelihood(name, PredictSettings(link=link))
         return
     found, averaging = components(likelihood)
     labels = labels_of(likelihood, 6)
@@ -274,7 +275,7 @@ def test_an_average_predicts_the_labels_as_the_sum_of_its_components(name, link)
 def test_without_variance_a_prediction_is_the_plain_adapters(name):
     likelihood = make(name)
     certain = LogitMoments(outputs_of(likelihood, 6), torch.zeros(6, *[likelihood.outputs] * 2, dtype=torch.float64))
-    for link in likelihood.links:
+    for link in LINKS[name]:
         if link == "mc-joint" or name != "categorical":
             table = likelihood.predict(link, [certain], Averaging.single())
             assert torch.allclose(table, likelihood.at_map(certain.mean), atol=1e-9)
@@ -300,7 +301,7 @@ def test_the_temperature_is_the_one_of_least_nll(name):
     likelihood = make(name)
     outputs = outputs_of(likelihood, 30)
     labels, table = labels_of(likelihood, 30), likelihood.at_map(outputs)
-    if likelihood.has_answers:  # mostly right, so that the temperature is not at its bound
+    if name in WITH_ANSWERS:  # mostly right, so that the temperature is not at its bound
         labels[:20] = table[:20].argmax(dim=1)
     elif name == "multilabel":
         labels[:20] = (outputs[:20] > 0).double()
@@ -320,3 +321,39 @@ def test_a_mixture_of_equal_predictions_is_that_prediction(name):
     mixed = likelihood.mixture(torch.stack([table, table, table]))
     assert torch.allclose(likelihood.row_nll(mixed, labels), likelihood.row_nll(table, labels))
     assert likelihood.scores(mixed, labels) == pytest.approx(likelihood.scores(table, labels), nan_ok=True)
+
+
+def test_the_uncertainty_of_several_labels_is_that_of_each():
+    likelihood, single = make("multilabel"), likelihood_of("bernoulli", ("no", "yes"))
+    found, averaging = components(likelihood)
+    table, information = likelihood.predict("mc-joint", found, averaging), likelihood.information(found, averaging)
+    measures = likelihood.uncertainty(table)
+    entropy, confidence, expected = (torch.zeros(6, dtype=torch.float64) for _ in range(3))
+    for label in range(likelihood.outputs):
+        own = slice(label, label + 1)
+        narrow = [LogitMoments(each.mean[:, own], each.covariance[:, own, own]) for each in found]
+        one = single.uncertainty(single.predict("mc-joint", narrow, averaging))
+        entropy, confidence = entropy + one["entropy"], confidence + (1.0 - one["max_probability"]) / 3
+        expected = expected + single.information(narrow, averaging)
+    assert torch.allclose(measures["entropy"], entropy) and torch.allclose(
+        1.0 - measures["max_probability"], confidence
+    )
+    assert torch.allclose(information, expected) and bool((information > 0).all())
+
+
+def test_the_uncertainty_of_a_regression_in_closed_form():
+    likelihood = make("gaussian")
+    found = moments(likelihood)
+    noise, epistemic = likelihood.variance, found.covariance.diagonal(dim1=1, dim2=2)
+    table = likelihood.predict("mc-joint", [found], Averaging.single())
+    normal = torch.distributions.Normal(torch.zeros(6, 2).double(), (epistemic + noise).sqrt())
+    measures = likelihood.uncertainty(table)
+    assert torch.allclose(measures["entropy"], normal.entropy().sum(dim=1))
+    assert torch.allclose(measures["deviation"], normal.scale.prod(dim=1).sqrt())
+    information = likelihood.information([found], Averaging.single())
+    assert torch.allclose(information, 0.5 * torch.log1p(epistemic / noise).sum(dim=1))
+    assert likelihood.noise_entropy == pytest.approx(
+        float(torch.distributions.Normal(0.0, noise.sqrt()).entropy().sum())
+    )
+    certain = likelihood.information([LogitMoments(found.mean, torch.zeros_like(found.covariance))], Averaging.single())
+    assert torch.allclose(certain, torch.zeros(6, dtype=torch.float64), atol=1e-12)

@@ -9,14 +9,19 @@ from dataclasses import replace
 
 import pytest
 import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import lapora
-from lapora.config import CheckpointSettings, DataSettings, EvalSettings, FitSettings, PredictSettings, PriorSettings
+from lapora.config import DataSettings, EvalSettings, FitSettings, PredictSettings, PriorSettings
 from lapora.errors import DataError, UsageError
 from lapora.likelihoods.gaussian import Gaussian
 from lapora.metrics.mixtures import mixture_moments
+from lapora.models.loading import silence_libraries
+from lapora.report.figures import checkpoint_pictures
+from lapora.report.tables import checkpoint_scores
 from lapora.storage.saved import SavedPosterior
-from lapora.workflows.checkpoints import evaluate_checkpoints
 from lapora.workflows.evaluate import run_evaluation
 from lapora.workflows.fit import estimate_memory, fit
 from lapora.workflows.predict import predict
@@ -25,7 +30,7 @@ from lapora.workflows.scoring import forward_outputs, score_rows
 from lapora.workflows.task_model import open_fitted
 from lapora.workflows.tune_prior import tune_prior
 from tiny_adapter import command, data_of, fit_tiny, model_of
-from tiny_heads import make_head, rows_of
+from tiny_heads import OUTPUTS, make_head, rows_of, task_of
 
 LIKELIHOODS = ("bernoulli", "multilabel", "gaussian", "preference")
 
@@ -37,6 +42,29 @@ def fitted_once(tmp_path_factory):
         folders[name] = make_head(tmp_path_factory.mktemp(name), name)
         fit_tiny(folders[name], prior_method="averaged")
     return folders
+
+
+@pytest.fixture(scope="module")
+def fitted_with_dropout(tmp_path_factory):
+    """A fitted adapter with dropout, another one beside it, and rows elsewhere."""
+    folders = {}
+    for name in LIKELIHOODS:
+        folder = folders[name] = make_head(tmp_path_factory.mktemp(f"{name}-dropout"), name, dropout=0.2)
+        fit_tiny(folder, prior_method="averaged")
+        move_weights(folder / "adapter", folder / "member")
+        (folder / "elsewhere").mkdir()
+        lines = [json.dumps(row) + "\n" for row in rows_of(name, 9, 3 if name == "multilabel" else 1, seed=8)]
+        (folder / "elsewhere" / "validation.jsonl").write_text("".join(lines))
+    return folders
+
+
+def move_weights(adapter, folder):
+    """Copy an adapter with slightly other weights, and without its posterior."""
+    shutil.copytree(adapter, folder, ignore=shutil.ignore_patterns("laplace"))
+    weights = load_file(folder / "adapter_model.safetensors")
+    generator = torch.Generator().manual_seed(4)
+    moved = {key: value + 0.1 * torch.randn(value.shape, generator=generator) for key, value in weights.items()}
+    save_file(moved, folder / "adapter_model.safetensors")
 
 
 @pytest.fixture
@@ -95,8 +123,7 @@ def test_every_structure_ends_at_map(name, structure, tiny):
     fit_tiny(folder, prior_method="averaged", structure=structure, overwrite=True, **_rank(structure))
     manifest = open_fitted(model_of(folder), "default").posterior.manifest
     curve = manifest.training_curve
-    assert (curve is None) == (name == "gaussian")
-    assert curve is None or curve.nll[-1] == pytest.approx(curve.map_nll, abs=1e-3)
+    assert curve.nll[-1] == pytest.approx(curve.map_nll, abs=1e-3)
     record = run_evaluation(model_of(folder), DataSettings(), EvalSettings()).record
     assert {result["method"] for result in record["results"]} == {"constant", "map", "laplace"}
 
@@ -114,13 +141,28 @@ def test_the_other_fishers(name, fisher, tiny):
 
 
 @pytest.mark.parametrize("name", LIKELIHOODS)
-def test_all_baselines_that_exist_are_scored(name, tiny, tmp_path):
-    folder = tiny(name)
-    done = run_evaluation(
-        model_of(folder), DataSettings(), EvalSettings(methods=("all",), temperature_oracle=True, interval=0.5)
+def test_all_baselines_that_exist_are_scored(name, fitted_with_dropout):
+    folder = fitted_with_dropout[name]
+    interval = {"interval": 0.5} if name == "gaussian" else {}
+    settings = EvalSettings(
+        methods=("all",),
+        temperature_oracle=True,
+        ensemble=(folder / "member",),
+        dropout_samples=3,
+        ood=(str(folder / "task.yaml"),),
+        ood_data_dirs=(folder / "elsewhere",),
+        **interval,
     )
+    done = run_evaluation(model_of(folder), DataSettings(), settings)
     results = {result["method"]: result for result in done.record["results"]}
-    assert {"constant", "map", "temperature", "temperature (oracle)", "laplace"} <= set(results)
+    assert list(results) == [
+        *("constant", "map", "temperature", "temperature (oracle)", "mc-dropout", "ensemble", "laplace")
+    ]
+    assert len([result for result in done.record["results"] if result["method"] == "laplace"]) == (
+        1 if name == "gaussian" else 3
+    )
+    tables = {each.method: each.table for each in done.predictions}
+    assert not torch.equal(tables["ensemble"], tables["map"]) and not torch.equal(tables["mc-dropout"], tables["map"])
     wanted = {
         "gaussian": {"rmse", "nll", "crps", "interval_coverage", "interval_width"},
         "multilabel": {"f1_macro", "f1_micro", "exact_match", "ece", "nll", "brier"},
@@ -131,6 +173,18 @@ def test_all_baselines_that_exist_are_scored(name, tiny, tmp_path):
         assert results["temperature (oracle)"]["nll"] <= results["map"]["nll"]
     if name == "preference":
         assert results["constant"]["nll"] == pytest.approx(math.log(2))
+    (shifted,) = done.record["ood"]
+    score = {"gaussian": "rmse", "multilabel": "f1_micro"}.get(name, "accuracy")
+    measure = "deviation" if name == "gaussian" else "max_probability"
+    assert shifted["n"] == 9 and len(shifted["results"]) == len(done.record["results"]) - 2
+    for result in shifted["results"]:
+        alone = result["method"] in ("map", "temperature")
+        assert (result["mutual_information"] is None) == alone == (result["auroc"]["mutual_information"] is None)
+        assert alone or result["mutual_information"] > 0
+        assert set(result["auroc"]) == {measure, "entropy", "mutual_information"} and result[score] is not None
+        assert 0 <= result["auroc"]["entropy"] <= 1
+        if name == "gaussian" and alone:  # the plain adapter is as sure of one row as of another
+            assert result["auroc"]["deviation"] == 0.5 and result["deviation"] == pytest.approx(result["deviation_in"])
 
 
 def test_the_noise_is_the_residual_variance_of_the_training_rows(tiny):
@@ -172,13 +226,33 @@ def test_the_marginal_likelihood_scales_the_noise(tiny):
     assert record["deviation"] ** 2 == pytest.approx(total, rel=1e-6)
 
 
-def test_a_regression_without_labelled_rows_has_the_prior_of_its_evidence(tiny):
+def test_a_regression_without_labelled_rows_is_averaged_by_its_training_rows(tiny):
     folder = tiny("gaussian")
     (folder / "data" / "validation.jsonl").unlink()
     result = fit_tiny(folder, prior_method="averaged", overwrite=True)
-    assert result.prior["method"] == "marglik" and result.prior["noise_scale"] == result.evidence.noise_scale
+    assert result.prior["method"] == "averaged" and result.prior["averaged"]["temperatures"] == [1.0]
     tuned = tune_prior(model_of(folder), None, PriorSettings())
-    assert tuned.prior == result.prior and "since there are no labelled rows" in tuned.reason
+    assert tuned.prior == result.prior and "no labelled rows" in tuned.notes[0]
+    by_evidence = tune_prior(model_of(folder), None, PriorSettings(method="marglik")).prior
+    assert by_evidence["noise_scale"] == result.evidence.noise_scale > 1.0
+
+
+def test_what_the_training_rows_tolerate_does_not_depend_on_the_unit(tiny):
+    """Targets and head a thousand times as large give the same tolerance and the same relative deviations."""
+    folder = tiny("gaussian")
+    small = fit_tiny(folder, prior_method="averaged", overwrite=True).prior["averaged"]
+    (before,) = predict(model_of(folder), PredictSettings(), lines_of("gaussian", 1))
+    weights = load_file(folder / "adapter" / "adapter_model.safetensors")
+    scaled = {key: 1e3 * value if "score" in key else value for key, value in weights.items()}
+    save_file(scaled, folder / "adapter" / "adapter_model.safetensors")
+    for file in (folder / "data").glob("*.jsonl"):
+        rows = [json.loads(line) for line in file.read_text().splitlines()]
+        file.write_text("".join(json.dumps({**row, "label": 1e3 * row["label"]}) + "\n" for row in rows))
+    large = fit_tiny(folder, prior_method="averaged", overwrite=True).prior["averaged"]
+    (after,) = predict(model_of(folder), PredictSettings(), lines_of("gaussian", 1))
+    assert large["tolerance"] == pytest.approx(small["tolerance"], rel=1e-3)
+    assert after["deviation"] == pytest.approx(1e3 * before["deviation"], rel=1e-3)
+    assert after["epistemic_deviation"] == pytest.approx(1e3 * before["epistemic_deviation"], rel=1e-3)
 
 
 def test_validation_finds_the_noise_of_least_nll(tiny):
@@ -233,10 +307,37 @@ def test_settings_of_another_likelihood_are_refused(name, settings, message, fit
         list(predict(model_of(fitted_once[name]), PredictSettings(**settings), lines_of(name)))
 
 
-@pytest.mark.parametrize("settings", [{"ood": ("tiny",)}, {"coverage": 0.9}])
-def test_scores_of_answers_are_refused_without_answers(settings, fitted_once):
-    with pytest.raises(UsageError, match="needs a likelihood with answers, which gaussian is not"):
-        run_evaluation(model_of(fitted_once["gaussian"]), DataSettings(), EvalSettings(**settings))
+@pytest.mark.parametrize("name", LIKELIHOODS)
+def test_coverage_is_for_answers(name, fitted_once):
+    model, settings = model_of(fitted_once[name]), EvalSettings(coverage=0.5, methods=("map",))
+    if name in ("gaussian", "multilabel"):
+        with pytest.raises(UsageError, match=f"--coverage does not go with likelihood {name}, but with categorical"):
+            run_evaluation(model, DataSettings(), settings)
+        return
+    done = run_evaluation(model, DataSettings(), settings)
+    found = done.record["results"][0]["coverage"]
+    confidence = done.predictions[0].table.exp().amax(dim=1)
+    assert found["coverage"] == float((confidence >= found["threshold"]).double().mean()) >= 0.5
+
+
+def test_rows_of_another_task_without_targets_tell_a_regression_apart(tiny):
+    """Rows of pairs are refused; of answers, the texts are read."""
+    folder = tiny("gaussian")
+    other = folder / "other"
+    other.mkdir()
+    rows = rows_of("categorical", 9, 3, seed=8)
+    (other / "validation.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "answers.yaml").write_text(json.dumps(task_of("categorical", 3)))
+    settings = EvalSettings(methods=("laplace",), ood=(str(folder / "answers.yaml"),), ood_data_dirs=(other,))
+    done = run_evaluation(model_of(folder), DataSettings(), settings)
+    (plain, laplace) = done.record["ood"][0]["results"]
+    assert plain["rmse"] is None and laplace["rmse"] is None
+    records = list(predict(model_of(folder), PredictSettings(), [json.dumps(row).encode() for row in rows]))
+    deviation = sum(record["deviation"] for record in records) / len(records)
+    assert laplace["deviation"] == pytest.approx(deviation, rel=1e-5)
+    (folder / "pairs.yaml").write_text(json.dumps(task_of("preference", 1)))
+    with pytest.raises(DataError, match="its likelihood is preference, and the posterior's gaussian"):
+        run_evaluation(model_of(folder), DataSettings(), replace(settings, ood=(str(folder / "pairs.yaml"),)))
 
 
 def change_task(folder, **keys):
@@ -291,20 +392,79 @@ def test_the_memory_is_estimated(name, fitted_once):
     assert found.activations > 0 and found.batch == (21 if name == "preference" else 24, 48)
 
 
-def test_checkpoints_and_the_adapted_evidence_are_for_answers(tiny):
-    folder = tiny("gaussian")
-    shutil.copytree(folder / "adapter", folder / "checkpoint-1")
-    model = replace(model_of(folder), adapter=str(folder))
-    with pytest.raises(UsageError, match="compares accuracy and ECE"):
-        evaluate_checkpoints(model, data_of(folder), EvalSettings(), CheckpointSettings(), print)
-    fit_tiny(folder, structure="full", overwrite=True)
-    with pytest.raises(UsageError, match="needs likelihood categorical"):
-        tune_prior(model_of(folder), None, PriorSettings(method="adapted"))
+@pytest.mark.parametrize("name", LIKELIHOODS)
+def test_the_checkpoints_of_a_run(name, tiny, monkeypatch, capfdbinary, tmp_path):
+    folder = tiny(name)
+    move_weights(folder / "adapter", folder / "run" / "checkpoint-2")
+    move_weights(folder / "run" / "checkpoint-2", folder / "run" / "checkpoint-10")
+    data = ("--data", folder / "task.yaml", "--data-dir", folder / "data", "--device", "cpu")
+    written = ("--plots", tmp_path / "plots", "--report", tmp_path / "run.html")
+    status, out, said = command(
+        monkeypatch, capfdbinary, "eval", folder / "run", "--checkpoints", *data, *written, "--json"
+    )
+    assert status == 0, said
+    record = json.loads(out)
+    scores = {"gaussian": ["rmse", "crps", "nll"], "multilabel": ["f1_micro", "ece", "nll"]}
+    assert checkpoint_scores(record) == scores.get(name, ["accuracy", "ece", "nll"])
+    assert [each["step"] for each in record["checkpoints"]] == [2, 10] and record["skipped"] == {}
+    links = {(result["name"], result["link"]) for result in record["checkpoints"][1]["results"] if "link" in result}
+    wanted = ["mc-joint"] if name == "gaussian" else ["mc-joint", "mc-indep", "probit"]
+    assert links == {(each, link) for each in ("la-kron", "la-diag", "llla-kron", "llla-diag") for link in wanted}
+    names = {file.stem for file in (tmp_path / "plots").glob("*.svg")}
+    assert names == {"checkpoints", "checkpoints-structures", *(["checkpoints-links"] if len(wanted) > 1 else [])}
+    assert (tmp_path / "run.html").read_text().count("data:image/svg+xml") == len(names)
+    best = (min if name == "gaussian" else max)(
+        record["checkpoints"], key=lambda each: each["results"][1][checkpoint_scores(record)[0]]
+    )
+    (picture, *_) = checkpoint_pictures(record)
+    dashed = next(line for line in picture.figure.axes[0].lines if len(set(line.get_xdata())) == 1)
+    assert dashed.get_xdata()[0] == best["step"]
 
 
 def test_engines_of_laplace_torch_are_for_answers(tiny):
-    with pytest.raises(UsageError, match="has likelihood categorical alone"):
+    with pytest.raises(UsageError, match="--engine curvlinops does not go with likelihood gaussian"):
         fit_tiny(tiny("gaussian"), engine="curvlinops", overwrite=True)
+    with pytest.raises(UsageError, match="--weight-sharing asdl does not go with likelihood bernoulli"):
+        fit_tiny(tiny("bernoulli"), weight_sharing="asdl", overwrite=True)
+
+
+def test_the_adapted_evidence_is_for_answers(fitted_once):
+    with pytest.raises(UsageError, match="--method adapted does not go with likelihood gaussian"):
+        tune_prior(model_of(fitted_once["gaussian"]), None, PriorSettings(method="adapted"))
+
+
+@pytest.mark.parametrize("structure", ["kind", "layer"])
+@pytest.mark.parametrize("method", ["auto", "validation", "marglik"])
+@pytest.mark.parametrize("name", LIKELIHOODS)
+def test_several_prior_precisions(name, method, structure, tiny, monkeypatch, capfdbinary):
+    folder = tiny(name)
+    prior = tune_prior(model_of(folder), None, PriorSettings(method=method, structure=structure)).prior
+    assert prior["structure"] == structure and len(prior["precision"]) > 1
+    for extra in ((), ("--json",)):
+        status, out, said = command(monkeypatch, capfdbinary, "inspect", folder / "adapter", *extra)
+        assert status == 0 and out, said
+
+
+def test_the_scale_of_a_regression_is_averaged_over(tiny):
+    """Tempering: of rows with three times the residuals, the predictive deviation is about three times as large."""
+    folder = tiny("gaussian")
+    file = folder / "data" / "validation.jsonl"
+    fitted, rows, tables = table_and_rows(folder)
+    residuals = rows.targets - tables["map"][0][:, :, 0, 0]
+    factor = 3.0 * math.sqrt(fitted.posterior.manifest.noise_variance[0]) / float(residuals.square().mean().sqrt())
+    wide = rows.targets + (factor - 1.0) * residuals
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    file.write_text(
+        "".join(json.dumps({**line, "label": y}) + "\n" for line, y in zip(lines, wide[:, 0].tolist(), strict=True))
+    )
+    for method in ("auto", "validation"):
+        tune_prior(model_of(folder), DataSettings(data_dir=folder / "data", limit=12), PriorSettings(method=method))
+        fitted = open_fitted(model_of(folder), "default")
+        found = score_rows(fitted, rows, ["mc-joint"], samples=256).tables
+        mean, variance = mixture_moments(found["mc-joint"][0])
+        assert torch.allclose(mean, tables["map"][0][:, :, 0, 0], atol=1e-5)
+        ratio = float((variance / fitted.posterior.manifest.noise_variance[0]).sqrt().mean())
+        assert 2.0 < ratio < 4.5, method
 
 
 @pytest.mark.parametrize("name", LIKELIHOODS)
@@ -320,6 +480,30 @@ def test_the_python_api(name, tiny):
         folder / "adapter", data=folder / "task.yaml", data_dir=folder / "data", name="c", device="cpu"
     )
     assert done.verdict.better is None, "six rows are too few to judge"
+
+
+@pytest.mark.parametrize("name", LIKELIHOODS)
+def test_a_model_in_memory_predicts_as_its_files(name, fitted_once, tmp_path):
+    folder = fitted_once[name]
+    with silence_libraries():
+        base = AutoModelForSequenceClassification.from_pretrained(folder / "base", num_labels=OUTPUTS[name])
+        network = PeftModel.from_pretrained(base, str(folder / "adapter"))
+        tokenizer = AutoTokenizer.from_pretrained(folder / "base")
+    rows = [json.loads(line) for line in (folder / "data" / "train.jsonl").read_text().splitlines()]
+    predictor = lapora.fit_model(network, tokenizer, rows, task=folder / "task.yaml", output_dir=tmp_path)
+    row = rows_of(name, 1, OUTPUTS[name], seed=4)[0]
+    found = predictor.predict(row).record
+    (record,) = predict(model_of(folder), PredictSettings(logits=True), [json.dumps(row).encode()])
+    flat, expected = (torch.tensor(list(numbers_in(each))) for each in (found, record))
+    assert found.keys() == record.keys() and torch.allclose(flat, expected, rtol=1e-3, atol=1e-4)
+
+
+def numbers_in(value):
+    if isinstance(value, (dict, list)):
+        for each in value.values() if isinstance(value, dict) else value:
+            yield from numbers_in(each)
+    elif isinstance(value, (int, float)):
+        yield float(value)
 
 
 @pytest.mark.parametrize("name", LIKELIHOODS)
@@ -354,8 +538,9 @@ def test_predictions_of_a_regression_as_columns(tiny, monkeypatch, capfdbinary, 
     assert header.startswith("index,id,prediction,deviation,epistemic_deviation,interval.low,interval.high")
 
 
-def test_an_interrupted_fit_of_pairs_resumes_to_the_same_posterior(tiny):
-    folder = tiny("preference")
+@pytest.mark.parametrize("name", ["gaussian", "multilabel", "preference"])
+def test_an_interrupted_fit_resumes_to_the_same_posterior(name, tiny):
+    folder = tiny(name)
     options = {"overwrite": True, "model": {"batch_size": 4}}
     whole = fit_tiny(folder, **options)
     before = SavedPosterior(whole.folder).tensors

@@ -37,7 +37,7 @@ def calibrate_command(
         lapora calibrate ADAPTER --data task.yaml --data-dir data
     """
     refuse_missing_task(data)
-    check_fit([model], data, settings)
+    check_fit([model], data, settings, predictions)
     with loading():
         from lapora.workflows.calibrate import calibrate
 

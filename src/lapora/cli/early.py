@@ -6,42 +6,67 @@ import ctypes
 import functools
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
-from lapora.config import DataSettings, FitSettings, ModelSettings
+from lapora.config import (
+    DataSettings,
+    EvalSettings,
+    FitSettings,
+    ModelSettings,
+    PredictSettings,
+    PriorSettings,
+    check_likelihood,
+)
 from lapora.errors import DataError, LaporaError, SeveralError, UsageError
-from lapora.models.adapter import check_adapter_files, kind_and_labels
+from lapora.models.adapter import check_adapter_files, read_head
+
+if TYPE_CHECKING:
+    from lapora.workflows.results import Gate
 
 
-def check_fit(models: list[ModelSettings], data: DataSettings, settings: FitSettings) -> None:
-    """Check the files that a fit reads and the posterior that it would replace.
+def check_fit(
+    models: list[ModelSettings],
+    data: DataSettings,
+    settings: FitSettings,
+    predictions: PredictSettings = PredictSettings(),
+) -> None:
+    """Check the files that a fit reads, the posterior that it would replace, and options against the likelihood.
 
-    With several adapters only the data are checked: an error in one adapter stops no other.
+    With several adapters only the data and options are checked: an error in one adapter stops no other.
 
     Raises:
         LaporaError: What is wrong; several mistakes are one error, with the status of the first.
     """
     from lapora.storage.saved import posterior_folder, refuse_to_replace
 
-    checks: list[Callable[[], object]] = [lambda: _check_device(models[0].device), lambda: _check_data(data)]
+    checks: list[Callable[[], object]] = [
+        lambda: _check_device(models[0].device),
+        lambda: _check_data(data, settings, predictions),
+    ]
     if len(models) == 1:
         folder = posterior_folder(models[0].root, settings.name)
         checks.insert(0, lambda: check_adapter_files(models[0].folder))
         checks.append(lambda: refuse_to_replace(folder, overwrite=settings.overwrite))
     _raise_together(checks)
     if len(models) == 1:
-        _check_rows(models[0].folder, data, settings)
+        _check_rows(models[0], data, settings)
 
 
-def check_fitted(model: ModelSettings, names: tuple[str, ...], data: DataSettings | None = None) -> None:
-    """Check an adapter's files, its posteriors' manifests and the data asked for.
+def check_fitted(
+    model: ModelSettings,
+    names: Sequence[str],
+    settings: PriorSettings | EvalSettings | PredictSettings,
+    data: DataSettings | None = None,
+    gates: Sequence[Gate] = (),
+) -> None:
+    """Check an adapter's files, its posteriors' manifests, the data asked for, and options against the likelihood.
 
     Raises:
         LaporaError: What is wrong; several mistakes are one error, with the status of the first.
     """
-    from lapora.storage.saved import SavedPosterior, posterior_folder
+    from lapora.storage.saved import posterior_folder
 
     if not model.folder.is_dir():  # it has no posterior either
         check_adapter_files(model.folder)
@@ -51,10 +76,19 @@ def check_fitted(model: ModelSettings, names: tuple[str, ...], data: DataSetting
     ]
     for name in names:
         folder = posterior_folder(model.root, name)
-        checks.append(functools.partial(SavedPosterior, folder, validate_prior=False))
+        checks.append(functools.partial(_check_posterior, folder, settings, data or DataSettings(), gates))
     if data is not None:
         checks.append(lambda: _check_data(data))
     _raise_together(checks)
+
+
+def check_rows(model: ModelSettings, data: DataSettings, settings: EvalSettings) -> None:
+    """Check the device, the data asked for, and options against the task's likelihood.
+
+    Raises:
+        LaporaError: What is wrong; several mistakes are one error, with the status of the first.
+    """
+    _raise_together([lambda: _check_device(model.device), lambda: _check_data(data, settings)])
 
 
 def check_input(source: str) -> None:
@@ -67,11 +101,33 @@ def check_input(source: str) -> None:
         raise DataError(f"{source}: cannot be read (No such file or directory)")
 
 
-def _check_data(data: DataSettings) -> None:
+def _check_posterior(
+    folder: Path,
+    settings: PriorSettings | EvalSettings | PredictSettings,
+    data: DataSettings,
+    gates: Sequence[Gate],
+) -> None:
+    from lapora.storage.saved import SavedPosterior
+    from lapora.tasks import load_task
+    from lapora.workflows.contradictions import check_other_rows, resolve_task
+    from lapora.workflows.results import check_gate_metrics
+
+    manifest = SavedPosterior(folder, validate_prior=False).manifest
+    task = resolve_task(data, manifest)
+    check_likelihood(task.likelihood, settings)
+    check_gate_metrics(gates, task.likelihood)
+    for name in settings.ood if isinstance(settings, EvalSettings) else ():
+        check_other_rows(load_task(name), manifest)
+
+
+def _check_data(data: DataSettings, *settings: FitSettings | PredictSettings | EvalSettings) -> None:
     from lapora.tasks import load_task
     from lapora.tasks.rows import find_split_file
 
     task = load_task(data.task) if data.task is not None else None
+    if task is not None:
+        for each in settings:
+            check_likelihood(task.likelihood, each)
     if data.data_dir is not None and data.split is not None:
         find_split_file(data.data_dir, [data.split, *([task.source_split(data.split)] if task else [])])
 
@@ -100,23 +156,19 @@ def _has_no_driver(device: str) -> bool:
     return False
 
 
-def _check_rows(adapter: Path, data: DataSettings, settings: FitSettings) -> None:
+def _check_rows(model: ModelSettings, data: DataSettings, settings: FitSettings) -> None:
     """Render the first rows of a local file, and check their fields, labels and answers against the adapter."""
     from lapora.tasks import load_rows, load_task, render_all, resolve_choices
     from lapora.tasks.examples import missing_label_fields, refuse_missing_labels
+    from lapora.workflows.contradictions import check_head
 
-    kind, labels = kind_and_labels(adapter)
+    head = read_head(model)
     task = load_task(cast(str, data.task))
+    check_head(task, head)
+    kind = head.kind
     task.prompt_templates(kind)
     if settings.chat_template and kind == "classifier":
         raise UsageError("--chat-template wraps the prompt of a causal language model; this adapter is a classifier")
-    if labels is not None and isinstance(task.doc_to_choice, tuple):
-        outputs = 1 if task.likelihood in ("bernoulli", "preference") else len(task.doc_to_choice)
-        if labels != outputs:
-            raise DataError(
-                f"task {task.task} has {len(task.doc_to_choice)} answers and the adapter's head {labels} outputs; give "
-                "the task the adapter was trained on"
-            )
     if data.data_dir is None and not task.reads_files:
         return  # rows on the Hub
     limit = min(data.limit or _ROWS_CHECKED, _ROWS_CHECKED)
@@ -136,4 +188,4 @@ def _raise_together(checks: list[Callable[[], object]]) -> None:
     if len(found) == 1:
         raise found[0]
     if found:
-        raise SeveralError("; ".join(map(str, found)), found[0].exit_status)
+        raise SeveralError("; ".join(dict.fromkeys(map(str, found))), found[0].exit_status)

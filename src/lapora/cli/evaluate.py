@@ -7,7 +7,6 @@ import json
 import shlex
 import sys
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,7 +15,7 @@ import typer
 from lapora._version import __version__
 from lapora.cli.arguments import Fields, JsonOption, command
 from lapora.cli.console import RowProgress, loading, print_message
-from lapora.cli.early import check_fitted
+from lapora.cli.early import check_fitted, check_rows
 from lapora.config import (
     CHECKPOINTS,
     OUTPUT,
@@ -24,7 +23,6 @@ from lapora.config import (
     CheckpointSettings,
     DataSettings,
     EvalSettings,
-    Link,
     ModelSettings,
     Option,
 )
@@ -32,8 +30,6 @@ from lapora.errors import UsageError
 
 if TYPE_CHECKING:
     from lapora.workflows.evaluate import Evaluation
-
-_CHECKPOINT_LINKS: tuple[Link, ...] = ("mc-joint", "mc-indep", "probit", "bridge")
 
 
 @command()
@@ -61,10 +57,9 @@ def eval_command(
     """
     if checkpoints:
         _refuse_for_checkpoints(model, settings, fitting, fail_if)
+        check_rows(model, data, settings)
         from lapora.workflows.checkpoints import evaluate_checkpoints
 
-        if not settings.links:
-            settings = replace(settings, links=_CHECKPOINT_LINKS)
         with RowProgress("eval") as progress:
             record = evaluate_checkpoints(model, data, settings, fitting, print_message, progress)
         if model.processes.is_main:
@@ -75,11 +70,12 @@ def eval_command(
         raise UsageError(
             "--fit-split, --fit-limit, --max-length, --chat-template and --prior-method need --checkpoints"
         )
+    from lapora.storage.saved import saved_names
     from lapora.workflows.results import append_result, check_gates, parse_gate
 
     gates = [parse_gate(condition) for condition in fail_if]
-    everything = "all" in settings.methods
-    check_fitted(model, settings.names or (() if everything else ("default",)), data)
+    names = settings.names or (saved_names(model.root) if "all" in settings.methods else ("default",))
+    check_fitted(model, names, settings, data, gates)
     with loading():
         from lapora.workflows.evaluate import run_evaluation
 

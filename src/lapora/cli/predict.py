@@ -60,7 +60,7 @@ def predict_command(
         raise UsageError(f"--output {output}: adapters may have different answers; write JSON lines")
     kind = resolve_format(source, input_format)
     if not settings.adapters:
-        check_fitted(model, (settings.name,))
+        check_fitted(model, (settings.name,), settings)
     check_input(source)
     if source == "-" and sys.stdin is not None and sys.stdin.isatty() and model.processes.is_main:
         print_message(_waiting(kind))

@@ -33,7 +33,7 @@ def tune_prior_command(
         lapora tune-prior ADAPTER
         lapora tune-prior ADAPTER --method marglik --prior layer
     """
-    check_fitted(model, (settings.name,), data)
+    check_fitted(model, (settings.name,), settings, data)
     with loading():
         from lapora.workflows.tune_prior import tune_prior
 

@@ -40,6 +40,10 @@ class AnswerLikelihood(Likelihood):
         log_p = torch.logsumexp(tables, dim=0) - math.log(len(tables))
         return log_p - torch.logsumexp(log_p, dim=1, keepdim=True)
 
+    def uncertainty(self, table: Tensor) -> dict[str, Tensor]:
+        """Return one less the largest probability, and the entropy."""
+        return {"max_probability": 1.0 - table.exp().amax(dim=1), "entropy": metrics.row_entropy(table)}
+
     def constant(self, targets: Tensor) -> Tensor:
         """Return the frequencies of the labels."""
         return metrics.constant_predictor(targets, len(self.choices))

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from lapora.config import DEFAULT_INTERVAL, DEFAULT_SAMPLES, FisherType, LikelihoodName, Link, PredictSettings
-from lapora.errors import UsageError
 from lapora.metrics import Interval, bootstrap_intervals
 
 Scorer = Callable[[Tensor], dict[str, Tensor]]
@@ -106,11 +105,8 @@ class Likelihood(ABC):
     choices: tuple[str, ...] = ()
 
     name: ClassVar[LikelihoodName]
-    links: ClassVar[tuple[Link, ...]]
-    """Links from moments to a prediction."""
-
-    has_answers: ClassVar[bool] = True
-    """Whether a prediction is one distribution over :attr:`choices`, with a confidence and an entropy."""
+    score: ClassVar[str] = "accuracy"
+    """Score of right and wrong, whatever the probabilities."""
 
     has_noise: ClassVar[bool] = False
     """Whether the noise is measured on the training rows, which must all have a target."""
@@ -124,6 +120,11 @@ class Likelihood(ABC):
         return len(self.choices)
 
     @property
+    def noise_entropy(self) -> float:
+        """Entropy of the targets given the outputs in nats a row, where it is the same for all rows; else 0."""
+        return 0.0
+
+    @property
     def columns(self) -> int:
         """Number of columns of the exact Fisher's square root."""
         return self.outputs - self.uses_differences
@@ -132,30 +133,6 @@ class Likelihood(ABC):
     def directions(self) -> Directions:
         """Directions in output space that span the columns."""
         return difference_columns if self.uses_differences else class_columns
-
-    def check_link(self, link: Link) -> None:
-        """Refuse a link that this likelihood does not have.
-
-        Raises:
-            UsageError: It has others.
-        """
-        if link not in self.links:
-            raise UsageError(f"--link {link} does not go with likelihood {self.name}: use {' or '.join(self.links)}")
-
-    def check_settings(self, settings: PredictSettings) -> None:
-        """Refuse settings of ``predict`` that another likelihood has.
-
-        Raises:
-            UsageError: The link, or a field, does not exist for this likelihood.
-        """
-        self.check_link(settings.link)
-        for option, given, belongs in (
-            ("--interval", settings.interval is not None, self.has_noise),
-            ("--penalty", settings.penalty is not None, self.name == "preference"),
-            ("--abstain-below", settings.abstain_below is not None, self.has_answers),
-        ):
-            if given and not belongs:
-                raise UsageError(f"{option} does not go with likelihood {self.name}")
 
     def with_noise(self, outputs: Tensor, targets: Tensor) -> Likelihood:
         """Return the likelihood with the noise of the plain adapter's residuals."""
@@ -259,11 +236,15 @@ class Likelihood(ABC):
             ``(D, T, B)`` in float64.
         """
 
+    @abstractmethod
     def information(
         self, found: Sequence[LogitMoments], averaging: Averaging, *, samples: int = DEFAULT_SAMPLES, seed: int = 0
     ) -> Tensor:
-        """Return the mutual information of answer and weights, ``(B,)`` in nats; of likelihoods with answers."""
-        raise NotImplementedError
+        """Return the mutual information of target and weights, ``(B,)`` in nats."""
+
+    @abstractmethod
+    def uncertainty(self, table: Tensor) -> dict[str, Tensor]:
+        """Return scores ``(N,)`` of each row that are higher where less is known; ``entropy`` in nats is one."""
 
     @abstractmethod
     def at_map(self, outputs: Tensor) -> Tensor:

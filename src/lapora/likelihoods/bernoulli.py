@@ -49,7 +49,6 @@ class Bernoulli(AnswerLikelihood):
     """``p(y|f)`` of two answers by one logit, which speaks for the answer :attr:`positive`."""
 
     name: ClassVar[LikelihoodName] = "bernoulli"
-    links: ClassVar[tuple[Link, ...]] = ("mc-joint", "mc-indep", "probit", "map")
     positive: ClassVar[int] = 1
 
     @property

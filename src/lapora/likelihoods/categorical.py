@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import get_args
 
 import torch
 from torch import Tensor
@@ -24,7 +23,6 @@ class Categorical(AnswerLikelihood):
     """``p(y|f) = softmax(f)_y``; see this module's functions."""
 
     name = "categorical"
-    links = get_args(Link)
     uses_differences = True
 
     def exact_columns(self, outputs: Tensor) -> Tensor:

@@ -35,6 +35,7 @@ from lapora.metrics.mixtures import (
 )
 
 _NO_VARIANCE = 1e-24
+_LOG_2_PI_E = math.log(2.0 * math.pi * math.e)
 
 
 @dataclass(frozen=True)
@@ -49,8 +50,7 @@ class Gaussian(Likelihood):
     noise: tuple[float, ...] = ()
 
     name = "gaussian"
-    links = ("mc-joint", "map")
-    has_answers = False
+    score = "rmse"
     has_noise = True
 
     def with_noise(self, outputs: Tensor, targets: Tensor) -> Gaussian:
@@ -73,6 +73,11 @@ class Gaussian(Likelihood):
     def variance(self) -> Tensor:
         """v, ``(K,)`` in float64."""
         return torch.tensor(self.noise or (1.0,) * self.outputs, dtype=torch.float64)
+
+    @property
+    def noise_entropy(self) -> float:
+        """Return ``Σ_k log(2πe v_k) / 2``: the NLL of MAP on the training rows."""
+        return 0.5 * float((self.variance.log() + _LOG_2_PI_E).sum())
 
     def targets(self, values: Sequence[Any]) -> Tensor:
         """Return the targets, ``(N, K)`` in float64."""
@@ -139,6 +144,21 @@ class Gaussian(Likelihood):
         squared = (targets.double().cpu() - found[0].mean.double().cpu()).square()
         variance = (_variances(found) + self.variance).unsqueeze(1) * temperatures.square().reshape(-1, 1, 1)
         return -0.5 * (squared / variance + variance.log() + math.log(2.0 * math.pi)).sum(dim=3)
+
+    def information(
+        self, found: Sequence[LogitMoments], averaging: Averaging, *, samples: int = DEFAULT_SAMPLES, seed: int = 0
+    ) -> Tensor:
+        """Return the entropy of a Gaussian of the prediction's variance less the mean entropy of the noise."""
+        components = averaging.components
+        noise = sum(weight * (self.variance.log() + 2.0 * math.log(scale)) for _, scale, weight in components)
+        _, variance = mixture_moments(self.predict("mc-joint", found, averaging))
+        return 0.5 * (variance.log() - noise).sum(dim=1)
+
+    def uncertainty(self, table: Tensor) -> dict[str, Tensor]:
+        """Return the deviation (of several outputs the geometric mean), and the entropy of Gaussians that have it."""
+        _, variance = mixture_moments(table)
+        entropy = 0.5 * (variance.log() + _LOG_2_PI_E).sum(dim=1)
+        return {"deviation": (0.5 * variance.log().mean(dim=1)).exp(), "entropy": entropy}
 
     def at_map(self, outputs: Tensor) -> Tensor:
         """Return ``N(f, v)``."""

@@ -18,7 +18,11 @@ from lapora import metrics
 from lapora.config import DEFAULT_SAMPLES, Link, PredictSettings
 from lapora.likelihoods.base import Averaging, Likelihood, LogitMoments, ScoreOptions, Scorer, logits_record
 from lapora.likelihoods.bernoulli import bernoulli_columns, two_answers
-from lapora.likelihoods.categorical import averaged_log_probabilities, grid_log_probabilities
+from lapora.likelihoods.categorical import (
+    averaged_log_probabilities,
+    averaged_mutual_information,
+    grid_log_probabilities,
+)
 from lapora.metrics.weighted import ECE_BINS, equal_width_bins
 
 
@@ -26,8 +30,7 @@ class Multilabel(Likelihood):
     """``p(y|f) = Π_k sigmoid(±f_k)`` with labels y in {0, 1}^K."""
 
     name = "multilabel"
-    links = ("mc-joint", "mc-indep", "probit", "map")
-    has_answers = False
+    score = "f1_micro"
 
     def targets(self, values: Sequence[Any]) -> Tensor:
         """Return the labels, ``(N, K)`` of 0 and 1."""
@@ -86,6 +89,20 @@ class Multilabel(Likelihood):
         labels = targets.long().flatten()
         log_p = grid_log_probabilities(link, _by_label(found), temperatures, labels, samples=samples, seed=seed)
         return log_p.unflatten(2, (-1, self.outputs)).sum(dim=3)
+
+    def information(
+        self, found: Sequence[LogitMoments], averaging: Averaging, *, samples: int = DEFAULT_SAMPLES, seed: int = 0
+    ) -> Tensor:
+        """Return the sum over the labels."""
+        found_by_label = averaged_mutual_information(_by_label(found), averaging, samples=samples, seed=seed)
+        return found_by_label.unflatten(0, (-1, self.outputs)).sum(dim=1)
+
+    def uncertainty(self, table: Tensor) -> dict[str, Tensor]:
+        """Return one less the mean over the labels of the larger probability, and the sum of their entropies."""
+        return {
+            "max_probability": 1.0 - table.exp().amax(dim=2).mean(dim=1),
+            "entropy": metrics.row_entropy(table).sum(dim=1),
+        }
 
     def at_map(self, outputs: Tensor) -> Tensor:
         """Return ``log σ(-f_k)`` and ``log σ(f_k)``."""

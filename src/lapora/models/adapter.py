@@ -43,6 +43,23 @@ _REDRAWN = re.compile(r"pissa_niter_\d+|lora_ga")
 
 
 @dataclass(frozen=True)
+class Head:
+    """What is known of a model's outputs.
+
+    Attributes:
+        kind: ``causal`` or ``classifier``.
+        labels: Number of outputs of a classification head, or None.
+        problem_type: Of the base model's configuration, or None.
+        source: What says the kind, in words.
+    """
+
+    kind: ModelKind
+    labels: int | None = None
+    problem_type: str | None = None
+    source: str = ""
+
+
+@dataclass(frozen=True)
 class Adapter:
     """A supported adapter, as read from its directory.
 
@@ -65,17 +82,17 @@ class Adapter:
     @property
     def base_model(self) -> str | None:
         """Name or path of the base model in the adapter's configuration; a relative path may be beside the adapter."""
-        name = self.config.get("base_model_name_or_path")
-        if name and not os.path.isabs(name) and not Path(name).is_dir():
-            for folder in (self.path, self.path.parent):
-                if (folder / name).is_dir():
-                    return str(folder / name)
-        return name
+        return _base_model(self.config, self.path)
 
     @property
     def revision(self) -> str | None:
         """Revision of the base model in the adapter's configuration."""
         return self.config.get("revision")
+
+    @property
+    def head(self) -> Head:
+        """What the adapter's own files say of its outputs."""
+        return Head(self.kind, self.number_of_labels(), source=_source_of_kind(self.config))
 
     def number_of_labels(self) -> int | None:
         """Return the number of outputs of the saved classification head, or None without one."""
@@ -89,6 +106,15 @@ class Adapter:
             if key.endswith(_EMBEDDINGS) and len(shape) == 2 and not _in_block(key.split("."))
         ]
         return max(rows, default=None)
+
+
+def _base_model(config: Mapping[str, Any], path: Path) -> str | None:
+    name: str | None = config.get("base_model_name_or_path")
+    if name and not os.path.isabs(name) and not Path(name).is_dir():
+        for folder in (path, path.parent):
+            if (folder / name).is_dir():
+                return str(folder / name)
+    return name
 
 
 _EMBEDDINGS = tuple(
@@ -179,15 +205,38 @@ def read_adapter(location: str | Path) -> Adapter:
     )
 
 
-def kind_and_labels(path: Path) -> tuple[ModelKind, int | None]:
-    """Return the kind of model of an adapter, and the number of outputs of its saved head; imports no torch.
+def read_head(model: ModelSettings) -> Head:
+    """Return what the files of an adapter and of a base model on this machine say of the head; imports no torch.
 
     Raises:
         AdapterError: As :func:`read_adapter`.
     """
-    config = check_adapter_files(path)
-    shapes = _tensor_shapes(path / WEIGHTS_FILE)
-    return _kind(config, shapes), _number_of_labels(shapes)
+    config = check_adapter_files(model.folder)
+    shapes = _tensor_shapes(model.folder / WEIGHTS_FILE)
+    base = _base_config(model.base_model or _base_model(config, model.folder), config.get("revision"))
+    labels = _number_of_labels(shapes)
+    if labels is None and str((base.get("architectures") or [""])[0]).endswith("ForSequenceClassification"):
+        labels = len(base.get("id2label") or ()) or base.get("num_labels", 2)  # 2 is not written down
+    return Head(_kind(config, shapes), labels, base.get("problem_type"), _source_of_kind(config))
+
+
+def _base_config(name: str | None, revision: str | None) -> dict[str, Any]:
+    """Return the configuration of a base model in a folder or in the Hub's cache; empty if it is not there."""
+    from huggingface_hub import try_to_load_from_cache
+
+    try:
+        file: Any = Path(name or "") / "config.json"
+        if name and not Path(name).is_dir():
+            file = try_to_load_from_cache(name, "config.json", revision=revision)
+        found = json.loads(Path(file).read_text(encoding="utf-8")) if name and file else {}
+    except (OSError, TypeError, ValueError):  # loading the model says what is wrong
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _source_of_kind(config: Mapping[str, Any]) -> str:
+    task_type = config.get("task_type")
+    return f"{CONFIG_FILE} has task_type {task_type}" if task_type else "no task_type, and no saved head"
 
 
 def _kind(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> ModelKind:

@@ -9,7 +9,8 @@ the adapter as it is (MAP, τ = 1) and half on N(log δ; log δ₀, s_δ²) N(lo
 N(log δ; log δ₀, 1²) at τ = 1.
 
 The center δ₀ is the tolerance: how small δ may be before the predictive fits the training rows worse than MAP. Let
-``d_n(δ)`` be the excess of row n's NLL over MAP's, and t the NLL of MAP on the training rows. δ₀ is the least δ from
+``d_n(δ)`` be the excess of row n's NLL over MAP's, and t the NLL of MAP on the training rows, of a regression less the
+entropy of its noise, so that t is about 0 whatever the unit of the targets. δ₀ is the least δ from
 which on ``mean(d) <= a exp(-t/b) min(var(d) / mean(d)², 10)``. The exponential is there because rows that are not
 fitted closely say little about overfitting. The ratio is there because an excess that all rows bear alike is one that
 new rows will bear too, while an excess that a few rows bear is the mark of rows learnt by heart. A tolerance in terms
@@ -64,9 +65,9 @@ class TrainingCurve(Struct, frozen=True, kw_only=True):
 
     Attributes:
         precisions: δ, increasing.
-        nll: NLL at each δ, in nats a row.
+        nll: NLL at each δ, in nats a row; of a regression less the entropy of its noise.
         variance: Variance over the rows of the excess of their NLL over MAP's, at each δ.
-        map_nll: NLL of MAP, in nats a row.
+        map_nll: The same of MAP.
         n: Number of rows.
     """
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from lapora.config import ENOUGH_ROWS
 from lapora.errors import DataError
-from lapora.report.tables import HEADINGS, label_of, number, threshold
+from lapora.report.tables import HEADINGS, SHIFT_MEASURES, checkpoint_scores, label_of, number, shift_columns, threshold
 
 
 @dataclass(frozen=True)
@@ -105,16 +105,16 @@ def evaluation_tables(record: Mapping[str, Any]) -> list[PageTable]:
     """Return the tables of an evaluation."""
     results = record["results"]
     scores = [score for score in HEADINGS if score in results[0]]
+    compared = [score for score in ("nll", "ece", "crps") if score in scores]
     tables = [
         PageTable(
             f"Scores on {record['n']} rows of {record['split']}",
-            ["method", *(HEADINGS[score] for score in scores), "nll minus MAP (95 %)", "ece minus MAP (95 %)"],
+            ["method", *(HEADINGS[score] for score in scores), *(f"{score} minus MAP (95 %)" for score in compared)],
             [
                 [
                     label_of(result),
                     *(_with_interval(result, score) for score in scores),
-                    _difference(result, "nll"),
-                    _difference(result, "ece"),
+                    *(_difference(result, score) for score in compared),
                 ]
                 for result in results
             ],
@@ -140,27 +140,22 @@ def evaluation_tables(record: Mapping[str, Any]) -> list[PageTable]:
             )
         )
     for shifted in record.get("ood", []):
-        keys = ("accuracy", "confidence", "confidence_in", "entropy", "entropy_in")
-        aurocs = ("max_probability", "entropy", "mutual_information")
+        score, means, measures = shift_columns(shifted["results"][0])
+        keys = (score, *(key for mean in means for key in (mean, f"{mean}_in")))
         tables.append(
             PageTable(
                 f"Out of distribution: {shifted['task']}, {shifted['n']} rows of {shifted['split']}",
                 [
                     "method",
-                    "accuracy",
-                    "confidence",
-                    "(in distr.)",
-                    "entropy",
-                    "(in distr.)",
-                    "AUROC by max probability",
-                    "by entropy",
-                    "by mutual information",
+                    HEADINGS[score],
+                    *(heading for mean in means for heading in (mean, "(in distr.)")),
+                    *(f"AUROC by {SHIFT_MEASURES[measure]}" for measure in measures),
                 ],
                 [
                     [
                         label_of(result),
                         *(number(result[key]) for key in keys),
-                        *(number(result["auroc"][key]) for key in aurocs),
+                        *(number(result["auroc"][measure]) for measure in measures),
                     ]
                     for result in shifted["results"]
                 ],
@@ -171,17 +166,18 @@ def evaluation_tables(record: Mapping[str, Any]) -> list[PageTable]:
 
 
 def checkpoint_page_tables(record: Mapping[str, Any]) -> list[PageTable]:
-    """Return accuracy, ECE and NLL of every checkpoint: methods by training steps."""
+    """Return the scores of every checkpoint: methods by training steps."""
     checkpoints = record["checkpoints"]
     columns = [{label_of(result): result for result in checkpoint["results"]} for checkpoint in checkpoints]
     headings = ["method", *(f"step {checkpoint['step']}" for checkpoint in checkpoints)]
     tables = []
-    for score in ("accuracy", "ece", "nll"):
+    for score in checkpoint_scores(record):
         rows = [
             [label, *(number(column[label][score]) if label in column else "" for column in columns)]
             for label in columns[0]
         ]
-        title = f"{HEADINGS[score].upper() if score != 'accuracy' else 'Accuracy'} on {record['n']} rows of"
+        name = HEADINGS[score].upper() if len(score) <= len("rmse") else HEADINGS[score].capitalize()
+        title = f"{name} on {record['n']} rows of"
         tables.append(PageTable(f"{title} {record['split']}", headings, rows))
     return tables
 

@@ -135,14 +135,22 @@ def _coverage(results: Sequence[Mapping[str, Any]]) -> Table:
     return table
 
 
-_SHIFT = {
-    "accuracy": "accuracy",
-    "confidence": "confidence",
-    "confidence_in": "(in\ndistr.)",
+SHIFT_SCORES = ("accuracy", "f1_micro", "rmse")
+SHIFT_MEANS = ("confidence", "deviation", "entropy")
+SHIFT_MEASURES = {
+    "max_probability": "max p",
+    "deviation": "deviation",
     "entropy": "entropy",
-    "entropy_in": "(in\ndistr.)",
+    "mutual_information": "mutual inf.",
 }
-_SHIFT_AUROC = {"max_probability": "AUROC\nmax p", "entropy": "\nentropy", "mutual_information": "mutual\ninf."}
+"""Columns of the tables of out-of-distribution rows: what the likelihood has of them is shown."""
+
+
+def shift_columns(result: Mapping[str, Any]) -> tuple[str, list[str], list[str]]:
+    """Return the score, the means and the measures of AUROC that a result of out-of-distribution rows has."""
+    score = next(score for score in SHIFT_SCORES if score in result)
+    means = [mean for mean in SHIFT_MEANS if mean in result]
+    return score, means, [measure for measure in SHIFT_MEASURES if measure in result["auroc"]]
 
 
 def _shift(shifted: Mapping[str, Any], wide: bool) -> list[Table]:
@@ -152,14 +160,17 @@ def _shift(shifted: Mapping[str, Any], wide: bool) -> list[Table]:
         f"out of distribution: {shifted['task']}, {shifted['split']}: {shifted['n']} rows", caption if wide else ""
     )
     second = first if wide else _table("", caption)
-    for heading in _SHIFT.values():
-        _number_column(first, heading)
-    for heading in _SHIFT_AUROC.values():
-        _number_column(second, heading)
+    score, means, measures = shift_columns(shifted["results"][0])
+    _number_column(first, HEADINGS[score].replace(" ", "\n"))
+    for mean in means:
+        _number_column(first, mean)
+        _number_column(first, "(in\ndistr.)")
+    for measure in measures:
+        _number_column(second, f"AUROC\n{SHIFT_MEASURES[measure]}")
     for result in shifted["results"]:
         label = cell(label_of(result))
-        levels = [number(result[key]) for key in _SHIFT]
-        aurocs = [number(result["auroc"][key]) for key in _SHIFT_AUROC]
+        levels = [number(result[key]) for key in (score, *(each for mean in means for each in (mean, f"{mean}_in")))]
+        aurocs = [number(result["auroc"][measure]) for measure in measures]
         if wide:
             first.add_row(label, *levels, *aurocs)
         else:
@@ -206,16 +217,22 @@ def _bar(found: Bin) -> str:
 
 
 def print_checkpoints(record: Mapping[str, Any]) -> None:
-    """Print accuracy, ECE and NLL of every checkpoint."""
+    """Print the scores of every checkpoint."""
     console = console_of_data()
     for line in checkpoint_tables(record):
         console.print(line)
 
 
+def checkpoint_scores(record: Mapping[str, Any]) -> list[str]:
+    """Return the scores of checkpoints that are shown: accuracy, ECE and NLL, or those that stand for them."""
+    first = record["checkpoints"][0]["results"][0]
+    return [score for score in ("accuracy", "f1_micro", "rmse", "ece", "crps", "nll") if score in first]
+
+
 def checkpoint_tables(record: Mapping[str, Any]) -> list[Table]:
     """Return one table per score: one row per training step, one column per method."""
     tables = []
-    for score in ("accuracy", "ece", "nll"):
+    for score in checkpoint_scores(record):
         results = record["checkpoints"][0]["results"]
         links = [result["link"] for result in results if "link" in result]
         shown = (None, "mc-joint" if "mc-joint" in links else next(iter(links), None))
@@ -233,7 +250,7 @@ def checkpoint_tables(record: Mapping[str, Any]) -> list[Table]:
     return tables
 
 
-_BEST_IS_HIGH = ("accuracy", "mcc", "auroc", "f1_macro", "f1_micro", "exact_match")
+BEST_IS_HIGH = ("accuracy", "mcc", "auroc", "f1_macro", "f1_micro", "exact_match")
 # Not compared: the constant predictor is calibrated by construction, and the oracle has seen the labels.
 _NO_CANDIDATES = ("constant", "temperature (oracle)")
 
@@ -268,7 +285,7 @@ def _side_by_side(runs: Sequence[Mapping[str, Any]], score: str) -> Table:
     columns = [{label_of(result): result.get(score) for result in run["results"]} for run in runs]
     for index in range(len(runs)):
         table.add_column(f"#{index + 1}", justify="right")
-    best = max if score in _BEST_IS_HIGH else min
+    best = max if score in BEST_IS_HIGH else min
     bests = []
     for column in columns:
         known = [value for label, value in column.items() if value is not None and label not in _NO_CANDIDATES]

@@ -56,12 +56,12 @@ def check_task(
         chat_template: Wrap prompts in the tokenizer's chat template.
 
     Returns:
-        ``task``, ``kind``, ``rows`` (number of rows), ``labels`` (count of each answer, or of each index where rows
-        have answers of their own), ``unlabelled``, ``max_length``, ``examples`` (index, text or inputs, answers of its
-        own, target), and with a tokenizer ``truncated`` (number of rows), ``longest`` (tokens, after truncation) and,
-        for a causal model, ``answer_tokens``. Where whole answers are scored: ``whole_answers`` (why),
-        ``answer_score``, ``answer_tokens`` of the first row, and ``merged`` (number of answers that change the prompt's
-        last token, and are cut at the prompt's length).
+        ``task``, ``kind``, ``likelihood``, ``rows`` (number of rows), ``labels`` (count of each answer, or of each
+        index where rows have answers of their own), ``unlabelled``, ``max_length``, ``examples`` (index, text or
+        inputs, answers of its own, target), and with a tokenizer ``truncated`` (number of rows), ``longest`` (tokens,
+        after truncation) and, for a causal model, ``answer_tokens``. Where whole answers are scored: ``whole_answers``
+        (why), ``answer_score``, ``answer_tokens`` of the first row, and ``merged`` (number of answers that change the
+        prompt's last token, and are cut at the prompt's length).
 
     Raises:
         DataError: A row cannot be rendered or encoded, or two answers have the same tokens.
@@ -74,6 +74,7 @@ def check_task(
     report: dict[str, Any] = {
         "task": task.task,
         "kind": kind,
+        "likelihood": task.likelihood,
         "rows": len(examples),
         "labels": _label_counts(counts, names),
         "unlabelled": counts[None],

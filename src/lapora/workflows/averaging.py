@@ -84,7 +84,7 @@ def training_curve(
         seed=run.seed,
         progress=progress,
     )
-    nll = -table[:, 0]
+    nll = -table[:, 0] - run.likelihood.noise_entropy
     excess = nll[:-1] - nll[-1]
     return TrainingCurve(
         precisions=PRECISIONS.tolist(),
@@ -132,7 +132,6 @@ def average_with_rows(
     tolerance = None if curve is None else tolerance_of(curve)
     precisions = grid()
     likelihood = fitted.model.likelihood
-    likelihood.check_link(settings.link)
     predictor = fitted.predictor(
         every_class=likelihood.needs_every_output(settings.link), priors=reference.on_grid(precisions)
     )

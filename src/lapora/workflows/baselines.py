@@ -11,7 +11,6 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from lapora import metrics
 from lapora.config import DataSettings, Dtype, EvalSettings, ModelSettings
 from lapora.errors import AdapterError, DataError, UsageError
 from lapora.likelihoods.base import Likelihood
@@ -189,9 +188,8 @@ def _member_tables(
 def _averaged(likelihood: Likelihood, method: str, drawn: Tensor, details: dict[str, Any]) -> Prediction:
     """Average ``(S, N, ...)`` predictions; what the members disagree on is mutual information."""
     table = likelihood.mixture(drawn)
-    if not likelihood.has_answers:
-        return Prediction(method, table, details=details)
-    information = metrics.row_entropy(table) - metrics.row_entropy(drawn).mean(dim=0)
+    members = torch.stack([likelihood.uncertainty(each)["entropy"] for each in drawn])
+    information = likelihood.uncertainty(table)["entropy"] - members.mean(dim=0)
     return Prediction(method, table, details=details, mutual_information=information.clamp(min=0.0))
 
 

@@ -8,7 +8,8 @@ from lapora.config import DataSettings
 from lapora.models.adapter import fetch_adapter, is_hub_id, read_adapter
 from lapora.models.loading import load_tokenizer
 from lapora.tasks import check_task
-from lapora.workflows.task_model import read_rows
+from lapora.workflows.contradictions import check_head
+from lapora.workflows.rows import read_rows
 
 
 def check(
@@ -33,6 +34,7 @@ def check(
     """
     adapter = read_adapter(fetch_adapter(adapter_path) if is_hub_id(adapter_path) else adapter_path)
     task, rows, _ = read_rows(data, None, "train")
+    check_head(task, adapter.head)
     tokenizer = load_tokenizer(adapter, base_model)
     return check_task(
         task, rows, kind=adapter.kind, tokenizer=tokenizer, max_length=max_length, chat_template=chat_template

@@ -16,6 +16,7 @@ from typing import Any
 
 from lapora._version import __version__
 from lapora.config import (
+    LINKS,
     CheckpointSettings,
     DataSettings,
     EvalSettings,
@@ -23,9 +24,9 @@ from lapora.config import (
     ModelSettings,
     PriorSettings,
     Progress,
+    check_likelihood,
 )
 from lapora.errors import PosteriorError, UsageError
-from lapora.likelihoods import likelihood_of
 from lapora.storage.saved import SavedPosterior, open_posterior, posterior_folder
 from lapora.tasks import load_rows, load_task
 from lapora.workflows.baselines import checkpoint_folders
@@ -57,7 +58,7 @@ def evaluate_checkpoints(
     Args:
         model: ``adapter`` is the folder of the run.
         data: Task, folder and the split to score.
-        settings: Links, samples and seed; posteriors are :data:`POSTERIORS`.
+        settings: Links (by default all), samples and seed; posteriors are :data:`POSTERIORS`.
         checkpoints: How they are fitted.
         print_message: Told what is being done.
         progress: Told of rows done.
@@ -75,8 +76,10 @@ def evaluate_checkpoints(
         raise UsageError(f"{run}: no checkpoint-STEP folder with an adapter in it; give the folder of a training run")
     if data.task is None:
         raise UsageError("--data is missing: the task that the run was trained on")
-    if not likelihood_of(load_task(data.task).likelihood, ()).has_answers:
-        raise UsageError("--checkpoints compares accuracy and ECE, which the task's likelihood does not have")
+    likelihood = load_task(data.task).likelihood
+    check_likelihood(likelihood, settings)
+    if not settings.links:
+        settings = replace(settings, links=tuple(link for link in LINKS[likelihood] if link != "map"))
     rows_key = _rows_key(data, checkpoints)
     skipped: dict[str, str] = {}
     done = []

@@ -15,6 +15,7 @@ from lapora import metrics
 from lapora.config import (
     DEFAULT_SAMPLES,
     ENOUGH_ROWS,
+    LINKS,
     DataSettings,
     EvalSettings,
     Link,
@@ -22,6 +23,7 @@ from lapora.config import (
     ModelSettings,
     PriorSettings,
     Progress,
+    check_likelihood,
 )
 from lapora.errors import DataError, UsageError
 from lapora.likelihoods.base import Likelihood, ScoreOptions
@@ -29,6 +31,7 @@ from lapora.models.loading import Loader, load_model
 from lapora.storage.saved import open_posterior, saved_names
 from lapora.tasks import data_fingerprint, load_rows, load_task, render_all, resolve_choices
 from lapora.workflows import baselines
+from lapora.workflows.contradictions import check_other_rows, resolve_task
 from lapora.workflows.rows import LabelledRows, TuningRows, are_training_rows, read_labelled_rows
 from lapora.workflows.scoring import Prediction, ScoredRows, score_rows
 from lapora.workflows.task_model import Fitted, open_fitted
@@ -94,12 +97,6 @@ def run_evaluation(
     """
     plan = make_plan(model, settings)
     fitted = open_fitted(model, plan.names[0], data=data, load=load)
-    likelihood = fitted.model.likelihood
-    if not likelihood.has_answers and (settings.ood or settings.coverage is not None):
-        option = "--ood" if settings.ood else "--coverage"
-        raise UsageError(f"{option} needs a likelihood with answers, which {likelihood.name} is not")
-    if "all" in settings.methods and not settings.links:
-        plan = replace(plan, links=tuple(link for link in plan.links if link in likelihood.links))
     notes = [*plan.left_out]
     temperature = _temperature(fitted, plan, data, settings, notes)
     left_out = plan.tuning_digests | (temperature.rows if temperature else frozenset())
@@ -138,7 +135,8 @@ def run_evaluation(
     if settings.ood:
         inside = [each for each in predictions[0] if each.method not in _OWN_ROWS_ONLY]
         record["ood"] = [
-            shift_record(inside, found, each) for found, each in zip(predictions[1:], sets[1:], strict=True)
+            shift_record(fitted.model.likelihood, inside, found, each)
+            for found, each in zip(predictions[1:], sets[1:], strict=True)
         ]
     return Evaluation(record, predictions[0], rows.targets, notes, manifests, fitted.model.likelihood)
 
@@ -397,12 +395,14 @@ def make_plan(model: ModelSettings, settings: EvalSettings) -> Plan:
     if settings.ood_data_dirs and not settings.ood:
         raise UsageError("--ood-data-dir without --ood TASK: name the task of those rows")
     names = _unique(settings.names) or (tuple(saved_names(model.root)) if everything else ()) or ("default",)
-    links: tuple[Link, ...] = _unique(settings.links) or (
-        tuple(link for link in get_args(Link) if link != "map") if everything else ("mc-joint",)
-    )
+    links: tuple[Link, ...] = _unique(settings.links)
     tuned_on = {}
     for name in names:
         _, posterior = open_posterior(model, name)
+        likelihood = resolve_task(DataSettings(), posterior.manifest).likelihood
+        check_likelihood(likelihood, settings)
+        if not links:
+            links = tuple(link for link in LINKS[likelihood] if link != "map") if everything else ("mc-joint",)
         record = posterior.prior.validation or posterior.prior.averaged
         if record is not None and record.rows:
             tuned_on[name] = TuningRows(record.split or "", frozenset(record.rows))
@@ -415,7 +415,7 @@ def _unique(values: Sequence[Any]) -> tuple[Any, ...]:
 
 
 def read_shifted_rows(fitted: Fitted, settings: EvalSettings, limit: int | None) -> list[LabelledRows]:
-    """The rows of every ``--ood`` task; a row without a label has target -1.
+    """The rows of every ``--ood`` task; a row without a label has target -1, or NaN where targets are vectors.
 
     They are scored over the adapter's own answers, so that only the number of answers has to be the same.
 
@@ -437,61 +437,55 @@ def _read(fitted: Fitted, name: str, folder: Path | None, limit: int | None) -> 
         except DataError as error:
             errors.append(error)
             continue
-        own = fitted.model.choices
+        own, likelihood = fitted.model.choices, fitted.model.likelihood
         choices = resolve_choices(task, rows, kind=fitted.model.kind if not own else "classifier")
-        if own and len(choices) != len(own):
-            raise DataError(
-                f"--ood {name}: {len(choices)} answers ({', '.join(choices)}), and the adapter has "
-                f"{len(own)} ({', '.join(own)}); give a task with as many"
-            )
+        check_other_rows(task, fitted.posterior.manifest, choices)
         examples = render_all(task, rows, kind=fitted.model.kind, choices=choices, labels="optional")
-        same = choices == own or not own
+        same = task.likelihood == likelihood.name and (choices == own or not own)
+        unknown = (math.nan,) * likelihood.outputs if likelihood.name in ("gaussian", "multilabel") else -1
         examples = [replace(example, choices=own or example.choices) for example in examples]
-        targets = [example.target if same and example.target is not None else -1 for example in examples]
-        return LabelledRows(task, split, examples, torch.tensor(targets), 0)
+        targets = [example.target if same and example.target is not None else unknown for example in examples]
+        return LabelledRows(task, split, examples, likelihood.targets(targets), 0)
     reason = str(errors[0]).replace("--data-dir", "--ood-data-dir")
     raise DataError(f"--ood {name}: {reason}") from errors[0]
 
 
-def shift_record(inside: Sequence[Prediction], outside: Sequence[Prediction], rows: LabelledRows) -> dict[str, Any]:
+def shift_record(
+    likelihood: Likelihood, inside: Sequence[Prediction], outside: Sequence[Prediction], rows: LabelledRows
+) -> dict[str, Any]:
     """How each method behaves on other data, and how well it tells them from its own.
 
     Args:
+        likelihood: The likelihood of the predictions.
         inside: Predictions of the adapter's own rows.
         outside: The same methods' predictions of the other rows.
         rows: The other rows.
 
     Returns:
-        ``task``, ``split``, ``n`` and for each method the mean confidence and entropy in and out of distribution,
-        accuracy where the labels are known and the answers the same, and ``auroc`` of three scores, higher on
-        other data: ``max_probability`` (one less it), ``entropy`` and ``mutual_information`` (None for one model).
+        ``task``, ``split``, ``n`` and for each method: the likelihood's first score where the labels are known and the
+        answers the same; the mean of each measure of uncertainty on the other rows, and as ``..._in`` on its own; and
+        ``auroc`` by each measure, higher on other data. The measures are ``mutual_information`` (None for one model)
+        and those of :meth:`Likelihood.uncertainty`; ``confidence`` is one less ``max_probability``.
     """
     results = []
-    labelled = rows.targets >= 0
+    labelled = torch.isfinite(rows.targets).all(dim=1) if rows.targets.dim() > 1 else rows.targets >= 0
     for own, other in zip(inside, outside, strict=True):
-        information: tuple[torch.Tensor, torch.Tensor] | None = None
-        if own.mutual_information is not None and other.mutual_information is not None:
-            information = own.mutual_information, other.mutual_information
-        confidence = [each.table.exp().max(dim=1) for each in (own, other)]
-        entropy = [metrics.row_entropy(each.table) for each in (own, other)]
-        right = (confidence[1].indices == rows.targets)[labelled].double()
-        results.append(
-            {
-                **own.identity(),
-                "accuracy": float(right.mean()) if len(right) else None,
-                "confidence": float(confidence[1].values.mean()),
-                "confidence_in": float(confidence[0].values.mean()),
-                "entropy": float(entropy[1].mean()),
-                "entropy_in": float(entropy[0].mean()),
-                "mutual_information": float(information[1].mean()) if information else None,
-                "mutual_information_in": float(information[0].mean()) if information else None,
-                "auroc": {
-                    "max_probability": metrics.auroc(1 - confidence[1].values, 1 - confidence[0].values),
-                    "entropy": metrics.auroc(entropy[1], entropy[0]),
-                    "mutual_information": metrics.auroc(information[1], information[0]) if information else None,
-                },
-            }
-        )
+        measures: list[dict[str, torch.Tensor | None]] = [
+            {**likelihood.uncertainty(each.table), "mutual_information": each.mutual_information}
+            for each in (other, own)
+        ]
+        result: dict[str, Any] = {**own.identity(), likelihood.score: None}
+        if bool(labelled.any()):
+            found = likelihood.scores(other.table[labelled], rows.targets[labelled])
+            result[likelihood.score] = found[likelihood.score]
+        auroc: dict[str, float | None] = {}
+        for name, there in measures[0].items():
+            here, known = measures[1][name], name.replace("max_probability", "confidence")
+            for ending, values in (("", there), ("_in", here)):
+                mean = None if values is None else float(values.mean())
+                result[known + ending] = 1.0 - mean if mean is not None and known == "confidence" else mean
+            auroc[name] = None if there is None or here is None else metrics.auroc(there, here)
+        results.append({**result, "auroc": auroc})
     return {"task": rows.task.task, "split": rows.split, "n": len(rows.examples), "results": results}
 
 

@@ -15,13 +15,13 @@ import msgspec
 from msgspec import structs
 
 from lapora._version import __version__
-from lapora.config import COMPLETE, DataSettings, FitSettings, ModelSettings, Progress
+from lapora.config import COMPLETE, DataSettings, FitSettings, ModelSettings, Progress, check_likelihood
 from lapora.curvature.passes import CurvatureRun
 from lapora.errors import AdapterError, DataError, LaporaError, UsageError, listed
 from lapora.likelihoods import likelihood_of
 from lapora.likelihoods.gaussian import Gaussian
 from lapora.memory.estimate import MemoryEstimate, estimate
-from lapora.models.adapter import Adapter, read_adapter
+from lapora.models.adapter import Adapter, Head, read_adapter
 from lapora.models.batching import is_out_of_memory
 from lapora.models.fingerprint import library_versions
 from lapora.models.in_memory import adapter_in_memory, loaded_in_memory, prepared_for_fit
@@ -57,12 +57,12 @@ from lapora.tasks import (
 from lapora.tasks.examples import Labels, refuse_missing_labels
 from lapora.tasks.rows import check_label_names
 from lapora.workflows.averaging import average_without_rows, describe_averaged, training_curve
+from lapora.workflows.contradictions import check_head
 from lapora.workflows.rows import label_tensor, read_rows
 from lapora.workflows.scoring import forward_outputs
 from lapora.workflows.task_model import (
     Fitted,
     TaskModel,
-    check_head,
     join_posterior,
     require_embeddings,
     translate_row_errors,
@@ -316,7 +316,9 @@ def _render(
     rows: Sequence[Row | Mapping[str, Any]],
     settings: FitSettings,
 ) -> TrainingRows:
+    check_likelihood(task.likelihood, settings)
     choices = resolve_choices(task, rows, kind=adapter.kind)
+    check_head(task, adapter.head, choices)
     if not settings.unlabelled:
         refuse_missing_labels(task, rows)
     labels: Labels = "required" if settings.fisher == "empirical" else "optional"
@@ -387,7 +389,8 @@ def load_inputs(
     loaded = load(rows.adapter, model)
     answers = _encode_answers(loaded.tokenizer, rows, settings)
     if loaded.kind == "classifier":
-        check_head(loaded, rows.task, likelihood_of(rows.task.likelihood, rows.choices).outputs)
+        problem_type = getattr(loaded.model.get_base_model().config, "problem_type", None)
+        check_head(rows.task, Head(loaded.kind, loaded.number_of_labels, problem_type), rows.choices)
     task_model = TaskModel.build(
         loaded,
         rows.task,
@@ -527,8 +530,6 @@ def _measure_noise(inputs: FitInputs) -> FitInputs:
 
 
 def _fit(inputs: FitInputs, settings: FitSettings, folder: Path, progress: Progress | None) -> FitResult:
-    if settings.engine != "native" and inputs.model.likelihood.name != "categorical":
-        raise UsageError(f"--engine {settings.engine} has likelihood categorical alone, not the task's")
     inputs = _measure_noise(inputs)
     model, rows, processes = inputs.model, inputs.rows, inputs.model.processes
     checkpoint = None
@@ -551,14 +552,18 @@ def _fit(inputs: FitInputs, settings: FitSettings, folder: Path, progress: Progr
     evidence = maximize_evidence(posterior.spectra, parameters, log_likelihood or 0.0, residuals=described.residuals)
     notes = [*rows.adapter.notes, *inputs.notes]
     curve = None
-    # The tolerance was measured for classification; the evidence of a regression chooses its noise, too.
-    if settings.prior_method != "marglik" and not model.likelihood.has_noise:
+    if settings.prior_method != "marglik":
         curve = _curve_or_note(inputs, posterior, run, progress, notes)
     if curve is None:
         prior = evidence.describe(log_likelihood is not None)
     else:
         prior = describe_averaged(
-            average_without_rows(curve), evidence.prior, posterior.spectra, parameters, log_likelihood
+            average_without_rows(curve),
+            evidence.prior,
+            posterior.spectra,
+            parameters,
+            log_likelihood,
+            described.residuals,
         )
     manifest = structs.replace(
         described, parameters=parameters, log_likelihood=log_likelihood, kept=_kept(posterior), training_curve=curve

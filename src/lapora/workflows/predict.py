@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from lapora.config import LONGEST_LINE, ModelSettings, PredictSettings
+from lapora.config import LONGEST_LINE, ModelSettings, PredictSettings, check_likelihood
 from lapora.distributed import Processes
 from lapora.errors import DataError, LaporaError, NonFiniteRowError, NumericalError, UsageError
 from lapora.models.adapter import CONFIG_FILE, fetch_adapter, is_hub_id
@@ -436,7 +436,7 @@ class OpenPredictor:
         self._routes.attach(fitted)  # a row that was read meanwhile may have put on another
         if self._predictor is None:
             likelihood, settings = fitted.model.likelihood, self._settings
-            likelihood.check_settings(settings)
+            check_likelihood(likelihood.name, settings)
             predictor = fitted.predictor(
                 every_class=likelihood.needs_every_output(settings.link) or settings.logits,
                 map_only=settings.link == "map" and not settings.logits,

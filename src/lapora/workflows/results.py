@@ -77,10 +77,12 @@ def same_rows(runs: Sequence[Mapping[str, Any]]) -> bool:
     return len({run.get("rows") for run in runs}) == 1
 
 
-METRICS = (
-    *("accuracy", "mcc", "ece", "adaptive_ece", "nll", "brier", "auroc", "aurc"),
-    *("f1_macro", "f1_micro", "exact_match", "rmse", "crps", "interval_coverage", "interval_width"),
-)
+_OF_ANSWERS = ("accuracy", "mcc", "ece", "adaptive_ece", "nll", "brier", "auroc", "aurc")
+_OF_LIKELIHOOD: dict[str, tuple[str, ...]] = {
+    "multilabel": ("f1_macro", "f1_micro", "exact_match", "ece", "nll", "brier"),
+    "gaussian": ("rmse", "nll", "crps", "interval_coverage", "interval_width"),
+}
+METRICS = tuple(dict.fromkeys((*_OF_ANSWERS, *(score for scores in _OF_LIKELIHOOD.values() for score in scores))))
 _COMPARISONS = {">": operator.gt, ">=": operator.ge, "<": operator.lt, "<=": operator.le}
 _SIDE = re.compile(r"(?:(?P<selector>[A-Za-z0-9][A-Za-z0-9 ._/()-]*)\.)?(?P<metric>[a-z][a-z0-9_]*)")
 _HELP = "write METRIC>NUMBER or METRIC>METHOD.METRIC, as in 'ece>0.1' or 'nll>map.nll'"
@@ -144,6 +146,22 @@ def _operand(side: str, text: str) -> Operand:
     if not match or match["metric"] not in METRICS:
         raise UsageError(f"--fail-if {text!r}: {side!r} is not a metric ({', '.join(METRICS)}); {_HELP}")
     return Operand(metric=match["metric"], selector=match["selector"])
+
+
+def check_gate_metrics(gates: Sequence[Gate], likelihood: str) -> None:
+    """Refuse conditions on scores that a likelihood does not have.
+
+    Raises:
+        UsageError: It does not have one; those that it has are named.
+    """
+    known = _OF_LIKELIHOOD.get(likelihood, _OF_ANSWERS)
+    for gate in gates:
+        for operand in (gate.left, gate.right):
+            if operand.number is None and operand.metric not in known:
+                raise UsageError(
+                    f"--fail-if {gate.text!r}: {operand.metric} is not a score of likelihood {likelihood}, which has "
+                    f"{', '.join(known)}"
+                )
 
 
 def check_gates(gates: Sequence[Gate], results: Sequence[Mapping[str, Any]]) -> None:

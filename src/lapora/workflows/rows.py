@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lapora.config import DataSettings
-from lapora.errors import DataError, MissingSplitError, NoRowsLeftError, UnlabelledError, UsageError
+from lapora.errors import MissingSplitError, NoRowsLeftError, UnlabelledError, UsageError
 from lapora.storage.compatibility import answer_differences
 from lapora.tasks import (
     Example,
@@ -19,11 +19,11 @@ from lapora.tasks import (
     Task,
     data_fingerprint,
     load_rows,
-    load_task,
     render_all,
     resolve_choices,
     split_source,
 )
+from lapora.workflows.contradictions import resolve_task
 
 if TYPE_CHECKING:
     from lapora.models.adapter import ModelKind
@@ -81,26 +81,6 @@ class TuningRows:
 def row_digest(example: Example) -> str:
     """Return the digest that identifies a row in any file: of its texts, answers and label."""
     return data_fingerprint([example])[:16]
-
-
-def resolve_task(data: DataSettings, recorded: Manifest | None = None) -> Task:
-    """Return the task asked for, or else the one that ``fit`` recorded.
-
-    Raises:
-        DataError: There is neither.
-    """
-    if recorded is None:
-        if not data.task:
-            raise DataError("no task; give one with --data (see `lapora tasks`)")
-        return load_task(data.task)
-    own = Task.from_dict(recorded.task, source="the posterior's task")
-    task = load_task(data.task) if data.task else own
-    if task.likelihood != own.likelihood:
-        raise DataError(
-            f"task {task.task} has likelihood {task.likelihood}, and the posterior was fitted with {own.likelihood}; "
-            "give a task of the same likelihood"
-        )
-    return task
 
 
 def read_rows(data: DataSettings, recorded: Manifest | None, default_split: str) -> tuple[Task, list[Row], str]:

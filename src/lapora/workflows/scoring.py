@@ -61,8 +61,6 @@ def score_rows(
         progress: Progress callback.
     """
     model, processes, likelihood = fitted.model, fitted.model.processes, fitted.model.likelihood
-    for link in links:
-        likelihood.check_link(link)
     coded = model.encode(rows.examples)
     mine = processes.shard(coded)
     averaging = Averaging.single() if priors else fitted.averaging

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lapora.config import DataSettings, Dtype, LikelihoodName, ModelSettings
+from lapora.config import DataSettings, Dtype, ModelSettings
 from lapora.distributed import SINGLE_PROCESS, Processes
 from lapora.errors import AdapterError, DataError, LaporaWarning, NonFiniteRowError, NumericalError, listed
 from lapora.likelihoods import likelihood_of
@@ -45,7 +45,8 @@ from lapora.tasks import (
     render,
     resolve_choices,
 )
-from lapora.workflows.rows import read_rows, resolve_task
+from lapora.workflows.contradictions import resolve_task
+from lapora.workflows.rows import read_rows
 
 
 @dataclass(frozen=True)
@@ -274,33 +275,6 @@ def require_embeddings(examples: Sequence[Example], encoded: Sequence[EncodedExa
                 "tokenizer has added tokens; save the adapter with save_embedding_layers=True after "
                 "resize_token_embeddings, or give it the tokenizer of the base"
             )
-
-
-_PROBLEM_TYPES: dict[str, tuple[LikelihoodName, ...]] = {
-    "regression": ("gaussian", "preference"),
-    "single_label_classification": ("categorical",),
-    "multi_label_classification": ("multilabel", "bernoulli"),
-}
-
-
-def check_head(loaded: LoadedModel, task: Task, outputs: int) -> None:
-    """Check a classification head against the task's likelihood: number of outputs, and ``problem_type``.
-
-    Raises:
-        DataError: They contradict each other; both are named.
-    """
-    if loaded.number_of_labels != outputs:
-        of = "" if task.likelihood == "categorical" else f" of likelihood {task.likelihood}"
-        raise DataError(
-            f"task {task.task} has {outputs} {'answers' if not of else 'outputs'}{of} and the adapter's head "
-            f"{loaded.number_of_labels} outputs; give the task the adapter was trained on"
-        )
-    problem = str(getattr(loaded.model.get_base_model().config, "problem_type", None))
-    if task.likelihood not in _PROBLEM_TYPES.get(problem, (task.likelihood,)):
-        raise DataError(
-            f"task {task.task} has likelihood {task.likelihood}, and the base model's config problem_type {problem}, "
-            f"which is {' or '.join(_PROBLEM_TYPES[problem])}: correct the one that is wrong"
-        )
 
 
 def order_of_outputs(loaded: LoadedModel, task: Task, choices: Sequence[str]) -> list[int] | None:

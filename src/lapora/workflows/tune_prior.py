@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from lapora.config import DataSettings, ModelSettings, PriorSettings, PriorStructure, Progress
+from lapora.config import DataSettings, ModelSettings, PriorSettings, PriorStructure, Progress, check_likelihood
 from lapora.errors import MissingSplitError, UnlabelledError, UsageError
 from lapora.models.adapter import read_adapter
 from lapora.posterior.averaging import Averaged
@@ -19,6 +19,7 @@ from lapora.posterior.prior import ALL, PriorPrecision
 from lapora.storage.files import write_lock
 from lapora.storage.saved import SavedPosterior, posterior_folder
 from lapora.workflows.averaging import average_with_rows, average_without_rows, describe_averaged
+from lapora.workflows.contradictions import resolve_task
 
 if TYPE_CHECKING:
     from lapora.models.loading import Loader
@@ -103,6 +104,7 @@ def _tune(
     load: Loader | None,
 ) -> TunedPrior:
     posterior = SavedPosterior(folder, validate_prior=False)
+    check_likelihood(resolve_task(data, posterior.manifest).likelihood, settings)
     evidence = _maximize(posterior, settings)
     if not all(model.processes.all_gather(posterior.prior_is_sound())):
         _rewrite(model, posterior, evidence.describe(posterior.manifest.log_likelihood is not None))
@@ -176,9 +178,8 @@ def _by_average(
     if isinstance(found, str):
         if manifest.training_curve is None:
             tuned = _by_evidence(posterior, evidence, f", since there are no labelled rows ({found})")
-            if manifest.noise_variance is None:
-                why = "fitted by an earlier version, or on rows without labels"
-                tuned.notes.append(f"nothing is known of what the training rows tolerate ({why}): fit again to average")
+            why = "fitted by an earlier version, or on rows without labels"
+            tuned.notes.append(f"nothing is known of what the training rows tolerate ({why}): fit again to average")
             return tuned
         averaged = average_without_rows(manifest.training_curve)
         notes = [f"no labelled rows ({found}): the average is over what the training rows tolerate"]
@@ -248,7 +249,7 @@ def _learned(averaged: Averaged) -> str:
 
 def _notes_of_average(averaged: Averaged, deviation: float | None) -> list[str]:
     if deviation is None:
-        return ["with labelled rows (--split, --data-dir) the temperature of the logits is averaged over, too"]
+        return ["with labelled rows (--split, --data-dir) the temperature is averaged over, too"]
     if deviation > _UNDECIDED:
         return [f"more labelled rows would help: the averaged settings still differ by {deviation:.3f} nats a row"]
     return [f"more labelled rows would change little: the averaged settings differ by {deviation:.4f} nats a row"]
@@ -298,15 +299,21 @@ def _at_bound_notes(at_bound: dict[str, str]) -> list[str]:
 
 
 def _harm_note(posterior: SavedPosterior) -> list[str]:
-    """Warn where the marginal likelihood is known to harm: causal models, and more than two answers."""
+    """Warn where the marginal likelihood is known to harm: causal models, regressions, and more than two answers."""
     manifest = posterior.manifest
-    other_likelihood = manifest.task.get("likelihood", "categorical") != "categorical"
-    if not manifest.answers.causal and (other_likelihood or len(manifest.answers.choices) <= 2):
+    likelihood = manifest.task.get("likelihood", "categorical")
+    chosen = "small a prior precision"
+    if manifest.answers.causal:
+        kind = "on causal language models"
+    elif likelihood == "gaussian":
+        kind, chosen = "of regressions", "large a noise"
+    elif likelihood == "categorical" and len(manifest.answers.choices) > 2:
+        kind = "with more than two answers"
+    else:
         return []
-    kind = "on causal language models" if manifest.answers.causal else "with more than two answers"
     return [
-        f"warning: {kind} the marginal likelihood often chooses far too small a prior precision, and makes the "
-        "predictions worse than the plain adapter's: compare by `lapora eval`, or use --method auto"
+        f"warning: {kind} the marginal likelihood often chooses far too {chosen}, and makes the predictions "
+        "worse than the plain adapter's: compare by `lapora eval`, or use --method auto"
     ]
 
 

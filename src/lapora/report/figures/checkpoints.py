@@ -1,4 +1,4 @@
-"""The paper's figures: accuracy, ECE and NLL against training step."""
+"""The paper's figures: accuracy, ECE and NLL, or another likelihood's scores, against training step."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from matplotlib.axes import Axes
 
 from lapora.config import method_label
 from lapora.report.figures.style import Picture, line_style, new_figure, style
+from lapora.report.tables import BEST_IS_HIGH, checkpoint_scores
 
-_SCORES = {"accuracy": "accuracy", "ece": "ECE", "nll": "NLL"}
+_LABELS = {"ece": "ECE", "nll": "NLL", "rmse": "RMSE", "crps": "CRPS", "f1_micro": "F1"}
 _LINKS = ("mc-joint", "mc-indep", "probit", "bridge")
 # (label in the legend, posterior); each has the same style in every figure.
 _MAP = ("MAP", None)
@@ -36,13 +37,16 @@ def checkpoint_pictures(record: Mapping[str, Any]) -> list[Picture]:
     if not links:
         return []
     where = f"{record['task']}, {record['n']} rows of {record['split']}"
-    dashed = "Dashed line: checkpoint with the best MAP accuracy."
+    names = [_LABELS.get(score, score) for score in checkpoint_scores(record)]
+    dashed = f"Dashed line: checkpoint with the best MAP {names[0]}."
+    scores = f"{', '.join(names[:-1])} and {names[-1]}"
     chosen = "" if record.get("prior_method") == "marglik" else " The priors were chosen for mc-joint."
     with style():
         pictures = [
             Picture(
                 "checkpoints",
-                f"Accuracy, ECE and NLL against training step: MAP, LLLA and LA (KFAC, {links[0]}); {where}. {dashed}",
+                f"{scores[0].upper()}{scores[1:]} against training step: MAP, LLLA and LA (KFAC, {links[0]}); {where}. "
+                f"{dashed}",
                 _grid(record, [_MAP, _LLLA, _LA], links[:1], across="scores"),
             )
         ]
@@ -67,15 +71,16 @@ def checkpoint_pictures(record: Mapping[str, Any]) -> list[Picture]:
 def _grid(record: Mapping[str, Any], curves: Sequence[Curve], links: Sequence[str], *, across: str) -> Any:
     """Return one column per score for one link, or one column per link and one row per score."""
     title = f"{record['task']}, {record['n']} rows of {record['split']}"
+    scores = checkpoint_scores(record)
     if across == "scores":
         figure = new_figure(8.4, 3.4, title)
-        axes = figure.subplots(1, len(_SCORES), squeeze=False)
-        panels = [(axes[0, index], score, links[0]) for index, score in enumerate(_SCORES)]
+        axes = figure.subplots(1, len(scores), squeeze=False)
+        panels = [(axes[0, index], score, links[0]) for index, score in enumerate(scores)]
     else:
         figure = new_figure(2.6 * len(links) + 0.4, 6.4, title)
-        axes = figure.subplots(len(_SCORES), len(links), sharex=True, sharey="row", squeeze=False)
+        axes = figure.subplots(len(scores), len(links), sharex=True, sharey="row", squeeze=False)
         panels = [
-            (axes[row, column], score, link) for row, score in enumerate(_SCORES) for column, link in enumerate(links)
+            (axes[row, column], score, link) for row, score in enumerate(scores) for column, link in enumerate(links)
         ]
         for column, link in enumerate(links):
             axes[0, column].set_title(link)
@@ -84,7 +89,7 @@ def _grid(record: Mapping[str, Any], curves: Sequence[Curve], links: Sequence[st
         _draw(axis, record, curves, score, link, handles)
         first_column = across == "scores" or link == links[0]
         if first_column:
-            axis.set_ylabel(_SCORES[score])
+            axis.set_ylabel(_LABELS.get(score, score))
     for axis in axes[-1]:
         axis.set_xlabel("training step")
     figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=len(handles))
@@ -101,9 +106,11 @@ def _draw(
         if any(value is not None for value in values):
             shown = [float("nan") if value is None else value for value in values]
             (handles[label],) = axis.plot(steps, shown, label=label, **line_style(_LOOKS[label]))
-    accuracies = [_value(checkpoint, "map", "accuracy") or 0.0 for checkpoint in record["checkpoints"]]
-    best = steps[max(range(len(steps)), key=lambda index: accuracies[index])]
-    handles["best MAP accuracy"] = axis.axvline(best, color="#555555", linestyle=(0, (4, 3)), linewidth=1, zorder=0)
+    first = checkpoint_scores(record)[0]
+    at_map = [_value(checkpoint, "map", first) or 0.0 for checkpoint in record["checkpoints"]]
+    best = steps[at_map.index(max(at_map) if first in BEST_IS_HIGH else min(at_map))]
+    line: dict[str, Any] = {"color": "#555555", "linestyle": (0, (4, 3)), "linewidth": 1, "zorder": 0}
+    handles[f"best MAP {_LABELS.get(first, first)}"] = axis.axvline(best, **line)
     axis.ticklabel_format(axis="y", useOffset=False)
     axis.locator_params(axis="x", nbins=5, integer=True)
 
