@@ -134,7 +134,9 @@ class Run:
                 shutil.rmtree(folder, ignore_errors=True)
                 shutil.copytree(self.adapter / "laplace" / "default", folder)
             self.lapora(f"tune {name}", "tune-prior", "--name", name, *options)
-        self.lapora("fit asdl", "fit", *data, "--name", "asdl", "--engine", "asdl", "--overwrite")
+        # The engine does not reach LoRA on an output head; its scaling does.
+        paper = ["--weight-sharing", "asdl"] if self.experiment.kind == "causal" else ["--engine", "asdl"]
+        self.lapora("fit asdl", "fit", *data, "--name", "asdl", *paper, "--overwrite")
         self.lapora("tune asdl", "tune-prior", "--name", "asdl", "--method", "marglik")
         self.lapora("fit llla", "fit", *data, "--name", "llla", "--subset", "last-layer", "--overwrite")
 
@@ -191,7 +193,7 @@ _METHODS = {
     "ensemble": "ensemble of checkpoints",
     "default": "Laplace, averaged, no rows (default)",
     "marglik": "Laplace, marginal likelihood",
-    "asdl": "Laplace, the paper's stack",
+    "asdl": "Laplace, the paper's scaling",
     "llla": "Laplace of the last layer, averaged",
 }
 """Names in the tables, by method or posterior."""
