@@ -82,17 +82,22 @@ def place(name: str, folder: Path, base: str | None) -> tuple[ModelSettings, Dat
     return ModelSettings(str(folder / name), base, device="cpu"), data, None, _SCORED
 
 
-def sketched(factors: KronFactors, rank: int, seen: dict[int, Sum]) -> KronFactors:
-    """Return the factors as a fit of this rank sums them; shared input sums stay shared."""
+def sketched(factors: KronFactors, rank: int, seen: dict[int, Sum], roots: dict[int, Tensor]) -> KronFactors:
+    """Return the factors as a fit of this rank sums them; shared input sums stay shared.
+
+    ``roots`` keeps a square root of every sum.
+    """
 
     def sketch(total: Sum) -> Sum:
         assert isinstance(total, Tensor)
         width = width_of_sum(len(total), rank)
         if width == len(total):
             return total
-        values, vectors = torch.linalg.eigh(total.double())
+        if id(total) not in roots:
+            values, vectors = torch.linalg.eigh(total.double())
+            roots[id(total)] = (vectors * values.clamp(min=0.0).sqrt()).T.to(total)
         found = NystromSketch(len(total), width, seed=0, like=total)
-        found.add((vectors * values.clamp(min=0.0).sqrt()).T.to(total))
+        found.add(roots[id(total)])
         return found
 
     if id(factors.input_sum) not in seen:
@@ -112,9 +117,10 @@ def table(name: str, base: str | None, *, exact: bool) -> list[str]:
     log_likelihood = run.observe(observer).log_likelihood or 0.0
     whole = observer.factors(run.layers)
     observers, deltas, sizes = [], [], []
+    roots: dict[int, Tensor] = {}
     for rank in RANKS:
         seen: dict[int, Sum] = {}
-        factors = whole if exact else {layer: sketched(each, rank, seen) for layer, each in whole.items()}
+        factors = whole if exact else {layer: sketched(each, rank, seen, roots) for layer, each in whole.items()}
         posterior = BlockPosterior(decompose(run.layers, factors, rank))
         evidence = maximize_evidence(posterior.spectra, posterior.parameters(), log_likelihood)
         deltas.append(evidence.prior.precisions["all"])
