@@ -118,7 +118,8 @@ class Run:
     @property
     def posteriors(self) -> list[str]:
         """Names of the posteriors; the first that was tuned on rows gives the temperature its rows: the most rows."""
-        return [*self._tuned, "default", "marglik", "asdl", "llla"]
+        paper = [] if "lm_head" in self.experiment.targets else ["asdl"]  # ASDL's engine refuses LoRA on an output head
+        return [*self._tuned, "default", "marglik", *paper, "llla"]
 
     @property
     def _tuned(self) -> dict[str, list[str]]:
@@ -134,10 +135,9 @@ class Run:
                 shutil.rmtree(folder, ignore_errors=True)
                 shutil.copytree(self.adapter / "laplace" / "default", folder)
             self.lapora(f"tune {name}", "tune-prior", "--name", name, *options)
-        # The engine does not reach LoRA on an output head; its scaling does.
-        paper = ["--weight-sharing", "asdl"] if self.experiment.kind == "causal" else ["--engine", "asdl"]
-        self.lapora("fit asdl", "fit", *data, "--name", "asdl", *paper, "--overwrite")
-        self.lapora("tune asdl", "tune-prior", "--name", "asdl", "--method", "marglik")
+        if "asdl" in self.posteriors:
+            self.lapora("fit asdl", "fit", *data, "--name", "asdl", "--engine", "asdl", "--overwrite")
+            self.lapora("tune asdl", "tune-prior", "--name", "asdl", "--method", "marglik")
         self.lapora("fit llla", "fit", *data, "--name", "llla", "--subset", "last-layer", "--overwrite")
 
     def scores(self, others: list[Run]) -> dict[str, dict[str, Any]]:
@@ -193,7 +193,7 @@ _METHODS = {
     "ensemble": "ensemble of checkpoints",
     "default": "Laplace, averaged, no rows (default)",
     "marglik": "Laplace, marginal likelihood",
-    "asdl": "Laplace, the paper's scaling",
+    "asdl": "Laplace, the paper's stack",
     "llla": "Laplace of the last layer, averaged",
 }
 """Names in the tables, by method or posterior."""
