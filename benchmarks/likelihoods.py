@@ -43,7 +43,7 @@ Name = Literal["words", "answers", "topics", "judge"]
 Row = dict[str, Any]
 
 BATCH, MAX_LENGTH = 16, 48
-SIZES: dict[Name, tuple[int, int]] = {"words": (400, 300), "answers": (300, 150), "topics": (100, 150)}
+SIZES: dict[Name, tuple[int, int]] = {"words": (400, 300), "answers": (100, 150), "topics": (100, 150)}
 """Training rows and steps."""
 
 JUDGE_ROWS, JUDGE_STEPS = 1_800, 300
@@ -178,6 +178,7 @@ def best_of_n(
     """Return the judge's mean reward of the best of n by ``reward - k deviation``, and how often it is right.
 
     The candidates of n are the first n of the pool, among which the right answer may not be; it is with all of them.
+    The gain is over ``k = 0``.
     """
     lines = [
         {"prompt": each["question"] + " ", "text": text}
@@ -188,13 +189,19 @@ def best_of_n(
     values = torch.tensor([[record["reward"], record["deviation"]] for record in records]).double()
     reward, deviation = values.reshape(len(found), POOL, 2).unbind(dim=2)
     right = torch.tensor([pool.index(each["answers"][each["right"]]) for each, pool in zip(found, pools, strict=True)])
-    results = {}
+    results: dict[str, dict[str, float]] = {}
+    plain = judge.gather(1, reward.argmax(dim=1, keepdim=True))
     for penalty in PENALTIES:
         penalized = reward - penalty * deviation
         best = {number: penalized[:, :number].argmax(dim=1, keepdim=True) for number in NUMBERS}
         judges = {str(number): float(judge.gather(1, index).mean()) for number, index in best.items()}
-        rate = float((best[POOL][:, 0] == right).double().mean())
-        results[str(penalty)] = {**judges, f"right of {POOL}": rate}
+        gain = judge.gather(1, best[POOL]) - plain
+        results[str(penalty)] = {
+            **judges,
+            f"gain of {POOL}": float(gain.mean()),
+            "its standard error": float(gain.std()) / len(found) ** 0.5,
+            f"right of {POOL}": float((best[POOL][:, 0] == right).double().mean()),
+        }
     return results
 
 
