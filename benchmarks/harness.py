@@ -1,6 +1,7 @@
 """Log-likelihoods of whole answers beside lm-evaluation-harness: the same numbers, and the time of both.
 
-    python -m benchmarks.harness --base BASE --adapter ADAPTER --data DATA [--rows 100] [--dtype float64] [--json]
+    python -m benchmarks.harness --base BASE --adapter ADAPTER --data DATA [--rows 100] [--dtype float64]
+        [--softmax-dtype float64] [--json]
 
 Needs ``lm_eval`` (PyPI) in the environment. Rows of ARC-Easy in cloze form are read from ``DATA/arc-e``; a few rows in
 the formats of HellaSwag, WinoGrande, COPA, PIQA and CommitmentBank are in this file.
@@ -204,8 +205,19 @@ def accuracy(scores: Sequence[Sequence[float]], examples: Sequence[Example], *, 
     return right / len(examples)
 
 
-def compare(base: str, adapter: str, data: Path, limit: int, dtype: Dtype = "float32") -> list[Compared]:
-    """Score all rows with both."""
+def compare(
+    base: str, adapter: str, data: Path, limit: int, dtype: Dtype = "float32", softmax_dtype: str | None = None
+) -> list[Compared]:
+    """Score all rows with both.
+
+    Args:
+        base: Base model.
+        adapter: Folder of the adapter.
+        data: Folder with ``arc-e``.
+        limit: Number of rows of ARC-Easy.
+        dtype: Of the weights.
+        softmax_dtype: Of the harness's log-softmax; None is that of the logits.
+    """
     from lm_eval.models.huggingface import HFLM
 
     def build(task: Task, dtype: Dtype) -> TaskModel:
@@ -217,7 +229,7 @@ def compare(base: str, adapter: str, data: Path, limit: int, dtype: Dtype = "flo
         )
 
     loaded: dict[Dtype, LoadedModel] = {}
-    harness = HFLM(pretrained=base, peft=adapter, device="cpu", dtype=dtype, batch_size=8)
+    harness = HFLM(pretrained=base, peft=adapter, device="cpu", dtype=dtype, softmax_dtype=softmax_dtype, batch_size=8)
     found = []
     for task, rows in tasks_and_rows(data, limit):
         examples = examples_of(task, rows)
@@ -257,9 +269,10 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--rows", type=int, default=100)
     parser.add_argument("--dtype", choices=["float32", "float64"], default="float32")
+    parser.add_argument("--softmax-dtype", choices=["float32", "float64"], help="of the harness's log-softmax")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
-    found = compare(options.base, options.adapter, options.data, options.rows, options.dtype)
+    found = compare(options.base, options.adapter, options.data, options.rows, options.dtype, options.softmax_dtype)
     if options.json:
         print(json.dumps([vars(each) for each in found], indent=2))
         return

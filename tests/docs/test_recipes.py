@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import concurrent.futures
 import importlib.util
 import json
@@ -14,11 +15,14 @@ from pathlib import Path
 
 import pytest
 import yaml
+from transformers import AutoTokenizer
 
 from lapora.cli.app import app
 from lapora.errors import GateError
 from pages import blocks, copy_demo, lapora_lines, shell, titled
+from tiny_adapter import make_adapter, make_rows
 
+ROOT = Path(__file__).parents[2]
 STORY = "anna keeps the cows with boris . in the morning anna went to the barn ."
 
 
@@ -54,6 +58,25 @@ def test_programs_of_the_reference_pages(folder, capsys):
         (program,) = blocks(page, "python")
         exec(compile(program, page, "exec"), {"__name__": page})
         assert capsys.readouterr().out
+
+
+def test_finetune_trains_on_the_tokens_of_whole_answers(tmp_path):
+    make_adapter(tmp_path)
+    options = ["the cows", "boris is quiet"]
+    rows = [{**row, "options": options[:: 1 - 2 * (number % 2)]} for number, row in enumerate(make_rows(6))]
+    (tmp_path / "data" / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = yaml.safe_load((tmp_path / "task.yaml").read_text()) | {"doc_to_choice": "{{options}}"}
+    (tmp_path / "task.yaml").write_text(yaml.safe_dump(task))
+    program = runpy.run_path(str(ROOT / "docs" / "recipes" / "finetune.py"))
+    wanted = argparse.Namespace(data=str(tmp_path / "task.yaml"), data_dir=tmp_path / "data", limit=4, kind="causal")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "base")
+    found, choices = program["training_rows"](wanted, tokenizer, 48)
+    assert len(found) == 4 and choices == ()
+    for row, trained in zip(rows, found, strict=False):
+        prompt = tokenizer(f"{row['story']} ?")["input_ids"]
+        answer = tokenizer(row["options"][row["label"]])["input_ids"]
+        assert trained["ids"] == prompt + answer
+        assert trained["labels"] == [-100] * len(prompt) + answer
 
 
 @pytest.mark.slow
