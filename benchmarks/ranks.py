@@ -39,7 +39,7 @@ from lapora.posterior.marglik import maximize_evidence
 from lapora.predictive.moments import BlockCovarianceObserver
 from lapora.workflows.fit import prepare_fit
 
-RANKS = [COMPLETE, 8, 16, 32, 64, 128]
+RANKS = [8, 16, 32, 64, 128]
 _SCORED = 200
 
 
@@ -105,8 +105,9 @@ def sketched(factors: KronFactors, rank: int, seen: dict[int, Sum], roots: dict[
     return replace(factors, input_sum=seen[id(factors.input_sum)], gradient_sum=sketch(factors.gradient_sum))
 
 
-def table(name: str, base: str | None, *, exact: bool) -> list[str]:
-    """Return the rows of one adapter."""
+def table(name: str, base: str | None, ranks: Sequence[int], *, exact: bool) -> list[str]:
+    """Return the rows of one adapter; all its whole factors are in memory at once."""
+    ranks = [COMPLETE, *ranks]
     with tempfile.TemporaryDirectory() as folder:
         model, data, length, scored = place(name, Path(folder), base)
         settings = FitSettings(rank="full", max_length=length)
@@ -118,7 +119,7 @@ def table(name: str, base: str | None, *, exact: bool) -> list[str]:
     whole = observer.factors(run.layers)
     observers, deltas, sizes = [], [], []
     roots: dict[int, Tensor] = {}
-    for rank in RANKS:
+    for rank in ranks:
         seen: dict[int, Sum] = {}
         factors = whole if exact else {layer: sketched(each, rank, seen, roots) for layer, each in whole.items()}
         posterior = BlockPosterior(decompose(run.layers, factors, rank))
@@ -128,7 +129,8 @@ def table(name: str, base: str | None, *, exact: bool) -> list[str]:
         precisions = torch.full((1, len(run.layers)), deltas[-1], dtype=torch.float64)
         blocks = posterior.on_device(run.layers, torch.device("cpu"), torch.float32).blocks
         observers.append(BlockCovarianceObserver(blocks, precisions, directions=run.columns))
-    nll, variance = torch.zeros(len(RANKS)), []
+    del whole, roots
+    nll, variance = torch.zeros(len(ranks)), []
     targets = torch.tensor([example.target for example in held.rows.examples])
     with Linearisation(fitted.model.outputs, run.layers, _All(observers)) as linearisation:
 
@@ -143,7 +145,7 @@ def table(name: str, base: str | None, *, exact: bool) -> list[str]:
     nll, ratio = nll / len(targets), torch.cat(variance, dim=1)
     ratio = (ratio / ratio[0]).median(dim=1).values
     rows = []
-    for index, rank in enumerate(RANKS):
+    for index, rank in enumerate(ranks):
         label = "full" if rank == COMPLETE else str(rank)
         shift = f"{deltas[index] / deltas[0] - 1:+.1%} | {nll[index] / nll[0] - 1:+.2%} | {ratio[index] - 1:+.1%}"
         cells = f"{deltas[0]:.3g} | {nll[0]:.3f} | " if not index else f"{shift} | "
@@ -155,11 +157,12 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("names", nargs="+")
     parser.add_argument("--base", help="folder of the decoders' base model")
+    parser.add_argument("--ranks", type=int, nargs="*", default=RANKS)
     parser.add_argument("--exact", action="store_true", help="truncate whole factors")
     options = parser.parse_args()
     print("| adapter | rank | prior precision | NLL | variance | size |\n| --- | --- | --- | --- | --- | --- |")
     for name in options.names:
-        print("\n".join(table(name, options.base, exact=options.exact)), flush=True)
+        print("\n".join(table(name, options.base, options.ranks, exact=options.exact)), flush=True)
 
 
 if __name__ == "__main__":
