@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import _thread
 import sys
-import threading
-from typing import TYPE_CHECKING
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from sys import UnraisableHookArgs
 
@@ -26,6 +24,9 @@ def main() -> None:
 def interrupt_again(unraisable: UnraisableHookArgs) -> None:
     """Raise a KeyboardInterrupt once more that Python dropped because it was raised in a destructor."""
     if issubclass(unraisable.exc_type, KeyboardInterrupt):
+        import _thread
+        import threading
+
         again = threading.Timer(0.01, _thread.interrupt_main)  # once the destructor has returned
         again.daemon = True
         again.start()
