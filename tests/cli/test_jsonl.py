@@ -294,7 +294,7 @@ def test_control_c_where_nothing_of_a_line_is_out(tmp_path):
     reading, write_lock = os.pipe()
     script = WRITER.replace("300_000", "65_500")
     restore = partial(signal.signal, signal.SIGINT, signal.default_int_handler)
-    process = subprocess.Popen([sys.executable, "-c", script], stdout=write_lock, preexec_fn=heed_interrupts)
+    process = subprocess.Popen([sys.executable, "-c", script], stdout=write_lock, preexec_fn=restore)
     os.close(write_lock)
     while int.from_bytes(fcntl.ioctl(reading, termios.FIONREAD, b"    "), sys.byteorder) < 65_500:
         time.sleep(0.05)
