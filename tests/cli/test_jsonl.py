@@ -275,9 +275,7 @@ def test_control_c_with_a_slow_reader_and_long_lines(presses):
     """A line larger than the pipe is half out when the reader pauses: it is ended first, but not at a second Ctrl-C."""
     restore = partial(signal.signal, signal.SIGINT, signal.default_int_handler)
     command = [sys.executable, "-c", WRITER]
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=heed_interrupts
-    ) as process:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=restore) as process:
         out = os.read(process.stdout.fileno(), 100_000)
         for _ in range(presses):
             time.sleep(0.3)
