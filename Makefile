@@ -62,7 +62,10 @@ venv:
 		echo "error: $(PYTHON) is Python $(VERSION), and lapora needs 3.11 or later: make PYTHON=/path/to/python3" >&2; exit 1; }
 	@if [ -e $(VENV) ] && ! $(BIN)/python -c 'import sys; sys.exit("%d.%d" % sys.version_info[:2] != "$(VERSION)")' 2>/dev/null; then \
 		echo "$(VENV) is of another Python than $(VERSION): made anew"; rm -rf $(VENV); fi
-	@[ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV)
+	@[ -x $(BIN)/python ] || { echo "making $(VENV)" && $(PYTHON) -m venv $(VENV); }
+	@# pip 25.1 and later show what they install.
+	@$(BIN)/python -c 'import sys, pip; sys.exit(tuple(map(int, pip.__version__.split(".")[:2])) < (25, 1))' || \
+		$(PIP) --quiet --upgrade 'pip>=25.1' || true
 	@if ! $(BIN)/python -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("torch") is None)'; then \
 		if [ -n "$(TORCH_INDEX)" ]; then \
 			echo "installing into $(VENV): PyTorch from $(TORCH_INDEX), then the rest"; \

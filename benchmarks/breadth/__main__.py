@@ -23,7 +23,7 @@ from benchmarks.breadth.page import write_page
 from lapora.config import Dtype
 from lapora.errors import LaporaError, NumericalError, UsageError
 
-SECONDS = 120
+SECONDS = 600
 
 
 def main() -> None:
