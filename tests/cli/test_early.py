@@ -89,6 +89,7 @@ def test_a_gpu_without_a_driver_is_refused(driver, refused, monkeypatch):
     with pytest.raises(UsageError, match="cuda:1: not available") if refused else nullcontext():
         early._check_device("cuda:1")
     early._check_device("cpu")
+    early._check_device("cuda:1", here=False)  # of a dry run
 
 
 @pytest.fixture(scope="module")

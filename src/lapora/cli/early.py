@@ -31,10 +31,13 @@ def check_fit(
     data: DataSettings,
     settings: FitSettings,
     predictions: PredictSettings = PredictSettings(),
+    *,
+    dry_run: bool = False,
 ) -> None:
     """Check the files that a fit reads, the posterior that it would replace, and options against the likelihood.
 
-    With several adapters only the data and options are checked: an error in one adapter stops no other.
+    With several adapters only the data and options are checked: an error in one adapter stops no other. A dry run
+    replaces nothing, and its device may be one that this machine lacks.
 
     Raises:
         LaporaError: What is wrong; several mistakes are one error, with the status of the first.
@@ -42,13 +45,13 @@ def check_fit(
     from lapora.storage.saved import posterior_folder, refuse_to_replace
 
     checks: list[Callable[[], object]] = [
-        lambda: _check_device(models[0].device),
+        lambda: _check_device(models[0].device, here=not dry_run),
         lambda: _check_data(data, settings, predictions),
     ]
     if len(models) == 1:
         folder = posterior_folder(models[0].root, settings.name)
         checks.insert(0, lambda: check_adapter_files(models[0].folder))
-        checks.append(lambda: refuse_to_replace(folder, overwrite=settings.overwrite))
+        checks.append(lambda: refuse_to_replace(folder, overwrite=settings.overwrite or dry_run))
     _raise_together(checks)
     if len(models) == 1:
         _check_rows(models[0], data, settings)
@@ -136,10 +139,10 @@ _DEVICE = re.compile(r"auto|(cpu|cuda|mps|xpu|hpu|npu|mlu|xla)(:\d+)?")
 _ROWS_CHECKED = 1000
 
 
-def _check_device(device: str) -> None:
+def _check_device(device: str, *, here: bool = True) -> None:
     if not _DEVICE.fullmatch(device):
         raise UsageError(f"--device {device}: no such device; use auto, cpu, or cuda:0 for the first GPU")
-    if _has_no_driver(device):
+    if here and _has_no_driver(device):
         raise UsageError(f"--device {device}: not available on this machine (it has no driver for it); use auto or cpu")
 
 

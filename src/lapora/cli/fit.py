@@ -7,7 +7,6 @@ import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated
 
 from rich.table import Table
@@ -45,7 +44,7 @@ def fit_command(
     refuse_missing_task(data)
     if memory is not None and not dry_run:
         raise UsageError("--memory goes with --dry-run")
-    check_fit(models, data, settings if not dry_run else replace(settings, overwrite=True))
+    check_fit(models, data, settings, dry_run=dry_run)
     with loading():
         from lapora.workflows.commands import command_line, tune_prior_arguments
         from lapora.workflows.fit import estimate_memory, fit, fit_several

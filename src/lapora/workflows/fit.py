@@ -430,7 +430,11 @@ def estimate_memory(
     """
     settings = resolve_settings(model, settings)
     rows = read_training_rows(model, data, settings)
-    return _estimate(model, rows, _check_tokens(model, rows, settings), settings, device_memory)
+    try:
+        answers = _check_tokens(model, rows, settings)
+    except AdapterError:  # a base model of which only the configuration is here: its tokens are not known
+        answers = []
+    return _estimate(model, rows, answers, settings, device_memory)
 
 
 def _estimate(
