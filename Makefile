@@ -65,7 +65,7 @@ venv:
 	@[ -x $(BIN)/python ] || { echo "making $(VENV)" && $(PYTHON) -m venv $(VENV); }
 	@# pip 25.1 and later show what they install.
 	@$(BIN)/python -c 'import sys, pip; sys.exit(tuple(map(int, pip.__version__.split(".")[:2])) < (25, 1))' || \
-		$(PIP) --quiet --upgrade 'pip>=25.1' || true
+		$(PIP) --upgrade 'pip>=25.1' || true
 	@if ! $(BIN)/python -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("torch") is None)'; then \
 		if [ -n "$(TORCH_INDEX)" ]; then \
 			echo "installing into $(VENV): PyTorch from $(TORCH_INDEX), then the rest"; \
