@@ -54,6 +54,16 @@ DROPPED = object()
 """Value of a setting that is left to the class."""
 
 _MAMBA = {"mamba_n_heads": 2, "mamba_d_head": 16, "mamba_d_ssm": 32}
+_SLIDING_LATENT = {
+    "per_layer_config": DROPPED,
+    "swa_num_attention_heads": 2,
+    "swa_num_key_value_heads": 2,
+    "swa_q_lora_rank": 8,
+    "swa_kv_lora_rank": 8,
+    "swa_head_dim": 16,
+    "swa_qk_nope_head_dim": 8,
+    "swa_v_head_dim": 8,
+}
 _HYBRID = {
     "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"],
     "num_hidden_layers": 4,
@@ -83,11 +93,13 @@ SPECIAL: dict[str, dict[str, Any]] = {
     },
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1},
     "dots3_note": {
+        **{f"text_config.{name}": size for name, size in _SLIDING_LATENT.items()},
         "vision_config.adapter_in_dim": WIDTH,
         "vision_config.adapter_out_dim": WIDTH,
         "audio_config.adapter_input_size": WIDTH,
         "audio_config.adapter_out_dim": WIDTH,
     },
+    "dots3_note_text": _SLIDING_LATENT,
     "esm": {"vocab_size": VOCABULARY, "pad_token_id": PADDING, "mask_token_id": 4},
     "falcon_h1": _MAMBA,
     "funnel": {"block_sizes": [1, 1], "block_repeats": [1, 1], "num_decoder_layers": 1},

@@ -124,6 +124,15 @@ def test_an_adapter_that_loads_differently_each_time_is_refused(tmp_path, initia
     assert not (tmp_path / "adapter" / "laplace").exists()
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
+def test_loftq_needs_a_gpu_and_says_so(tmp_path):
+    make_adapter(tmp_path)
+    change(tmp_path / "adapter", init_lora_weights="loftq", loftq_config={"loftq_bits": 4, "loftq_iter": 1})
+    with pytest.raises(AdapterError, match="loftq, by which PEFT quantizes the base weights on a GPU"):
+        fit_tiny(tmp_path)
+    assert not (tmp_path / "adapter" / "laplace").exists()
+
+
 def test_settings_that_peft_does_not_know_are_said(tmp_path):
     make_adapter(tmp_path)
     change(tmp_path / "adapter", use_future=True, another=None)

@@ -311,6 +311,13 @@ def load_base(adapter: Adapter, how: ModelSettings) -> LoadedBase:
         UsageError: The device is not available, or options cannot be combined.
     """
     device = resolve_device(how.device)
+    has_gpu = torch.cuda.is_available() or torch.xpu.is_available()
+    if adapter.config.get("init_lora_weights") == "loftq" and not has_gpu:
+        raise AdapterError(
+            f"{adapter.path}: init_lora_weights is loftq, by which PEFT quantizes the base weights on a GPU each time "
+            "the adapter is loaded, and this machine has none; load it on a GPU, or train with a base saved in its "
+            "quantized form and init_lora_weights true"
+        )
     with silence_libraries():
         resolved = resolve_base(adapter, how, device)
         base, missing = _load_base(adapter, resolved, device, how)
