@@ -62,7 +62,8 @@ venv:
 		echo "error: $(PYTHON) is Python $(VERSION), and lapora needs 3.11 or later: make PYTHON=/path/to/python3" >&2; exit 1; }
 	@if [ -e $(VENV) ] && ! $(BIN)/python -c 'import sys; sys.exit("%d.%d" % sys.version_info[:2] != "$(VERSION)")' 2>/dev/null; then \
 		echo "$(VENV) is of another Python than $(VERSION): made anew"; rm -rf $(VENV); fi
-	@[ -x $(BIN)/python ] || { echo "making $(VENV)" && $(PYTHON) -m venv $(VENV); }
+	@[ -x $(BIN)/python ] || { printf "making $(VENV) "; $(PYTHON) -m venv $(VENV) & made=$$!; \
+		while kill -0 $$made 2>/dev/null; do printf .; sleep 1; done; echo; wait $$made; }
 	@# pip 25.1 and later show what they install.
 	@$(BIN)/python -c 'import sys, pip; sys.exit(tuple(map(int, pip.__version__.split(".")[:2])) < (25, 1))' || \
 		$(PIP) --upgrade 'pip>=25.1' || true
