@@ -89,7 +89,7 @@ class Run:
         self.data = self.folder / "data"
         self.data.mkdir(exist_ok=True)
         for split, count in (("train", experiment.train), ("validation", experiment.scored)):
-            lines = (shared / "data" / experiment.task / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()
+            lines = (shared / "data" / experiment.data / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()
             (self.data / f"{split}.jsonl").write_text("\n".join(lines[:count]) + "\n", encoding="utf-8")
 
     @property

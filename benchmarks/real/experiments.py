@@ -4,11 +4,28 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import yaml
 
 FIVE = ("boolq", "arc-c", "arc-e", "obqa", "winogrande-s")
+_QUESTION = {
+    "doc_to_text": "Question: {{question}}\nAnswer:",
+    "doc_to_choice": "{{ choices.text }}",
+    "doc_to_target": "{{ choices.label.index(answerKey) }}",
+}
+CLOZE = {
+    "arc-c": _QUESTION,
+    "arc-e": _QUESTION,
+    "obqa": _QUESTION | {"doc_to_text": "{{question_stem}}"},
+    "winogrande-s": {
+        "doc_to_text": "{{ sentence.partition('_')[0] | trim }}",
+        "doc_to_choice": "{{ [option1, option2] }}",
+        "doc_to_continuation": "{{ sentence.partition('_')[2] | trim }}",
+        "doc_to_target": "{{ answer | int - 1 }}",
+    },
+}
+"""Tasks whose answers are texts of several tokens, by data set."""
 
 
 @dataclass(frozen=True)
@@ -18,7 +35,8 @@ class Experiment:
     Attributes:
         name: Folder of its results.
         base: ``smollm2``, ``gemma3``, ``mpnet`` or ``minilm``.
-        task: Built-in task, or ``source2`` or ``source5``: which data set a text comes from.
+        task: Built-in task; the data set of a task of :data:`CLOZE`, with ``-cloze`` behind it; or ``source2`` or
+            ``source5``: which data set a text comes from.
         steps: Training steps; five checkpoints are kept.
         batch: Rows per step.
         rate: Learning rate, falling linearly to zero.
@@ -43,23 +61,31 @@ class Experiment:
         return "causal" if self.base in ("smollm2", "gemma3") else "classifier"
 
     @property
+    def data(self) -> str:
+        """Folder of its rows."""
+        return self.task.removesuffix("-cloze")
+
+    @property
     def targets(self) -> list[str]:
         """Modules with LoRA: queries, values and, of a decoder, the output head, as in the paper."""
         return {"minilm": ["query", "value"], "mpnet": ["q", "v"]}.get(self.base, ["q_proj", "v_proj", "lm_head"])
 
     def write_task(self, folder: Path) -> str:
         """Return the task's name; a task of this benchmark is written to a file first."""
-        if not self.task.startswith("source"):
+        if self.task.endswith("-cloze"):
+            content: dict[str, Any] = {"task": self.task, **CLOZE[self.data]}
+        elif self.task.startswith("source"):
+            classes = FIVE if self.task == "source5" else ("arc-e", "obqa")
+            content = {
+                "task": self.task,
+                "doc_to_text": f"Text: {{{{text}}}}\nSource, A to {'ABCDE'[len(classes) - 1]}:",
+                "doc_to_inputs": ["{{text}}"],
+                "doc_to_choice": list("ABCDE"[: len(classes)]),
+                "doc_to_target": "label",
+                "truncate_field": "text",
+            }
+        else:
             return self.task
-        classes = FIVE if self.task == "source5" else ("arc-e", "obqa")
-        content = {
-            "task": self.task,
-            "doc_to_text": f"Text: {{{{text}}}}\nSource, A to {'ABCDE'[len(classes) - 1]}:",
-            "doc_to_inputs": ["{{text}}"],
-            "doc_to_choice": list("ABCDE"[: len(classes)]),
-            "doc_to_target": "label",
-            "truncate_field": "text",
-        }
         file = folder / f"{self.task}.yaml"
         file.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
         return str(file)
@@ -68,7 +94,8 @@ class Experiment:
 def _decoders(base: str) -> list[Experiment]:
     letters = [Experiment(f"{base}-{task}", base, task, 500, 8, 5e-4, 160, 1000, 500) for task in FIVE[1:]]
     boolq = Experiment(f"{base}-boolq", base, "boolq", 500, 8, 5e-4, 200, 1000, 500)
-    return [*letters, boolq, Experiment(f"{base}-source5", base, "source5", 400, 8, 1e-3, 96, 1000, 500)]
+    cloze = [Experiment(f"{base}-{data}-cloze", base, f"{data}-cloze", 500, 8, 5e-4, 96, 1000, 500) for data in CLOZE]
+    return [*letters, *cloze, boolq, Experiment(f"{base}-source5", base, "source5", 400, 8, 1e-3, 96, 1000, 500)]
 
 
 def _encoders(base: str) -> list[Experiment]:
