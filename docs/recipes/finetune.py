@@ -1,9 +1,9 @@
-"""Fine-tune LoRA on a lapora task with transformers and peft, keeping a checkpoint every so many steps.
+"""Fine-tune LoRA on a lapora task with transformers and peft, and save checkpoints.
 
 The defaults are those of Tables 1 and 2 of "Bayesian low-rank adaptation for large language models": r 8, alpha 16,
 dropout 0.1, learning rate 5e-5 falling linearly, weight decay 0, 10,000 steps, a checkpoint every 1,000; batches of
-32 rows and 256 tokens for a classifier, of 8 rows and 300 tokens for a causal language model. Prompts and answers are
-lapora's own, so that what is trained is what is evaluated. The loss of a causal model is the cross-entropy of the right
+32 rows and 256 tokens for a classifier, of 8 rows and 300 tokens for a causal language model. lapora renders prompts
+and answers, so training and evaluation use the same text. The loss of a causal model is the cross-entropy of the right
 answer's tokens, one or several.
 """
 

@@ -78,7 +78,8 @@ LONGEST_LINE = 16 * 2**20
 
 
 FITTED, PRIOR, PREDICTIONS, SCORES = "What is fitted", "Prior", "Predictions", "What is scored"
-CHECKPOINTS, DATA, MODEL, OUTPUT, ADVANCED = "Checkpoints", "Data", "Model", "Output", "Advanced"
+CHECKPOINTS = "Checkpoints (with --checkpoints)"
+DATA, MODEL, OUTPUT, ADVANCED = "Data", "Model", "Output", "Advanced"
 PANELS = (FITTED, PRIOR, PREDICTIONS, SCORES, CHECKPOINTS, DATA, MODEL, OUTPUT, ADVANCED)
 """Panels of ``--help``, in the order in which they are shown."""
 
@@ -284,7 +285,8 @@ def check_likelihood(likelihood: LikelihoodName, settings: Any) -> None:
                 raise UsageError(f"--link {link} {does_not_go}: use {' or '.join(LINKS[likelihood])}")
 
 
-_LINKS = "mc-joint (sampled logits), mc-indep (no covariance), probit, bridge (Laplace bridge) or map (plain adapter)."
+LAPLACE_LINKS = "mc-joint (sampled logits), mc-indep (no covariance), probit, bridge (Laplace bridge)"
+_LINKS = f"{LAPLACE_LINKS} or map (plain adapter)."
 _LINK_SYNONYMS = {"mc": "mc-joint", "joint": "mc-joint", "sampling": "mc-joint", "indep": "mc-indep"}
 _PRIOR_SYNONYMS = {
     "evidence": "marglik",
@@ -497,7 +499,7 @@ class FitSettings:
         int | None, Option("Maximum tokens per row.", DATA, metavar="N", min=1, shown="the task's")
     ] = None
     chat_template: Annotated[bool, Option("Wrap prompts in the tokenizer's chat template.", DATA)] = False
-    unlabelled: Annotated[bool, Option("The rows have no labels, by intent.", DATA)] = False
+    unlabelled: Annotated[bool, Option("Accept training rows without labels.", DATA)] = False
     seed: Annotated[int, Option("Random seed.", metavar="N")] = 0
     overwrite: Annotated[bool, Option("Replace an existing posterior of this name.", OUTPUT)] = False
     resume: Annotated[bool, Option("Resume an interrupted fit from its last checkpoint.", OUTPUT)] = False
@@ -541,7 +543,7 @@ class PriorSettings:
     structure: Annotated[
         PriorChoice,
         Option(
-            "scalar, kind (A, B, head), layer or point (scalar, not averaged).",
+            "scalar, kind (lora_A, lora_B, head), layer or point (scalar, not averaged).",
             PRIOR,
             flag="--prior",
             metavar="NAME",
@@ -556,7 +558,7 @@ class PriorSettings:
     steps: Annotated[int, Option("Steps of adam.", PRIOR, metavar="N", min=1)] = 1000
     link: Annotated[
         Link,
-        Option(f"Link to tune for: {_LINKS}", PRIOR, metavar="NAME", synonyms=_LINK_SYNONYMS),
+        Option(f"Link to tune for: {LAPLACE_LINKS}.", PRIOR, metavar="NAME", synonyms=_LINK_SYNONYMS),
     ] = "mc-joint"
     seed: Annotated[int, Option("Random seed.", metavar="N")] = 0
 
@@ -613,7 +615,7 @@ class EvalSettings:
     ] = ()
     coverage: Annotated[
         float | None,
-        Option("Print the --abstain-below that keeps this share.", SCORES, metavar="SHARE", above=0, max=1),
+        Option("Print the threshold that keeps this share of rows.", SCORES, metavar="SHARE", above=0, max=1),
     ] = None
 
 
@@ -632,7 +634,7 @@ class CheckpointSettings:
     prior_method: Annotated[
         PriorMethod,
         Option(
-            "Choice of the prior: auto, marglik, validation (see tune-prior); adapted is refused.",
+            "Method of tune-prior: auto, marglik or validation; adapted is refused.",
             CHECKPOINTS,
             metavar="NAME",
             synonyms=_PRIOR_SYNONYMS,
@@ -690,7 +692,7 @@ class PushSettings:
 
     repository: Annotated[str, Option("OWNER/NAME on the Hub; created if missing.", flag="REPO")]
     name: Annotated[str, Option("Name of the posterior.", OUTPUT, metavar="NAME")] = "default"
-    private: Annotated[bool, Option("Make a repository that is created private.", OUTPUT)] = False
+    private: Annotated[bool, Option("Create the repository as private, if it does not exist.", OUTPUT)] = False
     revision: Annotated[str | None, Option("Branch of REPO to commit to.", OUTPUT, metavar="BRANCH")] = None
     scores: Annotated[
         Path | None,

@@ -171,7 +171,7 @@ class CurvatureOptions(TypedDict, total=False):
         name: Name of the posterior. Default: ``'default'``.
         max_length: Maximum tokens per row. At least 1. Default: the task's.
         chat_template: Wrap prompts in the tokenizer's chat template. Default: ``False``.
-        unlabelled: The rows have no labels, by intent. Default: ``False``.
+        unlabelled: Accept training rows without labels. Default: ``False``.
         seed: Random seed. Default: ``0``.
         overwrite: Replace an existing posterior of this name. Default: ``False``.
         resume: Resume an interrupted fit from its last checkpoint. Default: ``False``.
@@ -207,8 +207,8 @@ class CalibrateOptions(FitOptions, total=False):
     """Options of :func:`lapora.api.calibrate`.
 
     Attributes:
-        link: Link to tune for: mc-joint (sampled logits), mc-indep (no covariance), probit, bridge (Laplace bridge) or
-            map (plain adapter). Default: ``'mc-joint'``.
+        link: Link to tune for: mc-joint (sampled logits), mc-indep (no covariance), probit, bridge (Laplace bridge).
+            Default: ``'mc-joint'``.
     """
 
     link: config.Link
@@ -221,12 +221,12 @@ class PriorOptions(DataOptions, ModelOptions, total=False):
         name: Name of the posterior. Default: ``'default'``.
         method: auto (average over precisions), validation (best NLL on held-out rows), marglik (marginal likelihood) or
             adapted (marglik, linearized). Default: ``'auto'``.
-        structure: scalar, kind (A, B, head), layer or point (scalar, not averaged). Default: ``'scalar'``.
+        structure: scalar, kind (lora_A, lora_B, head), layer or point (scalar, not averaged). Default: ``'scalar'``.
         optimizer: For marglik: exact (root finding) or adam (as in the paper). Default: ``'exact'``.
         learning_rate: Learning rate of adam. At least 0. Default: ``0.1``.
         steps: Steps of adam. At least 1. Default: ``1000``.
-        link: Link to tune for: mc-joint (sampled logits), mc-indep (no covariance), probit, bridge (Laplace bridge) or
-            map (plain adapter). Default: ``'mc-joint'``.
+        link: Link to tune for: mc-joint (sampled logits), mc-indep (no covariance), probit, bridge (Laplace bridge).
+            Default: ``'mc-joint'``.
         seed: Random seed. Default: ``0``.
     """
 
@@ -258,7 +258,7 @@ class EvalOptions(DataOptions, ModelOptions, total=False):
         interval: Regression: probability of the intervals scored. Above 0, at most 1. Default: ``0.9``.
         ood: Out-of-distribution task. A list.
         ood_data_dirs: Folder of the ``ood`` rows. A list.
-        coverage: Print the ``abstain_below`` that keeps this share. Above 0, at most 1.
+        coverage: Print the threshold that keeps this share of rows. Above 0, at most 1.
     """
 
     methods: Sequence[config.Method | Literal["all"]]

@@ -14,7 +14,7 @@ from lapora.cli.arguments import Fields, JsonOption, command
 from lapora.cli.console import RowProgress, loading, print_message, program
 from lapora.cli.early import check_fit
 from lapora.cli.fit import print_notes, refuse_missing_task, saying_how_to_resume, verdict
-from lapora.config import DataSettings, FitSettings, ModelSettings, PredictSettings, PriorSettings
+from lapora.config import LAPLACE_LINKS, DataSettings, FitSettings, ModelSettings, PredictSettings, PriorSettings
 
 if TYPE_CHECKING:
     from lapora.memory.estimate import MemoryEstimate
@@ -27,7 +27,9 @@ def calibrate_command(
     model: ModelSettings,
     data: Annotated[DataSettings, Fields(split={"default": "train", "help": "Split the adapter was trained on."})],
     settings: FitSettings,
-    predictions: Annotated[PredictSettings, Fields("link")],
+    predictions: Annotated[
+        PredictSettings, Fields("link", link={"help": f"Probabilities from logits: {LAPLACE_LINKS}."})
+    ],
     as_json: JsonOption = False,
 ) -> None:
     """Fit, tune the prior and evaluate. Says whether the probabilities are better, and how to predict.

@@ -40,7 +40,7 @@ def eval_command(
     settings: EvalSettings,
     fail_if: Annotated[
         tuple[str, ...],
-        Option("Exit with 7 if so: 'nll>map.nll'. Repeatable.", SCORES, metavar="CONDITION"),
+        Option("Exit with 7 if true: 'nll>map.nll'. Repeatable.", SCORES, metavar="CONDITION"),
     ] = (),
     checkpoints: Annotated[bool, Option("Fit and score ADAPTER/checkpoint-* of a training run.", CHECKPOINTS)] = False,
     fitting: CheckpointSettings,
