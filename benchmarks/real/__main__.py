@@ -48,9 +48,15 @@ def main() -> None:
     results: dict[tuple[str, int], dict[str, dict[str, Any]]] = {}
     rows: dict[str, int] = {}
     costs: dict[str, dict[str, dict[str, float]]] = {}
-    for experiment in QUICK if options.quick else FULL:
-        if options.only and not any(part in experiment.name for part in options.only):
-            continue
+    experiments = [
+        each
+        for each in (QUICK if options.quick else FULL)
+        if not options.only or any(part in each.name for part in options.only)
+    ]
+    if not experiments:
+        parser.error("--only: no experiment has such a name")
+    text = ""
+    for experiment in experiments:
         base = base_of(experiment.base, options.shared, options.output)
         seeds = range(options.seeds or (1 if options.quick else 3))
         runs = [Run(commands, experiment, seed, base, options.shared, options.output) for seed in seeds]

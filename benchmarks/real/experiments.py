@@ -113,5 +113,6 @@ QUICK = (
     Experiment("quick-minilm-source2", "minilm", "source2", 150, 32, 1e-3, 48, 300, 300),
     Experiment("quick-mpnet-source5", "mpnet", "source5", 60, 16, 1e-3, 48, 200, 200),
     Experiment("quick-smollm2-source5", "smollm2", "source5", 60, 8, 2e-3, 64, 100, 120),
+    Experiment("quick-smollm2-arc-e-cloze", "smollm2", "arc-e-cloze", 100, 8, 1e-3, 64, 300, 200),
 )
 """Minutes."""
