@@ -13,11 +13,12 @@ _QUESTION = {
     "doc_to_text": "Question: {{question}}\nAnswer:",
     "doc_to_choice": "{{ choices.text }}",
     "doc_to_target": "{{ choices.label.index(answerKey) }}",
+    "truncate_field": "question",
 }
 CLOZE = {
     "arc-c": _QUESTION,
     "arc-e": _QUESTION,
-    "obqa": _QUESTION | {"doc_to_text": "{{question_stem}}"},
+    "obqa": _QUESTION | {"doc_to_text": "{{question_stem}}", "truncate_field": "question_stem"},
     "winogrande-s": {
         "doc_to_text": "{{ sentence.partition('_')[0] | trim }}",
         "doc_to_choice": "{{ [option1, option2] }}",
@@ -113,6 +114,6 @@ QUICK = (
     Experiment("quick-minilm-source2", "minilm", "source2", 150, 32, 1e-3, 48, 300, 300),
     Experiment("quick-mpnet-source5", "mpnet", "source5", 60, 16, 1e-3, 48, 200, 200),
     Experiment("quick-smollm2-source5", "smollm2", "source5", 60, 8, 2e-3, 64, 100, 120),
-    Experiment("quick-smollm2-arc-e-cloze", "smollm2", "arc-e-cloze", 100, 8, 1e-3, 64, 300, 200),
+    Experiment("quick-smollm2-arc-e-cloze", "smollm2", "arc-e-cloze", 100, 8, 1e-3, 96, 300, 200),
 )
 """Minutes."""
