@@ -39,7 +39,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shared", type=Path, required=True, help="folder with data/ and bases/make.py")
     parser.add_argument("--output", type=Path, default=Path("build/real"), help="where everything is kept")
-    parser.add_argument("--quick", action="store_true", help="two small experiments and one seed")
+    parser.add_argument("--quick", action="store_true", help="four small experiments and one seed")
     parser.add_argument("--seeds", type=int, help="number of seeds; by default 3, with --quick 1")
     parser.add_argument("--only", action="append", metavar="NAME", help="an experiment, or a part of its name")
     options = parser.parse_args()
