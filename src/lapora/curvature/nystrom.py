@@ -1,8 +1,8 @@
 """Single-pass randomized Nyström approximation of ``M = Σ x xᵀ``, without storing M.
 
-The sketch ``Y = M Ω``, with a random ``Ω`` ``(d, l)`` of (nearly) orthonormal columns, takes one pass over the rows
-and 2dl numbers. Source: Tropp, Yurtsever, Udell, Cevher 2017, "Fixed-rank approximation of a positive-semidefinite
-matrix from streaming data", Algorithm 3.
+The sketch ``Y = M Ω``, with a random ``Ω`` ``(d, l)`` of orthonormal columns, takes one pass over the rows
+and little more than dl numbers. Source: Tropp, Yurtsever, Udell, Cevher 2017, "Fixed-rank approximation of a
+positive-semidefinite matrix from streaming data", Algorithm 3.
 
 What is wanted is ``M ≈ U Λ Uᵀ + ρ (I - U Uᵀ)`` with k < l directions. The eigenvalues outside U add to Y, and make
 Nyström's Λ too small: it is exact for a matrix of rank l, which M is not, and ``M - ρ I`` nearly is. ``M - s I`` has
@@ -22,12 +22,78 @@ from torch import Tensor
 
 from lapora.errors import NumericalError
 
-_WELL_CONDITIONED = 4
 _SHIFT = 0.5
 """Largest share of the mean remaining eigenvalue, and of an eigenvalue of the core, that is subtracted."""
 _ITERATIONS, _CONVERGED = 6, 0.01
 ROWS_AT_A_TIME = 8192
 """Number of rows of a sketch that are converted to float64 at a time."""
+BLOCKS = 4
+"""Largest number of diagonal blocks of a test matrix."""
+_COLUMNS_OF_BLOCK = 24
+"""Smallest number of columns of a block, for the leading eigenvectors that have most of their entries in it."""
+_RUN = 16
+"""Largest number of consecutive rows of Ω that belong to one block; a power of two."""
+
+
+class TestMatrix:
+    """A random block-diagonal Ω, ``(d, l)``, whose rows are dealt out to the blocks in runs of 16.
+
+    A product with G blocks takes a G-th of the time of one with a dense matrix. Adjacent coordinates, such as those of
+    an attention head, are spread over all blocks. Sketches with dense matrices have the same accuracy
+    (docs/posteriors.md).
+
+    Args:
+        dimension: Number of rows d.
+        width: Number of columns l, at most d.
+        seed: Random seed.
+        like: A tensor with the dtype and device of the matrix.
+
+    Attributes:
+        blocks: ``(G, d/G, l/G)``.
+        run: Number of consecutive rows of Ω that belong to one block.
+    """
+
+    __test__ = False
+
+    def __init__(self, dimension: int, width: int, *, seed: int, like: Tensor) -> None:
+        count = BLOCKS
+        while count > 1 and (dimension % count or width % count or width < _COLUMNS_OF_BLOCK * count):
+            count //= 2
+        self.run = math.gcd(dimension // count, _RUN)
+        generator = torch.Generator().manual_seed(seed)
+        shape = (count, dimension // count, width // count)
+        blocks = torch.randn(shape, generator=generator, dtype=torch.float32).to(like.device)
+        factor = blocks.new_zeros(count, 0, shape[2], dtype=torch.float64)
+        for chunk in blocks.split(ROWS_AT_A_TIME, dim=1):
+            factor = torch.linalg.qr(torch.cat([factor, chunk.double()], dim=1), mode="r").R
+        self.blocks = like.new_empty(shape)
+        for part, chunk in zip(
+            self.blocks.split(ROWS_AT_A_TIME, dim=1), blocks.split(ROWS_AT_A_TIME, dim=1), strict=True
+        ):
+            part.copy_(torch.linalg.solve_triangular(factor, chunk.double(), upper=True, left=False))
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(d, l)``."""
+        count, rows, columns = self.blocks.shape
+        return count * rows, count * columns
+
+    def products(self, rows: Tensor) -> Tensor:
+        """Return ``rows Ω``, ``(n, l)``, for ``rows`` ``(n, d)``."""
+        count, length, _ = self.blocks.shape
+        if count == 1:
+            return rows @ self.blocks[0]
+        dealt = rows.unflatten(1, (length // self.run, count, self.run)).permute(2, 0, 1, 3)
+        return torch.bmm(dealt.reshape(count, len(rows), length), self.blocks).transpose(0, 1).flatten(1)
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        """Return rows of Ω, ``(stop - start, l)``; both limits are multiples of ``G * run``, or the end."""
+        count, _, columns = self.blocks.shape
+        part = self.blocks[:, start // count : stop // count]
+        dense = part.new_zeros(part.shape[1] // self.run, count, self.run, count, columns)
+        for index in range(count):
+            dense[:, index, :, index] = part[index].unflatten(0, (-1, self.run))
+        return dense.reshape(stop - start, -1)
 
 
 class NystromSketch:
@@ -41,26 +107,20 @@ class NystromSketch:
     """
 
     def __init__(self, dimension: int, width: int, *, seed: int, like: Tensor) -> None:
-        width = min(width, dimension)
-        generator = torch.Generator().manual_seed(seed)
-        gaussian = torch.randn(dimension, width, generator=generator, dtype=torch.float32).to(like.device)
-        if dimension < _WELL_CONDITIONED * width:
-            gaussian = torch.linalg.qr(gaussian.double()).Q
-        else:  # random columns with d >> l are nearly orthogonal
-            gaussian = gaussian / math.sqrt(dimension)
-        self.test_matrix = gaussian.to(like.dtype)
-        self.image = torch.zeros_like(self.test_matrix)
+        self.test_matrix = TestMatrix(dimension, min(width, dimension), seed=seed, like=like)
+        self.image = like.new_zeros(self.test_matrix.shape)
         self.trace = 0.0
 
     def add(self, rows: Tensor) -> None:
         """Add the outer products of ``rows``, ``(n, d)``."""
-        self.image.addmm_(rows.T, rows @ self.test_matrix)
-        self.trace += float(rows.square().sum(dtype=torch.float64))
+        self.image.addmm_(rows.T, self.test_matrix.products(rows))
+        for part in rows.split(ROWS_AT_A_TIME, dim=1):  # float32 is accurate enough for sums of this length
+            self.trace += float(torch.linalg.vecdot(part, part).sum(dtype=torch.float64))
 
     def empty_copy(self) -> NystromSketch:
         """Return an empty sketch with the same Ω, which can be merged into this one."""
         sketch = NystromSketch.__new__(NystromSketch)
-        sketch.test_matrix, sketch.image, sketch.trace = self.test_matrix, torch.zeros_like(self.test_matrix), 0.0
+        sketch.test_matrix, sketch.image, sketch.trace = self.test_matrix, torch.zeros_like(self.image), 0.0
         return sketch
 
     def to_cpu(self) -> NystromSketch:
@@ -90,14 +150,14 @@ class NystromSketch:
         if not bool(torch.isfinite(self.image).all()):
             raise NumericalError("the curvature is not finite; try --dtype float32")
         dimension, width = self.image.shape
-        # The triangular factor of [Ω Y] has the inner products of its columns, in 2l rows. With its first block R, the
-        # columns of Ω R⁻¹ are orthonormal, and their images are Y R⁻¹.
-        factor = self._double(0, 2 * width)
-        for chunk in self._chunks():
-            factor = torch.linalg.qr(torch.cat([factor, chunk]), mode="r").R
-        scale, images = factor[:width, :width], factor[:, width:]
-        images = torch.linalg.solve_triangular(scale, images, upper=True, left=False)
-        tests = torch.eye(len(factor), width, dtype=torch.float64, device=factor.device)
+        # Y = Ω core + the rest, with the inner products of the rest in a triangular factor.
+        core, factor = self._double(width, width), self._double(0, width)
+        for test, image in self._chunks():
+            core += test.T @ image
+        for test, image in self._chunks():
+            factor = torch.linalg.qr(torch.cat([factor, image - test @ core]), mode="r").R
+        images = torch.cat([core, factor])
+        tests = torch.eye(len(images), width, dtype=torch.float64, device=images.device)
         accuracy = torch.finfo(self.image.dtype).eps
         # Rounding errors of Y make the core indefinite; this much is added to M.
         added = accuracy * float(images.norm())
@@ -112,32 +172,30 @@ class NystromSketch:
             shift = _SHIFT * torch.minimum(values, values.new_tensor(remainder))
             root = (values - shift).rsqrt()
             half = (images + (added - shift) * tests) * root  # half halfᵀ approximates M - shift
-            squares, right = torch.linalg.eigh(half.T @ half)
-            squares, right = squares.flip(0)[:rank], right.flip(1)[:, :rank]
+            squares = torch.linalg.eigvalsh(half.T @ half).flip(0)[:rank]
             eigenvalues = (squares + _SHIFT * remainder - added).clamp(min=0.0)
             previous = remainder
             remainder = max(self.trace - float(eigenvalues.sum()), 0.0) / others
             if abs(remainder - previous) <= _CONVERGED * remainder:
                 break
+        right = torch.linalg.eigh(half.T @ half).eigenvectors.flip(1)[:, :rank]
         # A matrix of low rank has no remainder for the shift to be a part of.
         eigenvalues = eigenvalues * min(1.0, self.trace / float(eigenvalues.sum()))
         count = int((eigenvalues > 10 * accuracy * float(eigenvalues[0])).sum())
         combination = right[:, :count] / squares[:count].sqrt()
         combination = root.unsqueeze(1) * combination
-        of_both = vectors @ torch.cat([(added - shift).unsqueeze(1) * combination, combination], dim=1)
-        of_both = torch.linalg.solve_triangular(scale, of_both, upper=True)
-        combination = torch.cat(of_both.split(count, dim=1))
+        of_test = vectors @ ((added - shift).unsqueeze(1) * combination)
+        of_image = vectors @ combination
         directions = self.image.new_empty(dimension, count)
-        for part, chunk in zip(directions.split(ROWS_AT_A_TIME), self._chunks(), strict=True):
-            part.copy_(chunk @ combination)
+        for part, (test, image) in zip(directions.split(ROWS_AT_A_TIME), self._chunks(), strict=True):
+            part.copy_(test @ of_test + image @ of_image)
         return eigenvalues[:count], directions
 
-    def _chunks(self) -> Iterator[Tensor]:
-        """Yield row chunks of ``[Ω Y]`` in float64."""
+    def _chunks(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield row chunks of Ω and Y in float64."""
         for start in range(0, len(self.image), ROWS_AT_A_TIME):
             image = self.image[start : start + ROWS_AT_A_TIME]
-            test = self.test_matrix[start : start + ROWS_AT_A_TIME].to(image.device)
-            yield torch.cat([test, image], dim=1).double()
+            yield self.test_matrix.rows(start, start + len(image)).to(image).double(), image.double()
 
     def _double(self, *shape: int) -> Tensor:
         return torch.zeros(*shape, dtype=torch.float64, device=self.image.device)

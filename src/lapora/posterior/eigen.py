@@ -124,7 +124,7 @@ def _assign_to_ranks(sides: Mapping[str, Sum], count: int) -> list[list[str]]:
 
 
 def _dimension(total: Sum) -> int:
-    return len(total) if isinstance(total, Tensor) else len(total.test_matrix)
+    return len(total) if isinstance(total, Tensor) else len(total.image)
 
 
 def _eigen_of(sides: Mapping[str, Sum], rank: int | None) -> dict[str, Eigen]:
@@ -152,7 +152,7 @@ def _device_of(total: Sum) -> torch.device:
 def _eigen(total: Sum, where: str, rank: int | None) -> Eigen:
     if isinstance(total, NystromSketch):
         try:
-            values, vectors = total.leading(rank_of_side(len(total.test_matrix), rank))
+            values, vectors = total.leading(rank_of_side(len(total.image), rank))
         except NumericalError as error:
             raise NumericalError(f"{where}: {error}") from error
         return Eigen.of(values, vectors, total.trace)
