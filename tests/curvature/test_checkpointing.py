@@ -237,5 +237,5 @@ def test_sketches_of_one_shape_share_their_test_matrix():
     ]
     by_shape: dict[tuple[int, ...], set[int]] = {}
     for sketch in sketches:
-        by_shape.setdefault(tuple(sketch.image.shape), set()).add(sketch.test_matrix.data_ptr())
+        by_shape.setdefault(tuple(sketch.image.shape), set()).add(sketch.test_matrix.blocks.data_ptr())
     assert sketches and all(len(places) == 1 for places in by_shape.values())

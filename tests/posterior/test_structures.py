@@ -12,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
-from lapora.curvature import kfac, nystrom
+from lapora.curvature import kfac
 from lapora.curvature.kfac import KronObserver
 from lapora.curvature.nystrom import NystromSketch
 from lapora.curvature.passes import CurvatureRun
@@ -374,57 +374,6 @@ def test_nothing_cancels_in_float32():
     )  # a difference of squared norms has nothing left of 1e-8 of them
 
 
-def sketch_of(data, width, seed=1):
-    sketch = NystromSketch(data.shape[1], width, seed=seed, like=data)
-    for part in data.split(7):
-        sketch.add(part)
-    return sketch
-
-
-def test_a_sketch_of_enough_width_is_exact():
-    generator = torch.Generator().manual_seed(0)
-    data = torch.randn(40, 30, generator=generator).double() @ torch.diag(0.7 ** torch.arange(30).double())
-    sketch = sketch_of(data, 30)
-    values, vectors = sketch.leading(30)
-    torch.testing.assert_close(vectors * values @ vectors.T, data.T @ data, atol=1e-8, rtol=1e-6)
-    assert sketch.trace == pytest.approx(float(data.square().sum()))
-
-
-@pytest.mark.parametrize("decay", [0.7, 0.9, 0.97])
-def test_a_narrow_sketch_has_the_leading_directions(decay):
-    generator = torch.Generator().manual_seed(0)
-    data = torch.randn(400, 100, generator=generator).double() @ torch.diag(decay ** torch.arange(100).double())
-    total = data.T @ data
-    values, vectors = sketch_of(data, 36).leading(12)
-    exact = torch.linalg.eigvalsh(total).flip(0)[:12]
-    assert len(values) == 12
-    assert float(values.sum()) == pytest.approx(float(exact.sum()), rel=0.06)
-    assert float((vectors.T @ total @ vectors).trace()) > 0.97 * float(exact.sum())
-
-
-def test_subtracting_the_remainder_makes_eigenvalues_less_biased(monkeypatch):
-    """Leading directions above a flat remainder, in which plain Nyström loses a part of every eigenvalue."""
-    generator = torch.Generator().manual_seed(0)
-    scale = torch.cat([torch.linspace(6.0, 2.0, 8), torch.linspace(1.2, 0.8, 192)]).double()
-    data = torch.randn(2000, 200, generator=generator).double() * scale
-    exact = torch.linalg.eigvalsh(data.T @ data).flip(0)[:8]
-    errors = []
-    for share in (0.5, 0.0):
-        monkeypatch.setattr(nystrom, "_SHIFT", share)
-        errors.append(float((sketch_of(data, 24).leading(8)[0] / exact - 1).abs().mean()))
-    assert errors[0] < 0.7 * errors[1]
-
-
-@pytest.mark.parametrize("rank", [1, 5, 20])
-def test_eigenvalues_of_a_matrix_of_low_rank_never_exceed_its_trace(rank):
-    generator = torch.Generator().manual_seed(rank)
-    data = torch.randn(rank, 200, generator=generator)
-    sketch = sketch_of(data, 12)
-    values, _ = sketch.leading(6)
-    assert len(values) == min(6, rank)
-    assert float(values.sum()) <= sketch.trace * (1 + 1e-6)
-
-
 def test_a_factor_that_is_zero_has_no_direction_and_keeps_the_prior(answers, layers, tmp_path):
     encoded = rows()
     logits, jacobian = dense_jacobian(answers, layers, encoded)
@@ -436,12 +385,6 @@ def test_a_factor_that_is_zero_has_no_direction_and_keeps_the_prior(answers, lay
     check_blocks(posterior, "kron", logits.shape[1], tmp_path)
     assert {block.gradient_basis.shape[1] for block in posterior.blocks} == {0}
     check_predictive(answers, layers, posterior, encoded, jacobian, torch.zeros(2 * [jacobian.shape[2]]).double())
-
-
-def test_a_zero_sketch_has_no_direction():
-    sketch = NystromSketch(5, 3, seed=0, like=torch.zeros(()))
-    sketch.add(torch.zeros(4, 5))
-    assert [len(part) for part in sketch.leading(3)] == [0, 5]
 
 
 def test_full_equals_laplace_torchs_full():

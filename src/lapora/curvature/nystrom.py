@@ -27,12 +27,22 @@ _SHIFT = 0.5
 _ITERATIONS, _CONVERGED = 6, 0.01
 ROWS_AT_A_TIME = 8192
 """Number of rows of a sketch that are converted to float64 at a time."""
-BLOCKS = 4
+TEST_MATRIX = "block-diagonal"
+"""Kind of test matrix; sketches with another kind cannot be added."""
+_BLOCKS = 4
 """Largest number of diagonal blocks of a test matrix."""
 _COLUMNS_OF_BLOCK = 24
 """Smallest number of columns of a block, for the leading eigenvectors that have most of their entries in it."""
 _RUN = 16
 """Largest number of consecutive rows of Ω that belong to one block; a power of two."""
+
+
+def block_count(dimension: int, width: int) -> int:
+    """Return the number of diagonal blocks of a test matrix ``(d, l)``."""
+    count = _BLOCKS
+    while count > 1 and (dimension % count or width % count or width < _COLUMNS_OF_BLOCK * count):
+        count //= 2
+    return count
 
 
 class TestMatrix:
@@ -56,21 +66,16 @@ class TestMatrix:
     __test__ = False
 
     def __init__(self, dimension: int, width: int, *, seed: int, like: Tensor) -> None:
-        count = BLOCKS
-        while count > 1 and (dimension % count or width % count or width < _COLUMNS_OF_BLOCK * count):
-            count //= 2
+        count = block_count(dimension, width)
         self.run = math.gcd(dimension // count, _RUN)
         generator = torch.Generator().manual_seed(seed)
         shape = (count, dimension // count, width // count)
-        blocks = torch.randn(shape, generator=generator, dtype=torch.float32).to(like.device)
-        factor = blocks.new_zeros(count, 0, shape[2], dtype=torch.float64)
-        for chunk in blocks.split(ROWS_AT_A_TIME, dim=1):
+        self.blocks = torch.randn(shape, generator=generator, dtype=torch.float32).to(like)
+        factor = self.blocks.new_zeros(count, 0, shape[2], dtype=torch.float64)
+        for chunk in self.blocks.split(ROWS_AT_A_TIME, dim=1):
             factor = torch.linalg.qr(torch.cat([factor, chunk.double()], dim=1), mode="r").R
-        self.blocks = like.new_empty(shape)
-        for part, chunk in zip(
-            self.blocks.split(ROWS_AT_A_TIME, dim=1), blocks.split(ROWS_AT_A_TIME, dim=1), strict=True
-        ):
-            part.copy_(torch.linalg.solve_triangular(factor, chunk.double(), upper=True, left=False))
+        for chunk in self.blocks.split(ROWS_AT_A_TIME, dim=1):
+            chunk.copy_(torch.linalg.solve_triangular(factor, chunk.double(), upper=True, left=False))
 
     @property
     def shape(self) -> tuple[int, int]:

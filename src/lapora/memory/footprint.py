@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from lapora.config import DEFAULT_RANK, Structure
 from lapora.curvature.kfac import rank_of_side, width_of_sum
 from lapora.curvature.nystrom import ROWS_AT_A_TIME as SKETCH_ROWS
+from lapora.curvature.nystrom import block_count
 from lapora.models.lora_layers import BayesianLayer
 
 _DOUBLE = 8
@@ -91,7 +92,8 @@ def footprint(shape: StructureShape) -> Footprint:
         image = parameters * width * shape.item
         basis = parameters * rank * _FLOAT
         deciding = image + 2 * basis + _sketch_workspace(parameters, width)
-        return Footprint(share, image, image, deciding, 0, basis + (rank + 1) * _DOUBLE)
+        test_matrix = image // block_count(parameters, width)
+        return Footprint(share, image, test_matrix, deciding, 0, basis + (rank + 1) * _DOUBLE)
     jacobian_rows = shape.rows * shape.columns
     jacobian = jacobian_rows * parameters * shape.item
     kernel = jacobian_rows**2 * _DOUBLE
@@ -129,7 +131,7 @@ def _kronecker(shape: StructureShape) -> Footprint:
             by_layer[layer.name] += size
             largest_side = max(largest_side, size)
             if width < dimension:
-                test_matrices[dimension, width] = size
+                test_matrices[dimension, width] = size // block_count(dimension, width)
                 bases += dimension * retained * shape.item
                 largest_eigen = max(largest_eigen, size + _sketch_workspace(dimension, width))
             else:

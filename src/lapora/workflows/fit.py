@@ -16,6 +16,7 @@ from msgspec import structs
 
 from lapora._version import __version__
 from lapora.config import COMPLETE, DataSettings, FitSettings, ModelSettings, Progress, check_likelihood
+from lapora.curvature.nystrom import TEST_MATRIX
 from lapora.curvature.passes import CurvatureRun
 from lapora.errors import AdapterError, DataError, LaporaError, UsageError, listed
 from lapora.likelihoods import likelihood_of
@@ -675,6 +676,7 @@ def _resume_key(inputs: FitInputs, settings: FitSettings, manifest: Manifest) ->
         "tokens": tokens.hexdigest(),
         "device": inputs.model.outputs.device.type,
         "processes": inputs.model.processes.count,
+        "test_matrix": TEST_MATRIX,
     }
 
 
