@@ -33,6 +33,8 @@ _TIMED = 60
 """Rows that are predicted to time a method."""
 _KEPT = 5
 """Checkpoints of a run."""
+ASDL_SCALE = "asdl-scale"
+"""Posterior with the scale of the paper's implementation."""
 
 
 def main() -> None:
@@ -128,6 +130,11 @@ class Run:
         return [*self._tuned, "default", "marglik", *paper, "llla"]
 
     @property
+    def _scaled(self) -> bool:
+        """Whether the paper's scale is applied to lapora's curvature, because its implementation refuses the model."""
+        return "lm_head" in self.experiment.targets and not self.experiment.task.endswith("-cloze")
+
+    @property
     def _tuned(self) -> dict[str, list[str]]:
         return {f"m{count}": ["--limit", str(count)] for count in _LABELLED if 2 * count <= self.experiment.scored}
 
@@ -145,6 +152,13 @@ class Run:
             self.lapora("fit asdl", "fit", *data, "--name", "asdl", "--engine", "asdl", "--overwrite")
             self.lapora("tune asdl", "tune-prior", "--name", "asdl", "--method", "marglik")
         self.lapora("fit llla", "fit", *data, "--name", "llla", "--subset", "last-layer", "--overwrite")
+        if self._scaled:
+            self.commands.run(
+                f"{self.experiment.name} {self.seed} scale {ASDL_SCALE}",
+                *("-m", "benchmarks.real.asdl_scale", str(self.adapter), self.base, "default", ASDL_SCALE),
+                prints_json=True,
+            )
+            self.lapora(f"tune {ASDL_SCALE}", "tune-prior", "--name", ASDL_SCALE, "--method", "marglik")
 
     def scores(self, others: list[Run]) -> dict[str, dict[str, Any]]:
         """Scores of every method, on the rows that tuned nothing; the others' adapters are the ensemble of seeds."""
@@ -154,6 +168,13 @@ class Run:
         checkpoints = ["--ensemble", str(self.folder / "run")]
         record = self.lapora("eval", "eval", *chosen, "--methods", "all", *_LINK, *checkpoints, "--json")["result"]
         found = {_label(result): _scores(result, record) for result in record["results"]}
+        if self._scaled:
+            names = [part for name in (*self._tuned, ASDL_SCALE) for part in ("--name", name)]
+            step = f"eval {ASDL_SCALE}"
+            scaled = self.lapora(step, "eval", *names, "--methods", "map", *_LINK, "--json")["result"]
+            assert scaled["n"] == record["n"], "the same rows"
+            result = next(each for each in scaled["results"] if each.get("name") == ASDL_SCALE)
+            found[_label(result)] = _scores(result, scaled)
         if others:
             for each in others:
                 each.train()
@@ -199,7 +220,8 @@ _METHODS = {
     "ensemble": "ensemble of checkpoints",
     "default": "Laplace, averaged, no rows (default)",
     "marglik": "Laplace, marginal likelihood",
-    "asdl": "Laplace, the paper's stack",
+    "asdl": "Laplace, the paper's implementation",
+    ASDL_SCALE: "Laplace, the paper's scale",
     "llla": "Laplace of the last layer, averaged",
 }
 """Names in the tables, by method or posterior."""
