@@ -24,6 +24,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from lapora.curvature.kfac import width_of_sum
+from lapora.curvature.nystrom import block_count
 
 
 @dataclass(frozen=True)
@@ -128,7 +129,7 @@ def sum_operations(shape: Shape) -> float:
     for sides, tokens, times in ((shape.sides(), shape.tokens, shape.layers), (shape.head_sides(), 1, 1)):
         for dimension, is_input in sides:
             width = width_of_sum(dimension, shape.kept)
-            products = 1 if width == dimension else 2
+            products = 1.0 if width == dimension else 1 + 1 / block_count(dimension, width)
             total += times * (1 if is_input else directions) * products * 2 * tokens * dimension * width
     return total
 
@@ -140,7 +141,9 @@ def decompositions(shape: Shape) -> list[float]:
         for dimension, _ in sides:
             width = width_of_sum(dimension, shape.kept)
             cost = _EIGEN * float(width) ** 3
-            if width < dimension:  # of the core and of two iterations, and a triangular factor of [Y Omega]
+            if (
+                width < dimension
+            ):  # two, the eigenvalues of some iterations, and a triangular factor beside three products
                 cost = 3 * cost + 8 * dimension * float(width) ** 2
             found += [cost] * times
     return found
@@ -190,7 +193,9 @@ def memory(shape: Shape, *, item: int = 4) -> dict[str, float]:
     along = (2 * directions * shape.width + 4 * shape.inner) * item
     norms = 2 * shape.width * 4 * (item < 4)
     widths = {dimension: width_of_sum(dimension, shape.kept) for dimension, _ in shape.sides()}
-    random = 4 * sum(dimension * width for dimension, width in widths.items() if width < dimension)
+    random = 4 * sum(
+        dimension * width // block_count(dimension, width) for dimension, width in widths.items() if width < dimension
+    )
     return {
         "weights": shape.weights * item,
         "activations": tokens * (shape.layers * (a_block + norms) + along),
