@@ -178,7 +178,7 @@ class Validation(Struct, frozen=True, kw_only=True):
 
 
 class Prior(Struct, frozen=True, kw_only=True):
-    """The prior as it was last chosen.
+    """The current prior.
 
     Attributes:
         structure: ``scalar``, ``kind`` or ``layer``.

@@ -218,7 +218,7 @@ class SavedPosterior:
         )
 
     def spectra(self) -> list[Spectrum]:
-        """Eigenvalues of every layer in order, or of all layers together, with their multiplicities.
+        """Return the eigenvalues with multiplicities of each layer in order, or of all layers together.
 
         Raises:
             PosteriorError: As for :meth:`arrays`; or the eigenvalues do not have the shape of the bases.

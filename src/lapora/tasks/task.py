@@ -228,8 +228,8 @@ def _check_likelihood(task: Task, source: str) -> None:
         raise DataError(f"{source}: doc_to_choice: likelihood {task.likelihood} needs a list, not a template")
     if task.likelihood == "bernoulli" and len(task.doc_to_choice) != 2:
         raise DataError(
-            f"{source}: doc_to_choice: likelihood bernoulli has two answers, not {len(task.doc_to_choice)}; the second "
-            "is the one that the logit speaks for"
+            f"{source}: doc_to_choice: likelihood bernoulli has two answers, not {len(task.doc_to_choice)}; list two, "
+            "the second being the positive one (probability sigmoid(logit))"
         )
     if task.likelihood == "multilabel" and len(task.doc_to_choice) < 2:
         raise DataError(f"{source}: doc_to_choice: likelihood multilabel has several labels; use bernoulli for one")

@@ -180,7 +180,7 @@ def judge(evaluation: Evaluation, link: Link) -> Verdict:
     versus_temperature = Comparison(
         results["temperature"]["nll"], float(rows.mean()), Interval(*metrics.paired_interval(rows))
     )
-    where = f"on {evaluation.record['n']} rows of {evaluation.record['split']} that tuned nothing"
+    where = f"on {evaluation.record['n']} held-out rows of {evaluation.record['split']}"
     numbers = _numbers(own, versus_map)
     if evaluation.record["n"] < ENOUGH_ROWS:
         text = f"too few rows to judge, at least {ENOUGH_ROWS} are needed: {where}, {numbers}."
@@ -193,7 +193,7 @@ def judge(evaluation: Evaluation, link: Link) -> Verdict:
     if versus_map.accuracy_lost:
         accuracies = (_short(results[method]["accuracy"]) for method in ("map", "laplace"))
         text += " Accuracy falls from {} to {}.".format(*accuracies)
-    outcome = "as good within chance"
+    outcome = "not significantly different"
     if versus_temperature.better:
         outcome = "worse"
     elif versus_temperature.worse:

@@ -203,6 +203,6 @@ class Prediction:
         return method_label(self.method, self.name, self.link)
 
     def identity(self) -> dict[str, Any]:
-        """The first fields of the record."""
+        """Return the first fields of the record."""
         named = {key: value for key, value in (("name", self.name), ("link", self.link)) if value is not None}
         return {"method": self.method, **named, **self.details}
