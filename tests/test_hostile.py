@@ -277,5 +277,5 @@ def test_named_pipes_in_place_of_files_are_not_waited_for(tiny, name):
     partial = file.parent.with_name(".default.partial")
     partial.mkdir()
     os.mkfifo(partial / "pass-0.safetensors")
-    with pytest.raises(PosteriorError, match="no regular file"):
+    with pytest.raises(PosteriorError, match="not a regular file"):
         fit_tiny(tiny, overwrite=True, resume=True)

@@ -59,7 +59,7 @@ COMPLETE = sys.maxsize
 """Rank of complete bases."""
 
 ENOUGH_ROWS = 20
-"""With fewer rows, a bootstrap interval of a mean holds the truth too rarely to decide anything by it."""
+"""Minimum number of rows for a comparison: with fewer, the coverage of a bootstrap interval is too low."""
 
 DEFAULT_SAMPLES = 2048
 """Default number of quasi-Monte-Carlo points of the sampling links; used for more than two answers."""

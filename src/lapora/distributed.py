@@ -1,6 +1,6 @@
 """Data parallelism over processes started by ``torchrun`` or ``accelerate launch``.
 
-Every process holds the whole model and reads the same rows. A pass runs on each rank's shard, and its sums are
+Every process has the whole model and reads the same rows. A pass runs on each rank's shard, and its sums are
 all-reduced afterwards. Only the main process (rank 0) writes files, takes locks and prints. Without a launcher,
 :data:`SINGLE_PROCESS` makes all collectives no-ops.
 """

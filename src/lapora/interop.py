@@ -1,6 +1,6 @@
-"""Posteriors to laplace-torch and back, for those who go on with its classes.
+"""Convert posteriors to and from laplace-torch's classes.
 
-A posterior of structure ``kron`` is what laplace-torch calls a ``KronDecomposed``, and with the model a
+A posterior of structure ``kron`` corresponds to laplace-torch's ``KronDecomposed`` and, with the model, to its
 ``KronLaplace``. ::
 
 
@@ -10,9 +10,9 @@ A posterior of structure ``kron`` is what laplace-torch calls a ``KronDecomposed
     probabilities = laplace(tokenizer(texts, return_tensors="pt", padding=True))
     blocks = from_laplace_torch(laplace, fitted.layers)
 
-What is no Kronecker product (EKFAC, diagonal, low-rank, the answers' rows of a language-model head, a head's bias as
-one more input) has no place in these classes, and is refused. A truncated basis is completed: ``d²`` numbers for a side
-of dimension d.
+Curvature that is not a Kronecker product (EKFAC, diagonal, low-rank, the answers' rows of a language-model head, a
+head's bias as an additional input) is not supported by these classes, and is refused. A truncated basis is completed:
+``d²`` numbers for a side of dimension d.
 """
 
 from __future__ import annotations
@@ -37,26 +37,26 @@ if TYPE_CHECKING:
     from lapora.laplace_torch.kron_laplace import Kron, KronDecomposed, KronLaplace
     from lapora.workflows.task_model import Fitted
 
-# A Kronecker product's eigenvalues are an outer product to the last digits of float64.
+# Relative tolerance: eigenvalues of a Kronecker product are an outer product up to rounding in float64.
 _RANK_ONE_TOLERANCE = 1e-9
 
 
 def to_laplace_torch(
     posterior: SavedPosterior | Path | str, name: str = "default", dtype: torch.dtype = torch.float64
 ) -> KronDecomposed:
-    """The precision of a saved posterior, prior included.
+    """Convert the posterior precision of a saved posterior, prior included.
 
     Args:
-        posterior: The posterior, or the folder that holds ``laplace/``: the adapter's, or ``--output-dir``.
-        name: The posterior's name, where a folder is given.
-        dtype: Type of the tensors.
+        posterior: The posterior, or the folder that contains ``laplace/``: the adapter's, or ``--output-dir``.
+        name: Name of the posterior, if a folder is given.
+        dtype: Dtype of the tensors.
 
     Returns:
-        One Kronecker product per layer, in the saved order; ``deltas`` is the prior precision of each.
+        One Kronecker product per layer, in the saved order; ``deltas`` are the layers' prior precisions.
 
     Raises:
-        UsageError: The structure is not one of Kronecker products.
-        PosteriorError: No such posterior, or a damaged one.
+        UsageError: The structure is not ``kron``.
+        PosteriorError: The posterior is missing or damaged.
     """
     if not isinstance(posterior, SavedPosterior):
         posterior = SavedPosterior(posterior_folder(Path(posterior), name))
@@ -69,7 +69,7 @@ def to_kron_laplace(fitted: Fitted) -> KronLaplace:
     """Return the posterior of a fitted adapter as a ``KronLaplace``; see :func:`kron_laplace`.
 
     Raises:
-        UsageError: The structure is not one of Kronecker products.
+        UsageError: The structure is not ``kron``, or the likelihood is not categorical.
     """
     manifest = fitted.posterior.manifest
     likelihood = manifest.task.get("likelihood", "categorical")
@@ -99,12 +99,12 @@ def kron_laplace(
     rows: int,
     log_likelihood: float | None = None,
 ) -> KronLaplace:
-    """A ``KronLaplace`` over an adapter's weights whose posterior is the given one.
+    """Build a ``KronLaplace`` over an adapter's weights with a given posterior.
 
-    It predicts, samples, and gives and optimises its marginal likelihood as after its own ``fit``; to ``fit``
-    it again, let the layers' weights require gradients first. As input it takes what a tokenizer returns, or
-    :func:`lapora.laplace_torch.network.as_inputs` of a batch. Its Jacobians are laplace-torch's, by
-    ``torch.func``: ``(rows, C, parameters)`` in memory, and not through a base quantised by bitsandbytes.
+    It predicts, samples, and computes and optimizes its marginal likelihood as after its own ``fit``. To call ``fit``
+    again, make the layers' weights require gradients first. Its input is the result of a tokenizer, or of
+    :func:`lapora.laplace_torch.network.as_inputs` for a batch. It computes Jacobians by ``torch.func``:
+    ``(rows, C, parameters)`` in memory, and not supported for a base quantized by bitsandbytes.
 
     Args:
         answers: The network.
@@ -112,8 +112,8 @@ def kron_laplace(
         blocks: Their posterior.
         prior_precision: δ, or one for each layer.
         classes: Number of answers C.
-        rows: N, the number of rows that the posterior was fitted to.
-        log_likelihood: ``log p(y|X, θ_MAP)``; without it the marginal likelihood is one up to a constant.
+        rows: Number of rows N that the posterior was fitted to.
+        log_likelihood: ``log p(y|X, θ_MAP)`` in nats; without it the marginal likelihood lacks this constant.
 
     Raises:
         UsageError: A block is not a Kronecker product.
@@ -134,25 +134,25 @@ def kron_laplace(
 def from_laplace_torch(
     source: KronLaplace | KronDecomposed | Kron, layers: Sequence[BayesianLayer]
 ) -> list[EigenBlock]:
-    """The curvature that laplace-torch found, as blocks that can be saved, tuned and predicted with.
+    """Convert laplace-torch's curvature to blocks that can be saved, tuned and used for predictions.
 
-    The prior precision (``deltas``, ``prior_precision``) is no part of a block; a temperature is.
+    The blocks do not include the prior precision (``deltas``, ``prior_precision``); they include a temperature.
 
     Args:
-        source: A fitted ``KronLaplace`` of the adapter, its posterior precision, or a bare ``Kron``.
-        layers: The Bayesian layers, in the order of the source's: that of the model's parameters.
+        source: A fitted ``KronLaplace`` of the adapter, its posterior precision, or a ``Kron``.
+        layers: The Bayesian layers, in the order of the model's parameters.
 
     Returns:
-        One block per layer; layers that share one input basis in the source share it here.
+        One block per layer; layers that share an input basis in the source share it here.
 
     Raises:
-        UsageError: The source's blocks are not Kronecker products, or not of these layers.
+        UsageError: The source's blocks are not Kronecker products, or do not match the layers.
     """
     blocks = room.kronecker_blocks(source)
     shapes = [(len(block.gradient_values), len(block.input_values)) for block in blocks]
     if shapes != [layer.shape for layer in layers]:
         raise UsageError(
-            f"laplace-torch's {len(blocks)} blocks are not those of the {len(layers)} layers given, in their order"
+            f"laplace-torch's {len(blocks)} blocks do not match the {len(layers)} layers given, in their order"
         )
     input_owners: dict[int, str] = {}
     return [
@@ -171,10 +171,12 @@ def from_laplace_torch(
 
 
 def _read(posterior: SavedPosterior) -> tuple[list[EigenBlock], list[float]]:
-    """A saved posterior's blocks, and the prior precision of each."""
+    """Return a saved posterior's blocks, and the prior precision of each."""
     structure = posterior.manifest.structure
     if structure != "kron":
-        raise UsageError(f"{posterior.folder}: structure {structure} has no form in laplace-torch; only kron has")
+        raise UsageError(
+            f"{posterior.folder}: structure {structure} cannot be converted to laplace-torch; only kron can"
+        )
     prior = posterior.prior
     pruned = None if prior.averaged is None else prior.averaged.pruned()
     if pruned is not None and (len(pruned.precisions) > 1 or pruned.temperatures != [1.0]):
@@ -190,7 +192,7 @@ def _read(posterior: SavedPosterior) -> tuple[list[EigenBlock], list[float]]:
 
 
 def _kronecker_blocks(blocks: Sequence[EigenBlock], device: torch.device, dtype: torch.dtype) -> list[KroneckerBlock]:
-    """Split every block's eigenvalues in two; layers that share an input basis go on sharing one tensor."""
+    """Factor every block's eigenvalues; layers that share an input basis still share one tensor."""
     input_bases: dict[str, Tensor] = {}
     found = []
     for block in blocks:
@@ -210,13 +212,13 @@ def _kronecker_blocks(blocks: Sequence[EigenBlock], device: torch.device, dtype:
 
 
 def _full_bases(block: EigenBlock) -> tuple[Tensor, Tensor]:
-    """``U_g`` and ``U_a``, completed: laplace-torch wants two square bases, of the weight's rows and of its columns."""
+    """Return ``U_g`` and ``U_a`` completed to square matrices, as laplace-torch requires."""
     found = []
     for basis, size in zip((block.gradient_basis, block.input_basis), block.shape, strict=True):
         if basis is None or len(basis) != size:
             raise UsageError(
-                f"{block.name}: its curvature is not a Kronecker product over the whole weight (diagonal, or of the "
-                "answers' rows alone), which is all that laplace-torch's Kronecker classes hold"
+                f"{block.name}: its curvature is not a Kronecker product over the whole weight (it is diagonal, or of "
+                "the answers' rows alone), which laplace-torch's Kronecker classes require"
             )
         complement = torch.linalg.qr(basis.double(), mode="complete").Q[:, basis.shape[1] :]
         found.append(torch.cat([basis, complement.to(basis)], dim=1))
@@ -224,7 +226,7 @@ def _full_bases(block: EigenBlock) -> tuple[Tensor, Tensor]:
 
 
 def _outer_factors(block: EigenBlock) -> tuple[Tensor, Tensor]:
-    """``l_g`` and ``l_a`` with ``λ = l_g l_aᵀ``, read off the greatest eigenvalue's row and column.
+    """Return ``l_g`` and ``l_a`` with ``λ = l_g l_aᵀ``, from the row and column of the largest eigenvalue.
 
     The last eigenvalue of a truncated side is repeated for all directions outside its basis.
     """
@@ -238,8 +240,8 @@ def _outer_factors(block: EigenBlock) -> tuple[Tensor, Tensor]:
     errors = (torch.outer(gradient_values, input_values) - eigenvalues).abs()
     if not bool((errors <= _RANK_ONE_TOLERANCE * eigenvalues + 1e-15 * largest).all()):
         raise UsageError(
-            f"{block.name}: its eigenvalues are no outer product (EKFAC's are not), and laplace-torch holds "
-            "no others; fit with --structure kron"
+            f"{block.name}: its eigenvalues are not an outer product (EKFAC's are not), as laplace-torch requires; "
+            "fit with --structure kron"
         )
     repeated = [
         torch.cat([values, values[-1:].expand(size - len(values))])

@@ -70,7 +70,7 @@ LINES = {
     "a zero byte": (b"\0\n", "not JSON"),
     "another field": (b'{"question": "a"}\n', "no value for story"),
     "an empty prompt": (b'{"text": "  "}\n', "the rendered text is empty"),
-    "too long a line": (b'{"story": "' + b"x" * LONGEST_LINE + b'"}\n', "which is no row"),
+    "too long a line": (b'{"story": "' + b"x" * LONGEST_LINE + b'"}\n', "the maximum length of a line"),
 }
 
 

@@ -92,7 +92,7 @@ def test_what_is_done_is_not_redone_and_what_has_changed_is(recipe, monkeypatch)
     monkeypatch.setattr(workflow, "tune_prior", lambda *_: pytest.fail("tuned again"))
     said: list[str] = []
     first = again(folder, monkeypatch, said)
-    assert done == [] and said == ["checkpoint 20 (1 of 2): done before", "checkpoint 40 (2 of 2): done before"]
+    assert done == [] and said == ["checkpoint 20 (1 of 2): already scored", "checkpoint 40 (2 of 2): already scored"]
     assert [each["step"] for each in first["checkpoints"]] == [20, 40]
     monkeypatch.undo()
 
@@ -100,7 +100,7 @@ def test_what_is_done_is_not_redone_and_what_has_changed_is(recipe, monkeypatch)
     (folder / "run" / "checkpoint-20" / "laplace" / workflow.CACHE_FILE).write_text("{half")
     said.clear()
     second = again(folder, monkeypatch, said)
-    assert said == ["checkpoint 20 (1 of 2): scoring", "checkpoint 40 (2 of 2): done before"]
+    assert said == ["checkpoint 20 (1 of 2): scoring", "checkpoint 40 (2 of 2): already scored"]
     assert second == first
 
     # A posterior gone: it alone is fitted again.

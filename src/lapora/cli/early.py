@@ -1,4 +1,4 @@
-"""Mistakes that are seen without loading PyTorch, reported together and in under a second."""
+"""Checks that need no PyTorch: all mistakes are reported together, in under a second."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def check_fitted(
     data: DataSettings | None = None,
     gates: Sequence[Gate] = (),
 ) -> None:
-    """Check an adapter's files, its posteriors' manifests, the data asked for, and options against the likelihood.
+    """Check an adapter's files, its posteriors' manifests, the requested data, and options against the likelihood.
 
     Raises:
         LaporaError: What is wrong; several mistakes are one error, with the status of the first.
@@ -86,7 +86,7 @@ def check_fitted(
 
 
 def check_rows(model: ModelSettings, data: DataSettings, settings: EvalSettings) -> None:
-    """Check the device, the data asked for, and options against the task's likelihood.
+    """Check the device, the requested data, and options against the task's likelihood.
 
     Raises:
         LaporaError: What is wrong; several mistakes are one error, with the status of the first.

@@ -147,7 +147,7 @@ def _temperature(record: Mapping[str, Any]) -> str:
 
 
 def save_results(done: Evaluation, model: ModelSettings, plots: Path | None, report: Path | None) -> None:
-    """Write the figures and the HTML report that were asked for."""
+    """Write the requested figures and HTML report."""
     if not plots and not report:
         return
     from lapora.report.figures import evaluation_pictures, regression_pictures, save_pictures, to_svg
@@ -201,7 +201,7 @@ def save_results(done: Evaluation, model: ModelSettings, plots: Path | None, rep
 def save_checkpoint_results(
     model: ModelSettings, record: dict[str, Any], plots: Path | None, report: Path | None, output: Path | None
 ) -> None:
-    """Write the figures, by default to ``laplace/figures``, and the report and results that were asked for."""
+    """Write the figures, by default to ``laplace/figures``, and the requested report and results."""
     from lapora.report.figures import checkpoint_pictures, save_pictures, to_svg
     from lapora.report.page import Page, checkpoint_page_tables, write_page
 

@@ -142,7 +142,7 @@ def print_memory_estimate(budget: MemoryEstimate, *, whole: bool) -> None:
 
     Args:
         budget: The estimate.
-        whole: Whether to print a table with a row per part even if stderr is no terminal.
+        whole: Whether to print a table with a row per part even if stderr is not a terminal.
     """
     if whole or on_terminal():
         show(_table(budget))
@@ -190,14 +190,14 @@ def _groups(by_layer: Mapping[str, int]) -> Counter[tuple[str, int]]:
 
 
 def _free(free: float | None) -> str:
-    return "free: not known here" if free is None else f"{size(free)} free"
+    return "free memory unknown" if free is None else f"{size(free)} free"
 
 
 def verdict(budget: MemoryEstimate) -> str:
     """Return a sentence: whether the fit fits in memory, and which options would make it fit."""
     needed = f"peak {size(budget.peak_device)} on {budget.device}"
     if budget.fits is None:
-        return f"{needed}; what is free there is not known here: give --memory GIB"
+        return f"{needed}, whose free memory is unknown: give --memory GIB"
     free = _free(budget.free_device)
     if budget.fits:
         return f"{needed}, {free}: it fits"
@@ -205,8 +205,8 @@ def verdict(budget: MemoryEstimate) -> str:
     if budget.device != "cpu" and budget.peak_host > budget.free_host:
         host = f" and {size(budget.peak_host)} on the host, {_free(budget.free_host)}"
     if not budget.remedies:
-        return f"{needed}, {free}{host}: it does not fit, and no option makes it; a larger device does"
-    return f"{needed}, {free}{host}: it does not fit; what makes it fit: {', or '.join(budget.remedies)}"
+        return f"{needed}, {free}{host}: it does not fit with any options; use a larger device"
+    return f"{needed}, {free}{host}: it does not fit; use {', or '.join(budget.remedies)}"
 
 
 def size(count: float) -> str:

@@ -105,7 +105,7 @@ _JSON_BYTES = [_CONTROL.get(code, bytes([code])) for code in range(256)]
 
 
 def _as_json(lines: Iterator[bytes | None], kind: InputFormat) -> Iterator[Line]:
-    """Turn lines of text into JSON lines; a line that is not UTF-8 stays so, and is reported with its number."""
+    """Convert lines of text to JSON lines; a line that is not UTF-8 is unchanged, and is reported with its number."""
     for line in lines:
         text = line if line is None else line.removeprefix(b"\xef\xbb\xbf").rstrip(b"\r\n")
         if kind != "text" or not text or not text.strip():
@@ -115,7 +115,7 @@ def _as_json(lines: Iterator[bytes | None], kind: InputFormat) -> Iterator[Line]
 
 
 def count_rows(source: str, kind: InputFormat) -> int | None:
-    """Count the rows of a file for a progress bar; None where that would take long, or is not possible."""
+    """Count the rows of a file for a progress bar; None if that would take long, or is not possible."""
     with contextlib.suppress(Exception):
         path = Path(source)
         if kind == "parquet":
@@ -170,7 +170,7 @@ def _flat(record: Mapping[str, Any]) -> dict[str, Any]:
 def _tables(records: Iterable[Mapping[str, Any]]) -> Iterator[tuple[list[str], list[dict[str, Any]]]]:
     """Yield the columns and some rows; the columns are those of the first row with a prediction.
 
-    Rows with errors that come first wait for it.
+    Rows with errors before it are buffered until then.
     """
     columns: list[str] = []
     waiting: list[dict[str, Any]] = []

@@ -17,7 +17,7 @@ from lapora.metrics.weighted import WeightedScores
 
 
 class AnswerLikelihood(Likelihood):
-    """A likelihood of one answer out of C; a table holds log-probabilities, ``(N, C)``."""
+    """A likelihood of one answer out of C; its tables contain log-probabilities, ``(N, C)``."""
 
     @abstractmethod
     def log_p(self, outputs: Tensor) -> Tensor:
@@ -41,7 +41,7 @@ class AnswerLikelihood(Likelihood):
         return log_p - torch.logsumexp(log_p, dim=1, keepdim=True)
 
     def uncertainty(self, table: Tensor) -> dict[str, Tensor]:
-        """Return one less the largest probability, and the entropy."""
+        """Return 1 minus the largest probability, and the entropy."""
         return {"max_probability": 1.0 - table.exp().amax(dim=1), "entropy": metrics.row_entropy(table)}
 
     def constant(self, targets: Tensor) -> Tensor:
@@ -57,7 +57,7 @@ class AnswerLikelihood(Likelihood):
         return metrics.fit_temperature(table, targets, width=width)
 
     def row_nll(self, table: Tensor, targets: Tensor) -> Tensor:
-        """Return minus the log-probability of each row's label."""
+        """Return the negative log-probability of each row's label."""
         return metrics.row_nll(table, targets)
 
     def scorer(self, table: Tensor, targets: Tensor, options: ScoreOptions = ScoreOptions()) -> Scorer:
@@ -65,7 +65,7 @@ class AnswerLikelihood(Likelihood):
         return WeightedScores(table, targets, with_mcc=options.with_mcc)
 
     def scores(self, table: Tensor, targets: Tensor, options: ScoreOptions = ScoreOptions()) -> dict[str, float]:
-        """Return the same scores, by torchmetrics where it has them."""
+        """Return the same scores, computed by torchmetrics if it has them."""
         return metrics.evaluate(table, targets, with_mcc=options.with_mcc)
 
     def bias(self, table: Tensor, targets: Tensor) -> tuple[str, str]:

@@ -1,7 +1,7 @@
-"""What a likelihood provides, and what all of them work on: moments of a model's outputs, and weights of an average.
+"""Interface of a likelihood, and its inputs: moments of a model's outputs, and weights of an average.
 
-A :class:`Likelihood` holds everything that depends on ``p(y|f)`` and nothing else does: the square root of the
-Fisher, drawn labels, log-likelihood, the way from moments to a prediction, and the scores a prediction is judged by.
+A :class:`Likelihood` contains everything that depends on ``p(y|f)``: the square root of the Fisher, sampled labels,
+the log-likelihood, predictions from moments, and the scores of predictions.
 A prediction of N rows is a table of float64 with N rows, whose other dimensions are the likelihood's own:
 log-probabilities of C answers, or components of a mixture of Gaussians.
 """
@@ -53,7 +53,7 @@ Directions = Callable[[Tensor], Tensor]
 
 
 def class_columns(logits: Tensor) -> Tensor:
-    """One direction per output.
+    """Return one direction per output.
 
     Returns:
         ``(C, B, C)``.
@@ -64,7 +64,7 @@ def class_columns(logits: Tensor) -> Tensor:
 
 
 def difference_columns(logits: Tensor) -> Tensor:
-    """The C-1 differences ``f_c - f_0``: all that softmax can see.
+    """Return the directions of the C-1 differences ``f_c - f_0``, on which softmax depends.
 
     Returns:
         ``(C-1, B, C)``.
@@ -73,7 +73,7 @@ def difference_columns(logits: Tensor) -> Tensor:
 
 
 def no_columns(logits: Tensor) -> Tensor:
-    """No direction at all: the forward pass is enough.
+    """Return no direction: only a forward pass is needed.
 
     Returns:
         ``(0, B, C)``.
@@ -83,7 +83,7 @@ def no_columns(logits: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class ScoreOptions:
-    """What is scored beside a likelihood's own scores.
+    """Options of a likelihood's scores.
 
     Attributes:
         with_mcc: Add the Matthews correlation coefficient.
@@ -106,7 +106,7 @@ class Likelihood(ABC):
 
     name: ClassVar[LikelihoodName]
     score: ClassVar[str] = "accuracy"
-    """Score of right and wrong, whatever the probabilities."""
+    """Main score, which does not depend on the predicted uncertainty."""
 
     has_noise: ClassVar[bool] = False
     """Whether the noise is measured on the training rows, which must all have a target."""
@@ -121,7 +121,7 @@ class Likelihood(ABC):
 
     @property
     def noise_entropy(self) -> float:
-        """Entropy of the targets given the outputs in nats a row, where it is the same for all rows; else 0."""
+        """Entropy of the targets given the outputs in nats per row, if it is the same for all rows; else 0."""
         return 0.0
 
     @property
@@ -143,7 +143,7 @@ class Likelihood(ABC):
         return torch.tensor(values)
 
     def random_numbers(self, rows: int, generator: torch.Generator) -> Tensor:
-        """Return numbers of [0, 1) from which labels of the rows can be drawn, ``(rows,)`` or ``(rows, C)``."""
+        """Return uniform numbers of [0, 1) for sampling labels of the rows, ``(rows,)`` or ``(rows, C)``."""
         return torch.rand(rows, generator=generator, dtype=torch.float64)
 
     @abstractmethod
@@ -152,7 +152,7 @@ class Likelihood(ABC):
 
     @abstractmethod
     def sampled_columns(self, outputs: Tensor, uniform: Tensor) -> Tensor:
-        """Return the score of one label drawn from the model for each row, ``(1, B, C)`` in float64."""
+        """Return the score of one label per row sampled from the model, ``(1, B, C)`` in float64."""
 
     @abstractmethod
     def empirical_columns(self, outputs: Tensor, targets: Tensor) -> Tensor:
@@ -205,7 +205,7 @@ class Likelihood(ABC):
             found: Moments under each of the D prior precisions.
             averaging: The weights.
             samples: Quasi-Monte-Carlo points of the sampling links.
-            seed: Their scrambling.
+            seed: Random seed of their scrambling.
 
         Returns:
             The table, ``(B, ...)`` in float64 on the CPU.
@@ -230,7 +230,7 @@ class Likelihood(ABC):
             temperatures: ``(T,)``.
             targets: Labels of the B rows.
             samples: Quasi-Monte-Carlo points of the sampling links.
-            seed: Their scrambling.
+            seed: Random seed of their scrambling.
 
         Returns:
             ``(D, T, B)`` in float64.
@@ -244,7 +244,7 @@ class Likelihood(ABC):
 
     @abstractmethod
     def uncertainty(self, table: Tensor) -> dict[str, Tensor]:
-        """Return scores ``(N,)`` of each row that are higher where less is known; ``entropy`` in nats is one."""
+        """Return uncertainty measures ``(N,)`` by name, higher for more uncertain rows; one is ``entropy`` in nats."""
 
     @abstractmethod
     def at_map(self, outputs: Tensor) -> Tensor:
@@ -256,7 +256,7 @@ class Likelihood(ABC):
 
     @abstractmethod
     def constant(self, targets: Tensor) -> Tensor:
-        """Return the prediction that is the distribution of these labels, for every row."""
+        """Return the distribution of these labels as the prediction of every row."""
 
     @abstractmethod
     def scaled(self, table: Tensor, temperature: float) -> Tensor:
@@ -267,7 +267,7 @@ class Likelihood(ABC):
         """Fit the temperature of :meth:`scaled`: minimum NLL, or maximum posterior under N(log T; 0, width²)."""
 
     def tuned(self, table: Tensor, targets: Tensor) -> tuple[Tensor, float]:
-        """Return a prediction with the noise of least NLL, and its scale; unchanged, and 1, without noise."""
+        """Return the prediction with the noise of minimum NLL, and its scale s; unchanged, and 1, without noise."""
         return table, 1.0
 
     @abstractmethod
@@ -298,14 +298,14 @@ class Likelihood(ABC):
 
     @abstractmethod
     def bias(self, table: Tensor, targets: Tensor) -> tuple[str, str]:
-        """Say whether predictions are too sure or not sure enough, and by which numbers."""
+        """Return whether predictions are over- or underconfident, and the numbers that show it, in words."""
 
     def as_answers(self, table: Tensor, targets: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Return log-probabilities ``(M, C)`` and labels ``(M,)`` for reliability diagrams, where there are answers."""
+        """Return log-probabilities ``(M, C)`` and labels ``(M,)`` for reliability diagrams, or None without answers."""
         return table, targets
 
     def levels(self, table: Tensor, targets: Tensor) -> Tensor | None:
-        """Return the probability integral transforms of targets that are numbers, ``(M,)``."""
+        """Return the probability integral transforms of numerical targets, ``(M,)``, or None for other targets."""
         return None
 
     @abstractmethod
@@ -361,14 +361,14 @@ class Averaging:
 
     @property
     def components(self) -> list[tuple[int, float, float]]:
-        """Index of the prior precision, temperature and weight of every component with weight."""
+        """Return index of the prior precision, temperature and weight of every component with nonzero weight."""
         return [
             (int(row), float(self.temperatures[column]), float(self.weights[row, column]))
             for row, column in self.weights.nonzero().tolist()
         ]
 
     def moments(self, found: list[LogitMoments]) -> LogitMoments:
-        """Return mean and covariance of the mixture of the Gaussians of ``f / τ``.
+        """Return mean and covariance of the mixture of the Gaussians ``f / τ``.
 
         With weights w: ``E = f Σ w/τ`` and ``Cov = Σ w Λ/τ² + f fᵀ (Σ w/τ² - (Σ w/τ)²)``.
 

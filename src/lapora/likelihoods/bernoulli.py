@@ -24,17 +24,17 @@ from lapora.likelihoods.categorical import (
 
 
 def bernoulli_columns(logits: Tensor) -> Tensor:
-    """Return ``sqrt(σ(f) (1 - σ(f)))`` of each logit, in float64, without cancellation far out."""
+    """Return ``sqrt(σ(f) (1 - σ(f)))`` of each logit, in float64, without cancellation for large logits."""
     logits = logits.double()
     return (0.5 * (logsigmoid(logits) + logsigmoid(-logits))).exp()
 
 
 def two_answers(moments: LogitMoments, positive: int = 1) -> LogitMoments:
-    """Return the moments of one logit, ``(B, 1)``, as those of two, of which the other is 0.
+    """Convert the moments of one logit, ``(B, 1)``, to those of two, of which the other is 0.
 
     Args:
         moments: Mean and variance of the logit.
-        positive: Index of the answer that the logit speaks for.
+        positive: Index of the positive answer.
     """
     mean = moments.mean.double().cpu()
     variance = moments.covariance.double().cpu().flatten(1)
@@ -46,7 +46,7 @@ def two_answers(moments: LogitMoments, positive: int = 1) -> LogitMoments:
 
 
 class Bernoulli(AnswerLikelihood):
-    """``p(y|f)`` of two answers by one logit, which speaks for the answer :attr:`positive`."""
+    """``p(y|f)`` of two answers by one logit, that of the answer :attr:`positive`."""
 
     name: ClassVar[LikelihoodName] = "bernoulli"
     positive: ClassVar[int] = 1
@@ -61,7 +61,7 @@ class Bernoulli(AnswerLikelihood):
         return bernoulli_columns(outputs).unsqueeze(0)
 
     def sampled_columns(self, outputs: Tensor, uniform: Tensor) -> Tensor:
-        """Return ``y - σ(f)`` with y drawn from the model."""
+        """Return ``y - σ(f)`` with y sampled from the model."""
         p = torch.sigmoid(outputs.double())
         return ((uniform.to(p).unsqueeze(1) < p).to(p) - p).unsqueeze(0)
 

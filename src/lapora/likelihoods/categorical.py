@@ -1,8 +1,8 @@
-"""Directions in logit space whose gradients make up the Fisher.
+"""One answer out of C: Fisher columns, and links from logit moments to probabilities.
 
-The Fisher of one example is ``J_nᵀ M_n J_n``, and any columns ``S_n`` with ``S_n S_nᵀ = M_n`` serve: their
-gradients are what the curvature is summed from. Source: Laplace-LoRA (Yang et al. 2024), Eq. 8;
-for softmax the Fisher is the generalised Gauss-Newton matrix (Martens 2020).
+The Fisher of one example is ``J_nᵀ M_n J_n``. Any columns ``S_n`` with ``S_n S_nᵀ = M_n`` will do; the curvature is
+summed from the gradients along them. Source: Laplace-LoRA (Yang et al. 2024), Eq. 8; for softmax the Fisher is the
+generalized Gauss-Newton matrix (Martens 2020).
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Categorical(AnswerLikelihood):
         return torch.log_softmax(outputs, dim=1)
 
     def needs_every_output(self, link: Link) -> bool:
-        """Return whether a link sees the variance of the logits' common shift."""
+        """Return whether a link depends on the variance of the logits' common shift."""
         return needs_every_class(link)
 
     def predict(
@@ -78,10 +78,10 @@ class Categorical(AnswerLikelihood):
 
 
 def exact_columns(logits: Tensor) -> Tensor:
-    """Columns of the Hessian's factor: ``S Sᵀ = diag(p) - p pᵀ``, with C-1 columns instead of C.
+    """Return the columns of the Hessian's factor ``S Sᵀ = diag(p) - p pᵀ``, C-1 instead of C.
 
     With ``R_k = Σ_{j>=k} p_j``, column k is ``sqrt(p_k R_{k+1} / R_k) (e_k - Σ_{j>k} (p_j / R_{k+1}) e_j)``.
-    Tail sums and their logarithms are taken in log space, so that saturated probabilities lose no digits.
+    Tail sums and their logarithms are computed in log space, so that saturated probabilities lose no digits.
 
     Args:
         logits: ``(B, C)``; minus infinity at the end for answers that a row does not have, whose columns are zero.
@@ -105,11 +105,11 @@ def exact_columns(logits: Tensor) -> Tensor:
 
 
 def monte_carlo_columns(logits: Tensor, uniform: Tensor) -> Tensor:
-    """One column per example: the score ``e_y - p`` of a label drawn from the model.
+    """Return one column per example: the score ``e_y - p`` of a label sampled from the model.
 
     Args:
         logits: ``(B, C)``.
-        uniform: ``(B,)`` numbers of [0, 1), one for each row: the label is where the cumulated p passes it.
+        uniform: ``(B,)`` uniform numbers of [0, 1), from which the labels are sampled by inversion.
 
     Returns:
         ``(1, B, C)``, in float64; its outer product equals ``diag(p) - p pᵀ`` in expectation.
@@ -120,7 +120,7 @@ def monte_carlo_columns(logits: Tensor, uniform: Tensor) -> Tensor:
 
 
 def empirical_columns(logits: Tensor, labels: Tensor) -> Tensor:
-    """One column per example: the score ``e_y - p`` of its own label.
+    """Return one column per example: the score ``e_y - p`` of its own label.
 
     Args:
         logits: ``(B, C)``.
@@ -134,13 +134,13 @@ def empirical_columns(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 SAMPLED: tuple[Link, ...] = ("mc-joint", "mc-indep")
-"""Links that draw from the Gaussian where there are more than two answers."""
+"""Links that sample from the Gaussian for more than two answers."""
 
 _CHUNK_ELEMENTS = 4_000_000
 
 
 def needs_every_class(link: Link) -> bool:
-    """Whether the link needs the covariance of all C logits; mc-joint needs that of C-1 differences."""
+    """Return whether a link needs the covariance of all C logits; mc-joint needs that of C-1 differences."""
     return link in ("mc-indep", "probit", "bridge")
 
 
@@ -148,10 +148,10 @@ def log_probabilities(link: Link, moments: LogitMoments, *, samples: int = DEFAU
     """Apply a link.
 
     Args:
-        link: Which one.
+        link: The link.
         moments: Mean and covariance of the logits.
         samples: Quasi-Monte-Carlo points of the two sampling links, for C > 2 (C = 2 is deterministic).
-        seed: Scrambling of those points; the same for every row, so that batching changes nothing.
+        seed: Random seed of their scrambling; the points are the same for every row, so that batches have no effect.
 
     Returns:
         ``(B, C)`` log-probabilities in float64, on the CPU.
@@ -186,16 +186,15 @@ def averaged_log_probabilities(
 ) -> Tensor:
     """Average a link over prior precisions and temperatures: ``log Σ_ij w_ij p_ij``.
 
-    Two classes are integrated for every component; with more, the quasi-Monte-Carlo points are divided among the
-    components by one more coordinate of theirs, so that the average costs as much as one component. MAP is not
-    averaged.
+    With two classes every component is integrated; with more, the quasi-Monte-Carlo points are divided among the
+    components by an additional coordinate, so that the average costs as much as one component. MAP is not averaged.
 
     Args:
         link: The link.
         found: Moments under each of the D prior precisions.
         averaging: The weights.
         samples: Quasi-Monte-Carlo points of the two sampling links, for C > 2.
-        seed: Their scrambling.
+        seed: Random seed of their scrambling.
 
     Returns:
         ``(B, C)`` log-probabilities in float64, on the CPU.
@@ -234,8 +233,8 @@ def _log_p_of_components(link: Link, found: Sequence[LogitMoments], index: Tenso
     Args:
         link: The link.
         found: Moments under each of the D prior precisions.
-        index: Of the prior precision of each component, ``(K,)``.
-        temperatures: Of each component, ``(K,)`` float64.
+        index: Index of the prior precision of each component, ``(K,)``.
+        temperatures: Temperature of each component, ``(K,)`` float64.
 
     Returns:
         ``(K, B, C)`` log-probabilities in float64, on the CPU.
@@ -255,7 +254,7 @@ def _log_p_of_components(link: Link, found: Sequence[LogitMoments], index: Tenso
 
 
 def _differences(link: Link, moments: LogitMoments) -> Tensor:
-    """Return the covariance of the differences that a sampling link draws from."""
+    """Return the covariance of the logit differences that a sampling link samples."""
     covariance = moments.covariance.double().cpu()
     if link == "mc-joint":
         return covariance if moments.of_differences else difference_covariance(covariance)
@@ -265,7 +264,7 @@ def _differences(link: Link, moments: LogitMoments) -> Tensor:
 
 
 def _shared_points(averaging: Averaging, samples: int, dimensions: int, seed: int) -> list[tuple[int, Tensor, Tensor]]:
-    """Divide quasi-Monte-Carlo points among the components, by the last of their coordinates.
+    """Divide quasi-Monte-Carlo points among the components, by their last coordinate.
 
     Returns:
         For each prior precision with points: its index, the temperature ``(S, 1)`` of each of its points, and the
@@ -305,7 +304,7 @@ def grid_log_probabilities(
         temperatures: ``(T,)``.
         labels: ``(B,)``.
         samples: Quasi-Monte-Carlo points of the two sampling links, for C > 2.
-        seed: Their scrambling.
+        seed: Random seed of their scrambling.
 
     Returns:
         ``(D, T, B)`` in float64.
@@ -334,30 +333,31 @@ def grid_log_probabilities(
 
 
 def difference_covariance(covariance: Tensor) -> Tensor:
-    """Covariance of ``f_c - f_0``, ``(B, C-1, C-1)``, from that of ``f``, ``(B, C, C)``."""
+    """Return the covariance of ``f_c - f_0``, ``(B, C-1, C-1)``, from that of ``f``, ``(B, C, C)``."""
     rest = covariance[:, 1:, 1:]
     return rest - covariance[:, 1:, :1] - covariance[:, :1, 1:] + covariance[:, :1, :1]
 
 
 def differences_to_first(mean: Tensor) -> Tensor:
-    """``f_c - f_0``, ``(B, C-1)``, from ``f``, ``(B, C)``."""
+    """Return ``f_c - f_0``, ``(B, C-1)``, from ``f``, ``(B, C)``."""
     return mean[:, 1:] - mean[:, :1]
 
 
 def _probit(mean: Tensor, variances: Tensor) -> Tensor:
-    """``softmax(f / sqrt(1 + π/8 diag Λ))`` (Eq. 18; MacKay 1992)."""
+    """Compute the logarithm of ``softmax(f / sqrt(1 + π/8 diag Λ))`` (Eq. 18; MacKay 1992)."""
     return torch.log_softmax(mean / torch.sqrt(1.0 + math.pi / 8.0 * variances), dim=1)
 
 
 def _laplace_bridge(mean: Tensor, variances: Tensor) -> Tensor:
-    """Mean ``α/Σα`` of the Dirichlet that matches the Gaussian (Eq. 20; Hobbhahn et al. 2022).
+    """Compute the logarithm of the mean ``α/Σα`` of the matching Dirichlet (Eq. 20; Hobbhahn et al. 2022).
 
     ``α_i = (1/Λ_ii) (1 - 2/C + e^{f_i} Σ_j e^{-f_j} / C²)``, in log space so that large logits do not overflow.
-    For C > 2 it does not tend to the softmax as Λ tends to 0; a row without variance (MAP) gets the softmax itself.
+    For C > 2 it does not tend to the softmax as Λ tends to 0; for a row without variance (MAP) the result is the
+    softmax itself.
     """
     classes = mean.shape[1]
     exponential = mean + torch.logsumexp(-mean, dim=1, keepdim=True) - 2.0 * math.log(classes)
-    # For C = 2 the constant is zero and only the exponential is left.
+    # For C = 2 the constant is zero, and only the exponential remains.
     constant = torch.full_like(exponential, 1.0 - 2.0 / classes).log()
     log_alpha = torch.logaddexp(constant, exponential) - variances.clamp(min=1e-300).log()
     certain = (variances == 0).all(dim=1, keepdim=True)
@@ -365,13 +365,13 @@ def _laplace_bridge(mean: Tensor, variances: Tensor) -> Tensor:
 
 
 def _averaged_softmax(differences: Tensor, covariance: Tensor, samples: int, seed: int) -> Tensor:
-    """``log E[softmax(0, d)]`` for ``d ~ N(differences, covariance)``.
+    """Compute ``log E[softmax(0, d)]`` for ``d ~ N(differences, covariance)``.
 
     Args:
         differences: ``(B, C-1)``, the mean of ``f_c - f_0``.
         covariance: ``(B, C-1, C-1)``.
         samples: Number of points when C > 2.
-        seed: Their scrambling.
+        seed: Random seed of their scrambling.
     """
     if differences.shape[1] == 1:
         deviation = covariance[:, 0, 0].clamp(min=0.0).sqrt()
@@ -387,7 +387,7 @@ def _averaged_softmax(differences: Tensor, covariance: Tensor, samples: int, see
 
 
 def symmetric_root(covariance: Tensor) -> Tensor:
-    """L with ``L Lᵀ`` the covariances ``(B, K, K)``; not Cholesky's, since they may be singular."""
+    """Return L with ``L Lᵀ`` equal to the covariances ``(B, K, K)``; not by Cholesky, since they may be singular."""
     values, vectors = torch.linalg.eigh(covariance)
     return vectors * values.clamp(min=0.0).sqrt().unsqueeze(1)
 
@@ -399,11 +399,11 @@ def _log_mean_softmax(mean: Tensor, root: Tensor, points: Tensor) -> Tensor:
 
 
 def drawn_logits(mean: Tensor, root: Tensor, points: Tensor) -> Tensor:
-    """Logits at points of the standard normal, the first class's zero.
+    """Compute the logits at points of the standard normal; that of the first class is zero.
 
     Args:
-        mean: ``(B, C-1)``, of ``f_c - f_0``.
-        root: ``(B, C-1, C-1)``, a root of their covariance.
+        mean: Mean of ``f_c - f_0``, ``(B, C-1)``.
+        root: Square root of their covariance, ``(B, C-1, C-1)``.
         points: ``(S, C-1)``.
 
     Returns:
@@ -414,9 +414,9 @@ def drawn_logits(mean: Tensor, root: Tensor, points: Tensor) -> Tensor:
 
 
 def normal_points(samples: int, dimensions: int, seed: int) -> Tensor:
-    """Scrambled Sobol points carried to the standard normal, ``(samples, dimensions)``, with mean zero.
+    """Return scrambled Sobol points of the standard normal, ``(samples, dimensions)``, with mean zero.
 
-    Half of the points are the other half's mirror images, which integrates every odd function exactly.
+    Half of the points mirror the other half (antithetic), which integrates every odd function exactly.
     """
     half = (samples + 1) // 2
     uniform = torch.quasirandom.SobolEngine(dimensions, scramble=True, seed=seed).draw(half, dtype=torch.float64)
@@ -431,12 +431,12 @@ _X = torch.arange(-60.0, 60.1, 0.2, dtype=torch.float64)
 
 
 def mutual_information(moments: LogitMoments, *, samples: int = DEFAULT_SAMPLES, seed: int = 0) -> Tensor:
-    """Mutual information of each row, in nats.
+    """Compute the mutual information of answer and weights for each row, in nats.
 
     Args:
         moments: Mean and covariance of the logits.
         samples: Quasi-Monte-Carlo points for C > 2, those of mc-joint (C = 2 is deterministic).
-        seed: Their scrambling.
+        seed: Random seed of their scrambling.
 
     Returns:
         ``(B,)`` in float64, at least 0 and at most log C.
@@ -458,7 +458,7 @@ def _expected_entropy(moments: LogitMoments, samples: int, seed: int) -> Tensor:
 def averaged_mutual_information(
     found: Sequence[LogitMoments], averaging: Averaging, *, samples: int = DEFAULT_SAMPLES, seed: int = 0
 ) -> Tensor:
-    """Mutual information of answer and weights under an average over prior precisions and temperatures, in nats.
+    """Compute the mutual information of answer and weights under an average, in nats.
 
     ``I = H(Σ w p) - Σ w E[H(softmax(f / τ))]``; see :func:`mutual_information`.
 
@@ -475,10 +475,10 @@ def averaged_mutual_information(
 
 
 def expected_binary_entropy(mean: Tensor, deviation: Tensor) -> Tensor:
-    """``E[h(sigmoid(x))]`` for ``x ~ N(mean, deviation²)``, h the entropy of a coin; all ``(B,)`` float64.
+    """Compute ``E[h(sigmoid(x))]`` for ``x ~ N(mean, deviation²)``, with h the binary entropy; all ``(B,)`` float64.
 
-    The trapezoidal rule with step 0.2: in z where the deviation is small, else in x, where h has died away at 60.
-    Both integrands are analytic in a strip about the real line, so the error is below 1e-8.
+    Trapezoidal rule with step 0.2: in z for small deviations, else in x, where h is negligible beyond 60. Both
+    integrands are analytic in a strip around the real line, so the error is below 1e-8.
     """
     narrow = deviation.clamp(max=_WIDE)
     log_weights = -0.5 * _Z.square()
@@ -491,7 +491,7 @@ def expected_binary_entropy(mean: Tensor, deviation: Tensor) -> Tensor:
 
 
 def _coin_entropy(logit: Tensor) -> Tensor:
-    """``-p log p - (1-p) log(1-p)`` of ``p = sigmoid(logit)``, without cancellation far out."""
+    """Compute ``-p log p - (1-p) log(1-p)`` of ``p = sigmoid(logit)``, without cancellation for large logits."""
     distance = logit.abs()
     return torch.nn.functional.softplus(-distance) + distance * torch.sigmoid(-distance)
 

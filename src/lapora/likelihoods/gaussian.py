@@ -1,12 +1,12 @@
 """Regression: ``y_k ~ N(f_k, s² v_k)`` for each of K outputs.
 
-v is the variance of the plain adapter's residuals on the training rows, one for each output; it is measured by a
+v is the variance of the plain adapter's residuals on the training rows, one per output; it is measured by a
 forward pass before the curvature, whose columns are ``e_k / sqrt(v_k)``. The factor s² is chosen with the prior. The
 prior of the weights is scaled with the noise, ``θ ~ N(0, s²/δ I)``, as in the conjugate prior of linear regression
 (Bishop 2006, section 3.3), so that the predictive variance is ``s² (Λ(δ)_kk + v_k)`` with ``Λ(δ) = Σ R R'/(λ + δ)``:
-s is the *temperature* of a regression, a factor on the deviation of the prediction. The marginal likelihood chooses
-δ and s² together (:func:`lapora.posterior.marglik.maximize_evidence`; Immer et al. 2021), ``validation`` by the NLL of
-held-out rows, and an average is over both.
+s is the *temperature* of a regression, a factor on the standard deviation of the prediction. The marginal likelihood
+chooses δ and s² together (:func:`lapora.posterior.marglik.maximize_evidence`; Immer et al. 2021), ``validation``
+chooses them by the NLL of held-out rows, and an average is over both.
 
 A prediction is a mixture of M Gaussians for each output, a table ``(N, K, M, 3)`` of means, variances and weights
 (:mod:`lapora.metrics.mixtures`); MAP has one component, with s = 1.
@@ -44,7 +44,7 @@ class Gaussian(Likelihood):
 
     Attributes:
         choices: Names of the K outputs.
-        noise: v, the residual variance of each output; empty before it was measured.
+        noise: Residual variance v of each output; empty before it is measured.
     """
 
     noise: tuple[float, ...] = ()
@@ -57,7 +57,7 @@ class Gaussian(Likelihood):
         """Measure the noise: the residual variances of the plain adapter's outputs, ``(N, K)``.
 
         Raises:
-            DataError: The outputs equal the targets.
+            DataError: The outputs of the training rows equal the targets.
         """
         variance = (targets.double() - outputs.double()).square().mean(dim=0)
         scale = targets.double().square().mean(dim=0)
@@ -71,7 +71,7 @@ class Gaussian(Likelihood):
 
     @property
     def variance(self) -> Tensor:
-        """v, ``(K,)`` in float64."""
+        """Residual variance v, ``(K,)`` in float64."""
         return torch.tensor(self.noise or (1.0,) * self.outputs, dtype=torch.float64)
 
     @property
@@ -93,7 +93,7 @@ class Gaussian(Likelihood):
         return torch.diag(scale).unsqueeze(1).expand(-1, len(outputs), -1)
 
     def sampled_columns(self, outputs: Tensor, uniform: Tensor) -> Tensor:
-        """Return ``(y - f) / v`` with y drawn from the model."""
+        """Return ``(y - f) / v`` with y sampled from the model."""
         normal = torch.special.ndtri(uniform.clamp(1e-12, 1.0 - 1e-12))
         return (normal * self.variance.rsqrt()).unsqueeze(0).to(outputs.device)
 
@@ -148,14 +148,14 @@ class Gaussian(Likelihood):
     def information(
         self, found: Sequence[LogitMoments], averaging: Averaging, *, samples: int = DEFAULT_SAMPLES, seed: int = 0
     ) -> Tensor:
-        """Return the entropy of a Gaussian of the prediction's variance less the mean entropy of the noise."""
+        """Return the entropy of a Gaussian with the prediction's variance, minus the mean entropy of the noise."""
         components = averaging.components
         noise = sum(weight * (self.variance.log() + 2.0 * math.log(scale)) for _, scale, weight in components)
         _, variance = mixture_moments(self.predict("mc-joint", found, averaging))
         return 0.5 * (variance.log() - noise).sum(dim=1)
 
     def uncertainty(self, table: Tensor) -> dict[str, Tensor]:
-        """Return the deviation (of several outputs the geometric mean), and the entropy of Gaussians that have it."""
+        """Return the standard deviation (geometric mean over the outputs), and the entropy of such Gaussians."""
         _, variance = mixture_moments(table)
         entropy = 0.5 * (variance.log() + _LOG_2_PI_E).sum(dim=1)
         return {"deviation": (0.5 * variance.log().mean(dim=1)).exp(), "entropy": entropy}
@@ -179,13 +179,13 @@ class Gaussian(Likelihood):
         return table.expand(len(targets), -1, -1, -1).contiguous()
 
     def scaled(self, table: Tensor, temperature: float) -> Tensor:
-        """Return the prediction with its deviation times the temperature."""
+        """Return the prediction with its standard deviation multiplied by the temperature."""
         scaled = table.clone()
         scaled[..., 1] *= temperature**2
         return scaled
 
     def fit_temperature(self, table: Tensor, targets: Tensor, *, width: float | None = None) -> float:
-        """Fit the factor on the deviation."""
+        """Fit the factor on the standard deviation."""
         return metrics.minimize_over_temperature(
             lambda temperature: float(self.row_nll(self.scaled(table, temperature), targets).mean()),
             len(targets),
@@ -193,7 +193,7 @@ class Gaussian(Likelihood):
         )
 
     def tuned(self, table: Tensor, targets: Tensor) -> tuple[Tensor, float]:
-        """Return the prediction with the noise of least NLL, and s."""
+        """Return the prediction with the noise of minimum NLL, and its scale s."""
         scale = self.fit_temperature(table, targets)
         return self.scaled(table, scale), scale
 
@@ -233,7 +233,7 @@ class Gaussian(Likelihood):
         return direction, f"{DEFAULT_INTERVAL:.0%} intervals hold {coverage:.0%} of the targets"
 
     def as_answers(self, table: Tensor, targets: Tensor) -> None:
-        """There are no answers."""
+        """Return None: there are no answers."""
         return
 
     def records(
@@ -244,7 +244,7 @@ class Gaussian(Likelihood):
         texts: int = 1,
         own_choices: Sequence[tuple[str, ...]] = (),
     ) -> list[dict[str, Any]]:
-        """Return mean, total and epistemic deviation and central interval: numbers, or by name of several outputs."""
+        """Return mean, total and epistemic standard deviation and central interval; by name for several outputs."""
         table = self.predict(settings.link, found, averaging)
         mean, variance = mixture_moments(table)
         low, high = central_interval(table, settings.interval or DEFAULT_INTERVAL)

@@ -1,4 +1,4 @@
-"""Several labels at once: K logits, each for a label that is there or not, independent given the logits.
+"""Several labels at once: K logits, one per label, which is present or absent independently given the logits.
 
 A prediction of N rows is a table ``(N, K, 2)`` of log-probabilities: of the label's absence and presence, each by the
 one-dimensional integral over its own logit. The NLL of a row is the sum over its labels.
@@ -45,7 +45,7 @@ class Multilabel(Likelihood):
         return torch.diag_embed(bernoulli_columns(outputs)).permute(1, 0, 2)
 
     def sampled_columns(self, outputs: Tensor, uniform: Tensor) -> Tensor:
-        """Return ``y - p`` with labels drawn from the model: one column for all labels."""
+        """Return ``y - p`` with labels sampled from the model: one column for all labels."""
         p = torch.sigmoid(outputs.double())
         return ((uniform.to(p) < p).to(p) - p).unsqueeze(0)
 
@@ -71,7 +71,7 @@ class Multilabel(Likelihood):
         samples: int = DEFAULT_SAMPLES,
         seed: int = 0,
     ) -> Tensor:
-        """Apply the link to every label by itself."""
+        """Apply the link to every label separately."""
         log_p = averaged_log_probabilities(link, _by_label(found), averaging, samples=samples, seed=seed)
         return log_p.unflatten(0, (-1, self.outputs))
 
@@ -98,7 +98,7 @@ class Multilabel(Likelihood):
         return found_by_label.unflatten(0, (-1, self.outputs)).sum(dim=1)
 
     def uncertainty(self, table: Tensor) -> dict[str, Tensor]:
-        """Return one less the mean over the labels of the larger probability, and the sum of their entropies."""
+        """Return 1 minus the larger probability, averaged over the labels, and the sum of the labels' entropies."""
         return {
             "max_probability": 1.0 - table.exp().amax(dim=2).mean(dim=1),
             "entropy": metrics.row_entropy(table).sum(dim=1),
@@ -128,7 +128,7 @@ class Multilabel(Likelihood):
         return metrics.fit_temperature(*self.as_answers(table, targets), width=width)
 
     def row_nll(self, table: Tensor, targets: Tensor) -> Tensor:
-        """Return the sum over the labels of minus the log-probability."""
+        """Return the negative log-probability, summed over the labels."""
         chosen = targets.long().unsqueeze(2).to(table.device)
         return -table.gather(2, chosen).squeeze(2).sum(dim=1)
 
@@ -210,5 +210,5 @@ def _by_label(found: Sequence[LogitMoments]) -> list[LogitMoments]:
 
 
 def _f1(hit: Tensor, predicted: Tensor, actual: Tensor) -> Tensor:
-    """``2 tp / (predicted + actual)``, 0 where a label neither occurs nor is predicted."""
+    """Compute ``2 tp / (predicted + actual)``, 0 for a label that neither occurs nor is predicted."""
     return 2.0 * hit / (predicted + actual).clamp(min=1e-300)

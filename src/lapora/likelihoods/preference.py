@@ -25,7 +25,7 @@ class Preference(Bernoulli):
     positive = 0
 
     def constant(self, targets: Tensor) -> Tensor:
-        """Return one half for both: which of two texts stands first says nothing."""
+        """Return probability one half for both: the order of the texts is arbitrary."""
         return torch.full((len(targets), 2), 0.5, dtype=torch.float64).log()
 
     def scorer(self, table: Tensor, targets: Tensor, options: ScoreOptions = ScoreOptions()) -> Scorer:
@@ -76,12 +76,12 @@ def _ties(table: Tensor, targets: Tensor) -> Tensor:
 def reward_deviation(found: Sequence[LogitMoments], averaging: Averaging, *, plain: bool = False) -> Tensor:
     """Return the standard deviation of B rewards, or differences of rewards, over the prior precisions, ``(B,)``.
 
-    In the unit of the adapter's own rewards: a temperature is one of probabilities, and is not applied.
+    In the unit of the adapter's rewards: temperatures scale probabilities, and are not applied.
 
     Args:
         found: Moments under each prior precision.
         averaging: Their weights.
-        plain: Return 0, the plain adapter's.
+        plain: Return 0, as for the plain adapter.
     """
     variance = torch.zeros(len(found[0].mean), dtype=torch.float64)
     if not plain:

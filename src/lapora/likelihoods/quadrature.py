@@ -1,16 +1,16 @@
 """``E[sigmoid(x)]`` for Gaussian x, deterministic and accurate for every mean and variance.
 
-This is mc-joint with two classes: the logistic-normal integral. Gauss-Hermite quadrature is not enough
-(64 nodes err by 0.04 at mean 30, deviation 60), so two rules share the range of the deviation s:
+This is mc-joint with two classes: the logistic-normal integral. Gauss-Hermite quadrature is not accurate enough
+(error 0.04 with 64 nodes at mean 30, deviation 60), so one of two rules is used, depending on the deviation s:
 
 * ``s <= 5``: the trapezoidal rule in z with step h, 0.2 at s = 5 and larger for smaller s. Its error is of the order
   of ``exp(-2π·y/h + y²/2)`` for every y up to ``min(π/s, 2π/h)``, where π/s is the distance of the sigmoid's poles from
   the real line: below 4e-9 here.
 * ``s > 5``: the exact Gaussian step ``Φ(m/s)`` plus the smooth remainder of the sigmoid against the step,
-  ``∫_0^∞ [N(-x; m, s²) - N(x; m, s²)] sigmoid(-x) dx``, by Gauss-Legendre where its mass lies.
+  ``∫_0^∞ [N(-x; m, s²) - N(x; m, s²)] sigmoid(-x) dx``, by Gauss-Legendre over the bulk of its mass.
 
-Both are summed in log space for the smaller of the two probabilities, whose partner is its complement; the
-logarithm stays right where the probability itself underflows.
+Both are summed in log space for the smaller of the two probabilities; the other is its complement. The logarithm is
+accurate even where the probability underflows.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ _STEPS = ((0.5, 0.9), (1.0, 0.75), (2.0, 0.4), (5.0, 0.2))
 """Largest deviation and step in z of each trapezoidal rule."""
 
 _REACH = 9.0
-"""The nodes in z reach so far beyond the largest deviation: the integrand of a large mean has its peak at ``-s``."""
+"""Range of the nodes in z beyond the largest deviation: for a large mean the integrand peaks at ``-s``."""
 
 _WIDE = _STEPS[-1][0]
 _LEGENDRE_NODES = 96
 
 
 def log_expected_sigmoid(mean: Tensor, deviation: Tensor) -> tuple[Tensor, Tensor]:
-    """``(log E[sigmoid(-x)], log E[sigmoid(x)])`` for ``x ~ N(mean, deviation²)``.
+    """Compute ``(log E[sigmoid(-x)], log E[sigmoid(x)])`` for ``x ~ N(mean, deviation²)``.
 
     Args:
         mean: ``(B,)`` float64.
@@ -51,7 +51,7 @@ def log_expected_sigmoid(mean: Tensor, deviation: Tensor) -> tuple[Tensor, Tenso
         low = high
     wide = deviation > _WIDE
     smaller[wide] = _step_and_remainder(distance[wide], deviation[wide])
-    # E[sigmoid] of the side away from the mean is at most one half: round-off may pass it by an ulp.
+    # E[sigmoid] of the side away from the mean is at most one half; round-off may exceed it by an ulp.
     smaller = smaller.clamp(max=math.log(0.5))
     larger = torch.log1p(-smaller.exp())
     positive = mean >= 0
@@ -59,7 +59,7 @@ def log_expected_sigmoid(mean: Tensor, deviation: Tensor) -> tuple[Tensor, Tenso
 
 
 def _trapezoid(distance: Tensor, deviation: Tensor, step: float, reach: float) -> Tensor:
-    """``log E[sigmoid(-(m + s z))]``, by equal steps in z."""
+    """Compute ``log E[sigmoid(-(m + s z))]``, by equal steps in z."""
     count = round(reach / step)
     nodes = step * torch.arange(-count, count + 1, dtype=torch.float64)
     log_weights = -0.5 * nodes.square()
@@ -69,7 +69,7 @@ def _trapezoid(distance: Tensor, deviation: Tensor, step: float, reach: float) -
 
 
 def _step_and_remainder(distance: Tensor, deviation: Tensor) -> Tensor:
-    """``log [ Φ(-m/s) + ∫_0^∞ (N(x; m, s²) - N(-x; m, s²)) sigmoid(-x) dx ]`` for ``m >= 0``; both terms are >= 0."""
+    """Compute ``log [Φ(-m/s) + ∫_0^∞ (N(x; m, s²) - N(-x; m, s²)) sigmoid(-x) dx]`` for ``m >= 0``; both terms >= 0."""
     nodes, weights = _legendre()
     m, s = distance.unsqueeze(1), deviation.unsqueeze(1)
     # The integrand is e^{-x} times a Gaussian: its peak is at m - s², or at 0.
@@ -90,6 +90,6 @@ def _step_and_remainder(distance: Tensor, deviation: Tensor) -> Tensor:
 
 @cache
 def _legendre() -> tuple[Tensor, Tensor]:
-    """Gauss-Legendre nodes and weights on [0, 1]."""
+    """Return Gauss-Legendre nodes and weights on [0, 1]."""
     nodes, weights = np.polynomial.legendre.leggauss(_LEGENDRE_NODES)
     return torch.from_numpy((nodes + 1.0) / 2.0), torch.from_numpy(weights / 2.0)

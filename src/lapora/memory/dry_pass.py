@@ -1,6 +1,6 @@
 """Peak memory of one batch, measured by running it on fake tensors (shapes without data).
 
-The code of a real pass runs: the model, the cuts of its graph, the directions and the observer.
+The code is that of a real pass: the model, the cuts of its graph, the directions and the observer.
 """
 
 from __future__ import annotations

@@ -81,7 +81,7 @@ def _crps(mixture: Tensor, values: Tensor) -> Tensor:
 
 
 def _expected_distance(mean: Tensor, variance: Tensor) -> Tensor:
-    """``E|x|`` of Gaussians."""
+    """Return ``E|x|`` of Gaussians."""
     deviation = variance.sqrt()
     scaled = mean / deviation
     density = torch.exp(-0.5 * scaled.square()) / math.sqrt(2.0 * math.pi)
@@ -91,7 +91,7 @@ def _expected_distance(mean: Tensor, variance: Tensor) -> Tensor:
 def pit_histogram(levels: Tensor, bins: int = PIT_BINS) -> list[float]:
     """Return the share of probability integral transforms, ``(N,)`` in [0, 1], in each of equal bins.
 
-    All shares are ``1 / bins`` where the predictions are calibrated; the outer ones are higher where they are too sure.
+    All shares are ``1 / bins`` for calibrated predictions; the outer ones are higher for overconfident predictions.
     """
     chosen = (levels * bins).long().clamp(0, bins - 1)
     return (torch.bincount(chosen, minlength=bins).double() / max(1, len(levels))).tolist()

@@ -176,7 +176,7 @@ def minimize_over_temperature(nll: Callable[[float], float], count: int, *, widt
     """Minimize a mean NLL over a temperature T, with a prior N(log T; 0, width²) or without.
 
     Args:
-        nll: Mean NLL at a temperature, in nats a row.
+        nll: Mean NLL at a temperature, in nats per row.
         count: Number of rows.
         width: Standard deviation of the prior on log T; None is no prior.
 

@@ -1,6 +1,6 @@
 """Read a PEFT adapter from disk or the Hub, and check that it is supported.
 
-The base model is not loaded: reading an adapter is fast and comes before anything slow.
+The base model is not loaded, so that reading an adapter is fast.
 """
 
 from __future__ import annotations
@@ -44,13 +44,13 @@ _REDRAWN = re.compile(r"pissa_niter_\d+|lora_ga")
 
 @dataclass(frozen=True)
 class Head:
-    """What is known of a model's outputs.
+    """Known properties of a model's outputs.
 
     Attributes:
         kind: ``causal`` or ``classifier``.
         labels: Number of outputs of a classification head, or None.
-        problem_type: Of the base model's configuration, or None.
-        source: What says the kind, in words.
+        problem_type: ``problem_type`` of the base model's configuration, or None.
+        source: Evidence for the kind, in words.
     """
 
     kind: ModelKind
@@ -91,7 +91,7 @@ class Adapter:
 
     @property
     def head(self) -> Head:
-        """What the adapter's own files say of its outputs."""
+        """Properties of the outputs, from the adapter's own files."""
         return Head(self.kind, self.number_of_labels(), source=_source_of_kind(self.config))
 
     def number_of_labels(self) -> int | None:
@@ -120,7 +120,7 @@ def _base_model(config: Mapping[str, Any], path: Path) -> str | None:
 _EMBEDDINGS = tuple(
     f".{name}.weight" for name in ("embed_tokens", "word_embeddings", "wte", "embed_in", "embed_out", "lm_head")
 )
-"""Ends of the names of token embeddings and of language-model heads, saved in full."""
+"""Suffixes of the names of fully saved token embeddings and language-model heads."""
 
 _HEADS = ("logits_proj", "linear_out", "out_proj", "classifier", "score", "summary")
 """Names of the layer that writes the outputs of a classification head: XLNet's, Funnel's, RoBERTa's, ..., XLM's."""
@@ -206,7 +206,7 @@ def read_adapter(location: str | Path) -> Adapter:
 
 
 def read_head(model: ModelSettings) -> Head:
-    """Return what the files of an adapter and of a base model on this machine say of the head; imports no torch.
+    """Return the properties of the head from the files of the adapter and a local base model; imports no torch.
 
     Raises:
         AdapterError: As :func:`read_adapter`.
@@ -216,7 +216,7 @@ def read_head(model: ModelSettings) -> Head:
     base = _base_config(model.base_model or _base_model(config, model.folder), config.get("revision"))
     labels = _number_of_labels(shapes)
     if labels is None and str((base.get("architectures") or [""])[0]).endswith("ForSequenceClassification"):
-        labels = len(base.get("id2label") or ()) or base.get("num_labels", 2)  # 2 is not written down
+        labels = len(base.get("id2label") or ()) or base.get("num_labels", 2)  # the default, 2, is not saved
     return Head(_kind(config, shapes), labels, base.get("problem_type"), _source_of_kind(config))
 
 
@@ -229,7 +229,7 @@ def _base_config(name: str | None, revision: str | None) -> dict[str, Any]:
         if name and not Path(name).is_dir():
             file = try_to_load_from_cache(name, "config.json", revision=revision)
         found = json.loads(Path(file).read_text(encoding="utf-8")) if name and file else {}
-    except (OSError, TypeError, ValueError):  # loading the model says what is wrong
+    except (OSError, TypeError, ValueError):  # loading the model raises a better error
         return {}
     return found if isinstance(found, dict) else {}
 
@@ -416,7 +416,7 @@ def hub_errors(repository: str, revision: str | None = None) -> Iterator[None]:
         GatedRepoError,
         HfHubHTTPError,
         HFValidationError,
-        HTTPError,  # of the client's HTTP library: no answer at all
+        HTTPError,  # of the client's HTTP library: no response
         LocalEntryNotFoundError,
         OfflineModeIsEnabled,
         RepositoryNotFoundError,

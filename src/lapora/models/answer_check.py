@@ -1,4 +1,4 @@
-"""Self-check of a model: whole answers packed into one sequence must have the scores that they have alone.
+"""Self-check of a model: whole answers must have the same scores packed into one sequence and in separate ones.
 
 A packed row needs an attention mask of its own and given positions. Recurrent networks, linear attention and positions
 that are counted by the network ignore one or the other. No list of architectures would be complete, so two short rows
@@ -18,13 +18,13 @@ from lapora.models.outputs import OutputModel
 
 _TOLERANCE = 1e-4
 _HALF_TOLERANCE = 1e-2
-"""In half precision kernels round differently for other shapes; a seen answer moves a score by far more."""
+"""Tolerance: in half precision, kernels round differently for other shapes; a visible answer changes more."""
 _LENGTHS = ((7, (5, 1, 3)), (4, (2, 4, 2)))
-"""Tokens of the prompt and of each answer of two rows; an answer behind a longer one shows what it sees."""
+"""Tokens of the prompt and of each answer of two rows; a second answer would be affected by the first, longer one."""
 
 
 def check_answers(output_model: OutputModel) -> None:
-    """Find out whether the answers of a row can be packed into one sequence, and warn where they cannot.
+    """Check whether the answers of a row can be packed into one sequence, and warn if they cannot.
 
     Raises:
         AdapterError: They cannot, and padding changes the logits of the model.

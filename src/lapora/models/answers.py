@@ -4,7 +4,7 @@ The network reads the T tokens of the prompt and all but the last token of each 
 a row, in one of two ways:
 
 * packed: one sequence, the answers one after another behind the prompt. Each answer's positions continue the prompt's,
-  and a 4-D attention mask lets it see the prompt and itself.
+  and a 4-D attention mask restricts its attention to the prompt and itself.
 * separate: C sequences of the prompt and one answer, for networks without such masks. An activation of the prompt is
   then computed C times, and the gradients of these copies are summed.
 
@@ -69,21 +69,21 @@ class Copies:
 
 @dataclass(frozen=True)
 class AnswerLayout:
-    """Where the answers of a batch of B rows stand in the S sequences that the network reads.
+    """Positions of the answers of a batch of B rows in the S sequences that the network reads.
 
     Attributes:
         rows: B.
         answers: C, the same for all rows of a batch.
-        position_ids: ``(S, T)``, or None where they are left to the network.
-        attention_mask: ``(S, 1, T, T)``, true where a token sees another, or None for causal attention.
+        position_ids: ``(S, T)``, or None for the network's default.
+        attention_mask: ``(S, 1, T, T)``, true where a token attends to another, or None for causal attention.
         head: Positions at which the head runs, ``(S, Q)``.
         head_mask: Which of them are needed, ``(S, Q)``.
-        source: Of each scored token, the head's output that predicts it, among S·Q; ``(M,)``.
-        target: Its token id, ``(M,)``.
-        answer: Its answer, among B·C, ``(M,)``.
+        source: Index of the head's output that predicts each scored token, among S·Q; ``(M,)``.
+        target: Id of each scored token, ``(M,)``.
+        answer: Index of its answer, among B·C, ``(M,)``.
         weight: Factor of its log-probability, ``(M,)``.
-        tokens: The copies of each token, for separate sequences.
-        heads: The same of the positions at which the head runs.
+        tokens: Copies of each token, for separate sequences.
+        heads: Copies of the positions at which the head runs.
     """
 
     rows: int
@@ -135,12 +135,12 @@ class AnswerLayout:
 
 @dataclass(frozen=True)
 class _Sequence:
-    """One sequence of the network: its tokens, where each stands in the row, and what is predicted where.
+    """One sequence of the network: its tokens, their positions in the row, and the predicted tokens.
 
     Attributes:
         ids: Token ids.
-        places: The place of each among the tokens of the row, counted as in the packed sequence.
-        scored: For each scored token its id, its answer, its weight, and the place of the token that predicts it.
+        places: Position of each among the tokens of the row, counted as in the packed sequence.
+        scored: For each scored token its id, answer, weight, and the position of the token that predicts it.
     """
 
     ids: list[int]
@@ -165,7 +165,7 @@ def sequences_of(prompt: Sequence[int], answers: Sequence[AnswerTokens], *, pack
         read = list(answer.ids[:-1])
         places = list(range(start, start + len(read)))
         start += len(read)
-        before = [len(prompt) - 1, *places]  # the place of the token that predicts each token of the answer
+        before = [len(prompt) - 1, *places]  # position of the token that predicts each token of the answer
         first = len(answer.ids) - answer.scored
         scored = [(answer.ids[index], number, answer.weight, before[index]) for index in range(first, len(answer.ids))]
         found.append(_Sequence([*prompt, *read], [*range(len(prompt)), *places], scored))
@@ -189,7 +189,7 @@ def layout_of(
         packed: One sequence per row.
 
     Returns:
-        The token ids of the S sequences, without padding; and where the answers stand in them.
+        The token ids of the S sequences, without padding; and the layout of the answers in them.
     """
     answers = len(rows[0][1])
     sequences, owners = [], []
@@ -201,7 +201,7 @@ def layout_of(
     # The head runs at the prompt's last token and at all tokens behind it.
     begins = [max(0, prompt - 1) for prompt in prompts]
     width = max(len(each.ids) - begin for each, begin in zip(sequences, begins, strict=True))
-    width += width == length  # never T: whether the head's positions have been selected is told by their number
+    width += width == length  # never T, because the number of positions shows whether they have been selected
     head = torch.zeros(len(sequences), width, dtype=torch.long)
     head_mask = torch.zeros(len(sequences), width, dtype=torch.bool)
     scored: list[tuple[int, int, int, float]] = []
@@ -249,7 +249,7 @@ def _with_mask(
             part[row, span] = number
     seen = (part.unsqueeze(1) == 0) | (part.unsqueeze(1) == part.unsqueeze(2))
     seen &= torch.ones(length, length, dtype=torch.bool).tril() & (part >= 0).unsqueeze(1)
-    seen |= torch.eye(length, dtype=torch.bool)  # padding sees itself: attention to nothing is NaN
+    seen |= torch.eye(length, dtype=torch.bool)  # padding attends to itself: an empty softmax is NaN
     return replace(layout, position_ids=positions, attention_mask=seen.unsqueeze(1))
 
 

@@ -32,7 +32,7 @@ class Encoded(Protocol):
 
 @dataclass(frozen=True)
 class PlainAnswer:
-    """Tokens of an answer that stands for no text, as in checks and estimates."""
+    """Tokens of an artificial answer, for checks and estimates."""
 
     ids: Sequence[int]
     scored: int
@@ -41,7 +41,7 @@ class PlainAnswer:
 
 @dataclass(frozen=True)
 class PlainRow:
-    """Tokens of a row that stands for no text."""
+    """Tokens of an artificial row, for checks and estimates."""
 
     input_ids: list[int]
     answers: Sequence[PlainAnswer] = ()
@@ -59,8 +59,8 @@ class Batch:
         token_type_ids: The same shape, or None.
         rows: Position of each row in the sequence that the batches were made from.
         has_padding: Whether any position is padding.
-        texts: Number of texts of a row that are compared, which then stand one after another: ``texts B`` sequences.
-        answers: Where the answers stand, if whole answers are scored.
+        texts: Number of texts of a row that are compared; they follow one another in ``texts B`` sequences.
+        answers: Layout of the answers, if whole answers are scored.
     """
 
     input_ids: Tensor

@@ -19,7 +19,7 @@ Result = TypeVar("Result")
 
 _MEMORY_FRACTION = 0.9
 _VOCABULARY = 2**16
-"""Vocabulary logits of a position that take about as much memory as a token elsewhere in the network."""
+"""Number of vocabulary logits of a position that take about as much memory as a token in the rest of the network."""
 _CPU_ALLOCATOR = "DefaultCPUAllocator"
 
 
@@ -91,7 +91,7 @@ class BatchFeed:
         size: Batch size.
         processes: The processes that share the rows; this rank's shard is yielded.
         bucketed: Pad every row to :func:`bucket_length`, independent of the other rows of its batch. The padded
-            length determines the summation order in attention, so that results then hardly depend on the batch size.
+            length determines the summation order in attention, so that results are nearly independent of batch size.
             Ignored where only rows of equal length share a batch.
     """
 
@@ -137,7 +137,7 @@ class BatchFeed:
         return -sequences, -answers, -network_length(self._encoded[row], packed=sequences == 1), row
 
     def _cost(self, row: int) -> int:
-        """Return the tokens of a row, those of answers counted more often where the vocabulary is large."""
+        """Return the number of tokens of a row; those of answers count more if the vocabulary is large."""
         sequences, answers, length = self._shapes[row]
         scored = length - len(self._encoded[row].input_ids) if answers else 0
         return sequences * (length + scored * (self._output_model.vocabulary // _VOCABULARY))

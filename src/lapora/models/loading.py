@@ -378,7 +378,7 @@ def load_config(base_name: str, revision: str | None, trust_remote_code: bool) -
     """
     try:
         config = AutoConfig.from_pretrained(base_name, revision=revision, trust_remote_code=trust_remote_code)
-        config.get_text_config()  # fails for several text models in one
+        config.get_text_config()  # raises for a model with several text models
         return config
     except (OSError, ValueError, KeyError) as error:
         raise _base_error(base_name, error) from error

@@ -220,7 +220,7 @@ def fake_tensors(model: nn.Module) -> Iterator[None]:
 class MetaOutputModel(OutputModel):
     """OutputModel for fake tensors: assumes unpadded rows, so that no value is ever read.
 
-    Whole answers are in one sequence if the network takes positions; values would tell whether it heeds them.
+    Whole answers are in one sequence if the network takes positions; whether it uses them cannot be checked.
     """
 
     def __init__(self, *arguments: Any, **keywords: Any) -> None:

@@ -1,7 +1,7 @@
 """Self-check of a model: padding must not change the logits of a row.
 
 A mask hides padding from attention, but not from convolutions over tokens, Fourier transforms, or pooling at the last
-position. No list of architectures would be complete, so two rows of unlike length are run alone and together.
+position. No list of architectures would be complete, so two rows of different length are run alone and together.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from lapora.models.outputs import OutputModel, embedding_rows
 _TEXTS = ("Yes or no ?", "Is it so that the cows are in the barn and the sheep in the office , or not ?")
 _TOLERANCE = 1e-4
 _HALF_TOLERANCE = 5e-2
-"""In half precision, or with 8-bit inputs, kernels round differently for other shapes."""
+"""Tolerance: in half precision, or with 8-bit inputs, kernels round differently for other shapes."""
 
 
 class _Row(NamedTuple):
@@ -28,7 +28,7 @@ class _Row(NamedTuple):
 
 
 def check_padding(output_model: OutputModel, tokenizer: Any, quantized: bool) -> None:
-    """Let only rows of equal length share a batch if padding changes the logits, and warn of it.
+    """Restrict batches to rows of equal length if padding changes the logits, and warn of it.
 
     Args:
         output_model: The network.
@@ -46,19 +46,19 @@ def check_padding(output_model: OutputModel, tokenizer: Any, quantized: bool) ->
 
 
 def sees_padding(output_model: OutputModel, tokenizer: Any, quantized: bool = False) -> bool:
-    """Return whether two rows of unlike length have other logits together than alone."""
+    """Return whether two rows of different length have other logits together than alone."""
     rows = _rows(output_model, tokenizer)
     if len(rows) < 2:
         return False
     try:
         with torch.no_grad():
             alone = torch.cat([_logits(output_model, [row]) for row in rows])
-    except (NonFiniteRowError, AdapterError):  # rows of the data will meet the error, and are named in it
+    except (NonFiniteRowError, AdapterError):  # a row of the data will raise the same error, with its name
         return False
     try:
         with torch.no_grad():
             together = _logits(output_model, rows)
-    except (NonFiniteRowError, AdapterError):  # as where a window of attention holds padding alone
+    except (NonFiniteRowError, AdapterError):  # for example, an attention window with padding only
         return True
     half = quantized or output_model.network.dtype in (torch.float16, torch.bfloat16)
     tolerance = _HALF_TOLERANCE if half else _TOLERANCE

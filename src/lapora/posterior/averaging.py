@@ -12,10 +12,10 @@ The center δ₀ is the tolerance: how small δ may be before the predictive fit
 ``d_n(δ)`` be the excess of row n's NLL over MAP's, and t the NLL of MAP on the training rows, of a regression less the
 entropy of its noise, so that t is about 0 whatever the unit of the targets. δ₀ is the least δ from
 which on ``mean(d) <= a exp(-t/b) min(var(d) / mean(d)², 10)``. The exponential is there because rows that are not
-fitted closely say little about overfitting. The ratio is there because an excess that all rows bear alike is one that
-new rows will bear too, while an excess that a few rows bear is the mark of rows learnt by heart. A tolerance in terms
-of the training loss is from TFB (Shi et al. 2024, "Training-free Bayesianization for low-rank adapters of large
-language models"). How the constants were chosen: docs/prior-selection.md. Needs no torch.
+fitted closely carry little information about overfitting. The ratio is there because an equal excess on all rows is to
+be expected on new rows too, while an excess on a few rows indicates memorized rows. A tolerance in terms of the
+training loss is from TFB (Shi et al. 2024, "Training-free Bayesianization for low-rank adapters of large language
+models"). The choice of the constants is described in docs/prior-selection.md. Imports no torch.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 Array = NDArray[np.float64]
 
 PRECISIONS: Array = np.logspace(-3.0, 7.0, 16)
-"""Prior precisions of the grid, three in two decades; MAP follows as one more."""
+"""Prior precisions of the grid, three in two decades; MAP is appended."""
 
 TEMPERATURES: Array = np.exp(0.2 * np.arange(-8, 13))
 """Temperatures of the grid, 0.2 to 11; 1 is one of them."""
@@ -51,13 +51,13 @@ PRECISION_WIDTH_WITHOUT_ROWS = 1.0
 """s_δ without labelled rows."""
 
 EXCESS, EXCESS_SCALE, LARGEST_RATIO = 0.01, 0.2, 10.0
-"""a and b of the tolerance, in nats a row, and the largest ratio of variance and squared mean that counts."""
+"""a and b of the tolerance, in nats per row, and the maximum of the ratio of variance and squared mean."""
 
 _NO_EXCESS = 1e-6
-"""Nats a row: a mean excess below this is tolerated."""
+"""Mean excess in nats per row that is always tolerated."""
 
 RETAINED_WEIGHT = 0.999
-"""Share of the weight that the components kept for prediction hold together."""
+"""Total weight of the components that are kept for prediction."""
 
 
 class TrainingCurve(Struct, frozen=True, kw_only=True):
@@ -65,9 +65,9 @@ class TrainingCurve(Struct, frozen=True, kw_only=True):
 
     Attributes:
         precisions: δ, increasing.
-        nll: NLL at each δ, in nats a row; of a regression less the entropy of its noise.
+        nll: NLL at each δ, in nats per row; for a regression minus the entropy of its noise.
         variance: Variance over the rows of the excess of their NLL over MAP's, at each δ.
-        map_nll: The same of MAP.
+        map_nll: NLL of MAP, likewise.
         n: Number of rows.
     """
 
@@ -86,13 +86,13 @@ class Averaged(Struct, frozen=True, kw_only=True):
             geometric mean.
         temperatures: τ of each component.
         weights: Weight of each pair, ``[precision][temperature]``; they sum to 1.
-        tolerance: δ₀, or None where the training rows had no labels.
+        tolerance: δ₀, or None if the training rows had no labels.
         n: Number m of labelled rows.
         split: The split they come from.
-        rows: Their digests: they are not evaluated on.
+        rows: Their digests; these rows are excluded from evaluation.
         link: Link of the predictive.
-        seed: Seed of the choice of the rows.
-        nll: NLL of the averaged predictive on these rows, in nats a row.
+        seed: Random seed of the choice of the rows.
+        nll: NLL of the averaged predictive on these rows, in nats per row.
         map_nll: NLL of MAP on them.
     """
 
@@ -109,7 +109,7 @@ class Averaged(Struct, frozen=True, kw_only=True):
     map_nll: float | None = None
 
     def check(self) -> None:
-        """Check that grid and weights belong together.
+        """Check that grid and weights match.
 
         Raises:
             ValueError: They do not; the message says why.
@@ -151,11 +151,11 @@ class Averaged(Struct, frozen=True, kw_only=True):
         return float(sum(sum(row) for row, value in zip(self.weights, self.precisions, strict=True) if value is None))
 
     def temperature_interval(self, share: float = 0.9) -> tuple[float, float]:
-        """Return the central interval of τ that holds a share of the weight."""
+        """Return the central interval of τ that contains a share of the weight."""
         return _interval(np.array(self.weights).sum(axis=0), np.array(self.temperatures), share)
 
     def pruned(self, retained: float = RETAINED_WEIGHT) -> Averaged:
-        """Return the components of largest weight that hold a share of it, renormalized; empty rows are dropped."""
+        """Return the components of largest weight with a total of ``retained``, renormalized; drop empty rows."""
         weights = np.array(self.weights)
         order = np.argsort(weights, axis=None)[::-1]
         total = np.cumsum(weights.reshape(-1)[order])
@@ -198,7 +198,7 @@ def log_positions(precisions: Array) -> Array:
 def tolerance_of(curve: TrainingCurve) -> float:
     """Return δ₀, the tolerance, between two points of the curve by linear interpolation of logarithms.
 
-    Where the largest δ of the curve is not tolerated, it is returned.
+    If the largest δ of the curve is not tolerated, it is returned.
     """
     logs = np.log(curve.precisions)
     excess = np.array(curve.nll) - curve.map_nll
@@ -217,7 +217,7 @@ def tolerance_of(curve: TrainingCurve) -> float:
 
 
 def _prior_of_precisions(precisions: Array, tolerance: float | None, width: float) -> Array:
-    """Return N(log δ; log δ₀, width²) on the grid, summing to 1; MAP has the mass above the last δ's cell.
+    """Return N(log δ; log δ₀, width²) on the grid, summing to 1; MAP has the mass above the cell of the largest δ.
 
     Without a tolerance it is flat.
     """

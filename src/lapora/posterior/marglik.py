@@ -2,9 +2,9 @@
 
 ``log p(D|δ) ≈ log p(y|X, θ_MAP) - 1/2 Σ_ℓ [ δ ‖θ_ℓ‖² + Σ_ij log(1 + λ_ij^ℓ / δ) ]``
 
-Only eigenvalues, norms and one log-likelihood are needed, so this module works on NumPy arrays and imports
-neither torch nor a model. The derivative in log δ, ``-1/2 [δ ‖θ‖² - Σ λ/(λ+δ)]``, falls through zero once:
-a bracketed root is the maximum (MacKay 1992: δ‖θ‖² equals the number of well-determined parameters).
+It depends on eigenvalues, norms and one log-likelihood only, so this module uses NumPy arrays and does not import
+torch. The derivative with respect to log δ, ``-1/2 [δ ‖θ‖² - Σ λ/(λ+δ)]``, is decreasing, so that its only root is the
+maximum (MacKay 1992: δ‖θ‖² equals the number of well-determined parameters).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ LOWEST_PRECISION = 1e-6
 HIGHEST_PRECISION = 1e8
 
 _ROOT_TOLERANCE = 1e-9
-"""In log δ. Halving the bracket takes 35 sums; importing an optimiser's library would take longer than all of them."""
+"""Tolerance in log δ. Bisection takes 35 sums, less time than the import of an optimization library."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,7 +34,7 @@ class Spectrum:
 
     Attributes:
         values: ``λ``, any shape.
-        counts: Number of directions with each, of the same shape.
+        counts: Multiplicity of each, of the same shape.
     """
 
     values: NDArray[np.float64]
@@ -42,10 +42,10 @@ class Spectrum:
 
     @classmethod
     def of(cls, values: NDArray[np.float64], bases: Sequence[Sequence[int] | None]) -> Spectrum:
-        """Count the directions of each eigenvalue of a Kronecker product.
+        """Compute the multiplicities of a Kronecker product's eigenvalues.
 
         Args:
-            values: ``λ``, one axis for each side: its k directions, then one value for all others if there are any.
+            values: ``λ``, one axis per side: its k directions, then one value for all others if there are any.
             bases: Shape ``(d, k)`` of each side's basis; None is the identity.
 
         Raises:
@@ -62,12 +62,12 @@ class Spectrum:
 
 
 class Evidence:
-    """The marginal likelihood as a function of a prior precision that some blocks share.
+    """Marginal likelihood as a function of the prior precision of a group of blocks.
 
     Args:
-        spectra: Eigenvalues of each block. Directions without curvature may be left out: they add nothing to the sums.
+        spectra: Eigenvalues of each block; zero eigenvalues may be omitted.
         squared_norms: ``‖θ‖²`` of each block.
-        log_likelihood: ``log p(y|X, θ_MAP)`` in nats, or 0 where the data had no labels.
+        log_likelihood: ``log p(y|X, θ_MAP)`` in nats, or 0 if the data had no labels.
 
     Raises:
         NumericalError: An eigenvalue is negative or not finite.
@@ -84,23 +84,23 @@ class Evidence:
         self.log_likelihood = log_likelihood
 
     def log_marginal_likelihood(self, precision: float) -> float:
-        """``log p(D|δ)`` at one δ, in nats."""
+        """Return ``log p(D|δ)`` at one δ, in nats."""
         complexity = float(self.counts @ np.log1p(self.eigenvalues / precision))
         return self.log_likelihood - 0.5 * (precision * self.squared_norm + complexity)
 
     def effective_parameters(self, precision: float) -> float:
-        """``Σ λ/(λ+δ)``."""
+        """Return ``Σ λ/(λ+δ)``."""
         return float(self.counts @ (self.eigenvalues / (self.eigenvalues + precision)))
 
     def slope(self, precision: float) -> float:
-        """Derivative of the log marginal likelihood in log δ."""
+        """Return the derivative of the log marginal likelihood with respect to log δ."""
         return -0.5 * (precision * self.squared_norm - self.effective_parameters(precision))
 
     def maximize(self) -> tuple[float, str | None]:
-        """The δ of greatest marginal likelihood within [1e-6, 1e8]: the slope's only root, by halving a bracket.
+        """Find the δ of maximum marginal likelihood in [1e-6, 1e8]: the only root of the slope, by bisection.
 
         Returns:
-            δ, and ``lowest`` or ``highest`` where it ran to the end of its range.
+            δ, and ``lowest`` or ``highest`` if it is at that end of the range, else None.
         """
         if self.slope(HIGHEST_PRECISION) >= 0:
             return HIGHEST_PRECISION, "highest"
@@ -113,11 +113,11 @@ class Evidence:
         return math.exp((low + high) / 2), None
 
     def adam(self, learning_rate: float, steps: int) -> tuple[float, str | None]:
-        """The paper's way to the same δ: Adam on log δ, from δ = 1.
+        """Find the same δ as the paper does: by Adam on log δ, from δ = 1.
 
         Args:
-            learning_rate: Of log δ; the paper's is 0.1.
-            steps: How many; the paper takes 1,000.
+            learning_rate: Learning rate of log δ; the paper's is 0.1.
+            steps: Number of steps; the paper's is 1,000.
 
         Returns:
             As for :meth:`maximize`.
@@ -137,13 +137,13 @@ class Evidence:
 
 @dataclass(frozen=True)
 class EvidenceMaximum:
-    """Where the marginal likelihood is greatest.
+    """Maximum of the marginal likelihood.
 
     Attributes:
         prior: δ of every group of layers.
-        log_marginal_likelihood: In nats; without a log-likelihood, up to that constant.
+        log_marginal_likelihood: Its value in nats; without labels, up to the constant log-likelihood.
         effective_parameters: ``Σ λ/(λ+δ)``, the number of directions that the data determine.
-        at_bound: ``lowest`` or ``highest`` for each group whose δ ran to the end of its range.
+        at_bound: ``lowest`` or ``highest`` for each group whose δ is at that end of the range.
         noise_scale: s of a regression's noise; 1 for other likelihoods.
     """
 
@@ -154,7 +154,7 @@ class EvidenceMaximum:
     noise_scale: float = 1.0
 
     def describe(self, labelled: bool) -> dict[str, Any]:
-        """The manifest's ``prior``; the evidence itself is known only where the rows had labels."""
+        """Return the manifest's ``prior``; the marginal likelihood is None if the rows had no labels."""
         return {
             **self.prior.to_manifest(),
             "method": "marglik",
@@ -176,31 +176,31 @@ def maximize_evidence(
     steps: int = 1000,
     residuals: int = 0,
 ) -> EvidenceMaximum:
-    """Choose δ for every group of layers: the evidence is a sum over layers, so the groups are solved one by one.
+    """Choose δ for every group of layers; the evidence is a sum over layers, so the groups are independent.
 
-    A regression with R residuals, of mean square 1 in units of the noise that the curvature was computed with, has a
-    noise of variance s² to be chosen, too (Immer et al. 2021). With the prior scaled alike, ``θ ~ N(0, s²/δ I)``,
+    For a regression with R residuals, of mean square 1 in units of the noise that the curvature was computed with, the
+    noise variance s² is chosen too (Immer et al. 2021). With the prior scaled likewise, ``θ ~ N(0, s²/δ I)``,
 
     ``log p(D|δ, s) = log p(y|X, θ_MAP) - ½ [R (log s² + 1/s² - 1) + δ ‖θ‖²/s² + Σ log(1 + λ/δ)]``,
 
     and for given δ the maximum is at ``s² = 1 + δ ‖θ‖²/R``. The two steps are repeated until they converge.
 
     Args:
-        spectra: Eigenvalues of each layer, or of all together where the posterior joins layers.
+        spectra: Eigenvalues of each layer, or of all layers together for a joint posterior.
         parameters: The manifest's ``parameters``.
-        log_likelihood: ``log p(y|X, θ_MAP)`` in nats, or 0 where the data had no labels.
+        log_likelihood: ``log p(y|X, θ_MAP)`` in nats, or 0 if the data had no labels.
         structure: Which layers share a δ.
-        optimizer: ``exact`` solves for the root of the slope; ``adam`` is the paper's way.
-        learning_rate: Of Adam.
-        steps: Of Adam.
-        residuals: R, the number of residuals of a regression; 0 for other likelihoods.
+        optimizer: ``exact`` finds the root of the slope; ``adam`` is the paper's method.
+        learning_rate: Learning rate of Adam.
+        steps: Number of steps of Adam.
+        residuals: Number of residuals R of a regression; 0 for other likelihoods.
 
     Raises:
-        UsageError: Several priors for a posterior that joins layers, or Adam for a regression.
+        UsageError: Several precisions are requested for a joint posterior, or Adam for a regression.
         NumericalError: An eigenvalue is negative or not finite.
     """
     if residuals and optimizer != "exact":
-        raise UsageError("--optimizer adam has no noise to choose: a regression needs --optimizer exact")
+        raise UsageError("--optimizer adam cannot choose the noise of a regression: use --optimizer exact")
     groups = _evidence_by_group(spectra, parameters, structure)
     norms = {group: evidence.squared_norm for group, evidence in groups.items()}
     square = 1.0
@@ -228,7 +228,7 @@ _NOISE_TOLERANCE = 1e-10
 
 
 def _noise_square(precisions: Mapping[str, float], norms: Mapping[str, float], residuals: int) -> float:
-    """Return s² of greatest marginal likelihood at given δ; 1 without residuals."""
+    """Return the s² of maximum marginal likelihood at given δ; 1 without residuals."""
     return 1.0 + sum(precisions[group] * norms[group] for group in norms) / residuals if residuals else 1.0
 
 
@@ -244,14 +244,14 @@ def evidence_at(
     log_likelihood: float,
     residuals: int = 0,
 ) -> tuple[float, float]:
-    """The log marginal likelihood and the effective number of parameters at a given prior.
+    """Compute the log marginal likelihood and the effective number of parameters at a given prior.
 
     Args:
         prior: δ of every group of layers.
         spectra: As for :func:`maximize_evidence`.
         parameters: The manifest's ``parameters``.
-        log_likelihood: ``log p(y|X, θ_MAP)`` in nats; 0 where it is not known.
-        residuals: Number of residuals of a regression, whose noise is then the best one for this prior.
+        log_likelihood: ``log p(y|X, θ_MAP)`` in nats, or 0 if it is unknown.
+        residuals: Number of residuals of a regression, whose noise is the best one for this prior.
 
     Returns:
         The evidence in nats, and ``Σ λ/(λ+δ)``.

@@ -13,16 +13,16 @@ from numpy.typing import NDArray
 from lapora.config import PriorStructure
 
 ALL = "all"
-"""The one group of a scalar prior."""
+"""Name of the only group of a scalar prior."""
 
 
 @dataclass(frozen=True)
 class PriorPrecision:
-    """δ of every group of layers that share one.
+    """Prior precisions δ of groups of layers.
 
     Attributes:
-        structure: ``scalar``, ``kind`` (one for every ``lora_A``, one for every ``lora_B``, one for a head) or
-            ``layer`` (one for each matrix).
+        structure: ``scalar`` (one group), ``kind`` (every ``lora_A``, every ``lora_B``, the head) or ``layer`` (each
+            matrix).
         precisions: δ by group.
     """
 
@@ -34,7 +34,7 @@ class PriorPrecision:
         """Read the manifest's ``prior``.
 
         Raises:
-            KeyError, TypeError, ValueError: It is not one; the message says why.
+            KeyError, TypeError, ValueError: It is not valid; the message says why.
         """
         structure = prior["structure"]
         if structure not in ("scalar", "kind", "layer"):
@@ -47,12 +47,12 @@ class PriorPrecision:
         return cls(structure, {group: float(value) for group, value in precisions.items()})
 
     def to_manifest(self) -> dict[str, Any]:
-        """``structure`` and ``precision``: a number for a scalar prior, else a number for each group."""
+        """Return ``structure`` and ``precision``: a number for a scalar prior, else a number per group."""
         scalar = self.structure == "scalar"
         return {"structure": self.structure, "precision": self.precisions[ALL] if scalar else self.precisions}
 
     def per_layer(self, parameters: Sequence[Mapping[str, Any]]) -> NDArray[np.float64]:
-        """δ of each layer, in the manifest's order.
+        """Return δ of each layer, in the manifest's order.
 
         Raises:
             KeyError: A layer's group has no precision.
@@ -60,7 +60,7 @@ class PriorPrecision:
         return np.array([self.precisions[group_of(parameter, self.structure)] for parameter in parameters])
 
     def scaled(self, factor: float) -> PriorPrecision:
-        """Every δ times one factor: their ratios stay."""
+        """Return the prior with every δ multiplied by one factor."""
         return PriorPrecision(self.structure, {group: value * factor for group, value in self.precisions.items()})
 
     @property
@@ -73,7 +73,7 @@ class PriorPrecision:
         return [self.scaled(float(mean) / self.mean) for mean in means]
 
     def describe(self) -> str:
-        """For a person: the number, or the range."""
+        """Return δ in words: the number, or the range."""
         values = self.precisions.values()
         if self.structure == "scalar":
             return f"{self.precisions[ALL]:.4g}"
@@ -83,7 +83,7 @@ class PriorPrecision:
 
 
 def group_of(parameter: Mapping[str, Any], structure: PriorStructure) -> str:
-    """Which group a layer of the manifest belongs to."""
+    """Return the group of a layer of the manifest."""
     if structure == "scalar":
         return ALL
     return str(parameter["role"] if structure == "kind" else parameter["name"])

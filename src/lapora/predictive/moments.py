@@ -3,7 +3,7 @@
 ``f* ~ N(f_MAP, Λ)`` with ``Λ_cc' = Σ_ℓ Σ_ij R_c,ij R_c',ij / (λ_ij + δ)`` and ``R_c = U_gᵀ G_c U_a``, where
 ``G_c = Σ_t g_tc a_tᵀ`` is the gradient of one logit combination in one layer. Directions outside a truncated basis
 share one eigenvalue, and enter by the inner product of the components there. With independent layers each is
-contracted as soon as its gradients are there: no (batch x classes x parameters) Jacobian is ever stored.
+contracted as soon as its gradients are available: no (batch x classes x parameters) Jacobian is stored.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from lapora.models.outputs import OutputModel
 from lapora.posterior.gaussian import BlockPosterior, EigenBlock, JointPosterior, Posterior
 
 _BASIS_ROWS = 64
-"""How much of a basis is in float64 at a time."""
+"""Number of rows of a joint basis converted to float64 at a time."""
 
 
 def covariance_observer(
@@ -35,14 +35,14 @@ def covariance_observer(
     classes: int,
     directions: int,
 ) -> BlockCovarianceObserver | JointCovarianceObserver:
-    """The observer that contracts gradients with this posterior.
+    """Return the observer that contracts gradients with a posterior.
 
     Args:
-        posterior: On the model's device.
+        posterior: The posterior, on the model's device.
         precisions: Prior precision δ of each layer under each of D priors: ``(D, number of layers)``.
         layers: The Bayesian layers, in the posterior's order.
         classes: Number of answers C.
-        directions: K, how many directions a batch will have.
+        directions: Number of directions K per batch.
     """
     if isinstance(posterior, BlockPosterior):
         return BlockCovarianceObserver(posterior.blocks, precisions, directions=directions)
@@ -50,14 +50,14 @@ def covariance_observer(
 
 
 class BlockCovarianceObserver(PerExampleObserver):
-    """Adds up Λ over the layers; see :class:`lapora.curvature.backward.Observer`.
+    """Sums Λ over independent layers; see :class:`lapora.curvature.backward.Observer`.
 
-    Several prior precisions are served at once, since the rotated gradients do not depend on them.
+    Several prior precisions share one pass, since the rotated gradients do not depend on them.
 
     Args:
         blocks: The posterior of each layer, on the model's device.
         precisions: Prior precision δ of each block under each of D priors: ``(D, number of blocks)``.
-        directions: K, how many directions a batch will have; decides which rotation is cheaper.
+        directions: Number of directions K per batch; decides which order of products is cheaper.
     """
 
     def __init__(self, blocks: Sequence[EigenBlock], precisions: Tensor, *, directions: int = 1) -> None:
@@ -71,18 +71,18 @@ class BlockCovarianceObserver(PerExampleObserver):
         self._covariance: Tensor | None = None
 
     def begin(self, batch: Batch) -> None:
-        """Forget the last batch."""
+        """Discard the previous batch."""
         super().begin(batch)
         self._covariance = None
 
     def covariance(self, rows: int, directions: int) -> Tensor:
-        """Λ of the batch just run: ``(D, B, K, K)``, float64."""
+        """Return Λ of the last batch, ``(D, B, K, K)`` in float64."""
         if self._covariance is None:
             return torch.zeros(self._depth, rows, directions, directions, dtype=torch.float64)
         return self._covariance
 
     def join(self, layer: BayesianLayer, gradients: Sequence[LayerGradient]) -> None:
-        """Contract the layer's K gradients with its posterior variance."""
+        """Contract the layer's K gradients with its posterior variance, and add the result to Λ."""
         count, rows = len(gradients), len(gradients[0].inside)
         variance = self._variance(layer.name, gradients[0].inside.dtype)
         if self._covariance is None:
@@ -96,7 +96,7 @@ class BlockCovarianceObserver(PerExampleObserver):
                     self._covariance[:, :, second, first] += term
 
     def _variance(self, name: str, dtype: torch.dtype) -> Tensor:
-        """``1 / (λ + δ)`` of a block under each prior, ``(parameters, D)``."""
+        """Return ``1 / (λ + δ)`` of a block under each prior, ``(parameters, D)``."""
         if name not in self._variances:
             precision = self._blocks[name].eigenvalues.reshape(-1, 1) + self._precisions[name]
             if not bool((precision > 0).all()):
@@ -106,13 +106,13 @@ class BlockCovarianceObserver(PerExampleObserver):
 
 
 class JointCovarianceObserver(JacobianObserver):
-    """Λ under a posterior whose basis spans all layers: a batch's gradients wait until all layers have theirs.
+    """Computes Λ under a posterior whose basis spans all layers, from the gradients of all layers together.
 
     ``Λ = ⟨G⊥, G'⊥⟩ / (ρ + δ) + Σ_m c_m c'_m / (λ_m + δ)`` with ``c = W g`` and ``g⊥ = g - Wᵀ c``. For ``full``, where
-    ρ is 0, this equals ``1/δ [G Gᵀ - G Jᵀ (J Jᵀ + δI)⁻¹ J Gᵀ]`` without its difference of large numbers.
+    ρ is 0, this equals ``1/δ [G Gᵀ - G Jᵀ (J Jᵀ + δI)⁻¹ J Gᵀ]`` without the cancellation of large numbers.
 
     Args:
-        posterior: On the model's device.
+        posterior: The posterior, on the model's device.
         precisions: ``(D, number of layers)``; the same δ for all layers, since they are not independent.
         layers: The Bayesian layers, in the posterior's order.
         classes: Number of answers C.
@@ -128,10 +128,10 @@ class JointCovarianceObserver(JacobianObserver):
         self._precisions = precisions[:, 0].double().to(posterior.basis.device)
 
     def covariance(self, rows: int, directions: int) -> Tensor:
-        """Λ of the batch just run: ``(D, B, K, K)``, float64."""
+        """Return Λ of the last batch, ``(D, B, K, K)`` in float64."""
         basis = self._posterior.basis
-        # In float32 these products would move by more than the gradients do from one batch size to another. On a
-        # GPU float64 may be many times slower, and is left.
+        # In float64 on a CPU: in float32 these products would depend on the batch size more than the gradients do. On
+        # a GPU float64 may be many times slower.
         dtype = torch.float64 if basis.device.type == "cpu" else basis.dtype
         gradients = self.jacobian(rows, directions).to(basis.device, dtype).flatten(0, 1)
         outside, coordinates = gradients.clone(), []
@@ -148,7 +148,7 @@ class JointCovarianceObserver(JacobianObserver):
 
 
 class LinearisedPredictor:
-    """Logit moments of batches under the posterior; a context manager.
+    """Context manager that computes the logit moments of batches under the posterior.
 
     Args:
         answers: The network.
@@ -156,11 +156,11 @@ class LinearisedPredictor:
         posterior: Their posterior, on the model's device.
         precisions: Prior precision of each layer under each of D priors, ``(D, number of layers)``.
         classes: Number of answers C.
-        every_class: Ask for the covariance of all C logits (C backward passes), not of C-1 differences.
-        map_only: Ask for no covariance at all: one forward pass.
+        every_class: Compute the covariance of all C logits (C backward passes) instead of C-1 differences.
+        map_only: Compute no covariance: a forward pass only.
 
     Attributes:
-        priors: D, the number of priors.
+        priors: Number of priors D.
     """
 
     def __init__(
@@ -191,11 +191,11 @@ class LinearisedPredictor:
         self._linearisation.__exit__(kind, error, traceback)
 
     def moments(self, batch: Batch) -> LogitMoments:
-        """Mean and covariance of a batch's logits under the first prior."""
+        """Return mean and covariance of a batch's logits under the first prior."""
         return self.moments_under_each_prior(batch)[0]
 
     def moments_under_each_prior(self, batch: Batch) -> list[LogitMoments]:
-        """Mean and covariance of a batch's logits under each of the D priors, from one pass."""
+        """Return mean and covariance of a batch's logits under each of the D priors, from one pass."""
         directions = 0
 
         def columns(logits: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ class PageTable:
 
     Attributes:
         title: Title.
-        headings: Headings of the columns; all columns but the first hold numbers.
+        headings: Headings of the columns; all columns but the first are numbers.
         rows: Rows of cells.
         note: Note below the table.
     """

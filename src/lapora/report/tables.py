@@ -224,7 +224,7 @@ def print_checkpoints(record: Mapping[str, Any]) -> None:
 
 
 def checkpoint_scores(record: Mapping[str, Any]) -> list[str]:
-    """Return the scores of checkpoints that are shown: accuracy, ECE and NLL, or those that stand for them."""
+    """Return the scores of checkpoints to show: accuracy, ECE and NLL, or another likelihood's equivalents."""
     first = record["checkpoints"][0]["results"][0]
     return [score for score in ("accuracy", "f1_micro", "rmse", "ece", "crps", "nll") if score in first]
 

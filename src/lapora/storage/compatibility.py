@@ -1,4 +1,4 @@
-"""A posterior belongs to one adapter on one base model: what differs now, all of it at once."""
+"""Compare a saved posterior with the adapter, base model and task it is used with; all differences are reported."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _PROBE = "Is the sky blue? 0123456789 naïve übermäßig 空は青い\n\tdef f(
 
 
 def adapter_settings(adapter: Adapter) -> dict[str, Any]:
-    """The settings beside the weights that decide what the adapter computes; those at rest are left out."""
+    """Return the adapter settings that affect the forward pass, defaults omitted."""
     found: dict[str, Any] = {key: adapter.config.get(key) for key in _DECIDING_SETTINGS}
     ordered = {key: sorted(value) if _is_list_of_texts(value) else value for key, value in found.items()}
     return {key: value for key, value in ordered.items() if value and value != "none"}
@@ -47,7 +47,7 @@ def _is_list_of_texts(value: Any) -> bool:
 
 
 def tokenizer_digest(tokenizer: Any, chat_template: bool) -> str:
-    """Digest of a tokenizer's vocabulary, of what it makes of a fixed text and, where it matters, its template."""
+    """Return a digest of a tokenizer's vocabulary, its encoding of a fixed text and, if used, its chat template."""
     digest = hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode("ascii"))
     digest.update(json.dumps(list(tokenizer(_PROBE)["input_ids"])).encode("ascii"))
     if chat_template:
@@ -56,7 +56,7 @@ def tokenizer_digest(tokenizer: Any, chat_template: bool) -> str:
 
 
 def adapter_differences(manifest: Manifest, adapter: Adapter) -> list[str]:
-    """What differs in the adapter's own files."""
+    """Return the differences in the adapter's own files."""
     found = []
     if manifest.adapter != adapter.sha256:
         found.append(f"adapter weights {manifest.adapter[:12]} then, {adapter.sha256[:12]} now")
@@ -73,7 +73,7 @@ def adapter_differences(manifest: Manifest, adapter: Adapter) -> list[str]:
 def model_differences(
     manifest: Manifest, loaded: LoadedModel, layers: Sequence[BayesianLayer], outputs: int
 ) -> list[str]:
-    """What differs in the loaded base model, its tokenizer, the number of outputs of its head and its layers."""
+    """Return the differences in base model, tokenizer, number of outputs of the head and Bayesian layers."""
     then = manifest.base_model
     found = []
     if then.quantization != loaded.quantize:
@@ -93,14 +93,14 @@ _FINENESS = {"float64": 2, "float32": 1, "bfloat16": 0, "float16": 0}
 
 
 def base_digests(loaded: LoadedModel) -> dict[str, str]:
-    """Digests of the base's weights in its element type and in every coarser one; none where it is quantised."""
+    """Return digests of the base's weights, rounded to its dtype and to each coarser one; empty if quantized."""
     own = _FINENESS.get(loaded.dtype, -1)
     types = [each for each in _FINENESS if each == loaded.dtype or _FINENESS[each] < own]
     return {each: loaded.digest(each) for each in types if loaded.weights}
 
 
 def _weight_differences(then: BaseModel, loaded: LoadedModel) -> list[str]:
-    """Two models in different element types are compared in the coarser one."""
+    """Compare the base weights; of two dtypes, in the coarser one."""
     before, after = then.fingerprint, loaded.fingerprint
     common = min(then.dtype, loaded.dtype, key=lambda each: _FINENESS.get(each, 0))
     comparable = then.dtype == loaded.dtype or _FINENESS.get(then.dtype) != _FINENESS.get(loaded.dtype)
@@ -119,7 +119,7 @@ def _weight_differences(then: BaseModel, loaded: LoadedModel) -> list[str]:
 
 
 def answer_differences(manifest: Manifest, task: str, choices: Sequence[str]) -> list[str]:
-    """What differs in the answers that rows are to have."""
+    """Return the differences in the answers, from those recorded by ``fit``."""
     then = manifest.answers.choices
     if not then or list(choices) == then:
         return []
@@ -146,7 +146,7 @@ def _layer_differences(parameters: Sequence[Mapping[str, Any]], layers: Sequence
 
 
 def warn_of_other_versions(manifest: Manifest) -> None:
-    """Another version of a library computes the same network up to rounding: said, not refused."""
+    """Warn of other library versions than at the fit, which change outputs by rounding only."""
     then, now = manifest.libraries, library_versions()
     if not isinstance(then, dict):
         return

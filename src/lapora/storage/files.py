@@ -1,4 +1,4 @@
-"""Writing so that a kill, a full disk or a link in the way leaves what stood there before, or the new whole."""
+"""Atomic file operations: after a kill or on a full disk, a file is either the old one or the complete new one."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lapora.errors import PosteriorError, first_line
 
 
 def remove_path(path: Path) -> None:
-    """Remove a folder, a file or a link, never what a link leads to; what stays will be in the way of its user."""
+    """Remove a file, folder or symlink, without following the symlink; errors inside a folder are ignored."""
     if path.is_symlink() or not path.is_dir():
         path.unlink(missing_ok=True)
     else:
@@ -26,7 +26,7 @@ def remove_path(path: Path) -> None:
 
 
 def fsync_path(path: Path) -> None:
-    """Wait until a file, or a folder's entries, are on the disk; some file systems cannot, and need not."""
+    """Flush a file, or a folder's entries, to the disk; does nothing where the file system does not support it."""
     try:
         descriptor = os.open(path, os.O_RDONLY)
     except OSError:
@@ -41,14 +41,14 @@ def fsync_path(path: Path) -> None:
 
 
 def write_json(file: Path, content: Mapping[str, Any]) -> None:
-    """Write a file of JSON under another name, flush it to the disk, and rename it.
+    """Write a JSON file atomically: to a temporary name, flushed to the disk and renamed.
 
     Raises:
-        OSError: It cannot be written; what stood there still does.
+        OSError: The file cannot be written; an existing file is unchanged.
     """
     partial = file.with_name(f".{file.name}.new")
     try:
-        partial.unlink(missing_ok=True)  # of a run that was killed; or a link that leads elsewhere
+        partial.unlink(missing_ok=True)  # left by a killed run, or a symlink
         with partial.open("x", encoding="utf-8") as stream:
             json.dump(content, stream, indent=2, ensure_ascii=False)
             stream.write("\n")
@@ -62,19 +62,19 @@ def write_json(file: Path, content: Mapping[str, Any]) -> None:
 
 
 def os_error_reason(error: Exception) -> str:
-    """What the system says of an error, in one line."""
+    """Return the operating system's reason for an error, in one line."""
     return getattr(error, "strerror", None) or first_line(error)
 
 
 @contextmanager
 def write_lock(folder: Path) -> Iterator[None]:
-    """Hold the lock of a posterior while it is made or changed. Readers need none.
+    """Hold the write lock of a posterior. Readers need no lock.
 
     Args:
         folder: ``ADAPTER/laplace/NAME``; the lock is ``ADAPTER/laplace/.NAME.lock``.
 
     Raises:
-        PosteriorError: Another process holds it, which is named; or the folder cannot be written.
+        PosteriorError: Another process holds the lock (it is named), or the folder cannot be written.
     """
     file = folder.with_name(f".{folder.name}.lock")
     lock = FileLock(file, blocking=False)
@@ -85,7 +85,7 @@ def write_lock(folder: Path) -> Iterator[None]:
         raise PosteriorError(
             f"{folder}: {_holder(file)} is writing it; wait until that is done, or give another --name"
         ) from error
-    except (OSError, NotImplementedError) as error:  # the latter where the file system has no locks
+    except (OSError, NotImplementedError) as error:  # NotImplementedError: a file system without locks
         reason = getattr(error, "strerror", None) or error
         raise PosteriorError(
             f"{folder.parent}: cannot be written ({reason}); give another place with --output-dir"
@@ -98,10 +98,10 @@ def write_lock(folder: Path) -> Iterator[None]:
         yield
     finally:
         with suppress(OSError):
-            file.unlink(missing_ok=True)  # while it is held: who opened it meanwhile sees that it has gone
+            file.unlink(missing_ok=True)  # before the release, so that a waiting process notices that it is deleted
         lock.release()
         with suppress(OSError):
-            file.parent.rmdir()  # only if it is empty, as after a fit that was refused
+            file.parent.rmdir()  # fails unless empty, as after a refused fit
 
 
 def _holder(file: Path) -> str:

@@ -1,4 +1,4 @@
-"""The manifest of a posterior, ``posterior.json``: its fields with their types, and how it is read and checked.
+"""The manifest of a posterior, ``posterior.json``: typed fields, reading and validation.
 
 Two checksums are part of the file: one of ``prior``, which ``tune-prior`` rewrites, and one of all other fields, so
 that a number changed by hand or by a failing disk is refused. Reading needs no torch.
@@ -100,7 +100,7 @@ class Data(Struct, frozen=True, kw_only=True):
         fingerprint: Digest of prompts, answers and labels.
         max_length: Maximum number of tokens of a row.
         data_dir: Folder of the split's file, or None for the Hub.
-        limit: Number of rows asked for, or None.
+        limit: Requested maximum number of rows, or None.
         chat_template: Whether prompts were wrapped in the tokenizer's chat template.
     """
 
@@ -129,7 +129,7 @@ class _Tensor(Struct, frozen=True, kw_only=True):
 
 
 class Scores(Struct, frozen=True):
-    """Scores of one set of rows: NLL in nats a row; of answers, expected calibration error and accuracy."""
+    """Scores of one set of rows: NLL in nats per row and, for answers, expected calibration error and accuracy."""
 
     nll: Number
     ece: Number | None = None
@@ -153,15 +153,15 @@ class Validation(Struct, frozen=True, kw_only=True):
     """Record of a prior precision chosen on validation rows.
 
     Attributes:
-        split: Where the rows come from.
-        n: How many rows.
-        link: The link that was tuned for.
-        scheme: How a prior of several precisions was searched.
-        rows: Digests of the rows: they are not evaluated on.
+        split: Split of the rows.
+        n: Number of rows.
+        link: Link that the prior was tuned for.
+        scheme: Search scheme of a prior with several precisions.
+        rows: Digests of the rows, which are excluded from evaluation.
         curve: Scores on the grid of precisions.
         map: Scores of MAP.
-        seed: Seed of the choice of the rows.
-        least_nll: Minimum of the curve, interpolated.
+        seed: Random seed of the choice of the rows.
+        least_nll: Interpolated minimum of the curve.
         marglik: Scores at the prior that the marginal likelihood chooses.
     """
 
@@ -178,7 +178,7 @@ class Validation(Struct, frozen=True, kw_only=True):
 
 
 class Prior(Struct, frozen=True, kw_only=True):
-    """The prior as it was last chosen.
+    """The current prior.
 
     Attributes:
         structure: ``scalar``, ``kind`` or ``layer``.
@@ -186,10 +186,10 @@ class Prior(Struct, frozen=True, kw_only=True):
         method: How it was chosen.
         log_marginal_likelihood: In nats, or None without labels.
         effective_parameters: ``Σ λ / (λ + δ)``.
-        at_bound: By group, the end of the search interval that was reached.
-        validation: Record of a choice by validation rows.
-        averaged: Grid and weights, where predictions average over prior precisions and temperatures.
-        noise_scale: s of a regression's noise, where predictions do not average over it.
+        at_bound: End of the search interval that was reached, by group.
+        validation: Record of a choice on validation rows.
+        averaged: Grid and weights, if predictions average over prior precisions and temperatures.
+        noise_scale: s of a regression's noise, if predictions do not average over it.
     """
 
     structure: PriorStructure
@@ -214,7 +214,7 @@ class Manifest(Struct, frozen=True, kw_only=True):
     Attributes:
         adapter: SHA-256 of the adapter's weights.
         base_model: The base model.
-        task: The whole task, as its YAML file would have it.
+        task: The task, in the form of its YAML file.
         answers: The answers.
         data: The training rows.
         structure: Structure of the curvature.
@@ -222,14 +222,14 @@ class Manifest(Struct, frozen=True, kw_only=True):
         fisher: Fisher estimator.
         subset: Which weights are Bayesian.
         parameters: Name, shape, role and squared norm of every Bayesian weight, in order.
-        log_likelihood: ``log p(y|X, θ_MAP)`` in nats, or None where a row has no label.
+        log_likelihood: ``log p(y|X, θ_MAP)`` in nats, or None if a row has no label.
         training_curve: NLL on training rows over the prior precision, or None without labels.
         noise_variance: Residual variance of each output of a regression on the training rows; else None.
         engine: Curvature backend.
-        rank: Rank of the bases, or None where they are complete.
-        kept: Share of the curvature's trace that the basis holds.
-        remainder: Curvature in the directions outside a basis: ``mean`` of the remaining eigenvalues, or ``none`` (of
-            version 0.1), which leaves them the prior.
+        rank: Rank of the bases, or None if they are complete.
+        kept: Share of the curvature's trace within the basis.
+        remainder: Curvature in the directions outside a basis: ``mean`` of the remaining eigenvalues, or ``none``
+            (version 0.1), where these directions have the prior alone.
         seed: Random seed.
         adapter_config: Adapter settings that affect the forward pass.
         tokenizer: Digest of the tokenizer.
@@ -274,7 +274,7 @@ class Manifest(Struct, frozen=True, kw_only=True):
 
 
 class _Checked(Struct, frozen=True, kw_only=True):
-    """What is validated beyond the fields of :class:`Manifest`."""
+    """Fields that are validated besides those of :class:`Manifest`."""
 
     parameters: Annotated[list[_Parameter], Meta(min_length=1)]
     tensors: Annotated[dict[str, _Tensor], Meta(min_length=1)]
@@ -283,7 +283,7 @@ class _Checked(Struct, frozen=True, kw_only=True):
 
 
 class _Wrong(Exception):
-    """A field is not as it should be: its name and what is wrong."""
+    """A field is invalid; the message has its name and the problem."""
 
 
 def to_content(manifest: Manifest, prior: Mapping[str, Any]) -> dict[str, Any]:
@@ -292,7 +292,7 @@ def to_content(manifest: Manifest, prior: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def with_checksums(content: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the content with its checksums brought up to date."""
+    """Return the content with updated checksums."""
     plain = json.loads(json.dumps(content))
     return {**content, CHECKSUMS: {"prior": _checksum(plain.get("prior")), "rest": _rest(plain)}}
 
@@ -310,7 +310,7 @@ def read_content(file: Path, *, validate_prior: bool = True) -> dict[str, Any]:
         validate_prior: Refuse a damaged prior; ``tune-prior`` replaces it.
 
     Raises:
-        PosteriorError: The file is missing, of another format, or damaged; file and field are named.
+        PosteriorError: The file is missing, has another format, or is damaged; file and field are named.
     """
     content = _parse(file)
     version = content.get("format_version")
@@ -369,7 +369,7 @@ def _parse(file: Path) -> dict[str, Any]:
         with file.open("rb") as stream:
             content = stream.read(MAX_BYTES + 1)
         if len(content) > MAX_BYTES:
-            raise PosteriorError(f"{file}: larger than {MAX_BYTES} bytes, which no manifest is; {_AGAIN}")
+            raise PosteriorError(f"{file}: larger than {MAX_BYTES} bytes, the maximum size of a manifest; {_AGAIN}")
         manifest = json.loads(content.decode("utf-8"), parse_constant=_no_constant)
     except OSError as error:
         raise PosteriorError(f"{file}: cannot be read ({error.strerror or error})") from error

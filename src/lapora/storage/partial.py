@@ -1,7 +1,7 @@
-"""Passes put aside on disk, so that a fit that was ended goes on: ``ADAPTER/laplace/.NAME.partial/pass-K.safetensors``.
+"""Checkpoints of an interrupted fit: ``ADAPTER/laplace/.NAME.partial/pass-K.safetensors``, one file per pass.
 
-Each file is whole in itself: the sums, what they are sums of (every setting and digest that decides them), and a
-checksum over all of it. It is written under another name and renamed.
+Each file contains the accumulated sums, every setting and digest that they depend on, and a checksum. Files are
+written under a temporary name and renamed.
 """
 
 from __future__ import annotations
@@ -21,24 +21,24 @@ from lapora.curvature.passes import PassState
 from lapora.errors import PosteriorError, first_line
 from lapora.storage.files import os_error_reason, remove_path
 
-# Saving may take this share of the time at most, however large the sums are.
+# Maximum share of the time that may be spent on saving.
 _SHARE_OF_TIME = 0.02
 _MOST_PASSES = 2
 
 
 class Checkpoint:
-    """The saved passes of one fit.
+    """Checkpoints of the passes of one fit.
 
     Args:
-        folder: ``ADAPTER/laplace/NAME``; the passes are kept beside it.
-        identity: Everything that decides the sums.
-        resume: Go on from what is saved; otherwise that is thrown away.
-        every: Seconds between two saves, more where saving takes long; 0 saves after every batch.
-        device: Where sums are taken up again.
-        rank: Of this process; each keeps its own share.
+        folder: ``ADAPTER/laplace/NAME``; the checkpoints are stored beside it.
+        identity: Every setting and digest that the sums depend on.
+        resume: Resume from the saved checkpoints; otherwise they are deleted.
+        every: Minimum number of seconds between two saves, longer if saving is slow; 0 saves after every batch.
+        device: Device on which restored sums are placed.
+        rank: Rank of this process; each rank saves its own sums.
 
     Raises:
-        PosteriorError: What is saved is damaged, or of another fit; every difference is named.
+        PosteriorError: A checkpoint is damaged, or belongs to another fit; every difference is named.
     """
 
     def __init__(
@@ -58,17 +58,17 @@ class Checkpoint:
         self.resumed_rows = 0
         self._passes = 0
         self._rank = rank
-        if rank == 0 and (not resume or self.folder.is_symlink()):  # a link would have the sums written elsewhere
+        if rank == 0 and (not resume or self.folder.is_symlink()):  # a symlink would redirect the files
             self.remove()
 
     def next_pass(self, *, keep: bool) -> _Pass:
-        """The keeper of the next pass.
+        """Return the checkpoint of the next pass.
 
         Args:
-            keep: Save the finished pass whatever time it took, since a further pass builds on it.
+            keep: Always save the finished pass, because a later pass depends on it.
         """
         file = self._file(self._passes)
-        if not file.exists():  # what was built on it is of no use then
+        if not file.exists():  # later passes depend on it
             for later in range(self._passes + 1, _MOST_PASSES):
                 self._file(later).unlink(missing_ok=True)
         self._passes += 1
@@ -78,17 +78,19 @@ class Checkpoint:
         return self.folder / f"pass-{number}{f'-process-{self._rank}' if self._rank else ''}.safetensors"
 
     def remove(self) -> None:
-        """The fit is done."""
+        """Delete the checkpoints of a finished fit; errors are ignored."""
         with contextlib.suppress(OSError):
             remove_path(self.folder)
 
 
 def partial_folder(folder: Path) -> Path:
-    """Where the passes of a posterior that is being fitted are kept."""
+    """Return the folder of a posterior's checkpoints."""
     return folder.with_name(f".{folder.name}.partial")
 
 
 class _Pass:
+    """Checkpoint of one pass; implements :class:`lapora.curvature.passes.PassCheckpoint`."""
+
     def __init__(self, checkpoint: Checkpoint, file: Path, keep: bool) -> None:
         self._checkpoint = checkpoint
         self._file = file
@@ -132,8 +134,8 @@ class _Pass:
         except (OSError, SafetensorError) as error:
             fresh.unlink(missing_ok=True)
             raise PosteriorError(
-                f"{self._file.parent}: the sums so far cannot be written ({os_error_reason(error)}); what was "
-                "saved before stands: make room, then fit again with --resume"
+                f"{self._file.parent}: the checkpoint cannot be written ({os_error_reason(error)}); the previous one "
+                "is unchanged: free some disk space, then fit again with --resume"
             ) from error
         self._wrote = True
 
@@ -150,24 +152,24 @@ def _read(file: Path, identity: Mapping[str, Any], device: torch.device) -> Pass
     from safetensors import SafetensorError, safe_open
 
     try:
-        if not file.is_file():  # opening a named pipe would wait for ever
-            raise ValueError("no regular file")
+        if not file.is_file():  # opening a named pipe would block
+            raise ValueError("not a regular file")
         with safe_open(file, framework="pt") as stored:
             metadata = stored.metadata() or {}
             tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
         described = json.loads(metadata["state"])
         if metadata["blake2b"] != _digest(metadata["state"], tensors):
-            raise ValueError("its checksum is not that of its content")
+            raise ValueError("its checksum does not match its content")
         then, facts = dict(described["identity"]), described["facts"]
     except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise PosteriorError(f"{file}: damaged ({first_line(error)}); fit again without --resume") from error
     differences = _differences(then, identity)
     if differences:
         raise PosteriorError(
-            f"{file.parent}: begun with other settings or data: {'; '.join(differences)}; give those, or fit again "
-            "without --resume"
+            f"{file.parent}: the checkpoint was written with other settings or data: {'; '.join(differences)}; use the "
+            "same ones, or fit again without --resume"
         )
-    # Copies, so that they stand in memory as new sums do, aligned: a product's rounding may depend on it.
+    # Copy, so that tensors are aligned in memory like new sums: the rounding of a product may depend on alignment.
     on_device = {
         name: tensor.to(device, copy=True) if name.startswith("observer.") else tensor
         for name, tensor in tensors.items()

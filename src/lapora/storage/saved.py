@@ -1,7 +1,7 @@
-"""The posterior on disk: ``ADAPTER/laplace/NAME/posterior.json`` and ``factors.safetensors``.
+"""A saved posterior: ``ADAPTER/laplace/NAME/posterior.json`` and ``factors.safetensors``.
 
-The manifest is for people and scripts; the factors hold everything else. There is no pickle. A folder is
-written under another name and renamed, so that a kill at any moment leaves the old posterior or the new one.
+The manifest is readable JSON; the factors file contains the tensors. There is no pickle. A folder is written under
+a temporary name and renamed, so that a kill at any moment leaves the old posterior or the new one.
 Reading the manifest and the eigenvalues needs no torch.
 """
 
@@ -44,11 +44,11 @@ __all__ = ["FORMAT_VERSION", "SavedPosterior", "open_posterior", "posterior_fold
 MANIFEST_FILE = "posterior.json"
 FACTORS_FILE = "factors.safetensors"
 _LOOKS = 3
-"""How often a manifest that is not there is looked for."""
+"""Attempts to read the manifest while it is being replaced."""
 
 
 def posterior_folder(root: Path, name: str) -> Path:
-    """Where the posterior ``name`` of an adapter lives.
+    """Return the folder of an adapter's posterior, ``ADAPTER/laplace/NAME``.
 
     Raises:
         UsageError: The name is not a plain file name.
@@ -62,19 +62,19 @@ def open_posterior(model: ModelSettings, name: str) -> tuple[Adapter, SavedPoste
     """Read the adapter's files and a posterior's manifest, without checking that they belong together.
 
     Raises:
-        AdapterError: No adapter.
-        PosteriorError: No such posterior, or a damaged one.
+        AdapterError: There is no adapter.
+        PosteriorError: There is no such posterior, or it is damaged.
     """
     return read_adapter(model.folder), SavedPosterior(posterior_folder(model.root, name))
 
 
 def previous_folder(folder: Path) -> Path:
-    """Where the old posterior stands between the two renames that replace it."""
+    """Return the folder of the old posterior between the two renames that replace it."""
     return folder.with_name(f".{folder.name}.previous")
 
 
 def posterior_exists(folder: Path) -> bool:
-    """Whether there is a posterior, one whose replacement was cut short included."""
+    """Return whether a posterior exists, including one whose replacement was interrupted."""
     return folder.exists() or previous_folder(folder).exists()
 
 
@@ -89,13 +89,13 @@ def refuse_to_replace(folder: Path, *, overwrite: bool) -> None:
 
 
 def write_posterior(folder: Path, manifest: Manifest, prior: Mapping[str, Any], posterior: Posterior) -> None:
-    """Write a posterior, replacing the one that is there.
+    """Write a posterior, replacing an existing one.
 
-    Everything is written under another name and flushed to the disk before the renames. Hold
-    :func:`lapora.storage.files.write_lock` around it.
+    The files are written under a temporary name and flushed to the disk before the renames. The caller must hold
+    :func:`lapora.storage.files.write_lock`.
 
     Raises:
-        PosteriorError: The folder cannot be written; what stood there is still there.
+        PosteriorError: The folder cannot be written; an existing posterior is unchanged.
     """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
@@ -111,7 +111,7 @@ def write_posterior(folder: Path, manifest: Manifest, prior: Mapping[str, Any], 
     }
     fresh, previous = folder.with_name(f".{folder.name}.new"), previous_folder(folder)
     try:
-        remove_path(fresh)  # of a fit that was killed
+        remove_path(fresh)  # left by a killed fit
         fresh.mkdir(parents=True)
         save_file(tensors, fresh / FACTORS_FILE)
         fsync_path(fresh / FACTORS_FILE)
@@ -125,10 +125,10 @@ def write_posterior(folder: Path, manifest: Manifest, prior: Mapping[str, Any], 
         remove_path(previous)
     except (OSError, SafetensorError) as error:
         if not folder.exists() and previous.exists():
-            with contextlib.suppress(OSError):  # it is read under its other name all the same
+            with contextlib.suppress(OSError):  # readers find it under its other name too
                 previous.rename(folder)
         raise PosteriorError(
-            f"{folder}: cannot be written ({os_error_reason(error)}); the old one, if any, stands"
+            f"{folder}: cannot be written ({os_error_reason(error)}); an existing posterior is unchanged"
         ) from error
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
@@ -139,14 +139,14 @@ def _digest(value: Any) -> str:
 
 
 class SavedPosterior:
-    """A posterior folder whose manifest has been found whole; tensors are read and checked when asked for.
+    """A saved posterior with a validated manifest; tensors are read and validated on access.
 
     Args:
         folder: ``ADAPTER/laplace/NAME``.
         validate_prior: Whether a damaged prior is refused; ``tune-prior`` replaces it.
 
     Raises:
-        PosteriorError: Missing, of another format, or damaged.
+        PosteriorError: The posterior is missing, has another format, or is damaged.
     """
 
     def __init__(self, folder: Path, *, validate_prior: bool = True) -> None:
@@ -154,14 +154,14 @@ class SavedPosterior:
         for attempt in range(_LOOKS):
             self.folder = folder
             if not folder.exists() and previous_folder(folder).exists():
-                self.folder = previous_folder(folder)  # a fit was ended between its two renames: the old one stands
+                self.folder = previous_folder(folder)  # a fit was killed between its two renames
             try:
                 self._content = read_content(self.folder / MANIFEST_FILE, validate_prior=validate_prior)
                 break
             except PosteriorError:
                 if attempt == _LOOKS - 1 or (self.folder / MANIFEST_FILE).is_file():
                     raise
-                time.sleep(0.01)  # a fit may be between its two renames this moment
+                time.sleep(0.01)  # a fit may be between its two renames
 
     @property
     def content(self) -> dict[str, Any]:
@@ -170,7 +170,7 @@ class SavedPosterior:
 
     @property
     def tensors(self) -> dict[str, Any]:
-        """Shape, type and digest of every tensor of the factors file."""
+        """Shape, dtype and digest of every tensor of the factors file."""
         return dict(self._content["tensors"])
 
     @cached_property
@@ -180,7 +180,7 @@ class SavedPosterior:
 
     @property
     def prior(self) -> Prior:
-        """The prior as it was last chosen.
+        """The current prior.
 
         Raises:
             PosteriorError: It is damaged.
@@ -188,7 +188,7 @@ class SavedPosterior:
         return read_prior(self.folder / MANIFEST_FILE, self._content)
 
     def rewrite_manifest(self, changes: Mapping[str, Any]) -> None:
-        """Replace fields of the manifest, atomically; the factors stay as they are.
+        """Replace fields of the manifest atomically; the factors are not changed.
 
         Raises:
             PosteriorError: The manifest cannot be written; the old one is unchanged.
@@ -204,21 +204,21 @@ class SavedPosterior:
         self.__dict__.pop("manifest", None)
 
     def prior_is_sound(self) -> bool:
-        """Return whether the prior is undamaged, and as ``fit`` or ``tune-prior`` wrote it."""
+        """Return whether the prior is valid and unchanged since ``fit`` or ``tune-prior`` wrote it."""
         try:
             return bool(self.prior)
         except PosteriorError:
             return False
 
     def mismatch(self, differences: Sequence[str]) -> PosteriorError:
-        """Return the error that refuses a posterior fitted to something else."""
+        """Return the error for a posterior of another adapter, base model or task."""
         return PosteriorError(
             f"{self.folder}: fitted to something else: {'; '.join(differences)}; give what it was fitted to, or fit "
             "again with --overwrite"
         )
 
     def spectra(self) -> list[Spectrum]:
-        """Eigenvalues of every layer in order, or of all layers together, with their multiplicities.
+        """Return the eigenvalues with multiplicities of each layer in order, or of all layers together.
 
         Raises:
             PosteriorError: As for :meth:`arrays`; or the eigenvalues do not have the shape of the bases.
@@ -234,7 +234,7 @@ class SavedPosterior:
             ) from error
 
     def _bases(self) -> dict[str, list[Any]]:
-        """Shapes ``(d, k)`` of the bases of each layer's sides, or of the one for all layers; None is the identity."""
+        """Return the shapes ``(d, k)`` of each layer's bases, or of the joint basis; None is the identity."""
         shapes = {name: each["shape"] for name, each in self.tensors.items()}
         if self.manifest.joint:
             return {JOINT: [shapes.get(f"{JOINT}.basis", [])[::-1]]}
@@ -247,7 +247,7 @@ class SavedPosterior:
         }
 
     def _with_remainder(self, arrays: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-        """Append the eigenvalue 0 of the directions outside each basis, where the file says nothing of them."""
+        """Append the eigenvalue 0 for the directions outside each basis, if the file has none (version 0.1)."""
         if self.manifest.remainder == "mean":
             return arrays
         for name, bases in self._bases().items():
@@ -258,15 +258,15 @@ class SavedPosterior:
         return arrays
 
     def arrays(self, names: Sequence[str]) -> dict[str, NDArray[Any]]:
-        """Read tensors, checked against the manifest.
+        """Read tensors and check them against the manifest.
 
         Raises:
             PosteriorError: The factors file is missing or damaged, or does not belong to the manifest.
-            NumericalError: A tensor holds NaN or infinity.
+            NumericalError: A tensor contains NaN or infinity.
         """
         try:
             return self._arrays(names)
-        except PosteriorError:  # which a fit that ends between the reading of two files looks like
+        except PosteriorError:  # perhaps a fit replaced the posterior between the reading of the two files
             try:
                 now = SavedPosterior(self._named, validate_prior=False)
             except PosteriorError:
@@ -285,7 +285,7 @@ class SavedPosterior:
         described = self.tensors
         found: dict[str, NDArray[Any]] = {}
         try:
-            if not file.is_file():  # opening a named pipe would wait for ever
+            if not file.is_file():  # opening a named pipe would block
                 raise FileNotFoundError("no such file")
             with safe_open(file, framework="numpy") as tensors:
                 for name in names:
@@ -313,11 +313,11 @@ class SavedPosterior:
         return found
 
     def gaussian(self) -> Posterior:
-        """The Gaussian, bases and all.
+        """Return the Gaussian with its bases.
 
         Raises:
-            PosteriorError: As for :meth:`arrays`; or the tensors do not have the parameters' shapes.
-            NumericalError: They hold NaN or infinity, a negative eigenvalue, or a basis that is none.
+            PosteriorError: As for :meth:`arrays`, or the tensors do not have the parameters' shapes.
+            NumericalError: A tensor contains NaN or infinity, an eigenvalue is negative, or a basis is not orthonormal.
         """
         import torch
 
@@ -343,7 +343,7 @@ class SavedPosterior:
 
 
 def saved_names(root: Path) -> list[str]:
-    """Names of the posteriors saved beside an adapter."""
+    """Return the names of the posteriors saved beside an adapter."""
     folder = root / "laplace"
     if not folder.is_dir():
         return []

@@ -27,7 +27,7 @@ class Example:
     Attributes:
         task: The task that rendered it.
         index: The row's number in its source, from 0.
-        id: The row's own ``id``, handed through.
+        id: The row's own ``id``, passed through.
         row: The row's values by field name.
         text: Prompt, for a causal model.
         inputs: One or two input texts, for a sequence classifier; of a preference, the better text first.

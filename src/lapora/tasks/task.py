@@ -31,7 +31,7 @@ FILE_LOADERS = ("json", "csv", "parquet")
 """Values of `dataset_path` for tasks that read local files, as in `datasets`."""
 
 ROW_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
-"""Endings of the names of files of rows."""
+"""Suffixes of files of rows."""
 
 DEFAULT_MAX_LENGTH = 512
 """Maximum number of tokens per row of a task without `max_length`."""
@@ -228,8 +228,8 @@ def _check_likelihood(task: Task, source: str) -> None:
         raise DataError(f"{source}: doc_to_choice: likelihood {task.likelihood} needs a list, not a template")
     if task.likelihood == "bernoulli" and len(task.doc_to_choice) != 2:
         raise DataError(
-            f"{source}: doc_to_choice: likelihood bernoulli has two answers, not {len(task.doc_to_choice)}; the second "
-            "is the one that the logit speaks for"
+            f"{source}: doc_to_choice: likelihood bernoulli has two answers, not {len(task.doc_to_choice)}; list two, "
+            "the second being the positive one (probability sigmoid(logit))"
         )
     if task.likelihood == "multilabel" and len(task.doc_to_choice) < 2:
         raise DataError(f"{source}: doc_to_choice: likelihood multilabel has several labels; use bernoulli for one")
@@ -248,7 +248,7 @@ def _check_likelihood(task: Task, source: str) -> None:
 
 
 def _or_plain(source: str | None) -> str | None:
-    """Return the template of a text that is not a field's name: without marks it is the text itself."""
+    """Return the template of a text that is not a field's name; without Jinja marks the text is literal."""
     if source is None or any(mark in source for mark in ("{{", "{%", "{#")):
         return source
     return f"{{% raw %}}{source}{{% endraw %}}"

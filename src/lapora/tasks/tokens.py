@@ -25,8 +25,8 @@ class EncodedAnswer:
         ids: A token ids.
         scored: Number of them, at the end, whose log-probabilities are summed.
         weight: Factor of the sum.
-        merged: Whether the prompt's last token is another one with this answer behind it. It is cut at the prompt's
-            length then, as lm-evaluation-harness does.
+        merged: Whether the prompt's last token changes when this answer follows. The tokens are then cut at the
+            prompt's length, as in lm-evaluation-harness.
     """
 
     ids: tuple[int, ...]
@@ -155,7 +155,7 @@ Ids = TypeVar("Ids", bound=_Sized)
 
 
 def _shortened(example: Example, ids: list[int], encoder: PromptEncoder, max_length: int) -> list[int]:
-    """Ids of the prompt with less in it, at most ``max_length`` of them."""
+    """Return the ids of the truncated prompt, at most ``max_length``."""
     too_long = f"{example.where}: its prompt has {len(ids)} tokens, more than the {max_length} of --max-length"
     if example.ready and not encoder.chat_template:
         # A ready prompt is truncated on the left: its end is the cue for the answer.
@@ -174,7 +174,7 @@ def _with_less_text(
     encoded: Callable[[str], Ids],
     too_long: str,
 ) -> Ids:
-    """Return the ids of the prompt with less of the task's ``truncate_field``, or of a ready prompt's beginning.
+    """Return the ids of the prompt with a truncated ``truncate_field``; a ready prompt is truncated on the left.
 
     Args:
         example: The example.
@@ -599,7 +599,7 @@ def resolve_answers(
 
 
 def _whole_answers_needed(task: Task, examples: Sequence[Example], choices: Sequence[str]) -> str:
-    """Return why whole answers are scored whatever their tokens are, or an empty text."""
+    """Return why whole answers must be scored, independent of their tokens, or an empty text."""
     if not choices:
         return "the rows have answers of their own"
     if task.doc_to_continuation is not None:

@@ -1,1 +1,1 @@
-"""What the commands do: settings in, results out; the only place where model and tasks meet."""
+"""One function per command, from settings to results; the only package that combines models and tasks."""

@@ -1,4 +1,4 @@
-"""The averaged predictive of an adapter: what training rows tolerate, and what labelled rows say."""
+"""Average the predictive over prior precisions and temperatures, from training rows and labelled rows."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def training_curve(
         progress: Progress callback.
 
     Returns:
-        None where a training row has no label.
+        The curve, or None if a training row has no label.
     """
     import torch
 
@@ -115,13 +115,13 @@ def average_with_rows(
     Args:
         fitted: The fitted adapter.
         rows: Labelled rows that the adapter was not trained on.
-        reference: A prior whose ratios of precisions are kept.
+        reference: A prior whose ratios of precisions are preserved.
         settings: Link and seed.
         progress: Progress callback.
 
     Returns:
-        The average; and the weighted standard deviation of the components' mean NLL, in nats a row: what more rows
-        could still decide.
+        The average, and the weighted standard deviation of the components' mean NLL in nats per row, which more rows
+        could reduce.
     """
     import torch
 

@@ -1,4 +1,4 @@
-"""What Laplace is compared with: temperature scaling, MC dropout and an ensemble of adapters."""
+"""Baselines: temperature scaling, MC dropout and an ensemble of adapters."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ class Temperature:
 
     Attributes:
         value: T.
-        split: Where its rows come from.
-        count: How many rows they are, those that say the same counted each.
-        rows: Their digests: they are not scored.
+        split: Split of the rows that it was fitted on.
+        count: Number of these rows, duplicates included.
+        rows: Their digests; these rows are not scored.
         notes: What the user should know.
     """
 
@@ -43,7 +43,7 @@ class Temperature:
     notes: tuple[str, ...] = ()
 
     def predict(self, likelihood: Likelihood, at_map: Tensor) -> Prediction:
-        """The scaled predictions of any rows."""
+        """Return the scaled predictions from the plain adapter's."""
         details = {"temperature": self.value, "fitted_on": {"split": self.split, "n": self.count}}
         return Prediction("temperature", likelihood.scaled(at_map, self.value), details=details)
 
@@ -51,14 +51,14 @@ class Temperature:
 def fit_temperature(
     fitted: Fitted, tuned_on: Mapping[str, TuningRows], data: DataSettings, settings: EvalSettings
 ) -> Temperature:
-    """Fit the temperature on rows that are not going to be scored.
+    """Fit the temperature on rows that are not scored.
 
-    They are those of ``temperature_split``; else those that tuned a prior; else a seeded half of the split that is
-    evaluated, the half that ``tune-prior`` would take.
+    The rows are those of ``temperature_split``, else those that tuned a prior, else the seeded half of the evaluated
+    split that ``tune-prior`` would use.
 
     Raises:
-        UsageError: The split that the adapter was trained on.
-        DataError: No such rows.
+        UsageError: ``temperature_split`` is the split that the adapter was trained on.
+        DataError: There are no such rows.
     """
     evaluated = data.split or "validation"
     split = settings.temperature_split
@@ -70,7 +70,7 @@ def fit_temperature(
         if rows is None and split in (None, record.split):
             rows = _recorded_rows(fitted, data, record.split, record.rows)
             if rows is None:
-                notes = ("the rows that tuned the prior are not in this data: the temperature has rows of its own",)
+                notes = ("the rows that tuned the prior are not in this data: the temperature is fitted on other rows",)
     if rows is None:
         rows = read_labelled_rows(
             fitted.posterior, fitted.model.kind, DataSettings(data.task, data.data_dir, split or evaluated)
@@ -93,13 +93,13 @@ def _recorded_rows(fitted: Fitted, data: DataSettings, split: str, digests: Coll
 
 
 def oracle_temperature(likelihood: Likelihood, at_map: Tensor, targets: Tensor) -> Prediction:
-    """The temperature fitted on the very rows it is scored on: a bound, not a method."""
+    """Return predictions at the temperature fitted on the scored rows: an upper bound for temperature scaling."""
     value = likelihood.fit_temperature(at_map, targets)
     return Prediction("temperature (oracle)", likelihood.scaled(at_map, value), details={"temperature": value})
 
 
 def mc_dropout(fitted: Fitted, sets: Sequence[LabelledRows], passes: int, seed: int) -> list[Prediction]:
-    """Average the probabilities of passes with the adapter's own dropout on.
+    """Average the predictions of passes with the adapter's dropout enabled.
 
     Raises:
         UsageError: The adapter has no dropout.
@@ -124,18 +124,18 @@ def ensemble(
     at_map: Sequence[Tensor],
     paths: Sequence[Path],
 ) -> list[Prediction]:
-    """Average the probabilities of ADAPTER and other adapters of the same base.
+    """Average the predictions of ADAPTER and other adapters of the same base.
 
     Args:
         model: How to run them.
         fitted: The fitted adapter.
         sets: Sets of rows.
-        at_map: Its own predictions of each.
+        at_map: Predictions of ADAPTER for each set.
         paths: Adapters, or folders with ``checkpoint-*``.
 
     Raises:
-        AdapterError: A member cannot be read, or is of another base or kind.
-        UsageError: No member but ADAPTER itself.
+        AdapterError: A member cannot be read, or has another base or kind.
+        UsageError: There is no member but ADAPTER itself.
     """
     members = _members(fitted, paths)
     bases = BaseCache()
@@ -186,7 +186,7 @@ def _member_tables(
 
 
 def _averaged(likelihood: Likelihood, method: str, drawn: Tensor, details: dict[str, Any]) -> Prediction:
-    """Average ``(S, N, ...)`` predictions; what the members disagree on is mutual information."""
+    """Average predictions ``(S, N, ...)``, and compute the mutual information of target and member."""
     table = likelihood.mixture(drawn)
     members = torch.stack([likelihood.uncertainty(each)["entropy"] for each in drawn])
     information = likelihood.uncertainty(table)["entropy"] - members.mean(dim=0)
@@ -194,7 +194,7 @@ def _averaged(likelihood: Likelihood, method: str, drawn: Tensor, details: dict[
 
 
 def checkpoint_folders(run: Path) -> list[tuple[int, Path]]:
-    """Training step and folder of every checkpoint that holds an adapter, in the order of training."""
+    """Return training step and folder of every checkpoint with an adapter, in the order of training."""
     if not run.is_dir():
         return []
     found = []

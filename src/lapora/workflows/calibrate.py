@@ -1,4 +1,4 @@
-"""``lapora calibrate``: fit, tune the prior on labelled rows, score the other labelled rows, and say what it gained."""
+"""``lapora calibrate``: fit, tune the prior on labelled rows, and compare with MAP on the other labelled rows."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ from lapora.workflows.tune_prior import TunedPrior, tune_prior
 
 @dataclass(frozen=True)
 class Comparison:
-    """Laplace against another method on the same rows, in NLL.
+    """Comparison of Laplace with another method on the same rows, in NLL.
 
     Attributes:
-        nll: NLL of the other method, in nats a row.
-        difference: NLL of Laplace minus that.
+        nll: NLL of the other method, in nats per row.
+        difference: NLL of Laplace minus ``nll``.
         interval: 95 % bootstrap interval of the difference, paired by row.
-        accuracy_lost: Whether accuracy is lower beyond chance.
+        accuracy_lost: Whether the accuracy of Laplace is significantly lower.
     """
 
     nll: float
@@ -46,12 +46,12 @@ class Comparison:
 
     @property
     def better(self) -> bool:
-        """Whether Laplace is better beyond chance."""
+        """Whether Laplace is significantly better."""
         return self.interval[1] < 0
 
     @property
     def worse(self) -> bool:
-        """Whether Laplace is worse beyond chance."""
+        """Whether Laplace is significantly worse."""
         return self.interval[0] > 0
 
 
@@ -60,10 +60,9 @@ class Verdict:
     """Whether the calibrated probabilities are better.
 
     Attributes:
-        better: Whether Laplace has a lower NLL than the plain adapter beyond chance; None where too few rows were
-            scored to say, or none.
-        text: The same as sentences.
-        link: The link to predict with: ``map`` where Laplace is no better.
+        better: Whether Laplace has a significantly lower NLL than the plain adapter; None if too few rows were scored.
+        text: The verdict in sentences.
+        link: The link to predict with; ``map`` if Laplace is no better.
         map: The comparison with the plain adapter.
         temperature: The comparison with a temperature that was fitted on the rows that tuned the prior.
     """
@@ -83,7 +82,7 @@ class Calibration:
         fit: Result of the fit.
         prior: The prior that was chosen.
         evaluation: Scores of MAP, temperature and Laplace; None without labelled rows.
-        verdict: What they say.
+        verdict: The verdict.
         next: Arguments of the ``lapora`` command that predicts.
     """
 
@@ -181,7 +180,7 @@ def judge(evaluation: Evaluation, link: Link) -> Verdict:
     versus_temperature = Comparison(
         results["temperature"]["nll"], float(rows.mean()), Interval(*metrics.paired_interval(rows))
     )
-    where = f"on {evaluation.record['n']} rows of {evaluation.record['split']} that tuned nothing"
+    where = f"on {evaluation.record['n']} held-out rows of {evaluation.record['split']}"
     numbers = _numbers(own, versus_map)
     if evaluation.record["n"] < ENOUGH_ROWS:
         text = f"too few rows to judge, at least {ENOUGH_ROWS} are needed: {where}, {numbers}."
@@ -194,7 +193,7 @@ def judge(evaluation: Evaluation, link: Link) -> Verdict:
     if versus_map.accuracy_lost:
         accuracies = (_short(results[method]["accuracy"]) for method in ("map", "laplace"))
         text += " Accuracy falls from {} to {}.".format(*accuracies)
-    outcome = "as good within chance"
+    outcome = "not significantly different"
     if versus_temperature.better:
         outcome = "worse"
     elif versus_temperature.worse:

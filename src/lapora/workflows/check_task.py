@@ -1,4 +1,4 @@
-"""``lapora tasks --check``: what a task makes of an adapter's rows, before anything slow is run."""
+"""``lapora tasks --check``: render and check the first rows of a task before a long run."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def check(
     Args:
         adapter_path: The adapter's folder or Hub id.
         data: Task and rows.
-        base_model: Where the tokenizer is, if not where the adapter says.
+        base_model: Base model with the tokenizer, if not the one in the adapter's configuration.
         max_length: Maximum number of tokens of a row; None is the task's.
         chat_template: Wrap prompts in the tokenizer's chat template.
 

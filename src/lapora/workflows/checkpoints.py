@@ -1,7 +1,7 @@
 """``lapora eval RUN_DIR --checkpoints``: fit, tune and score every checkpoint of a training run.
 
-What is done is kept in each checkpoint's ``laplace/``: posteriors by name, and the scores with a key of all that they
-depend on. A run that was stopped goes on where it was.
+Results are stored in each checkpoint's ``laplace/``: posteriors by name, and scores with a digest of everything that
+they depend on. An interrupted run resumes from these.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ POSTERIORS: dict[str, FitSettings] = {
     "llla-kron": FitSettings(name="llla-kron", subset="last-layer", overwrite=True),
     "llla-diag": FitSettings(name="llla-diag", structure="diag", subset="last-layer", overwrite=True),
 }
-"""The paper's: LA over all LoRA weights and LLLA over the last layer, each by KFAC and by a diagonal."""
+"""Posteriors of the paper: LA over all LoRA weights and LLLA over the last layer, with KFAC and with a diagonal."""
 
 CACHE_FILE = "checkpoint-scores.json"
 
@@ -60,15 +60,15 @@ def evaluate_checkpoints(
         data: Task, folder and the split to score.
         settings: Links (by default all), samples and seed; posteriors are :data:`POSTERIORS`.
         checkpoints: How they are fitted.
-        print_message: Told what is being done.
-        progress: Told of rows done.
+        print_message: Prints progress messages.
+        progress: Progress callback: rows done, rows in total.
 
     Returns:
-        ``run``, ``task``, ``split``, ``n``, ``prior_method``, ``skipped`` (why a posterior was left out, by name) and
-        ``checkpoints``: for each, ``step`` and the record of its evaluation.
+        ``run``, ``task``, ``split``, ``n``, ``prior_method``, ``skipped`` (reason, by name of the posterior) and
+        ``checkpoints``: ``step`` and evaluation record of each.
 
     Raises:
-        UsageError: No checkpoints there, or no task.
+        UsageError: There are no checkpoints, or no task is given.
     """
     run = Path(model.adapter)
     folders = checkpoint_folders(run)
@@ -128,7 +128,7 @@ def _one_checkpoint(
         skipped |= {name: reason for name, reason in kept["skipped"].items() if name not in skipped}
         for name, reason in kept["skipped"].items():
             print_message(f"{heading}: {name} left out: {reason}")
-        print_message(f"{heading}: done before")
+        print_message(f"{heading}: already scored")
         return dict(kept["record"])
     names = []
     for name, fitting in POSTERIORS.items():
@@ -139,7 +139,7 @@ def _one_checkpoint(
                 model, data, settings, checkpoints, fitting, rows_key, f"{heading}: {name}", print_message, progress
             )
         except UsageError as error:
-            # A run's checkpoints are alike: what the first has no layer for, none has.
+            # All checkpoints of a run have the same layers.
             if fitting.subset != "last-layer":
                 raise
             skipped[name] = str(error)
@@ -167,9 +167,9 @@ def _fit_and_tune(
     print_message: Callable[[str], None],
     progress: Progress | None,
 ) -> None:
-    """What is missing of one posterior of one checkpoint.
+    """Fit and tune one posterior of one checkpoint, unless it is up to date.
 
-    A note beside the posterior says which rows and settings it was fitted and tuned with.
+    A file beside the posterior records the rows and settings of the fit and the tuning.
     """
     name = fitting.name
     fitting = replace(
@@ -204,7 +204,7 @@ def _fit_and_tune(
 
 
 def _base(model: ModelSettings) -> str:
-    """How the base model was asked for."""
+    """Return a string that identifies how the base model is loaded."""
     return repr((model.base_model, model.quantize, model.dtype))
 
 
@@ -217,7 +217,7 @@ def _usable(model: ModelSettings, name: str) -> bool:
 
 
 def _rows_key(data: DataSettings, checkpoints: CheckpointSettings) -> str:
-    """Digest of the task and of every row that is fitted or scored."""
+    """Return a digest of the task and of every row that is fitted or scored."""
     task = load_task(data.task or "")
     digest = hashlib.sha256(json.dumps(task.to_dict(), sort_keys=True, default=str).encode())
     for split in (checkpoints.fit_split, data.split or "validation"):
@@ -228,7 +228,7 @@ def _rows_key(data: DataSettings, checkpoints: CheckpointSettings) -> str:
 
 
 def _key(model: ModelSettings, names: Sequence[str], asked: dict[str, str]) -> str | None:
-    """Digest of all that a checkpoint's scores depend on, or None where a posterior is not there."""
+    """Return a digest of everything that a checkpoint's scores depend on, or None if a posterior is missing."""
     digest = hashlib.sha256(json.dumps(asked, sort_keys=True).encode())
     for name in names:
         if not _usable(model, name):

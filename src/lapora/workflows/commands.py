@@ -1,4 +1,4 @@
-"""Commands that messages suggest: they work as typed, with the options of this run."""
+"""Commands suggested in messages, complete with the options of this run."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ _MODEL_OPTIONS = (
 
 
 def model_arguments(model: ModelSettings, name: str) -> list[str]:
-    """Return the options without which another command would not find this model and posterior.
+    """Return the options that another command needs to find this model and posterior.
 
-    What ``fit`` records (quantization, dtype, the adapter's own base) is left out.
+    Options recorded by ``fit`` (quantization, dtype, the adapter's own base) are omitted.
     """
     found = [] if name == PredictSettings.name else ["--name", name]
     for field in _MODEL_OPTIONS:
@@ -38,6 +38,6 @@ def tune_prior_arguments(model: ModelSettings, name: str) -> list[str]:
 
 
 def command_line(arguments: Sequence[str], program: Sequence[str] = ("lapora",)) -> str:
-    """Return a command as it is typed in a shell; ``predict`` writes to a file."""
+    """Return a command quoted for a shell; the output of ``predict`` is redirected to a file."""
     typed = shlex.join([*program, *arguments])
     return f"{typed} > predictions.jsonl" if arguments[0] == "predict" else typed

@@ -1,4 +1,4 @@
-"""Contradictions between task, adapter, base model and posterior that their files show, without PyTorch."""
+"""Check task, adapter, base model and posterior for contradictions, from their files and without PyTorch."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def check_head(task: Task, head: Head, choices: Sequence[str] = ()) -> None:
     Args:
         task: The task.
         head: The head, as far as it is known.
-        choices: Answers that are read from rows, where they are.
+        choices: Answers read from rows, if the task has none of its own.
 
     Raises:
         DataError: They contradict each other; both are named.
@@ -68,11 +68,11 @@ def check_other_rows(task: Task, manifest: Manifest, choices: Sequence[str] = ()
     Args:
         task: The task of ``--ood``.
         manifest: The posterior's manifest.
-        choices: Answers that are read from rows, where they are.
+        choices: Answers read from rows, if the task has none of its own.
 
     Raises:
-        DataError: The rows are pairs of texts and the model reads single ones, or the reverse; or there are more or
-            fewer answers.
+        DataError: The rows are pairs of texts and the model reads single ones, or the reverse; or the number of
+            answers differs.
     """
     own, likelihood = manifest.answers.choices, resolve_task(DataSettings(), manifest).likelihood
     choices = _choices(task, choices)
@@ -90,7 +90,7 @@ def check_other_rows(task: Task, manifest: Manifest, choices: Sequence[str] = ()
 
 
 def resolve_task(data: DataSettings, recorded: Manifest | None = None) -> Task:
-    """Return the task asked for, or else the one that ``fit`` recorded.
+    """Return the requested task, else the one recorded by ``fit``.
 
     Raises:
         DataError: There is neither, or the task has another likelihood than the recorded one.

@@ -1,7 +1,7 @@
-"""``lapora demo``: an adapter that comes with lapora, on SmolLM2-135M-Instruct, through the whole pipeline.
+"""``lapora demo``: the whole pipeline, with an adapter on SmolLM2-135M-Instruct that comes with lapora.
 
-The adapter tells where a text comes from: a web search, a school exam or a book of science facts. It knows its 300
-training rows by heart and is too sure of all others. :mod:`lapora.workflows.offline_demo` needs no network.
+The adapter classifies the source of a text: a web search, a school exam or a book of science facts. It has memorized
+its 300 training rows and is overconfident on all others. :mod:`lapora.workflows.offline_demo` needs no network.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _TEXTS = (
 
 @dataclass(frozen=True)
 class Demo:
-    """What the demo did.
+    """Result of the demo.
 
     Attributes:
         record: The record of ``eval``.
@@ -53,16 +53,16 @@ def _no_bar(label: str) -> AbstractContextManager[Progress | None]:
 def run_demo(
     directory: Path, print_message: Callable[[str], None], step: Step = _no_bar, *, offline: bool = False
 ) -> Demo:
-    """Put everything in a folder and run the pipeline.
+    """Write the files of the demo to a folder and run the pipeline.
 
     Args:
-        directory: Where the files go: ``adapter/``, ``data/``, the task, offline ``base/``.
-        print_message: Told what was done.
+        directory: Folder for the files: ``adapter/``, ``data/``, the task, offline ``base/``.
+        print_message: Prints progress messages.
         step: Returns the progress callback of a step.
         offline: Train a small base model and an adapter instead of downloading.
 
     Raises:
-        UsageError: The directory holds something that this demo did not make.
+        UsageError: The directory has other content than an earlier demo of this kind.
         AdapterError: The base model cannot be downloaded.
     """
     own, other = (OFFLINE_TASK, _TASK) if offline else (_TASK, OFFLINE_TASK)

@@ -1,4 +1,4 @@
-"""``lapora eval``: baselines, MAP and every posterior and link asked for, on the same rows."""
+"""``lapora eval``: score baselines, MAP, and the requested posteriors and links on the same rows."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ from lapora.workflows.task_model import Fitted, open_fitted
 
 @dataclass(frozen=True, eq=False)
 class Evaluation:
-    """What was found.
+    """Result of ``eval``.
 
     Attributes:
-        record: What ``eval --json`` prints.
-        predictions: Of the scored rows, in the record's order.
+        record: The record that ``eval --json`` prints.
+        predictions: Predictions of the scored rows by each method, in the order of the record.
         targets: Their labels, ``(N,)`` or ``(N, C)``.
-        warnings: Lines for people: what was left out, and where Laplace is worse than MAP.
-        manifests: The manifests of the posteriors scored, by name.
+        warnings: Messages: methods left out, and posteriors that are worse than MAP.
+        manifests: The manifests of the scored posteriors, by name.
         likelihood: The likelihood of the predictions.
     """
 
@@ -68,7 +68,7 @@ def evaluate(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """The constant predictor, MAP and Laplace: the record of :func:`run_evaluation`, with ``warnings`` added."""
+    """Score the constant predictor, MAP and Laplace; return the record of :func:`run_evaluation` with ``warnings``."""
     settings = EvalSettings(names=tuple(names), links=tuple(links), samples=samples, seed=seed)
     done = run_evaluation(model, data, settings, progress)
     return {**done.record, "warnings": done.warnings}
@@ -81,19 +81,19 @@ def run_evaluation(
     progress: Progress | None = None,
     load: Loader = load_model,
 ) -> Evaluation:
-    """Score methods against labels. Rows that tuned a prior or the temperature are left out.
+    """Score methods against labels. Rows that tuned a prior or the temperature are excluded.
 
     Args:
         model: The adapter and how to run it.
-        data: The rows; by default the validation split of what ``fit`` recorded.
-        settings: What is scored beside what.
-        progress: Told of rows done.
+        data: The rows; by default the validation split of the recorded task.
+        settings: Which methods to score, and how.
+        progress: Progress callback: rows done, rows in total.
         load: Loads the model.
 
     Raises:
-        UsageError: Options that contradict each other, or a method that this adapter does not have.
+        UsageError: Options contradict each other, or the adapter does not support a method.
         DataError: The rows have no labels, or their answers are not the posterior's.
-        PosteriorError: A posterior is missing, damaged, or of other weights.
+        PosteriorError: A posterior is missing, damaged, or belongs to other weights.
     """
     plan = make_plan(model, settings)
     fitted = open_fitted(model, plan.names[0], data=data, load=load)
@@ -104,7 +104,7 @@ def run_evaluation(
     advice = remedy_options(model, data)
     if are_training_rows(fitted.posterior.manifest, replace(data, split=rows.split)):
         advice = ""
-        notes.append(f"note: {rows.split} holds the rows that the adapter was trained on: these scores flatter it")
+        notes.append(f"note: the adapter was trained on the rows of {rows.split}: these scores are too optimistic")
     sets = [rows, *read_shifted_rows(fitted, settings, data.limit)]
 
     predictions: list[list[Prediction]] = [[] for _ in sets]
@@ -185,13 +185,16 @@ def _baselines(
     temperature: baselines.Temperature | None,
     notes: list[str],
 ) -> list[list[Prediction]]:
-    """Every method but Laplace, of each set of rows; the constant and the oracle of the first set alone."""
+    """Return the predictions of every method but Laplace for each set of rows.
+
+    The constant predictor and the oracle temperature are of the first set only.
+    """
     likelihood = fitted.model.likelihood
     found: list[list[Prediction]] = [[] for _ in sets]
     if "constant" in plan.methods:
         found[0].append(Prediction("constant", _constant(fitted, sets[0].targets, at_map[0])))
     for each, own in zip(found, at_map, strict=True):
-        # MAP is what every other method is compared with: it is always there.
+        # All methods are compared with MAP, so it is always scored.
         each.append(Prediction("map", own))
         if temperature:
             each.append(temperature.predict(likelihood, own))
@@ -213,7 +216,7 @@ def _baselines(
 
 
 def _constant(fitted: Fitted, targets: torch.Tensor, at_map: torch.Tensor) -> torch.Tensor:
-    """Return the constant prediction; of rows with their own answers, among those that each has."""
+    """Return the constant prediction; for a row with answers of its own, restricted to these."""
     if fitted.model.choices:
         return fitted.model.likelihood.constant(targets)
     constant = metrics.constant_predictor(targets, at_map.shape[1])
@@ -236,7 +239,7 @@ def _laplace(name: str, links: Sequence[Link], scored: ScoredRows) -> list[Predi
 def _results(
     likelihood: Likelihood, predictions: Sequence[Prediction], rows: LabelledRows, settings: EvalSettings
 ) -> list[dict[str, Any]]:
-    """The record's entries: scores, their intervals, and the paired differences to MAP."""
+    """Return the record's entries: scores, their intervals, and the paired differences to MAP."""
     options = ScoreOptions(with_mcc=rows.task.metric == "mcc", interval=settings.interval)
     tables = {each.label: each.table for each in predictions}
     own, paired = likelihood.intervals(tables, rows.targets, options, reference="map", seed=settings.seed)
@@ -269,7 +272,7 @@ def _warnings(fitted: Fitted, links: Sequence[Link], rows: LabelledRows, scored:
 
 
 _WORTH_SAYING = 1e-4
-"""Nats a row."""
+"""Differences in NLL below this, in nats per row, are ignored."""
 
 
 def _warn(
@@ -280,7 +283,7 @@ def _warn(
     at_map: torch.Tensor,
     options: str,
 ) -> list[str]:
-    """Where Laplace is worse than MAP beyond chance: how, and the command that mends it."""
+    """Return a warning with the suggested command if Laplace is significantly worse than MAP, else nothing."""
     likelihood = fitted.model.likelihood
     differences = likelihood.row_nll(table, rows.targets) - likelihood.row_nll(at_map, rows.targets)
     worse = float(differences.mean())
@@ -301,7 +304,7 @@ def _warn(
 
 
 def remedy_options(model: ModelSettings, data: DataSettings) -> str:
-    """Adapter and options that ``tune-prior`` needs to find the posterior, the base and the rows of this run."""
+    """Return the arguments that ``tune-prior`` needs to find the posterior, the base and the rows of this run."""
     given = {
         "--output-dir": model.output_dir,
         "--base-model": model.base_model,
@@ -314,12 +317,12 @@ def remedy_options(model: ModelSettings, data: DataSettings) -> str:
 
 
 def _remedy(fitted: Fitted, link: Link, options: str) -> str:
-    """Return what to do where Laplace is worse than MAP: a command that works as typed, or other options.
+    """Return the remedy if Laplace is worse than MAP: a complete command, or other options.
 
     Args:
         fitted: The fitted adapter.
         link: The link that was scored.
-        options: Of ``tune-prior``; empty where the rows are those that the adapter was trained on.
+        options: Arguments of ``tune-prior``; empty if the adapter was trained on the rows.
     """
     if not options:
         return "compare on rows that the adapter was not trained on: --split validation"
@@ -341,15 +344,15 @@ def _remedy(fitted: Fitted, link: Link, options: str) -> str:
 
 @dataclass(frozen=True)
 class Plan:
-    """What is scored.
+    """The methods to score.
 
     Attributes:
-        methods: In the order of the table.
-        everything: Whether ``all`` was asked for: what cannot be had is then left out, not refused.
-        names: Saved posteriors, at least one.
+        methods: Methods, in the order of the table.
+        everything: Whether ``all`` was requested; methods that are not possible are then left out, not refused.
+        names: Names of the posteriors, at least one.
         links: Links of each posterior.
-        tuned_on: The split and the digests of the rows that tuned a prior, by posterior.
-        left_out: Why a method of ``all`` is not scored: lines for people.
+        tuned_on: Split and digests of the rows that tuned a prior, by posterior.
+        left_out: Messages about methods of ``all`` that are left out.
     """
 
     methods: tuple[Method, ...]
@@ -361,16 +364,16 @@ class Plan:
 
     @property
     def tuning_digests(self) -> frozenset[str]:
-        """Digests of all rows that chose a prior."""
+        """Digests of all rows that tuned a prior."""
         return frozenset(digest for record in self.tuned_on.values() for digest in record.rows)
 
 
 def make_plan(model: ModelSettings, settings: EvalSettings) -> Plan:
-    """Settle what is scored.
+    """Resolve which methods are scored.
 
     Raises:
-        UsageError: Nothing to score, or options that contradict each other.
-        PosteriorError: A posterior is missing, damaged, or of other weights.
+        UsageError: There is nothing to score, or options contradict each other.
+        PosteriorError: A posterior is missing, damaged, or belongs to other weights.
     """
     everything = "all" in settings.methods
     methods = cast("tuple[Method, ...]", get_args(Method) if everything else _unique(settings.methods))
@@ -415,12 +418,12 @@ def _unique(values: Sequence[Any]) -> tuple[Any, ...]:
 
 
 def read_shifted_rows(fitted: Fitted, settings: EvalSettings, limit: int | None) -> list[LabelledRows]:
-    """The rows of every ``--ood`` task; a row without a label has target -1, or NaN where targets are vectors.
+    """Read the rows of every ``--ood`` task; the target of an unlabelled row is -1, or NaN if targets are vectors.
 
-    They are scored over the adapter's own answers, so that only the number of answers has to be the same.
+    They are scored over the adapter's own answers, so only the number of answers must be the same.
 
     Raises:
-        DataError: No such task or rows, or another number of answers.
+        DataError: There is no such task or no rows, or the number of answers differs.
     """
     folders: list[Path | None] = list(settings.ood_data_dirs)
     if len(folders) <= 1:
@@ -453,19 +456,20 @@ def _read(fitted: Fitted, name: str, folder: Path | None, limit: int | None) -> 
 def shift_record(
     likelihood: Likelihood, inside: Sequence[Prediction], outside: Sequence[Prediction], rows: LabelledRows
 ) -> dict[str, Any]:
-    """How each method behaves on other data, and how well it tells them from its own.
+    """Return the uncertainty of each method on out-of-distribution rows, and its AUROC for detecting them.
 
     Args:
         likelihood: The likelihood of the predictions.
-        inside: Predictions of the adapter's own rows.
-        outside: The same methods' predictions of the other rows.
-        rows: The other rows.
+        inside: Predictions of in-distribution rows.
+        outside: Predictions of out-of-distribution rows by the same methods.
+        rows: The out-of-distribution rows.
 
     Returns:
-        ``task``, ``split``, ``n`` and for each method: the likelihood's first score where the labels are known and the
-        answers the same; the mean of each measure of uncertainty on the other rows, and as ``..._in`` on its own; and
-        ``auroc`` by each measure, higher on other data. The measures are ``mutual_information`` (None for one model)
-        and those of :meth:`Likelihood.uncertainty`; ``confidence`` is one less ``max_probability``.
+        ``task``, ``split``, ``n`` and for each method: the likelihood's first score, if the labels are known and the
+        answers the same; the mean of each uncertainty measure out of distribution, and in distribution as ``..._in``;
+        and ``auroc`` by each measure, where out-of-distribution rows are positive. The measures are
+        ``mutual_information`` (None for a single model) and those of :meth:`Likelihood.uncertainty`; ``confidence`` is
+        1 - ``max_probability``.
     """
     results = []
     labelled = torch.isfinite(rows.targets).all(dim=1) if rows.targets.dim() > 1 else rows.targets >= 0
@@ -490,6 +494,6 @@ def shift_record(
 
 
 def coverage_record(prediction: Prediction, targets: torch.Tensor, coverage: float) -> dict[str, float]:
-    """The threshold that keeps a share of the rows: the value for ``predict --abstain-below``."""
+    """Return the threshold that keeps a share of the rows, to be used as ``predict --abstain-below``."""
     found = metrics.threshold_for_coverage(prediction.table, targets, coverage)
     return {"asked": coverage, **found._asdict()}

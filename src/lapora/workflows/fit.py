@@ -1,4 +1,4 @@
-"""``lapora fit``: one pass over the training rows; then the posterior is written beside the adapter."""
+"""``lapora fit``: compute the curvature in a pass over the training rows, and save the posterior beside the adapter."""
 
 from __future__ import annotations
 
@@ -72,11 +72,11 @@ from lapora.workflows.task_model import (
 
 @dataclass(frozen=True)
 class TrainingRows:
-    """An adapter's files and the rows it was trained on, rendered; what ``fit`` knows before it loads a weight.
+    """An adapter's files and its rendered training rows; requires no weights.
 
     Attributes:
         adapter: The adapter's files.
-        data: Where the rows come from; the split is named.
+        data: Source of the rows, with the name of the split.
         task: The task.
         choices: The C answers; empty where each row has its own.
         examples: The rows.
@@ -92,7 +92,7 @@ class TrainingRows:
 
     @property
     def classes(self) -> int:
-        """Number of answers C; the largest of the rows' own."""
+        """Number of answers C; the maximum over the rows, if each has its own."""
         return len(self.choices) or max(len(example.choices) for example in self.examples)
 
 
@@ -113,7 +113,7 @@ class FitInputs:
     notes: tuple[str, ...] = ()
 
     def run(self, settings: FitSettings, progress: Progress | None = None) -> CurvatureRun:
-        """Return the passes over the data that a structure of the curvature is computed from."""
+        """Return the passes over the data from which a curvature structure is computed."""
         return CurvatureRun(
             output_model=self.model.outputs,
             layers=find_bayesian_layers(
@@ -145,9 +145,9 @@ class FitResult:
         parameters: Number of Bayesian parameters.
         prior: The manifest's ``prior``.
         evidence: The prior precision by marginal likelihood.
-        kept: Share of the curvature's trace that a truncated basis holds.
+        kept: Share of the curvature's trace within a truncated basis.
         notes: What the user should know.
-        memory: The memory estimate, where one was asked for and could be made.
+        memory: The memory estimate, if it was requested and possible.
     """
 
     folder: Path
@@ -195,7 +195,7 @@ def fit(
         on_estimate: Called with the memory estimate, before any weight is loaded.
 
     Raises:
-        LaporaError: See the table of exit statuses; nothing half-written is left behind.
+        LaporaError: See :mod:`lapora.errors`; no incomplete posterior is left behind.
     """
     processes = model.processes
     settings = resolve_settings(model, settings)
@@ -224,9 +224,9 @@ def fit_several(
     progress: Callable[[ModelSettings], AbstractContextManager[Progress]],
     on_estimate: Callable[[MemoryEstimate], None] | None = None,
 ) -> Iterator[tuple[ModelSettings, FitResult | LaporaError]]:
-    """Fit several adapters on the same rows; those of one base share it, and an error in one stops no other.
+    """Fit several adapters on the same rows; adapters of one base share it. An error in one does not stop the others.
 
-    In a run of several processes an error stops all.
+    In a run of several processes an error stops all of them.
 
     Args:
         models: The adapters and how to load them.
@@ -267,8 +267,8 @@ def fit_in_memory(
     """Fit a PEFT model in memory and combine it with its posterior; see :func:`lapora.api.fit_model`.
 
     Raises:
-        TypeError: Something else than rows.
-        DataError: No rows, or none with a field of the task.
+        TypeError: ``rows`` are not rows.
+        DataError: There are no rows, or none has a field of the task.
         LaporaError: As :func:`fit`.
     """
     settings = _resolve_engine(settings)
@@ -302,7 +302,7 @@ def read_training_rows(model: ModelSettings, data: DataSettings, settings: FitSe
     """Read an adapter's files and the rows it was trained on; the split ``train`` by default.
 
     Raises:
-        AdapterError: No adapter, or one that the posterior does not cover.
+        AdapterError: There is no adapter, or it is not supported.
         DataError: The rows cannot be read.
     """
     adapter = read_adapter(model.folder)
@@ -333,11 +333,11 @@ def _check_tokens(model: ModelSettings, rows: TrainingRows, settings: FitSetting
     """Check, before weights are loaded, that whole answers can be scored, and that every token has an embedding.
 
     Returns:
-        Tokens of each answer of the row that has the most; none if the answers are single tokens, or classes.
+        Tokens of each answer of the row that has the most; empty if the answers are single tokens, or classes.
 
     Raises:
-        DataError: An answer is no tokens, or other ones than the base model has embeddings for.
-        UsageError: The engine has no scores of whole answers.
+        DataError: An answer has no tokens, or tokens without an embedding in the base model.
+        UsageError: The engine does not support whole answers.
     """
     tokenizer, known = tokenizer_and_embeddings(rows.adapter, model)
     answers = _encode_answers(tokenizer, rows, settings)
@@ -357,11 +357,11 @@ def _check_tokens(model: ModelSettings, rows: TrainingRows, settings: FitSetting
 
 
 def _encode_answers(tokenizer: Any, rows: TrainingRows, settings: FitSettings) -> AnswerEncoding:
-    """Find the token of each answer of a causal model, or that whole answers are scored.
+    """Find the token of each answer of a causal model, or decide that whole answers are scored.
 
     Raises:
         DataError: As :func:`lapora.tasks.resolve_answers`.
-        UsageError: A chat template for a classifier, or whole answers for an engine without them.
+        UsageError: A chat template is requested for a classifier, or the engine does not support whole answers.
     """
     if rows.adapter.kind == "classifier":
         if settings.chat_template:
@@ -407,7 +407,7 @@ def load_inputs(
 
 
 def prepare_fit(model: ModelSettings, data: DataSettings, settings: FitSettings) -> FitInputs:
-    """Read and load everything that a fit needs.
+    """Read the rows and load the model of a fit.
 
     Raises:
         LaporaError: As :func:`fit`.
@@ -433,7 +433,7 @@ def estimate_memory(
     rows = read_training_rows(model, data, settings)
     try:
         answers = _check_tokens(model, rows, settings)
-    except AdapterError:  # a base model of which only the configuration is here: its tokens are not known
+    except AdapterError:  # no tokenizer: only the configuration of the base model is on this machine
         answers = []
     return _estimate(model, rows, answers, settings, device_memory)
 
@@ -463,7 +463,7 @@ def _estimate(
 def _estimate_or_note(
     model: ModelSettings, rows: TrainingRows, answers: Sequence[int], settings: FitSettings, notes: list[str]
 ) -> MemoryEstimate | None:
-    """Estimate the memory; where that is not possible for this model, note why and let the fit decide."""
+    """Estimate the memory; if that is not possible for this model, append the reason to ``notes``."""
     try:
         return _estimate(model, rows, answers, settings)
     except AdapterError as error:
@@ -472,10 +472,10 @@ def _estimate_or_note(
 
 
 def resolve_settings(model: ModelSettings, settings: FitSettings) -> FitSettings:
-    """Return the settings as they will be used.
+    """Return the settings with defaults resolved.
 
     Raises:
-        UsageError: A combination that does not exist.
+        UsageError: The options cannot be combined.
     """
     settings = _resolve_engine(settings)
     if model.gradient_checkpointing and settings.engine != "native":
@@ -486,14 +486,14 @@ def resolve_settings(model: ModelSettings, settings: FitSettings) -> FitSettings
 
 
 def _resolve_engine(settings: FitSettings) -> FitSettings:
-    """``--weight-sharing asdl`` and ``--engine asdl`` are two names of one thing: the paper's stack.
+    """Resolve engine and weight sharing; each value ``asdl`` implies the other.
 
     Raises:
-        UsageError: A combination that does not exist.
+        UsageError: The options cannot be combined.
     """
     structure, engine = settings.structure, settings.engine
     if settings.resume and (engine != "native" or settings.weight_sharing == "asdl"):
-        raise UsageError("--resume goes with --engine native: laplace-torch's engines keep no sums to go on from")
+        raise UsageError("--resume goes with --engine native: laplace-torch's engines write no checkpoints")
     if settings.rank is not None and structure not in ("kron", "ekfac", "lowrank"):
         raise UsageError(f"--rank goes with --structure kron, ekfac or lowrank, not {structure}")
     if settings.rank == "full" and structure == "lowrank":
@@ -517,10 +517,10 @@ def _resolve_engine(settings: FitSettings) -> FitSettings:
 
 
 def _measure_noise(inputs: FitInputs) -> FitInputs:
-    """Measure the noise of a regression on the training rows; other likelihoods have none.
+    """Measure the noise of a regression on the training rows; other likelihoods have no noise.
 
     Raises:
-        DataError: A row has no target, or there is no residual.
+        DataError: A row has no target, or the residuals are zero.
     """
     likelihood = inputs.model.likelihood
     if not likelihood.has_noise:
@@ -597,7 +597,7 @@ def _fit(inputs: FitInputs, settings: FitSettings, folder: Path, progress: Progr
 def _curve_or_note(
     inputs: FitInputs, posterior: Posterior, run: CurvatureRun, progress: Progress | None, notes: list[str]
 ) -> TrainingCurve | None:
-    """Compute the training curve; without labels, or where memory does not suffice, note what that means."""
+    """Compute the training curve; without labels or out of memory, return None and append a note."""
     reason = "without labels"
     try:
         curve = training_curve(inputs, posterior, run, progress)
@@ -615,7 +615,7 @@ def _curve_or_note(
 
 
 def _describe(inputs: FitInputs, settings: FitSettings, run: CurvatureRun) -> Manifest:
-    """Return the manifest but for the results: log-likelihood, kept trace, input bases of the parameters."""
+    """Return the manifest without the results: log-likelihood, kept trace, input bases of the parameters."""
     rows, loaded, likelihood = inputs.rows, inputs.model.loaded, inputs.model.likelihood
     return Manifest(
         format_version=FORMAT_VERSION,
@@ -658,7 +658,7 @@ def _describe(inputs: FitInputs, settings: FitSettings, run: CurvatureRun) -> Ma
 
 
 def _resume_key(inputs: FitInputs, settings: FitSettings, manifest: Manifest) -> dict[str, Any]:
-    """Return everything that decides the sums of a pass: the settings, the rows, the batches."""
+    """Return everything that the sums of a pass depend on: settings, rows, batches."""
     described = msgspec.to_builtins(manifest)
     for key in ("log_likelihood", "kept", "parameters", "engine", "noise_variance"):
         del described[key]
@@ -687,7 +687,7 @@ def _resumed_note(resumed: Sequence[int], rows: int) -> str:
 
 
 def fit_posterior(run: CurvatureRun, settings: FitSettings) -> tuple[Posterior, float | None]:
-    """The posterior by the engine asked for, and ``log p(y|X, θ_MAP)`` where the rows have labels."""
+    """Compute the posterior with the requested engine, and ``log p(y|X, θ_MAP)`` if the rows have labels."""
     if settings.engine == "native":
         posterior, data = fit_structure(settings.structure, run)
         return posterior, data.log_likelihood
@@ -702,7 +702,7 @@ def fit_posterior(run: CurvatureRun, settings: FitSettings) -> tuple[Posterior, 
 
 
 def _kept(posterior: Posterior) -> float:
-    """Return the share of the curvature's trace that the basis holds, the smallest of the layers'."""
+    """Return the share of the curvature's trace within the basis, the minimum over the layers."""
     if isinstance(posterior, BlockPosterior):
         return min(block.retained_trace for block in posterior.blocks)
     return posterior.retained_trace
@@ -712,7 +712,7 @@ def _refuse_other_rows(task: Task, adapter: Adapter, rows: Sequence[Mapping[str,
     """Refuse rows that have none of the task's fields, which would all be read as ready prompts.
 
     Raises:
-        DataError: There is no field of the task.
+        DataError: No row has a field of the task.
     """
     fields = required_fields(task, adapter.kind)
     if fields and not any(row.get(field) is not None for row in rows for field in fields):

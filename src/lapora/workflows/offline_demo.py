@@ -1,8 +1,8 @@
-"""``lapora demo --offline``: a small base model and an overfitted adapter, made here and now.
+"""``lapora demo --offline``: train a small base model and an overfitted adapter.
 
-The text is generated: a short story names who keeps the animals, and the question is whether the keeper is
-on the farm. A cue word decides it, but a quarter of the labels are flipped, so no model can be right every
-time; an adapter trained long on few rows is sure of itself all the same.
+The text is generated: a short story names who keeps the animals, and the question is whether the keeper is on the
+farm. A cue word determines the answer, but a quarter of the labels are flipped, so that no model can always be right;
+an adapter trained long on few rows is overconfident nevertheless.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _VALIDATION_ROWS = 600
 OFFLINE_TASK = "farm.yaml"
 Step = Callable[[str], AbstractContextManager[Progress | None]]
 _RECIPE = ".made-with"
-"""File with the digest of the code that made base model and adapter."""
+"""File with the digest of the code that trained base model and adapter."""
 
 _TASK: dict[str, Any] = {
     "task": "farm",
@@ -45,11 +45,11 @@ _TASK: dict[str, Any] = {
 
 
 def make_offline_demo(directory: Path, print_message: Callable[[str], None], step: Step) -> None:
-    """Make base model, adapter, rows and task.
+    """Create base model, adapter, rows and task.
 
     Args:
-        directory: Where the files go: ``base/``, ``adapter/``, ``data/``, ``farm.yaml``.
-        print_message: Told what was done.
+        directory: Folder for the files: ``base/``, ``adapter/``, ``data/``, ``farm.yaml``.
+        print_message: Prints progress messages.
         step: Returns the progress callback of a step.
     """
     rows = _rows(_TRAINING_ROWS + _VALIDATION_ROWS, seed=1)
@@ -112,7 +112,7 @@ def _prompt(row: dict[str, Any]) -> str:
 
 
 def _base_model(folder: Path, progress: Progress | None) -> tuple[Any, Any]:
-    """A word-level tokenizer and a two-layer Llama, trained a little on unlabelled stories."""
+    """Return a word-level tokenizer and a two-layer Llama, trained briefly on unlabelled stories."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -168,7 +168,7 @@ def _train(
     rate: float,
     progress: Progress | None,
 ) -> None:
-    """Adam on next words or, where answers are given, on the answer alone."""
+    """Train with Adam on all next words or, if answers are given, on the answer only."""
     optimiser = torch.optim.Adam(parameters, lr=rate)
     coded = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left")
     generator = torch.Generator().manual_seed(0)

@@ -1,4 +1,4 @@
-"""``lapora predict``: JSON lines in, JSON lines out, in order, batch by batch."""
+"""``lapora predict``: stream JSON lines of rows to JSON lines of predictions, in order."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _DEFAULT_WINDOW = 64
 
 @dataclass(frozen=True)
 class _Item:
-    """One input line: what messages call it, its ``id``, its adapter, and its token ids or what is wrong with it."""
+    """One input line: its name in messages, its ``id``, its adapter, and its token ids or its error."""
 
     where: str
     identifier: Any
@@ -47,17 +47,18 @@ def predict(
     Args:
         model: The adapter and how to run it.
         settings: Link, samples, what is written, other adapters.
-        lines: JSON lines, as bytes, or rows; None says that no more will come for a while, and what came is answered.
+        lines: JSON lines, as bytes, or rows; at None, which marks a pause of the input, pending rows are predicted.
         note: Called if the prior was not tuned on labelled rows, with a message and the arguments of the command that
             tunes it.
 
     Yields:
-        The records of the interface, in input order; a window of rows at a time is in memory.
+        Records, see :meth:`lapora.likelihoods.base.Likelihood.records`, in input order; one window of rows at a time is
+        in memory.
 
     Raises:
-        DataError: A bad line with ``on_error="stop"`` (the line is named, and what came before has been
-            yielded), or at the end of the run with ``"report"``.
-        NumericalError: The same for a line of which the model makes NaN or infinity.
+        DataError: A line is invalid: at once with ``on_error="stop"`` (the line is named, and previous predictions
+            have been yielded), or at the end of the run with ``"report"``.
+        NumericalError: The same for a line for which the model returns NaN or infinity.
     """
     if settings.adapters:
         yield from predict_routed(AdapterPool(model, settings), settings, lines)
@@ -69,7 +70,7 @@ def predict(
 
 
 def _untuned(prior: Prior) -> str:
-    """Return what to say of a prior that no labelled rows have tuned; empty for one that was."""
+    """Return a message about a prior that was not tuned on labelled rows; empty for a tuned one."""
     if prior.method == "marglik":
         return (
             "warning: the prior precision is that of the marginal likelihood, which can make predictions worse than "
@@ -88,14 +89,14 @@ def predict_rows(
     Args:
         fitted: The fitted adapter.
         settings: Link, samples, what is written.
-        rows: JSON lines, or the objects themselves.
+        rows: JSON lines, or mappings.
 
     Yields:
-        The records of the interface, in input order.
+        Records, in input order.
 
     Raises:
-        DataError: A bad row; see :func:`predict`.
-        NumericalError: The same for a row of which the model makes NaN or infinity.
+        DataError: A row is invalid; see :func:`predict`.
+        NumericalError: The same for a row for which the model returns NaN or infinity.
     """
     yield from predict_routed(SingleAdapter(fitted), settings, rows)
 
@@ -103,7 +104,7 @@ def predict_rows(
 def predict_routed(
     routes: AdapterSelector, settings: PredictSettings, rows: Iterable[bytes | Mapping[str, Any] | None]
 ) -> Iterator[dict[str, Any]]:
-    """Predict each row with the adapter that the routes know of; see :func:`predict`."""
+    """Predict each row with the adapter selected for it; see :func:`predict`."""
     index = failed = 0
     size = (routes.batch_rows or _DEFAULT_WINDOW // _WINDOW_BATCHES) * _WINDOW_BATCHES * routes.processes.count
     with (
@@ -116,7 +117,7 @@ def predict_routed(
                 item = _read(routes, number, line)
                 items.append(item)
                 if settings.on_error == "stop" and isinstance(item.content, LaporaError):
-                    break  # what follows is not answered any more
+                    break  # later rows are not predicted
             for item, found in zip(items, _predict_window(routes, opened, settings, items), strict=True):
                 head: dict[str, Any] = {"index": index}
                 if item.identifier is not None:
@@ -133,14 +134,14 @@ def predict_routed(
                 index += 1
             routes.rest()
     if failed:
-        raise DataError(f"{failed} bad lines; each is reported where its prediction would stand")
+        raise DataError(f"{failed} bad lines; each is reported in place of its prediction")
 
 
 _Line = bytes | Mapping[str, Any]
 
 
 def _windows(lines: Iterable[_Line | None], size: int) -> Generator[list[tuple[int, _Line]]]:
-    """Lines with their numbers, from 1, some at a time; blank lines are counted, and are nobody's row."""
+    """Yield windows of lines with their numbers, from 1; blank lines are skipped but counted in line numbers."""
     window: list[tuple[int, _Line]] = []
     number = 0
     for line in lines:
@@ -160,7 +161,7 @@ def _read(routes: AdapterSelector, number: int, line: _Line) -> _Item:
     identifier = route = None
     try:
         if isinstance(line, bytes) and len(line) > LONGEST_LINE:
-            raise DataError(f"{where}: longer than {LONGEST_LINE} bytes, which is no row")
+            raise DataError(f"{where}: longer than {LONGEST_LINE} bytes, the maximum length of a line")
         row = parse_json_line(line, where) if isinstance(line, bytes) else line
         identifier = _identifier(row.get("id"), where)
         route = routes.of(row, where)
@@ -180,7 +181,7 @@ def _identifier(value: Any, where: str) -> Any:
 def _predict_window(
     routes: AdapterSelector, opened: OpenPredictor, settings: PredictSettings, items: Sequence[_Item]
 ) -> list[dict[str, Any] | LaporaError]:
-    """What is answered to each line of a window, in order; each adapter has its turn."""
+    """Return the record or error of each line of a window, in order; rows are grouped by adapter."""
     answers: list[dict[str, Any] | LaporaError] = []
     turns: dict[int, tuple[Fitted, list[tuple[int, EncodedExample]]]] = {}
     for position, item in enumerate(items):
@@ -212,12 +213,12 @@ def _predict_turn(
     settings: PredictSettings,
     good: Sequence[tuple[int, EncodedExample]],
 ) -> Iterator[tuple[int, dict[str, Any] | NonFiniteRowError]]:
-    """Positions and records of one adapter's rows, as batches are done."""
+    """Yield positions and records of one adapter's rows, batch by batch."""
 
     def answer(batch: Batch) -> Sequence[dict[str, Any] | NonFiniteRowError]:
         try:
             return _records(fitted, settings, predictor, batch, [good[row][1].choices for row in batch.rows])
-        except NonFiniteRowError:  # the others are answered all the same
+        except NonFiniteRowError:  # predict the other rows of the batch
             return [_alone(fitted, settings, predictor, good[row][1]) for row in batch.rows]
 
     for batch, records in run_batches(fitted.model.batches([coded for _, coded in good]), answer):
@@ -257,11 +258,11 @@ _MOST_BASES = 4
 
 @dataclass(frozen=True)
 class Route:
-    """Where a row goes.
+    """The adapter that predicts a row.
 
     Attributes:
         fitted: The fitted adapter.
-        adapter: Its name, or None where there is one adapter alone.
+        adapter: Its name, or None if there is only one adapter.
     """
 
     fitted: Fitted
@@ -269,32 +270,32 @@ class Route:
 
 
 class AdapterSelector(Protocol):
-    """Knows the adapter of a row.
+    """Selects the adapter of a row.
 
     Attributes:
-        processes: Those that share the rows.
-        batch_rows: Rows of a batch, or None for a budget of tokens.
+        processes: The processes that share the rows.
+        batch_rows: Rows per batch, or None for a token budget.
     """
 
     processes: Processes
     batch_rows: int | None
 
     def of(self, row: Mapping[str, Any], where: str) -> Route:
-        """The adapter of a row.
+        """Return the adapter of a row.
 
         Raises:
             LaporaError: There is no such adapter, or it cannot be used.
         """
 
     def attach(self, fitted: Fitted) -> None:
-        """Make the base ready to run an adapter."""
+        """Attach an adapter to its base."""
 
     def rest(self) -> None:
-        """No row is under way: what will hardly be needed may go."""
+        """Evict least recently used adapters; called between windows of rows."""
 
 
 class SingleAdapter:
-    """All rows go to one adapter."""
+    """Selects one adapter for all rows."""
 
     def __init__(self, fitted: Fitted) -> None:
         self.processes = fitted.model.processes
@@ -302,27 +303,27 @@ class SingleAdapter:
         self._route = Route(fitted)
 
     def of(self, row: Mapping[str, Any], where: str) -> Route:
-        """The one there is."""
+        """Return the adapter."""
         return self._route
 
     def attach(self, fitted: Fitted) -> None:
-        """It is on."""
+        """Do nothing: the adapter is always attached."""
 
     def rest(self) -> None:
-        """Nothing may go."""
+        """Do nothing: the adapter is kept."""
 
 
 class AdapterPool:
-    """Rows go to the adapter that they name; adapters are opened when the first row asks for them.
+    """Selects the adapter that a row names; an adapter is loaded at its first row.
 
     Args:
-        model: ADAPTER, which answers rows that name none, and how all of them are run.
-        settings: The other adapters, the field, how many stay open.
+        model: ADAPTER, the default for rows without a name, and how all adapters are run.
+        settings: The other adapters, the field with the name, the number of adapters kept in memory.
 
     Raises:
-        UsageError: Two adapters of one name, or a folder without any.
-        AdapterError: One on the Hub cannot be fetched.
-        PosteriorError: ADAPTER has no posterior, or one of something else.
+        UsageError: Two adapters have the same name, or a folder has no adapters.
+        AdapterError: An adapter on the Hub cannot be downloaded.
+        PosteriorError: ADAPTER has no posterior, or that of another adapter or base.
     """
 
     def __init__(self, model: ModelSettings, settings: PredictSettings) -> None:
@@ -334,7 +335,7 @@ class AdapterPool:
         self._broken: dict[str, LaporaError] = {}
         self._default = Path(model.adapter).name
         own_place = _place(model.output_dir, self._default)
-        alone = own_place is None or not own_place.is_dir()  # fitted by itself, not as one of several
+        alone = own_place is None or not own_place.is_dir()  # it was fitted alone, not with others by one command
         self._models = {self._default: model if alone else replace(model, output_dir=own_place)}
         for name, location, folder in named_adapters(settings.adapters):
             if name in self._models:
@@ -350,11 +351,11 @@ class AdapterPool:
 
     @property
     def names(self) -> list[str]:
-        """Of the adapters; the first answers rows that name none."""
+        """Names of the adapters; the first is the default."""
         return list(self._models)
 
     def of(self, row: Mapping[str, Any], where: str) -> Route:
-        """The adapter that the row's field names."""
+        """Return the adapter that the row's field names."""
         field = self._settings.adapter_field
         name = row.get(field, self._default)
         if not isinstance(name, str) or name not in self._models:
@@ -371,7 +372,7 @@ class AdapterPool:
         self._bases.attach(fitted.model.loaded)
 
     def rest(self) -> None:
-        """Close the adapters that were not asked for longest."""
+        """Evict the least recently used adapters beyond the maximum number."""
         while len(self._open) > self._settings.adapters_kept:
             name = next(iter(self._open))
             self._bases.evict(self._open.pop(name).model.loaded)
@@ -382,28 +383,30 @@ class AdapterPool:
         fitted = self._open.pop(name, None)
         if fitted is None:
             fitted = open_fitted(self._models[name], self._settings.name, load=self._bases.load)
-        self._open[name] = fitted  # the last asked for stands last
+        self._open[name] = fitted  # the most recently used adapter is last
         return fitted
 
 
 def _place(output_dir: Path | None, folder: str) -> Path | None:
-    """Where ``fit`` of several adapters puts the posterior of one."""
+    """Return the folder to which ``fit`` of several adapters writes the posterior of one."""
     return None if output_dir is None else output_dir / folder
 
 
 def _bare(error: LaporaError) -> LaporaError:
-    """The error without the frames it came through, which hold whatever was at work there."""
+    """Return the error without traceback and context, whose frames would keep tensors alive."""
     bare = copy.copy(error).with_traceback(None)
     bare.__cause__ = bare.__context__ = None
     return bare
 
 
 def named_adapters(given: Sequence[str]) -> Iterator[tuple[str, Path, str]]:
-    """Names, locations and folders' names of ``[NAME=]LOCATION``: an adapter, one on the Hub, or a folder of adapters.
+    """Yield name, location and folder name of each adapter of ``[NAME=]LOCATION``.
+
+    A location is an adapter, a Hub id, or a folder of adapters.
 
     Raises:
-        UsageError: No adapter there.
-        AdapterError: The Hub has none.
+        UsageError: There is no adapter at a location.
+        AdapterError: An adapter on the Hub cannot be downloaded.
     """
     for each in given:
         name, separator, location = each.rpartition("=")
@@ -421,7 +424,7 @@ def named_adapters(given: Sequence[str]) -> Iterator[tuple[str, Path, str]]:
 
 
 class OpenPredictor:
-    """The predictor of the adapter that was asked for last: a base has one adapter attached at a time."""
+    """Holds the predictor of the last requested adapter: a base has one adapter attached at a time."""
 
     def __init__(self, routes: AdapterSelector, settings: PredictSettings) -> None:
         self._routes = routes
@@ -433,7 +436,7 @@ class OpenPredictor:
         """Return the adapter's predictor; another adapter's is closed."""
         if self._fitted is not fitted:
             self.close()
-        self._routes.attach(fitted)  # a row that was read meanwhile may have put on another
+        self._routes.attach(fitted)  # reading another row may have attached another adapter
         if self._predictor is None:
             likelihood, settings = fitted.model.likelihood, self._settings
             check_likelihood(likelihood.name, settings)
@@ -445,7 +448,7 @@ class OpenPredictor:
         return self._predictor
 
     def close(self) -> None:
-        """Leave the model as it is without a predictor."""
+        """Close the predictor, which removes its hooks from the model."""
         if self._predictor is not None:
             self._predictor.__exit__(None, None, None)
         self._predictor = self._fitted = None
@@ -453,7 +456,7 @@ class OpenPredictor:
 
 @contextmanager
 def open_predictor(routes: AdapterSelector, settings: PredictSettings) -> Iterator[OpenPredictor]:
-    """An :class:`OpenPredictor` that is closed in the end."""
+    """Yield an :class:`OpenPredictor` that is closed at the end of the context."""
     opened = OpenPredictor(routes, settings)
     try:
         yield opened

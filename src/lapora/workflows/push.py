@@ -1,4 +1,4 @@
-"""``lapora push``: a posterior to the repository of its adapter on the Hub, in one commit."""
+"""``lapora push``: upload a posterior to the repository of its adapter on the Hub, in one commit."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ _CARD = "README.md"
 
 @dataclass(frozen=True)
 class Pushed:
-    """What was done.
+    """Result of ``push``.
 
     Attributes:
-        address: Where the commit can be read.
-        files: What was uploaded.
+        address: URL of the commit.
+        files: Uploaded files.
         notes: What the user should know.
     """
 
@@ -36,26 +36,26 @@ class Pushed:
 
 
 def push(model: ModelSettings, settings: PushSettings) -> Pushed:
-    """Upload a posterior beside its adapter, and say what it is in the model card.
+    """Upload a posterior beside its adapter, and add a section about it to the model card.
 
-    The adapter itself goes along where the repository has none. The folder that ``fit`` read its rows from is
-    left out of the manifest: it is a path of this machine.
+    If the repository has no adapter, the adapter is uploaded too. The local folder from which ``fit`` read the rows is
+    removed from the manifest.
 
     Args:
-        model: The adapter, and where its posterior is.
-        settings: What goes where.
+        model: The adapter, and the folder of its posterior.
+        settings: Repository, name of the posterior, scores.
 
     Raises:
-        AdapterError: No adapter here, or the Hub does not allow the upload or cannot be reached.
-        PosteriorError: No such posterior, of other weights, or the repository holds another adapter.
+        AdapterError: There is no adapter, or the Hub refuses the upload or cannot be reached.
+        PosteriorError: The posterior is missing or belongs to other weights, or the repository has another adapter.
         DataError: The scores cannot be read.
-        UsageError: A name that no repository can have.
+        UsageError: The name of the repository is not valid.
     """
     from huggingface_hub import CommitOperationAdd, HfApi
     from huggingface_hub.utils import validate_repo_id
 
     adapter, posterior = open_posterior(model, settings.name)
-    posterior.gaussian()  # what is damaged is not handed on
+    posterior.gaussian()  # raises if the posterior is damaged
     if differences := adapter_differences(posterior.manifest, adapter):
         raise PosteriorError(f"{posterior.folder}: fitted to something else: {'; '.join(differences)}; fit it again")
     scores = read_results([settings.scores])[-1] if settings.scores else None
@@ -104,7 +104,7 @@ def push(model: ModelSettings, settings: PushSettings) -> Pushed:
 
 
 def _same(adapter: Adapter, entry: Any) -> bool:
-    """Whether the repository's weights are the adapter's: by sha256, or by git's own digest of a small file."""
+    """Return whether the repository has the adapter's weights: by SHA-256, or for a small file by git's digest."""
     if entry.lfs is not None:
         return bool(entry.lfs.sha256 == adapter.sha256)
     content = (adapter.path / WEIGHTS_FILE).read_bytes()

@@ -1,4 +1,4 @@
-"""Results kept in a JSON-lines file, one run a line, and read back to be compared."""
+"""Results of ``eval`` in a JSON-lines file, one run per line, and the conditions of ``--fail-if``."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from lapora.errors import DataError, GateError, UsageError
 
 
 def append_result(file: Path, record: Mapping[str, Any], adapter: str) -> None:
-    """Add one run to a file, in one write.
+    """Append one run to a file, in one write.
 
     Args:
-        file: Made where it is missing.
-        record: What ``eval --json`` prints.
-        adapter: Where the adapter is.
+        file: The file; created if it is missing.
+        record: The record that ``eval --json`` prints.
+        adapter: Location of the adapter.
 
     Raises:
         DataError: The file cannot be written.
@@ -32,7 +32,7 @@ def append_result(file: Path, record: Mapping[str, Any], adapter: str) -> None:
     line = json.dumps({"time": now, "lapora_version": __version__, "adapter": adapter, **record}, ensure_ascii=False)
     try:
         with file.open("ab+") as stream:
-            # A run that was killed while it wrote leaves half a line: start another.
+            # A run that was killed while writing leaves an incomplete line: start a new one.
             if stream.seek(0, os.SEEK_END):
                 stream.seek(-1, os.SEEK_END)
                 line = line if stream.read(1) == b"\n" else f"\n{line}"
@@ -42,10 +42,10 @@ def append_result(file: Path, record: Mapping[str, Any], adapter: str) -> None:
 
 
 def read_results(files: Sequence[Path]) -> list[dict[str, Any]]:
-    """Every run of some files, each with where it stands as ``run``.
+    """Read every run of some files, and add its file and line as ``run``.
 
     Raises:
-        DataError: A file cannot be read, a line is not a run, or there is none.
+        DataError: A file cannot be read, a line is not a run, or there are no runs.
     """
     runs = []
     for file in files:
@@ -58,7 +58,7 @@ def read_results(files: Sequence[Path]) -> list[dict[str, Any]]:
             if line.strip():
                 runs.append({"run": f"{file.name}:{number}", **_run(line, f"{file}, line {number}")})
     if not runs:
-        raise DataError("no runs there; `lapora eval ... --output FILE` adds one")
+        raise DataError("no runs in these files; `lapora eval ... --output FILE` adds one")
     return runs
 
 
@@ -73,7 +73,7 @@ def _run(line: str, where: str) -> dict[str, Any]:
 
 
 def same_rows(runs: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether all runs scored the same rows: only then can their numbers be compared."""
+    """Return whether all runs scored the same rows, so that their scores can be compared."""
     return len({run.get("rows") for run in runs}) == 1
 
 
@@ -94,9 +94,8 @@ class Operand:
 
     Attributes:
         number: The number, or None.
-        metric: The metric, where there is no number.
-        selector: A method, a posterior's name or ``NAME/LINK``; None is every Laplace result (MAP where there is
-            none).
+        metric: The metric, if it is not a number.
+        selector: A method, a posterior's name or ``NAME/LINK``; None is every Laplace result (MAP if there is none).
     """
 
     number: float | None = None
@@ -106,13 +105,13 @@ class Operand:
 
 @dataclass(frozen=True)
 class Gate:
-    """A condition under which the run has failed.
+    """A condition under which the run fails.
 
     Attributes:
-        text: As it was written.
-        left: What is looked at.
+        text: Text of the condition.
+        left: Left side, a metric.
         comparison: One of ``> >= < <=``.
-        right: What it is compared with.
+        right: Right side, a number or a metric.
     """
 
     text: str
@@ -122,10 +121,10 @@ class Gate:
 
 
 def parse_gate(text: str) -> Gate:
-    """Read one condition.
+    """Parse one condition.
 
     Raises:
-        UsageError: It is not one.
+        UsageError: The text is not a condition.
     """
     parts = re.fullmatch(r"\s*([^<>=]+?)\s*(>=|<=|>|<)\s*([^<>=]+?)\s*", text)
     if not parts:
@@ -152,7 +151,7 @@ def check_gate_metrics(gates: Sequence[Gate], likelihood: str) -> None:
     """Refuse conditions on scores that a likelihood does not have.
 
     Raises:
-        UsageError: It does not have one; those that it has are named.
+        UsageError: A score does not exist; the message lists the existing ones.
     """
     known = _OF_LIKELIHOOD.get(likelihood, _OF_ANSWERS)
     for gate in gates:
@@ -165,14 +164,14 @@ def check_gate_metrics(gates: Sequence[Gate], likelihood: str) -> None:
 
 
 def check_gates(gates: Sequence[Gate], results: Sequence[Mapping[str, Any]]) -> None:
-    """See whether any condition holds.
+    """Raise if any condition holds.
 
     Args:
         gates: The conditions.
         results: The record's ``results``.
 
     Raises:
-        GateError: At least one holds, or a metric in it is not defined; every one that failed is named.
+        GateError: A condition holds, or a metric in it is undefined; all of these are named.
         UsageError: A condition names a method that was not scored, or a metric that this task does not have.
     """
     failed = [line for gate in gates for line in _failures(gate, results)]
@@ -211,7 +210,7 @@ def _values(operand: Operand, gate: Gate, results: Sequence[Mapping[str, Any]]) 
 
 
 def _names(result: Mapping[str, Any]) -> list[str]:
-    """What a result may be called in a condition."""
+    """Return the names of a result in conditions."""
     names = [str(result["method"])]
     if "name" in result:
         names += [str(result["name"]), f"{result['name']}/{result['link']}"]

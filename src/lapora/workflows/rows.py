@@ -1,4 +1,4 @@
-"""The rows that a command works on: which split, with which labels, and which rows are left out."""
+"""Read the rows of a command: split, labels and excluded rows."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class LabelledRows:
         split: The split they come from.
         examples: The rows.
         targets: Their labels, ``(N,)`` or ``(N, C)``.
-        excluded: Number of rows of the split that were left out.
+        excluded: Number of excluded rows of the split.
     """
 
     task: Task
@@ -60,7 +60,7 @@ class LabelledRows:
         )
 
     def chosen(self, count: int, seed: int) -> LabelledRows:
-        """Return a seeded random choice of the rows, in their order."""
+        """Return a random subset of the rows for a seed, in their order."""
         order = torch.randperm(len(self.examples), generator=torch.Generator().manual_seed(seed))
         return self.only(sorted(order[:count].tolist()))
 
@@ -79,7 +79,7 @@ class TuningRows:
 
 
 def row_digest(example: Example) -> str:
-    """Return the digest that identifies a row in any file: of its texts, answers and label."""
+    """Return the digest of a row's texts, answers and label, which identifies it in any file."""
     return data_fingerprint([example])[:16]
 
 
@@ -101,15 +101,15 @@ def read_rows(data: DataSettings, recorded: Manifest | None, default_split: str)
 
 
 def are_training_rows(recorded: Manifest, data: DataSettings) -> bool:
-    """Return whether ``data``, which names a split, is the split that ``fit`` read, under any name."""
+    """Return whether the split of ``data`` is the one that ``fit`` read, under any name."""
     return split_identity(recorded, data) == split_identity(recorded, DataSettings(split=recorded.data.split))
 
 
 def split_identity(recorded: Manifest, data: DataSettings) -> tuple[str, ...]:
-    """Return what identifies a split under any name: its folder or the task's source, and its file or name there.
+    """Return the identity of a split under any name: its folder or the task's source, and its file or name there.
 
     Args:
-        recorded: The manifest of a posterior, for what ``data`` leaves out.
+        recorded: The manifest of a posterior, for settings that ``data`` does not have.
         data: The split.
     """
     folder = data.data_dir or recorded.data.data_dir
@@ -128,9 +128,9 @@ def read_labelled_rows(
     Args:
         posterior: The saved posterior.
         kind: The kind of model that reads the rows.
-        data: Which rows; None means as ``fit`` recorded it. A limit counts the rows that are not excluded.
+        data: Which rows; None means as recorded by ``fit``. The limit does not count excluded rows.
         default_split: The split when ``data`` names none.
-        exclude: Digests of rows to leave out.
+        exclude: Digests of rows to exclude.
 
     Raises:
         UnlabelledError: No row has a label.
@@ -163,11 +163,11 @@ def label_tensor(examples: Sequence[Example]) -> Tensor:
 
 
 def tuning_rows(posterior: SavedPosterior, kind: ModelKind, data: DataSettings, seed: int) -> LabelledRows:
-    """Read a seeded half of a labelled split (or as many rows as the limit says) that ``fit`` did not read.
+    """Read a random half (or the limit's number of rows) of a labelled split that ``fit`` did not read.
 
     Raises:
-        MissingSplitError: No labelled split but the one that ``fit`` read.
-        UsageError: The split that ``fit`` read was asked for.
+        MissingSplitError: There is no labelled split but the one that ``fit`` read.
+        UsageError: The split that ``fit`` read was requested.
         DataError: A row cannot be read.
     """
     rows = _labelled_split(posterior, kind, data)
@@ -175,7 +175,7 @@ def tuning_rows(posterior: SavedPosterior, kind: ModelKind, data: DataSettings, 
 
 
 def _labelled_split(posterior: SavedPosterior, kind: ModelKind, data: DataSettings) -> LabelledRows:
-    """Read the split asked for, or the first that has labels; never the one that ``fit`` read, under any name."""
+    """Read the requested split, or the first one with labels; never the one that ``fit`` read, under any name."""
     manifest = posterior.manifest
     if data.split is not None:
         if are_training_rows(manifest, data):

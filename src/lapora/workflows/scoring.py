@@ -27,9 +27,9 @@ class ScoredRows:
 
     Attributes:
         tables: The likelihood's tables by link, ``(D, N, ...)`` in float64: averaged as saved (D = 1), or under each
-            of D priors asked for. ``map`` is always there. Minus infinity for the answers that a row does not have.
+            of D given priors. ``map`` is always included. Minus infinity for the answers that a row does not have.
         truncated: Number of rows that were truncated to the maximum length.
-        information: Mutual information of answer and weights, ``(N,)`` in nats, where it was asked for.
+        information: Mutual information of answer and weights, ``(N,)`` in nats, if requested.
     """
 
     tables: dict[Link, Tensor]
@@ -48,15 +48,15 @@ def score_rows(
     with_information: bool = False,
     progress: Progress | None = None,
 ) -> ScoredRows:
-    """Predict rows by several links in one pass, under the saved prior or under several others.
+    """Predict rows with several links in one pass, under the saved prior or under several others.
 
     Args:
         fitted: The fitted adapter.
         rows: The rows.
-        links: From moments to probabilities.
+        links: Links from moments to probabilities.
         samples: Quasi-Monte-Carlo points of the sampling links.
-        seed: Their scrambling.
-        priors: Prior precisions to predict under, one by one; by default the saved prior is averaged over.
+        seed: Random seed of their scrambling.
+        priors: Prior precisions to predict under, one by one; by default predictions average over the saved prior.
         with_information: Compute the mutual information.
         progress: Progress callback.
     """
@@ -114,9 +114,9 @@ def label_grid(
         encoded: Their token ids.
         labels: Their labels, ``(N, ...)``.
         temperatures: ``(T,)``.
-        link: From moments to probabilities.
+        link: Link from moments to probabilities.
         samples: Quasi-Monte-Carlo points of the sampling links.
-        seed: Their scrambling.
+        seed: Random seed of their scrambling.
         progress: Progress callback.
 
     Returns:
@@ -142,7 +142,7 @@ def run_moments(
     """Yield the batches of this process's shard with their moments under every prior precision.
 
     Raises:
-        NumericalError: NaN or infinity; the row is named.
+        NumericalError: A moment is NaN or infinite; the row is named.
     """
     processes = model.processes
     done = 0
@@ -182,12 +182,12 @@ class Prediction:
     """One method's predictions of a set of rows.
 
     Attributes:
-        method: Which.
+        method: Name of the method.
         table: The likelihood's table, ``(N, ...)`` in float64.
-        name: The posterior, of ``laplace``.
-        link: Its link.
-        details: What else the record says of it.
-        mutual_information: ``(N,)`` nats, where the method is an average over models.
+        name: Name of the posterior, for ``laplace``.
+        link: Link, for ``laplace``.
+        details: Further fields of the record.
+        mutual_information: ``(N,)`` in nats, if the method averages over models.
     """
 
     method: str
@@ -199,10 +199,10 @@ class Prediction:
 
     @property
     def label(self) -> str:
-        """Its name for people."""
+        """Label of the method in tables and messages."""
         return method_label(self.method, self.name, self.link)
 
     def identity(self) -> dict[str, Any]:
-        """The record's first fields."""
+        """Return the first fields of the record."""
         named = {key: value for key, value in (("name", self.name), ("link", self.link)) if value is not None}
         return {"method": self.method, **named, **self.details}

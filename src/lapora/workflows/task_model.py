@@ -1,4 +1,4 @@
-"""A loaded adapter with its task, rows in and outputs out; and, once fitted, with its posterior."""
+"""A loaded adapter with its task and, once fitted, its posterior."""
 
 from __future__ import annotations
 
@@ -51,15 +51,15 @@ from lapora.workflows.rows import read_rows
 
 @dataclass(frozen=True)
 class TaskModel:
-    """A loaded adapter with its task: turns rows into batches of token ids, and these into C outputs a row.
+    """A loaded adapter with its task: converts rows to batches of token ids, and these to C outputs per row.
 
     Attributes:
         loaded: Model and tokenizer.
         outputs: The network from batches to the logits or scores of the answers.
         task: The task.
         choices: The C answers; empty where each row has its own.
-        likelihood: From outputs to predictions.
-        token_ids: Their tokens, for a causal model whose answers are single tokens; else None.
+        likelihood: Maps outputs to predictions.
+        token_ids: Token of each answer, for a causal model whose answers are single tokens; else None.
         answer_score: How whole answers are scored, for other causal models; else None.
         max_length: Maximum number of tokens of a row.
         chat_template: Whether prompts are wrapped in the tokenizer's chat template.
@@ -99,12 +99,12 @@ class TaskModel:
             loaded: Model and tokenizer.
             task: The task.
             choices: The answers; empty where each row has its own.
-            token_ids: Their tokens, for a causal model whose answers are single tokens.
+            token_ids: Token of each answer, for a causal model whose answers are single tokens.
             answer_score: How whole answers are scored, for other causal models.
             max_length: Maximum number of tokens of a row.
             chat_template: Wrap prompts in the tokenizer's chat template.
             how: Batch size, processes, gradient checkpointing.
-            noise: Noise of a regression, once it was measured.
+            noise: Residual variance of each output of a regression, once it was measured.
         """
         token_ids = None if token_ids is None else list(token_ids)
         outputs = OutputModel(loaded.model, loaded.kind, loaded.pad_token_id, token_ids)
@@ -143,7 +143,7 @@ class TaskModel:
     def encode(self, examples: Sequence[Example]) -> list[EncodedExample]:
         """Return token ids of examples of any task, truncated to the maximum length.
 
-        Texts of answers are those of rows that have their own.
+        Only examples of rows with answers of their own keep the texts of the answers.
 
         Raises:
             DataError: An example cannot be encoded, or has a token that the base model has no embedding for.
@@ -233,7 +233,7 @@ class Fitted:
 
     @cached_property
     def priors(self) -> list[PriorPrecision]:
-        """The prior precisions that predictions are averaged over; one, where they are not."""
+        """The prior precisions that predictions are averaged over; a single one without averaging."""
         averaged = self.prior.averaged
         if averaged is None:
             return [self.prior.precisions]
@@ -314,8 +314,8 @@ def open_fitted(
     Args:
         model: The adapter and how to load it.
         name: Name of the posterior.
-        earlier: The same adapter with another posterior: its loaded model is used again where the base is the same.
-        data: Labelled rows that will be read: their answers are compared, too.
+        earlier: The same adapter with another posterior; its loaded model is reused if the base is the same.
+        data: Labelled rows that will be read; their answers are compared too.
         load: Loads the model.
 
     Raises:
@@ -344,7 +344,7 @@ def _open_fitted(
         else:
             as_recorded = replace(
                 model,
-                # The adapter's own base is loaded in the revision that it names.
+                # None for the adapter's own base: the revision in the adapter's configuration then applies.
                 base_model=model.base_model or (recorded.name if recorded.name != adapter.base_model else None),
                 quantize=model.quantize or recorded.quantization,
                 dtype=model.dtype or cast(Dtype, recorded.dtype),
@@ -385,7 +385,7 @@ def join_posterior(
 
 
 def differences_of_answers(posterior: SavedPosterior, data: DataSettings | None) -> list[str]:
-    """Return how the answers of the rows asked for differ from the posterior's."""
+    """Return how the answers of the requested rows differ from the posterior's."""
     if data is None:
         return []
     manifest = posterior.manifest
@@ -404,7 +404,7 @@ def differences_of_answers(posterior: SavedPosterior, data: DataSettings | None)
 
 @contextmanager
 def translate_row_errors(names: Sequence[str]) -> Iterator[None]:
-    """Name the example in errors about a position of a batch.
+    """Replace batch positions in errors by the names of the examples.
 
     Args:
         names: Names of the examples, by position.
@@ -419,10 +419,10 @@ def translate_row_errors(names: Sequence[str]) -> Iterator[None]:
 
 
 def require_finite(covariance: Tensor, batch: Batch) -> None:
-    """Check a batch's covariances: logits may be finite where their gradients are not.
+    """Check a batch's covariances, which may be non-finite although the logits are finite.
 
     Raises:
-        NonFiniteRowError: A row's covariance holds NaN or infinity.
+        NonFiniteRowError: A row's covariance contains NaN or infinity.
     """
     finite = torch.isfinite(covariance).flatten(1).all(dim=1)
     if not bool(finite.all()):

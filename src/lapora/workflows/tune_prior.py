@@ -27,17 +27,17 @@ if TYPE_CHECKING:
     from lapora.workflows.task_model import Fitted
 
 GRID = np.logspace(-3.0, 8.0, 23)
-"""Prior precisions tried by ``--method validation``: two a decade, from hardly any prior to MAP."""
+"""Prior precisions tried by ``--method validation``: two per decade, from a nearly flat prior to MAP."""
 
 _NO_DIFFERENCE = 1e-6
 _WORTH_SAYING = 1e-4
-"""Nats a row: differences in NLL below these do not decide, and are not reported."""
+"""Thresholds of NLL differences, in nats per row: values that count as equal, and differences that are not reported."""
 
 _UNDECIDED = 0.005
-"""Nats a row: components that differ by more than this could be told apart by more rows."""
+"""Standard deviation of the components' NLL, in nats per row, above which more rows would help."""
 
 TUNING_SAMPLES = 512
-"""Quasi-Monte-Carlo points while the grid is searched; their error averages out over rows."""
+"""Quasi-Monte-Carlo points during the grid search; their error averages out over rows."""
 
 _FEW_ROWS = 100
 
@@ -49,8 +49,8 @@ class TunedPrior:
     Attributes:
         prior: The manifest's new ``prior``.
         precision: δ; for an average, its weighted geometric mean.
-        method: How it was chosen: ``averaged``, ``validation``, ``marglik`` or ``adapted``.
-        reason: What was learned, in one line.
+        method: ``averaged``, ``validation``, ``marglik`` or ``adapted``.
+        reason: Summary of the choice, in one line.
         notes: What the user should know, one line each.
     """
 
@@ -71,17 +71,17 @@ def tune_prior(
     """Choose the prior, or average over it, and record it in the manifest.
 
     Args:
-        model: The adapter (for the marginal likelihood only its folder is read).
+        model: The adapter; the marginal likelihood needs its files only.
         data: Labelled rows; None means a seeded half of the task's labelled split that ``fit`` did not read.
         settings: Method, structure of the prior, optimizer.
         progress: Progress callback.
-        load: Loads the model, where one is needed; by default :func:`lapora.models.loading.load_model`.
+        load: Loads the model, if it is needed; by default :func:`lapora.models.loading.load_model`.
 
     Raises:
-        PosteriorError: No such posterior, or a damaged one.
-        UsageError: A combination that does not exist.
-        DataError: ``validation`` without labelled rows.
-        NumericalError: Eigenvalues that no curvature has.
+        PosteriorError: The posterior is missing or damaged.
+        UsageError: The options cannot be combined.
+        DataError: ``validation`` is requested, and there are no labelled rows.
+        NumericalError: An eigenvalue is negative or not finite.
     """
     data, settings = data or DataSettings(), settings or PriorSettings()
     if settings.link == "map":
@@ -90,7 +90,7 @@ def tune_prior(
         raise UsageError(f"--prior point goes with --method auto; {settings.method} gives one precision anyway")
     folder = posterior_folder(model.root, settings.name)
     with model.processes.raise_together():
-        SavedPosterior(folder, validate_prior=False)  # nothing is written where no posterior is
+        SavedPosterior(folder, validate_prior=False)  # raises before the lock file is written
     with model.processes.on_main(write_lock(folder)):
         return _tune(folder, model, data, settings, progress, load)
 
@@ -130,7 +130,7 @@ def _rewrite(model: ModelSettings, posterior: SavedPosterior, prior: dict[str, A
 
 
 def _open(model: ModelSettings, data: DataSettings, settings: PriorSettings, load: Loader | None) -> Fitted:
-    from lapora.models.loading import load_model  # imports torch, which marglik does without
+    from lapora.models.loading import load_model  # imports torch, which marglik does not need
     from lapora.workflows.task_model import open_fitted
 
     return open_fitted(model, settings.name, data=data, load=load or load_model)
@@ -139,7 +139,7 @@ def _open(model: ModelSettings, data: DataSettings, settings: PriorSettings, loa
 def _refuse_other_answers(
     posterior: SavedPosterior, model: ModelSettings, data: DataSettings, settings: PriorSettings, load: Loader | None
 ) -> None:
-    """Refuse rows with other answers than the posterior's; everything else that differs is named with them."""
+    """Refuse rows with other answers than the posterior's; the error names all differences."""
     from lapora.workflows.task_model import differences_of_answers
 
     if differences_of_answers(posterior, data):
@@ -172,14 +172,14 @@ def _by_average(
     progress: Progress | None,
     load: Loader | None,
 ) -> TunedPrior:
-    """Average over prior precision and temperature: with the labelled rows that there are, or with none."""
+    """Average over prior precision and temperature, with labelled rows or without."""
     found = _rows_or_reason(posterior, model, data, settings)
     manifest = posterior.manifest
     if isinstance(found, str):
         if manifest.training_curve is None:
             tuned = _by_evidence(posterior, evidence, f", since there are no labelled rows ({found})")
             why = "fitted by an earlier version, or on rows without labels"
-            tuned.notes.append(f"nothing is known of what the training rows tolerate ({why}): fit again to average")
+            tuned.notes.append(f"the posterior has no NLL curve of its training rows ({why}): fit again to average")
             return tuned
         averaged = average_without_rows(manifest.training_curve)
         notes = [f"no labelled rows ({found}): the average is over what the training rows tolerate"]
@@ -209,7 +209,7 @@ def _by_average(
 def _rows_or_reason(
     posterior: SavedPosterior, model: ModelSettings, data: DataSettings, settings: PriorSettings
 ) -> LabelledRows | str:
-    """Read the labelled rows, or say why there are none where none were asked for; no model is loaded."""
+    """Read the labelled rows without loading a model; if none were requested and there are none, return why."""
     from lapora.workflows.rows import tuning_rows
 
     try:
@@ -221,7 +221,7 @@ def _rows_or_reason(
 
 
 def _learned(averaged: Averaged) -> str:
-    """Say in one line what the rows taught."""
+    """Return a summary of the average, in one line."""
     source = "no labelled rows" if not averaged.n else f"{averaged.n} rows of {averaged.split}"
     width = ""
     if averaged.tolerance is not None:
@@ -280,7 +280,7 @@ _SHARE_WORTH_SAYING = 0.95
 
 
 def _truncation_note(posterior: SavedPosterior) -> list[str]:
-    """Warn of a posterior that lacks a part of the curvature, as version 0.1 truncated it."""
+    """Warn of a posterior of version 0.1, whose truncation drops a part of the curvature."""
     kept = posterior.manifest.kept
     if posterior.manifest.remainder == "mean" or kept >= _SHARE_WORTH_SAYING:
         return []
@@ -326,7 +326,7 @@ def _by_validation(
     progress: Progress | None,
     load: Loader | None,
 ) -> TunedPrior:
-    """Choose the prior precision of least NLL on labelled rows.
+    """Choose the prior precision of minimum NLL on labelled rows.
 
     A scalar prior is searched on :data:`GRID`. With one prior per kind or layer, the ratios are those of the
     marginal likelihood and their common factor is searched.
@@ -361,10 +361,10 @@ class ValidationChoice:
     """A prior precision chosen on labelled rows.
 
     Attributes:
-        prior: The prior of least NLL.
+        prior: The prior of minimum NLL.
         record: The manifest's record: the curve, MAP, the rows used, and NLL at the marginal likelihood's prior.
-        at_bound: ``lowest`` or ``highest`` where the least NLL is at the grid's end, else None.
-        reason: What was chosen, and what the marginal likelihood would have given: one line.
+        at_bound: ``lowest`` or ``highest`` if the minimum is at that end of the grid, else None.
+        reason: The choice, and the marginal likelihood's for comparison, in one line.
         notes: What else the user should know.
         noise_scale: s of a regression's noise.
     """
@@ -389,7 +389,7 @@ def _choose(
     from lapora.workflows.scoring import score_rows
 
     scalar = settings.structure == "scalar"
-    # With several precisions the grid is that of the smallest, so that its top is MAP for all of them.
+    # With several precisions, the grid applies to the smallest, so that all of them reach MAP at its end.
     smallest = min(by_evidence.precisions.values())
     factors = GRID / smallest
     priors = [
@@ -455,12 +455,12 @@ def _recorded(scores: Mapping[str, float]) -> dict[str, float]:
 
 
 class CurveMinimum(NamedTuple):
-    """Where a curve is least.
+    """Minimum of a curve.
 
     Attributes:
-        position: Where, in log δ.
-        value: The curve there, of the parabola where that says so: NLL, in nats a row.
-        at_bound: ``lowest`` or ``highest`` where the least value is at that end, else None.
+        position: Its position, log δ.
+        value: NLL there in nats per row, interpolated by a parabola unless at a bound.
+        at_bound: ``lowest`` or ``highest`` if the minimum is at that end, else None.
     """
 
     position: float
@@ -469,7 +469,7 @@ class CurveMinimum(NamedTuple):
 
 
 def curve_minimum(positions: Sequence[float], values: Sequence[float]) -> CurveMinimum:
-    """The least point of a curve: the vertex of the parabola through its three best neighbouring points."""
+    """Return the minimum of a curve: the vertex of the parabola through its lowest point and the two neighbors."""
     best = _least(values)
     here = float(positions[best]), float(values[best])
     if best in (0, len(positions) - 1):
@@ -487,7 +487,7 @@ def curve_minimum(positions: Sequence[float], values: Sequence[float]) -> CurveM
 
 
 def _least(values: Sequence[float]) -> int:
-    """The last of the least values: where priors make no difference, the tighter one is nearer to MAP."""
+    """Return the index of the minimum; of equal values the last, whose prior is closer to MAP."""
     return int(np.flatnonzero(np.asarray(values) <= min(values) + _NO_DIFFERENCE)[-1])
 
 

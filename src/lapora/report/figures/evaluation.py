@@ -17,7 +17,7 @@ _MOST_CURVES = 8
 _LEAST_COVERAGE = 0.05
 _NORMAL_95 = 1.96
 _FEW = 10
-"""Rows of a bin whose accuracy says little."""
+"""Number of rows below which a bin's accuracy is unreliable."""
 
 
 def evaluation_pictures(
@@ -134,7 +134,7 @@ def _histograms(pair: Mapping[str, Tensor], targets: Tensor, ending: str, rows: 
 
 
 def _risk_coverage(tables: Mapping[str, Tensor], targets: Tensor, first: Sequence[str], rows: str) -> Picture:
-    """Draw one curve for all methods that rank the rows alike, as MAP and a temperature do with two answers.
+    """Draw one curve for all methods with the same ranking of the rows, such as MAP and a temperature with two answers.
 
     If there are too many, draw the baselines and ``first``.
     """
