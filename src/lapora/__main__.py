@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 TYPE_CHECKING = False
@@ -12,6 +13,8 @@ if TYPE_CHECKING:
 def main() -> None:
     """Run the command line."""
     sys.unraisablehook = interrupt_again
+    # PyTorch then aligns large tensors to pages, and glibc's heap keeps half as much freed memory (docs/scale.md).
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     try:
         from lapora.cli.app import run
 

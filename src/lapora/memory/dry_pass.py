@@ -79,6 +79,7 @@ def batch_memory(
     classes: int,
     directions: int,
     recompute_blocks: bool = False,
+    predicts: bool = False,
 ) -> int:
     """Estimate the peak memory of a batch in bytes, without the weights and the sums of a pass.
 
@@ -93,11 +94,14 @@ def batch_memory(
         classes: Number of answers C.
         directions: Number of directions K, gradients per row.
         recompute_blocks: Blocks store only their inputs (gradient checkpointing).
+        predicts: The batch is also predicted, as for the training curve: unlike Kronecker sums, this stores the inputs
+            of all layers.
     """
+    kept: Structure = "diag" if predicts and structure == "kron" else structure
 
     def peak(blocks: int | None, count: int) -> int:
         with _first_blocks(meta_model, layers, blocks) as remaining:
-            observer = _observer(structure, remaining, classes, count)
+            observer = _observer(kept, remaining, classes, count)
             return _peak_bytes(
                 meta_model, remaining, observer, batch, classes, count, recompute_blocks=recompute_blocks
             )

@@ -17,8 +17,10 @@ from lapora.models.device_map import available_memory
 from lapora.models.lora_layers import find_bayesian_layers
 from lapora.models.meta_model import MetaModel, build_meta_model, first_batch
 
-_ALLOWANCE = {"cpu": 1.6}
+_ALLOWANCE = {"cpu": 1.3}
 _OTHER_ALLOWANCE = 1.2
+_PROCESS = {"cpu": 850 * 2**20}
+"""Memory of Python and the imported libraries, which other devices do not hold."""
 
 
 def allocator_overhead(device: str) -> float:
@@ -27,6 +29,11 @@ def allocator_overhead(device: str) -> float:
     Measured on a CPU as 1.52 to 1.57, in four fits of a real encoder; the value for GPUs is an assumption.
     """
     return _ALLOWANCE.get(device, _OTHER_ALLOWANCE)
+
+
+def process_memory(device: str) -> int:
+    """Return the bytes of Python and the imported libraries; 0 on a device other than the CPU."""
+    return _PROCESS.get(device, 0)
 
 
 @dataclass(frozen=True)
@@ -39,7 +46,7 @@ class MemoryEstimate:
         batch: Rows and tokens of the assumed batch.
         activations: Peak memory of that batch.
         factors: Sums of the curvature, their workspace and file.
-        peak_device: Peak memory on the device, unused memory of the allocator included.
+        peak_device: Peak memory on the device; unused memory of the allocator and, on a CPU, the process are included.
         peak_host: Peak memory on the host, if the device is not the CPU.
         free_device: Free memory on the device, or None if unknown.
         free_host: Free memory on the host.
@@ -62,7 +69,9 @@ class MemoryEstimate:
         """Whether the fit is possible, or None if the device's memory is unknown."""
         if self.device != "cpu" and self.peak_host > self.free_host:
             return False
-        return None if self.free_device is None else self.peak_device <= self.free_device
+        # The memory of Python and the libraries is in use already.
+        needed = self.peak_device - process_memory(self.device)
+        return None if self.free_device is None else needed <= self.free_device
 
     def describe(self) -> dict[str, Any]:
         """Return the estimate as JSON values, sizes in bytes."""
@@ -75,6 +84,7 @@ class MemoryEstimate:
             "workspace": max(self.factors.passing, self.factors.deciding),
             "artifact": self.factors.artifact,
             "allowance": allocator_overhead(self.device),
+            "process": process_memory(self.device),
             "peak": {"device": self.peak_device, "host": self.peak_host},
             "free": {
                 "device": None if self.free_device is None else int(self.free_device),
@@ -178,12 +188,19 @@ class _Estimator:
         meta_model: MetaModel = self._cached(("meta model", model.quantize), lambda: self._build_meta_model(model))
         layers = find_bayesian_layers(meta_model.model, settings.subset, whole_answers=bool(self.answers))
         columns = self.columns if settings.fisher == "exact" else 1
+        predicts = settings.prior_method != "marglik"  # for the training curve
         batch = first_batch(
-            meta_model, self.rows, self.length, answers=self.answers, texts=self.texts, batch_size=model.batch_size
+            meta_model,
+            self.rows,
+            self.length,
+            answers=self.answers,
+            texts=self.texts,
+            batch_size=model.batch_size,
+            bucketed=predicts,
         )
         sequences, tokens = batch.input_ids.shape
         activations: int = self._cached(
-            ("batch", settings.structure, len(batch), model.gradient_checkpointing),
+            ("batch", settings.structure, predicts, len(batch), model.gradient_checkpointing),
             lambda: batch_memory(
                 meta_model,
                 layers,
@@ -192,6 +209,7 @@ class _Estimator:
                 classes=self.classes,
                 directions=columns,
                 recompute_blocks=model.gradient_checkpointing,
+                predicts=predicts,
             ),
         )
         # Not in the dry pass: one dequantized weight, and the attention mask of padded rows.
@@ -234,7 +252,7 @@ def _peaks(weights: int, device: str, activations: int, sizes: Footprint, settin
     if device == "cpu":
         if settings.offload_factors:
             passing = activations + sizes.host + sizes.passing
-        return weights + round(overhead * max(passing, deciding)), 0
+        return weights + process_memory(device) + round(overhead * max(passing, deciding)), 0
     if settings.offload_factors:
         on_host = max(sizes.host, deciding) + sizes.artifact
         return weights + round(overhead * (activations + sizes.passing)), round(allocator_overhead("cpu") * on_host)

@@ -251,6 +251,7 @@ def first_batch(
     answers: Sequence[int] = (),
     texts: int = 1,
     batch_size: int | None = None,
+    bucketed: bool = False,
 ) -> Batch:
     """Return the first batch of a pass over equal rows of zeros.
 
@@ -262,9 +263,11 @@ def first_batch(
         answers: Tokens of each answer then.
         texts: Number of texts of a row.
         batch_size: Rows per batch, or None for the token budget.
+        bucketed: Whether the rows are padded as for a prediction.
     """
     prompt = max(1, tokens - max((length - 1 for length in answers), default=0))
     row = PlainRow([0] * prompt, [PlainAnswer([0] * length, length) for length in answers])
     row = replace(row, second=row) if texts == 2 else row
     outputs = MetaOutputModel(meta_model.model, meta_model.kind, 0)
-    return next(iter(BatchFeed(outputs, [row] * min(rows, batch_size or TOKEN_BUDGET), BatchSize(batch_size))))
+    encoded = [row] * min(rows, batch_size or TOKEN_BUDGET)
+    return next(iter(BatchFeed(outputs, encoded, BatchSize(batch_size), bucketed=bucketed)))

@@ -203,11 +203,11 @@ def fit(
     with processes.raise_together():
         refuse_to_replace(folder, overwrite=settings.overwrite)
         rows = read_training_rows(model, data, settings)
-        answers = _check_tokens(model, rows, settings)
+        lengths = _check_tokens(model, rows, settings)
     notes: list[str] = []
     memory = None
     if on_estimate is not None:
-        memory = _estimate_or_note(model, rows, answers, settings, notes)
+        memory = _estimate_or_note(model, rows, lengths, settings, notes)
         if memory is not None:
             on_estimate(memory)
     with processes.on_main(write_lock(folder)):
@@ -329,11 +329,28 @@ def _render(
     )
 
 
-def _check_tokens(model: ModelSettings, rows: TrainingRows, settings: FitSettings) -> list[int]:
+_LONGEST = 64
+"""Number of rows, those with the most characters, among which the row with the most tokens is looked for."""
+
+
+@dataclass(frozen=True)
+class _Lengths:
+    """Numbers of tokens that the memory estimate assumes.
+
+    Attributes:
+        longest: Tokens of the longest row that the network reads.
+        answers: Tokens of each answer of the row that has the most; empty if the answers are single tokens, or classes.
+    """
+
+    longest: int
+    answers: tuple[int, ...] = ()
+
+
+def _check_tokens(model: ModelSettings, rows: TrainingRows, settings: FitSettings) -> _Lengths:
     """Check, before weights are loaded, that whole answers can be scored, and that every token has an embedding.
 
     Returns:
-        Tokens of each answer of the row that has the most; empty if the answers are single tokens, or classes.
+        The lengths of the longest row.
 
     Raises:
         DataError: An answer has no tokens, or tokens without an embedding in the base model.
@@ -342,18 +359,25 @@ def _check_tokens(model: ModelSettings, rows: TrainingRows, settings: FitSetting
     tokenizer, known = tokenizer_and_embeddings(rows.adapter, model)
     answers = _encode_answers(tokenizer, rows, settings)
     has_embeddings = known is None or max(tokenizer.get_vocab().values(), default=0) < known
+    examples = rows.examples
     if answers.answer_score is None and has_embeddings:
-        return []
+        examples = sorted(examples, key=_characters, reverse=True)[:_LONGEST]
     encoded = encode_all(
-        rows.examples,
+        examples,
         tokenizer,
         kind=rows.adapter.kind,
         max_length=rows.max_length,
         chat_template=settings.chat_template,
         answer_score=answers.answer_score,
     )
-    require_embeddings(rows.examples, encoded, known)
-    return max(([len(answer.ids) for answer in row.answers] for row in encoded), key=sum)
+    require_embeddings(examples, encoded, known)
+    texts = [text for row in encoded for text in (row, row.second) if text is not None]
+    most = max((tuple(len(answer.ids) for answer in row.answers) for row in encoded), key=sum)
+    return _Lengths(max(len(text) for text in texts), most)
+
+
+def _characters(example: Example) -> int:
+    return sum(map(len, example.inputs or (example.text or "",)))
 
 
 def _encode_answers(tokenizer: Any, rows: TrainingRows, settings: FitSettings) -> AnswerEncoding:
@@ -432,16 +456,16 @@ def estimate_memory(
     settings = resolve_settings(model, settings)
     rows = read_training_rows(model, data, settings)
     try:
-        answers = _check_tokens(model, rows, settings)
+        lengths = _check_tokens(model, rows, settings)
     except AdapterError:  # no tokenizer: only the configuration of the base model is on this machine
-        answers = []
-    return _estimate(model, rows, answers, settings, device_memory)
+        lengths = _Lengths(rows.max_length)
+    return _estimate(model, rows, lengths, settings, device_memory)
 
 
 def _estimate(
     model: ModelSettings,
     rows: TrainingRows,
-    answers: Sequence[int],
+    lengths: _Lengths,
     settings: FitSettings,
     device_memory: float | None = None,
 ) -> MemoryEstimate:
@@ -454,18 +478,18 @@ def _estimate(
         columns=likelihood.columns if rows.choices else rows.classes - 1,
         texts=2 if likelihood.name == "preference" else 1,
         rows=len(rows.examples),
-        length=rows.max_length,
-        answers=answers,
+        length=lengths.longest,
+        answers=lengths.answers,
         device_memory=device_memory,
     )
 
 
 def _estimate_or_note(
-    model: ModelSettings, rows: TrainingRows, answers: Sequence[int], settings: FitSettings, notes: list[str]
+    model: ModelSettings, rows: TrainingRows, lengths: _Lengths, settings: FitSettings, notes: list[str]
 ) -> MemoryEstimate | None:
     """Estimate the memory; if that is not possible for this model, append the reason to ``notes``."""
     try:
-        return _estimate(model, rows, answers, settings)
+        return _estimate(model, rows, lengths, settings)
     except AdapterError as error:
         notes.append(f"memory not estimated: {error}")
         return None
