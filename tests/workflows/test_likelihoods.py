@@ -18,12 +18,13 @@ from lapora.config import DataSettings, EvalSettings, FitSettings, PredictSettin
 from lapora.errors import DataError, UsageError
 from lapora.likelihoods.gaussian import Gaussian
 from lapora.metrics.mixtures import mixture_moments
+from lapora.models.batching import bucket_length
 from lapora.models.loading import silence_libraries
 from lapora.report.figures import checkpoint_pictures
 from lapora.report.tables import checkpoint_scores
 from lapora.storage.saved import SavedPosterior
 from lapora.workflows.evaluate import run_evaluation
-from lapora.workflows.fit import estimate_memory, fit
+from lapora.workflows.fit import estimate_memory, fit, prepare_fit
 from lapora.workflows.predict import predict
 from lapora.workflows.rows import read_labelled_rows
 from lapora.workflows.scoring import forward_outputs, score_rows
@@ -389,7 +390,9 @@ def test_a_regression_needs_a_target_in_every_row(tiny):
 def test_the_memory_is_estimated(name, fitted_once):
     folder = fitted_once[name]
     found = estimate_memory(model_of(folder), data_of(folder), FitSettings())
-    assert found.activations > 0 and found.batch == (21 if name == "preference" else 24, 48)
+    encoded = prepare_fit(model_of(folder), data_of(folder), FitSettings()).encoded
+    longest = max(len(text) for row in encoded for text in (row, row.second) if text is not None)
+    assert found.activations > 0 and found.batch == (24, bucket_length(longest, None))
 
 
 @pytest.mark.parametrize("name", LIKELIHOODS)

@@ -5,7 +5,7 @@ The code is that of a real pass: the model, the cuts of its graph, the direction
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -79,7 +79,7 @@ def batch_memory(
     classes: int,
     directions: int,
     recompute_blocks: bool = False,
-    predicts: bool = False,
+    input_owners: Mapping[str, str] | None = None,
 ) -> int:
     """Estimate the peak memory of a batch in bytes, without the weights and the sums of a pass.
 
@@ -94,14 +94,13 @@ def batch_memory(
         classes: Number of answers C.
         directions: Number of directions K, gradients per row.
         recompute_blocks: Blocks store only their inputs (gradient checkpointing).
-        predicts: The batch is also predicted, as for the training curve: unlike Kronecker sums, this stores the inputs
-            of all layers.
+        input_owners: The result of :func:`input_owners_of` if the batch is also predicted, as for the training curve:
+            unlike Kronecker sums, a prediction stores the inputs of all layers.
     """
-    kept: Structure = "diag" if predicts and structure == "kron" else structure
 
     def peak(blocks: int | None, count: int) -> int:
         with _first_blocks(meta_model, layers, blocks) as remaining:
-            observer = _observer(kept, remaining, classes, count)
+            observer = _observer(structure, remaining, classes, count, input_owners)
             return _peak_bytes(
                 meta_model, remaining, observer, batch, classes, count, recompute_blocks=recompute_blocks
             )
@@ -119,9 +118,18 @@ def batch_memory(
     return two + (directions - _DIRECTIONS) * (two - one)
 
 
-def _observer(structure: Structure, layers: Sequence[BayesianLayer], classes: int, directions: int) -> Observer:
-    if structure == "kron":
+def _observer(
+    structure: Structure,
+    layers: Sequence[BayesianLayer],
+    classes: int,
+    directions: int,
+    input_owners: Mapping[str, str] | None = None,
+) -> Observer:
+    if structure == "kron" and input_owners is None:
         return _InputOwners()
+    if structure == "kron" and input_owners is not None:
+        bases = {layer.name: LayerBasis(input_owners[layer.name]) for layer in layers}
+        return SecondMomentObserver(bases, directions=directions)
     if structure in ("lowrank", "full"):
         return JacobianObserver(layers, classes)
     return SecondMomentObserver({layer.name: LayerBasis(layer.name) for layer in layers}, directions=directions)

@@ -199,6 +199,9 @@ class _Estimator:
             bucketed=predicts,
         )
         sequences, tokens = batch.input_ids.shape
+        input_owners: dict[str, str] = self._cached(
+            ("input owners",), lambda: input_owners_of(meta_model, layers, self.classes)
+        )
         activations: int = self._cached(
             ("batch", settings.structure, predicts, len(batch), model.gradient_checkpointing),
             lambda: batch_memory(
@@ -209,7 +212,7 @@ class _Estimator:
                 classes=self.classes,
                 directions=columns,
                 recompute_blocks=model.gradient_checkpointing,
-                predicts=predicts,
+                input_owners=input_owners if predicts else None,
             ),
         )
         # Not in the dry pass: one dequantized weight, and the attention mask of padded rows.
@@ -218,7 +221,7 @@ class _Estimator:
             StructureShape(
                 structure=settings.structure,
                 layers=layers,
-                input_owners=self._cached(("input owners",), lambda: input_owners_of(meta_model, layers, self.classes)),
+                input_owners=input_owners,
                 classes=self.classes,
                 columns=columns,
                 rows=self.rows,
