@@ -171,7 +171,7 @@ class Run:
         if self._scaled:
             names = [part for name in (*self._tuned, ASDL_SCALE) for part in ("--name", name)]
             step = f"eval {ASDL_SCALE}"
-            scaled = self.lapora(step, "eval", *names, "--methods", "map", *_LINK, "--json")["result"]
+            scaled = self.lapora(step, "eval", *names, "--methods", "map,laplace", *_LINK, "--json")["result"]
             assert scaled["n"] == record["n"], "the same rows"
             result = next(each for each in scaled["results"] if each.get("name") == ASDL_SCALE)
             found[_label(result)] = _scores(result, scaled)
