@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -244,3 +245,18 @@ def test_help_and_version_import_no_torch():
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
     shown = subprocess.run([sys.executable, "-m", "lapora", "--version"], capture_output=True, text=True, timeout=60)
     assert shown.stdout.startswith("lapora ")
+
+
+@pytest.mark.parametrize(("given", "expected"), [(None, "1"), ("0", "0")])
+def test_large_tensors_are_aligned_to_pages_unless_the_user_says_no(given, expected):
+    environment = {name: value for name, value in os.environ.items() if name != "THP_MEM_ALLOC_ENABLE"}
+    environment |= {} if given is None else {"THP_MEM_ALLOC_ENABLE": given}
+    script = (
+        "import os, sys\n"
+        "import lapora.cli.app\n"
+        "lapora.cli.app.run = lambda: print(os.environ['THP_MEM_ALLOC_ENABLE'], 'torch' in sys.modules)\n"
+        "from lapora.__main__ import main\n"
+        "main()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, env=environment)
+    assert done.stdout.split() == [expected, "False"]
