@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 def main() -> None:
     """Run the command line."""
     sys.unraisablehook = interrupt_again
-    # PyTorch then aligns large tensors to pages, and glibc's heap keeps half as much freed memory (docs/scale.md).
+    # PyTorch then aligns large tensors to pages, and glibc's heap keeps less freed memory (docs/scale.md).
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     try:
         from lapora.cli.app import run

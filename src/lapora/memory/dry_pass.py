@@ -125,9 +125,9 @@ def _observer(
     directions: int,
     input_owners: Mapping[str, str] | None = None,
 ) -> Observer:
-    if structure == "kron" and input_owners is None:
-        return _InputOwners()
-    if structure == "kron" and input_owners is not None:
+    if structure == "kron":
+        if input_owners is None:
+            return _InputOwners()
         bases = {layer.name: LayerBasis(input_owners[layer.name]) for layer in layers}
         return SecondMomentObserver(bases, directions=directions)
     if structure in ("lowrank", "full"):

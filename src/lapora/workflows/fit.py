@@ -330,7 +330,7 @@ def _render(
 
 
 _LONGEST = 64
-"""Number of rows, those with the most characters, among which the row with the most tokens is looked for."""
+"""Number of rows, those with the most characters, that are tokenized to find the longest."""
 
 
 @dataclass(frozen=True)
