@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
+from torch.nn.functional import cross_entropy
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -30,6 +31,20 @@ PAPER: dict[str, dict[str, Any]] = {
     "classifier": {"batch_size": 32, "max_length": 256, "targets": ["query", "value"]},
     "causal": {"batch_size": 8, "max_length": 300, "targets": ["q_proj", "v_proj", "lm_head"]},
 }
+
+
+class AnswerTrainer(Trainer):
+    """A trainer of causal models that computes logits only at the tokens of the answers."""
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The cross-entropy of the answers' tokens, averaged over them."""
+        labels = inputs.pop("labels")[:, 1:]
+        kept = (labels != -100).any(dim=0).nonzero().squeeze(1)
+        outputs = model(**inputs, logits_to_keep=kept)
+        loss = cross_entropy(outputs.logits.float().flatten(0, 1), labels[:, kept].flatten())
+        return (loss, outputs) if return_outputs else loss
 
 
 def arguments() -> argparse.Namespace:
@@ -73,7 +88,7 @@ def main() -> None:
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     if base.config.pad_token_id is None:
         base.config.pad_token_id = pad
-    trainer = Trainer(
+    trainer = (AnswerTrainer if causal else Trainer)(
         model=get_peft_model(base, lora),
         args=TrainingArguments(
             output_dir=options.output_dir,

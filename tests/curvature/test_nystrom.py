@@ -28,15 +28,18 @@ def test_a_test_matrix_is_block_diagonal_and_orthonormal(monkeypatch, dimension,
     matrix = TestMatrix(dimension, width, seed=3, like=FLOAT64)
     assert (len(matrix.blocks), matrix.run, matrix.shape) == (blocks, run, (dimension, width))
     assert blocks == block_count(dimension, width)
-    dense = matrix.rows(0, dimension)
+    dense = matrix.products(torch.eye(dimension).double())
     torch.testing.assert_close(dense.T @ dense, torch.eye(width).double(), atol=1e-9, rtol=0)
     row, column = torch.arange(dimension), torch.arange(width)
     same = (row // run % blocks).unsqueeze(1) == (column * blocks // width).unsqueeze(0)
     assert torch.equal(dense != 0, same)
-    middle = 2 * blocks * run
-    assert torch.equal(torch.cat([matrix.rows(0, middle), matrix.rows(middle, dimension)]), dense)
     rows = torch.randn(7, dimension, generator=torch.Generator().manual_seed(0)).double()
     torch.testing.assert_close(matrix.products(rows), rows @ dense)
+    middle = 2 * blocks * run
+    for start, stop in ((0, middle), (middle, dimension)):
+        image, weights = rows.T[start:stop], rows[:, :width].T
+        torch.testing.assert_close(matrix.transposed_products(image, start), dense[start:stop].T @ image)
+        torch.testing.assert_close(matrix.combinations(weights, start, stop), dense[start:stop] @ weights)
 
 
 def test_a_test_matrix_depends_on_its_seed_alone():

@@ -8,7 +8,7 @@ What is wanted is ``M ≈ U Λ Uᵀ + ρ (I - U Uᵀ)`` with k < l directions. T
 Nyström's Λ too small: it is exact for a matrix of rank l, which M is not, and ``M - ρ I`` nearly is. ``M - s I`` has
 the sketch ``Y - s Ω`` and the core ``Ωᵀ Y - s Ωᵀ Ω``, which ``s = ρ`` would make indefinite, since half of the
 remaining eigenvalues are below their mean. Here s is ``ρ / 2``, and at most half of the core's eigenvalue in each of
-the core's eigenvectors; ρ follows from the trace, which is summed exactly, in a few iterations on l x l matrices.
+the core's eigenvectors; ρ follows from the trace, which is summed exactly. Only inner products of Y and Ω are needed.
 Errors on the factors of real adapters: docs/posteriors.md.
 """
 
@@ -24,7 +24,6 @@ from lapora.errors import NumericalError
 
 _SHIFT = 0.5
 """Largest share of the mean remaining eigenvalue, and of an eigenvalue of the core, that is subtracted."""
-_ITERATIONS, _CONVERGED = 6, 0.01
 ROWS_AT_A_TIME = 8192
 """Number of rows of a sketch that are converted to float64 at a time."""
 TEST_MATRIX = "block-diagonal"
@@ -91,14 +90,29 @@ class TestMatrix:
         dealt = rows.unflatten(1, (length // self.run, count, self.run)).permute(2, 0, 1, 3)
         return torch.bmm(dealt.reshape(count, len(rows), length), self.blocks).transpose(0, 1).flatten(1)
 
-    def rows(self, start: int, stop: int) -> Tensor:
-        """Return rows of Ω, ``(stop - start, l)``; both limits are multiples of ``G * run``, or the end."""
-        count, _, columns = self.blocks.shape
-        part = self.blocks[:, start // count : stop // count]
-        dense = part.new_zeros(part.shape[1] // self.run, count, self.run, count, columns)
-        for index in range(count):
-            dense[:, index, :, index] = part[index].unflatten(0, (-1, self.run))
-        return dense.reshape(stop - start, -1)
+    def transposed_products(self, image: Tensor, start: int) -> Tensor:
+        """Return ``Ωᵀ image``, ``(l, m)``, for the rows of Ω from ``start`` on.
+
+        Args:
+            image: ``(n, m)``, in any dtype.
+            start: A multiple of ``G * run``, as is ``start + n`` unless it is d.
+        """
+        blocks = self._part(start, image)
+        count, length, _ = blocks.shape
+        dealt = image.unflatten(0, (length // self.run, count, self.run)).transpose(0, 1)
+        return torch.bmm(blocks.mT, dealt.reshape(count, length, -1)).flatten(0, 1)
+
+    def combinations(self, weights: Tensor, start: int, stop: int) -> Tensor:
+        """Return ``Ω weights`` for some rows of Ω, ``(stop - start, m)``, for ``weights`` ``(l, m)``."""
+        blocks = self._part(start, weights, stop)
+        count = len(blocks)
+        dealt = torch.bmm(blocks, weights.unflatten(0, (count, -1))).unflatten(1, (-1, self.run))
+        return dealt.transpose(0, 1).flatten(0, 2)
+
+    def _part(self, start: int, like: Tensor, stop: int | None = None) -> Tensor:
+        count = len(self.blocks)
+        stop = start + len(like) if stop is None else stop
+        return self.blocks[:, start // count : stop // count].to(like)
 
 
 class NystromSketch:
@@ -155,52 +169,55 @@ class NystromSketch:
         if not bool(torch.isfinite(self.image).all()):
             raise NumericalError("the curvature is not finite; try --dtype float32")
         dimension, width = self.image.shape
-        # Y = Ω core + the rest, with the inner products of the rest in a triangular factor.
-        core, factor = self._double(width, width), self._double(0, width)
-        for test, image in self._chunks():
-            core += test.T @ image
-        for test, image in self._chunks():
-            factor = torch.linalg.qr(torch.cat([factor, image - test @ core]), mode="r").R
-        images = torch.cat([core, factor])
-        tests = torch.eye(len(images), width, dtype=torch.float64, device=images.device)
         accuracy = torch.finfo(self.image.dtype).eps
+        precise = self.image.dtype == torch.float64  # inner products would lose half of the digits
+        core, gram = (self.image.new_zeros(width, width, dtype=torch.float64) for _ in range(2))
+        factor = core[:0]
+        for start, image in self._chunks():
+            core += self.test_matrix.transposed_products(image, start)
+            if precise:
+                factor = torch.linalg.qr(torch.cat([factor, image]), mode="r").R
+            else:
+                gram += image.T @ image
         # Rounding errors of Y make the core indefinite; this much is added to M.
-        added = accuracy * float(images.norm())
+        added = accuracy * (float(factor.norm()) if precise else float(gram.trace()) ** 0.5)
         if added == 0.0:
-            return self._double(0), self.image[:, :0]
-        core = images[:width] + added * tests[:width]
-        values, vectors = torch.linalg.eigh((core + core.T) / 2)
+            return gram.new_zeros(0), self.image[:, :0]
+        values, vectors = torch.linalg.eigh((core + core.T) / 2 + added * torch.eye(width).to(core))
         values, vectors = values[values > 0.5 * added], vectors[:, values > 0.5 * added]
-        images, tests = images @ vectors, tests @ vectors
-        remainder, others = 0.0, max(dimension - rank, 1)
-        for _ in range(_ITERATIONS):
+        factor = factor @ vectors
+        gram = factor.T @ factor if precise else vectors.T @ gram @ vectors
+
+        def half(remainder: float) -> tuple[Tensor, Tensor, Tensor]:
+            """``Hᵀ H``, c and root of ``H = (Y V + Ω V c) root``; ``H Hᵀ`` approximates M less the shift."""
             shift = _SHIFT * torch.minimum(values, values.new_tensor(remainder))
-            root = (values - shift).rsqrt()
-            half = (images + (added - shift) * tests) * root  # half halfᵀ approximates M - shift
-            squares = torch.linalg.eigvalsh(half.T @ half).flip(0)[:rank]
-            eigenvalues = (squares + _SHIFT * remainder - added).clamp(min=0.0)
-            previous = remainder
-            remainder = max(self.trace - float(eigenvalues.sum()), 0.0) / others
-            if abs(remainder - previous) <= _CONVERGED * remainder:
-                break
-        right = torch.linalg.eigh(half.T @ half).eigenvectors.flip(1)[:, :rank]
+            root, c = (values - shift).rsqrt(), added - shift
+            inner = gram + torch.diag(c * (2.0 * (values - added) + c))
+            return root.unsqueeze(1) * inner * root, c, root
+
+        def remainder_after(remainder: float) -> float:
+            eigenvalues = torch.linalg.eigvalsh(half(remainder)[0]).flip(0)[:rank] + _SHIFT * remainder - added
+            return max(self.trace - float(eigenvalues.clamp(min=0.0).sum()), 0.0) / max(dimension - rank, 1)
+
+        # The remainder is the fixed point of a nearly linear function.
+        first = remainder_after(0.0)
+        slope = (remainder_after(first) - first) / first if first else 0.0
+        remainder = first / (1.0 - min(slope, 0.5))
+        inner, c, root = half(remainder)
+        squares, right = (part.flip(-1)[..., :rank] for part in torch.linalg.eigh(inner))
+        eigenvalues = (squares + _SHIFT * remainder - added).clamp(min=0.0)
         # A matrix of low rank has no remainder for the shift to be a part of.
         eigenvalues = eigenvalues * min(1.0, self.trace / float(eigenvalues.sum()))
         count = int((eigenvalues > 10 * accuracy * float(eigenvalues[0])).sum())
-        combination = right[:, :count] / squares[:count].sqrt()
-        combination = root.unsqueeze(1) * combination
-        of_test = vectors @ ((added - shift).unsqueeze(1) * combination)
-        of_image = vectors @ combination
+        combination = root.unsqueeze(1) * (right[:, :count] / squares[:count].sqrt())
+        of_test, of_image = vectors @ (c.unsqueeze(1) * combination), vectors @ combination
         directions = self.image.new_empty(dimension, count)
-        for part, (test, image) in zip(directions.split(ROWS_AT_A_TIME), self._chunks(), strict=True):
-            part.copy_(test @ of_test + image @ of_image)
+        for start, image in self._chunks():
+            stop = start + len(image)
+            directions[start:stop] = self.test_matrix.combinations(of_test, start, stop) + image @ of_image
         return eigenvalues[:count], directions
 
-    def _chunks(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield row chunks of Ω and Y in float64."""
+    def _chunks(self) -> Iterator[tuple[int, Tensor]]:
+        """Yield row chunks of Y in float64, with their first row."""
         for start in range(0, len(self.image), ROWS_AT_A_TIME):
-            image = self.image[start : start + ROWS_AT_A_TIME]
-            yield self.test_matrix.rows(start, start + len(image)).to(image).double(), image.double()
-
-    def _double(self, *shape: int) -> Tensor:
-        return torch.zeros(*shape, dtype=torch.float64, device=self.image.device)
+            yield start, self.image[start : start + ROWS_AT_A_TIME].double()

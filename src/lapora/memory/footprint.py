@@ -106,7 +106,7 @@ def footprint(shape: StructureShape) -> Footprint:
 
 def _sketch_workspace(dimension: int, width: int) -> int:
     """Return the workspace of decomposing a sketch: matrices of its width, and copies of row chunks in float64."""
-    return (4 * _EIGEN_COPIES * width + 6 * min(dimension, SKETCH_ROWS)) * width * _DOUBLE
+    return (2 * _EIGEN_COPIES * width + 3 * min(dimension, SKETCH_ROWS)) * width * _DOUBLE
 
 
 def _eigenvalues_of_side(dimension: int, rank: int | None) -> int:
