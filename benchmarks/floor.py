@@ -50,7 +50,7 @@ REAL_CASES: list[dict[str, Any]] = [
     {"classes": 4, "tokens": 60, "rows": 32, "batch_size": 8, "targets": "q, v"},
     {"classes": 2, "tokens": 200, "rows": 16, "batch_size": 4, "targets": "q, v"},
     {"classes": 2, "tokens": 60, "rows": 48, "batch_size": 8, "targets": "q, v, head"},
-    {"classes": 2, "tokens": 60, "rows": 48, "batch_size": 8, "targets": "all linear"},
+    {"classes": 2, "tokens": 60, "rows": 192, "batch_size": 8, "targets": "all linear"},
 ]
 """Of every real decoder."""
 PEER_CASES: list[dict[str, Any]] = [

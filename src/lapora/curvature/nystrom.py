@@ -134,7 +134,7 @@ class NystromSketch:
         """Add the outer products of ``rows``, ``(n, d)``."""
         self.image.addmm_(rows.T, self.test_matrix.products(rows))
         for part in rows.split(ROWS_AT_A_TIME, dim=1):  # float32 is accurate enough for sums of this length
-            self.trace += float(torch.linalg.vecdot(part, part).sum(dtype=torch.float64))
+            self.trace += float(torch.linalg.vector_norm(part, dim=1).double().square().sum())
 
     def empty_copy(self) -> NystromSketch:
         """Return an empty sketch with the same Ω, which can be merged into this one."""
