@@ -1,7 +1,7 @@
 """Training-free Bayesianization (Shi et al. 2024, arXiv 2412.05723), scored on the rows that ``lapora eval`` scores.
 
 With ``B = U diag(d) Vᵀ`` the update ``B A`` is ``(U diag(d)) (Vᵀ A)``; the weights ``Vᵀ A`` get the deviations
-``σ / d_i``. σ is the largest whose NLL on 50 training rows is at most .03 nats above that of the adapter (bisection of
+``σ / d_i``. σ is the largest whose NLL on training rows is at most .03 nats above that of the adapter (bisection of
 log σ), and ten samples are averaged. Prints accuracy, ECE and NLL as JSON.
 """
 
@@ -27,8 +27,8 @@ from lapora.workflows.scoring import forward_table
 from lapora.workflows.task_model import Fitted, open_fitted
 
 SAMPLES = 10
-_ANCHORS = 50
-"""Training rows that choose σ."""
+_ANCHORS = {"classifier": 200, "causal": 50}
+"""Training rows that choose σ, by kind of model."""
 _TOLERANCE, _BISECTIONS = 0.03, 8
 _LEAST, _MOST = 1e-4, 1.0
 
@@ -40,7 +40,7 @@ def main() -> None:
     plan = make_plan(model, EvalSettings(names=tuple(names)))
     fitted = open_fitted(model, names[0])
     manifest = fitted.posterior.manifest
-    train = DataSettings(data_dir=Path(manifest.data.data_dir or "."), split="train", limit=_ANCHORS)
+    train = DataSettings(data_dir=Path(manifest.data.data_dir or "."), split="train", limit=_ANCHORS[fitted.model.kind])
     anchors = read_labelled_rows(fitted.posterior, fitted.model.kind, train)
     rows = read_labelled_rows(
         fitted.posterior, fitted.model.kind, replace(DataSettings(), limit=limit), exclude=plan.tuning_digests

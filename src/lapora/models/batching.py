@@ -13,6 +13,7 @@ from lapora.distributed import SINGLE_PROCESS, Processes
 from lapora.errors import UsageError
 from lapora.models.answer_check import check_answers
 from lapora.models.batches import Batch, Encoded, collate, network_length, texts_of
+from lapora.models.heap import return_freed_memory
 from lapora.models.outputs import OutputModel
 
 Result = TypeVar("Result")
@@ -170,8 +171,11 @@ class BatchFeed:
         self._done -= rows
 
     def report_success(self) -> None:
-        """Report that the last batch fit in memory."""
-        self.size.report_success(self._output_model.device)
+        """Report that the last batch fit in memory, and return what it freed on a CPU."""
+        device = self._output_model.device
+        self.size.report_success(device)
+        if device.type == "cpu":
+            return_freed_memory()
 
 
 def bucket_length(length: int, limit: int | None) -> int:
