@@ -67,7 +67,7 @@ def main() -> None:
 
 
 def steps(runs: Sequence[Sequence[Run]]) -> Iterator[Callable[[], None]]:
-    """Yield what is done for the runs of each experiment; later steps wait for what they need of earlier ones."""
+    """Yield what is done for the runs of each experiment; a step does, or waits for, what it needs."""
 
     def of_skilled(seeds: Sequence[Run], step: Callable[[], None]) -> Callable[[], None]:
         return lambda: step() if seeds[0].screen() else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import threading
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -40,6 +41,7 @@ class Run:
         self, commands: Commands, experiment: Experiment, seed: int, base: str, shared: Path, output: Path
     ) -> None:
         self.commands, self.experiment, self.seed, self.base = commands, experiment, seed, base
+        self._scoring = threading.Lock()
         self.folder = output / experiment.name / f"seed-{seed}"
         self.folder.mkdir(parents=True, exist_ok=True)
         self.task = experiment.write_task(self.folder)
@@ -97,7 +99,11 @@ class Run:
         return bool(scores[PLAIN]["accuracy"] > constant + _DEVIATIONS * error)
 
     def score(self) -> None:
-        """Fit and tune every posterior, and score every method on the rows that tuned nothing."""
+        """Fit and tune every posterior, and score every method on the rows that tuned nothing; waits for its end."""
+        with self._scoring:
+            self._score()
+
+    def _score(self) -> None:
         self.train()
         self._fit()
         checkpoints = ["--ensemble", str(self.folder / "run")]
@@ -108,14 +114,16 @@ class Run:
         self._module("tfb", *self._model, str(self.experiment.scored))
 
     def score_seeds(self, others: Sequence[Run]) -> None:
-        """Score the ensemble of this adapter and those of other seeds."""
+        """Score the ensemble of this adapter and those of other seeds, after the others' training."""
+        self.score()
         for each in others:
             each.train()
         members = [part for each in others for part in ("--ensemble", str(each.adapter))]
         self._lapora("eval seeds", "eval", *self._chosen, "--methods", "ensemble", *members, "--json")
 
     def time(self) -> None:
-        """Measure seconds and peak memory of predicting rows."""
+        """Measure seconds and peak memory of predicting rows, after :meth:`score`."""
+        self.score()
         self._module("costs", *self._model, str(_TIMED[self.experiment.kind]), str(self.folder / "run"))
 
     def draw(self) -> None:

@@ -1,6 +1,7 @@
 """The experiments on real models: each command once, adapters without skill apart, tables of what there is so far."""
 
 import json
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -72,6 +73,25 @@ def test_an_adapter_without_skill_is_listed_and_nothing_else_is_done(tmp_path, s
         step()  # would run commands that fail
     text = "\n".join(markdown([seeds]))
     assert "No skill" in text and "| small | 100 | 0.200 | 0.270 |" in text and "MC dropout" not in text
+
+
+def test_steps_of_one_run_at_the_same_time_wait_for_its_scores(tmp_path, shared, monkeypatch):
+    """Costs are those of the posteriors, which another thread may be fitting."""
+    done = []
+    screened = {"0 train": None, "0 fit screen": None, "0 eval screen": evaluation(0.9)}
+    (run,) = runs_of(tmp_path, shared, screened)
+
+    def fit():
+        if "fitted" not in done:
+            time.sleep(0.2)
+            done.append("fitted")
+
+    monkeypatch.setattr(run, "_fit", fit)
+    monkeypatch.setattr(run, "_lapora", lambda step, *_: None)
+    monkeypatch.setattr(run, "_module", lambda name, *_: done.append(name))
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda step: step(), steps([[run]])))
+    assert done == ["fitted", "tfb", "tfb", "costs"]
 
 
 def test_tables_have_means_over_seeds_and_costs_of_the_first(tmp_path, shared):
