@@ -94,24 +94,24 @@ class TestMatrix:
         """Return ``Ωᵀ image``, ``(l, m)``, for the rows of Ω from ``start`` on.
 
         Args:
-            image: ``(n, m)``, in any dtype.
+            image: ``(n, m)``.
             start: A multiple of ``G * run``, as is ``start + n`` unless it is d.
         """
-        blocks = self._part(start, image)
+        blocks = self._part(start, start + len(image), image)
         count, length, _ = blocks.shape
         dealt = image.unflatten(0, (length // self.run, count, self.run)).transpose(0, 1)
         return torch.bmm(blocks.mT, dealt.reshape(count, length, -1)).flatten(0, 1)
 
     def combinations(self, weights: Tensor, start: int, stop: int) -> Tensor:
         """Return ``Ω weights`` for some rows of Ω, ``(stop - start, m)``, for ``weights`` ``(l, m)``."""
-        blocks = self._part(start, weights, stop)
+        blocks = self._part(start, stop, weights)
         count = len(blocks)
         dealt = torch.bmm(blocks, weights.unflatten(0, (count, -1))).unflatten(1, (-1, self.run))
         return dealt.transpose(0, 1).flatten(0, 2)
 
-    def _part(self, start: int, like: Tensor, stop: int | None = None) -> Tensor:
+    def _part(self, start: int, stop: int, like: Tensor) -> Tensor:
+        """Return the blocks' part in some rows of Ω, ``(G, (stop - start)/G, l/G)``, in the dtype of ``like``."""
         count = len(self.blocks)
-        stop = start + len(like) if stop is None else stop
         return self.blocks[:, start // count : stop // count].to(like)
 
 

@@ -26,7 +26,7 @@ _PROCESS = {"cpu": 850 * 2**20}
 def allocator_overhead(device: str) -> float:
     """Return the ratio of memory that the allocator holds to that of live tensors, without the weights.
 
-    Measured on a CPU as 1.1 to 1.3, on four real models (docs/scale.md); the value for GPUs is an assumption.
+    Measured on a CPU as 1.1 to 1.4, on four real models (docs/scale.md); the value for GPUs is an assumption.
     """
     return _ALLOWANCE.get(device, _OTHER_ALLOWANCE)
 
