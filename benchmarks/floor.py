@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -30,6 +29,7 @@ from typing import Any
 import torch
 
 from benchmarks.models import Subject, subject
+from benchmarks.peak import peak_memory
 from lapora.curvature.kfac import KronObserver
 from lapora.curvature.passes import CurvatureRun
 from lapora.likelihoods.categorical import exact_columns, log_probabilities
@@ -194,9 +194,9 @@ def peak(case: dict[str, Any], name: str, peers: bool) -> float:
         run: Callable[[], object] = lambda: floor(it, it.classes - 1)  # noqa: E731
     else:
         run = contestants(it, peers=peers)[name][1] if peers else _alone(it, name)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak_memory()
     run()
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    return peak_memory() - before
 
 
 def _alone(it: Subject, name: str) -> Callable[[], object]:

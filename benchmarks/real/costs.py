@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from benchmarks.peak import peak_memory, restart_peak
 from benchmarks.real.tfb import SAMPLES, sampled
 from lapora.config import DataSettings, EvalSettings, ModelSettings
 from lapora.workflows import baselines
@@ -60,12 +61,11 @@ def main() -> None:
 
 def measured(predict: Callable[[], object]) -> tuple[float, float]:
     """Return the CPU seconds of a call and the peak of the process's memory during it, in MiB."""
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak starts from what is held now
+    restart_peak()
     started = time.process_time()
     predict()
     seconds = time.process_time() - started
-    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    return seconds, next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) / 1024
+    return seconds, peak_memory()
 
 
 if __name__ == "__main__":

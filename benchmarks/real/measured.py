@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import atexit
-import resource
 import sys
 
+from benchmarks.peak import peak_memory
 from lapora.__main__ import main
 
 
 def print_peak() -> None:
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print(f"PEAK {peak:.0f}", file=sys.stderr, flush=True)
+    print(f"PEAK {peak_memory():.0f}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -38,6 +38,8 @@ from lapora.workflows.fit import estimate_memory, prepare_fit
 from tiny_adapter import command, data_of, fit_tiny, make_adapter, make_rows, model_of
 from tiny_models import Answer, Row
 
+ROOT = Path(__file__).parents[2]
+
 LLAMA_2_70B = {
     "vocab_size": 32000,
     "hidden_size": 8192,
@@ -336,14 +338,6 @@ def test_a_fit_of_whole_answers_takes_what_is_said(tmp_path, targets):
     assert budget.factors.by_layer == held_sums(prepared.run(settings), None)[0]
 
 
-_FIT = """
-import atexit, resource, sys
-atexit.register(lambda: print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, file=sys.stderr))
-from lapora.__main__ import main
-main()
-"""
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("options", [(), ("--gradient-checkpointing",)])
 def test_a_process_takes_what_the_estimate_says(shared, tmp_path, options):
@@ -357,9 +351,10 @@ def test_a_process_takes_what_the_estimate_says(shared, tmp_path, options):
     arguments = ["fit", adapter, "--base-model", base, "--data", "boolq", "--data-dir", shared / "data" / "boolq"]
     arguments += ["--limit", 64, "--batch-size", 64, "--max-length", 96, "--device", "cpu", "--json", *options]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-W", "ignore", "-c", _FIT, *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.real.measured", *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment, cwd=ROOT)
     estimate = json.loads(done.stdout)["budget"]
     assert estimate["batch"] == {"rows": 64, "tokens": 112}  # as predictions pad 96 tokens
-    ratio = int(done.stderr.split()[-1]) / estimate["peak"]["device"]
+    peak = float(done.stderr.split()[-1]) * 2**20
+    ratio = peak / estimate["peak"]["device"]
     assert 0.8 < ratio < 1.15, ratio
