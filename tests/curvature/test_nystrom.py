@@ -5,6 +5,7 @@ import torch
 
 from lapora.curvature import nystrom
 from lapora.curvature.nystrom import NystromSketch, TestMatrix, block_count
+from lapora.errors import NumericalError
 
 FLOAT64 = torch.zeros((), dtype=torch.float64)
 
@@ -130,3 +131,40 @@ def test_a_zero_sketch_has_no_direction():
     sketch = NystromSketch(5, 3, seed=0, like=torch.zeros(()))
     sketch.add(torch.zeros(4, 5))
     assert [len(part) for part in sketch.leading(3)] == [0, 5]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    "rows_of",
+    [
+        lambda normal: normal(200, 192) * 0.5 ** torch.arange(192),
+        lambda normal: normal(1, 192).expand(1200, 192),
+        lambda normal: normal(800, 192) + 1e3 * normal(1, 192),
+        lambda normal: normal(800, 192) + 1e5 * normal(1, 192),
+        lambda normal: normal(200, 192) * 10.0 ** (-8 * torch.rand(200, 1)),
+    ],
+    ids=["decaying", "equal rows", "one large direction", "one huge direction", "rows of all sizes"],
+)
+@pytest.mark.parametrize("scale", [1.0, 1e-15, 1e-21])
+def test_directions_are_orthonormal(rows_of, scale, dtype):
+    """However far apart the eigenvalues are: a saved basis that is not orthonormal is refused when it is loaded."""
+    generator = torch.Generator().manual_seed(1)
+    torch.manual_seed(0)
+    rows = scale * rows_of(lambda *shape: torch.randn(*shape, generator=generator).to(dtype)).to(dtype)
+    sketch = sketch_of(rows, 96)
+    values, directions = sketch.leading(32)
+    product = directions.double().T @ directions.double()
+    torch.testing.assert_close(product, torch.eye(len(values)).double(), atol=2e-6, rtol=0)
+    total = rows.double().T @ rows.double()
+    if len(values):
+        leading = directions[:, 0].double()
+        assert float(leading @ total @ leading) == pytest.approx(float(torch.linalg.eigvalsh(total)[-1]), rel=1e-3)
+        assert bool((values > 0).all()) and float(values.sum()) <= sketch.trace * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("scale", [3e18, 3e19, 3e38])
+def test_rows_whose_squares_are_not_finite_are_reported(scale):
+    sketch = NystromSketch(97, 24, seed=0, like=torch.zeros(()))
+    sketch.add(scale * torch.ones(2, 97))
+    with pytest.raises(NumericalError, match="not finite"):
+        sketch.leading(8)

@@ -280,6 +280,14 @@ def test_remedies_are_tried(folder):
     ).fits
 
 
+@pytest.mark.parametrize("options", [{"dtype": "float64"}, {"quantize": "none", "dtype": "float64"}])
+def test_remedies_that_cannot_be_combined_with_the_options_are_left_out(folder, options):
+    """4 bits and float64 cannot; the estimate is about the options that were given."""
+    found = estimate_memory(model_of(folder, **options), data_of(folder), FitSettings(), device_memory=1000)
+    assert found.fits is False
+    assert not any("4bit" in remedy for remedy in found.remedies)
+
+
 def test_a_classifier(shared, tmp_path):
     from importlib import resources
 

@@ -34,6 +34,23 @@ def test_free_pages_between_tensors_are_returned():
 
 
 @needs_glibc
+def test_pages_are_returned_once(monkeypatch):
+    """glibc counts them as free after that, but batches that add little to them have nothing to return."""
+    kept = cut_the_heap()
+    heap.return_freed_memory()
+    returned = []
+    monkeypatch.setattr(heap._glibc(), "malloc_trim", returned.append)
+    for _ in range(3):
+        torch.ones(10 * MIB)
+        heap.return_freed_memory()
+    assert heap.free_bytes() >= 500 * MIB
+    assert not returned
+    kept += cut_the_heap()
+    heap.return_freed_memory()
+    assert returned == [0]
+
+
+@needs_glibc
 def test_little_free_memory_is_kept_for_the_next_batch(monkeypatch):
     monkeypatch.setattr(heap, "LARGE", 2**50)
     kept = cut_the_heap()

@@ -166,7 +166,7 @@ class NystromSketch:
         Raises:
             NumericalError: The rows contain NaN or infinity.
         """
-        if not bool(torch.isfinite(self.image).all()):
+        if not (math.isfinite(self.trace) and bool(torch.isfinite(self.image).all())):
             raise NumericalError("the curvature is not finite; try --dtype float32")
         dimension, width = self.image.shape
         accuracy = torch.finfo(self.image.dtype).eps
@@ -179,10 +179,12 @@ class NystromSketch:
                 factor = torch.linalg.qr(torch.cat([factor, image]), mode="r").R
             else:
                 gram += image.T @ image
-        # Rounding errors of Y make the core indefinite; this much is added to M.
-        added = accuracy * (float(factor.norm()) if precise else float(gram.trace()) ** 0.5)
-        if added == 0.0:
+        norm = float(factor.norm()) if precise else float(gram.trace()) ** 0.5
+        if norm == 0.0:
             return gram.new_zeros(0), self.image[:, :0]
+        # Rounding errors of Y make the core indefinite; this much is added to M. Tiny numbers have an absolute error.
+        tiny = torch.finfo(self.image.dtype).tiny * self.image.numel() ** 0.5
+        added = accuracy * max(norm, tiny)
         values, vectors = torch.linalg.eigh((core + core.T) / 2 + added * torch.eye(width).to(core))
         values, vectors = values[values > 0.5 * added], vectors[:, values > 0.5 * added]
         factor = factor @ vectors
@@ -206,18 +208,36 @@ class NystromSketch:
         inner, c, root = half(remainder)
         squares, right = (part.flip(-1)[..., :rank] for part in torch.linalg.eigh(inner))
         eigenvalues = (squares + _SHIFT * remainder - added).clamp(min=0.0)
+        count = int(((eigenvalues > 10 * accuracy * float(eigenvalues[0])) & (squares > 0.0)).sum())
         # A matrix of low rank has no remainder for the shift to be a part of.
-        eigenvalues = eigenvalues * min(1.0, self.trace / float(eigenvalues.sum()))
-        count = int((eigenvalues > 10 * accuracy * float(eigenvalues[0])).sum())
+        eigenvalues = eigenvalues[:count] * min(1.0, self.trace / max(float(eigenvalues.sum()), added))
         combination = root.unsqueeze(1) * (right[:, :count] / squares[:count].sqrt())
         of_test, of_image = vectors @ (c.unsqueeze(1) * combination), vectors @ combination
         directions = self.image.new_empty(dimension, count)
         for start, image in self._chunks():
             stop = start + len(image)
             directions[start:stop] = self.test_matrix.combinations(of_test, start, stop) + image @ of_image
-        return eigenvalues[:count], directions
+        directions = _orthonormalised(directions)
+        return eigenvalues[: directions.shape[1]], directions
 
     def _chunks(self) -> Iterator[tuple[int, Tensor]]:
         """Yield row chunks of Y in float64, with their first row."""
         for start in range(0, len(self.image), ROWS_AT_A_TIME):
             yield start, self.image[start : start + ROWS_AT_A_TIME].double()
+
+
+def _orthonormalised(directions: Tensor) -> Tensor:
+    """Make nearly orthonormal columns ``(d, k)`` orthonormal, in place, each with respect to those before it.
+
+    Rounding errors grow with the ratio of a sketch's eigenvalues, in the directions of the small ones, which are the
+    last. Columns that depend on those before them are left out.
+    """
+    overlap = directions.new_zeros(directions.shape[1], directions.shape[1], dtype=torch.float64)
+    for part in directions.split(ROWS_AT_A_TIME):
+        overlap += part.mT.double() @ part.double()
+    factor, dependent = torch.linalg.cholesky_ex(overlap, upper=True)
+    if int(dependent):
+        return _orthonormalised(directions[:, : int(dependent) - 1])
+    for part in directions.split(ROWS_AT_A_TIME):
+        part.copy_(torch.linalg.solve_triangular(factor, part.double(), upper=True, left=False))
+    return directions

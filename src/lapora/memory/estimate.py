@@ -285,6 +285,12 @@ def _remedies(query: _Query, estimate_of: Callable[[_Query], MemoryEstimate]) ->
     """Return options that make the fit possible: each sufficient one, else a combination, mildest first."""
     model, settings = query.model, query.settings
 
+    def possible(changed: _Query) -> MemoryEstimate | None:
+        try:
+            return estimate_of(changed)
+        except UsageError:  # options that cannot be combined
+            return None
+
     def with_model(**changes: Any) -> Callable[[_Query], _Query]:
         return lambda base: replace(base, model=replace(base.model, **changes))
 
@@ -307,16 +313,17 @@ def _remedies(query: _Query, estimate_of: Callable[[_Query], MemoryEstimate]) ->
         strong.append(("--structure diag", with_settings(structure="diag", rank=None, offload_factors=False)))
     if model.quantize in (None, "none"):
         strong.append(("--quantize 4bit", with_model(quantize="4bit")))
-    sufficient = [name for name, change in [*mild, *strong] if estimate_of(change(query)).fits is not False]
+    found = [(name, possible(change(query))) for name, change in [*mild, *strong]]
+    sufficient = [name for name, estimate in found if estimate and estimate.fits is not False]
     if sufficient:
         return tuple(sufficient)
     names: list[str] = []
     best = estimate_of(query)
     for name, change in [*mild, *[each for each in strong if each[0].startswith("--quantize")]]:
         candidate = change(query)
-        found = estimate_of(candidate)
-        if found.peak_device < best.peak_device and found.peak_host <= found.free_host:
-            query, best = candidate, found
+        estimate = possible(candidate)
+        if estimate and estimate.peak_device < best.peak_device and estimate.peak_host <= estimate.free_host:
+            query, best = candidate, estimate
             names.append(name)
         if best.fits is not False:
             return (" ".join(names),)

@@ -91,8 +91,8 @@ def footprint(shape: StructureShape) -> Footprint:
         share = {name: size // _DOUBLE * width * shape.item for name, size in by_layer.items()}
         image = parameters * width * shape.item
         basis = parameters * rank * _FLOAT
-        deciding = image + 2 * basis + _sketch_workspace(parameters, width)
         test_matrix = image // block_count(parameters, width)
+        deciding = test_matrix + 2 * basis + _sketch_workspace(parameters, width)
         return Footprint(share, image, test_matrix, deciding, 0, basis + (rank + 1) * _DOUBLE)
     jacobian_rows = shape.rows * shape.columns
     jacobian = jacobian_rows * parameters * shape.item

@@ -7,10 +7,23 @@ between them cut the free memory into pieces, which are too small for the next b
 from __future__ import annotations
 
 import ctypes
+from dataclasses import dataclass
 from functools import cache
 
+import psutil
+
 LARGE = 2**28
-"""Free bytes of the heap below which nothing is returned: small batches would spend more time on it than it saves."""
+"""Bytes below which nothing is returned: small batches would spend more time on it than it saves."""
+
+
+@dataclass
+class _Returned:
+    """Memory of the process after its free pages were last returned, or less if it has fallen since."""
+
+    resident: int = 0
+
+
+_returned = _Returned()
 
 
 class _Usage(ctypes.Structure):
@@ -37,6 +50,10 @@ def _glibc() -> ctypes.CDLL | None:
     return library
 
 
+def _resident() -> int:
+    return int(psutil.Process().memory_info().rss)
+
+
 def free_bytes() -> int:
     """Return the free bytes of glibc's heap; 0 with other C libraries."""
     library = _glibc()
@@ -44,7 +61,12 @@ def free_bytes() -> int:
 
 
 def return_freed_memory() -> None:
-    """Return free pages of the heap to the system, if they are many; does nothing with other C libraries."""
+    """Return free pages of the heap to the system, if many were added; does nothing with other C libraries."""
     library = _glibc()
-    if library is not None and free_bytes() >= LARGE:
+    if library is None or free_bytes() < LARGE:
+        return
+    # The heap counts pages as free that it has returned before: what has been added since is seen in the process.
+    _returned.resident = min(_returned.resident, _resident())
+    if _resident() - _returned.resident >= LARGE:
         library.malloc_trim(0)
+        _returned.resident = _resident()
