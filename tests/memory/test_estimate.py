@@ -323,6 +323,19 @@ def test_structures_take_what_the_footprint_says_or_less(folder):
         assert 0.5 < memory.peak / reckoned < 1.1
 
 
+@pytest.mark.parametrize("structure", ["kron", "ekfac"])
+def test_whole_factors_of_wide_layers_take_what_is_said(tmp_path, structure):
+    """In the second pass of EKFAC the bases, in two dtypes, are more than the sums were."""
+    make_adapter(tmp_path, hidden=512)
+    settings = FitSettings(structure=structure, rank="full", max_length=13)
+    prepared = prepare_fit(model_of(tmp_path), data_of(tmp_path), settings)
+    run = prepared.run(settings)
+    with LiveMemory(prepared.model.loaded.model) as memory:
+        fit_structure(structure, run)
+    budget = estimate_memory(model_of(tmp_path), data_of(tmp_path), settings)
+    assert 0.5 < memory.peak / tensors_of(budget) < 1.1
+
+
 @pytest.mark.parametrize("targets", [["q_proj", "v_proj"], ["v_proj", "lm_head"]])
 def test_a_fit_of_whole_answers_takes_what_is_said(tmp_path, targets):
     """The tokens of all answers of a row count, and, with LoRA on the output layer, all rows of its weight."""

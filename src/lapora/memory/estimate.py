@@ -252,16 +252,18 @@ def _peaks(weights: int, device: str, activations: int, sizes: Footprint, settin
     """Return the peak memory on the device, and on the host if the device is not the CPU."""
     overhead = allocator_overhead(device)
     passing, deciding = activations + sizes.sums + sizes.passing, sizes.sums + sizes.deciding
+    second = activations + sizes.second_pass + sizes.bases
     if device == "cpu":
         if settings.offload_factors:
             passing = activations + sizes.host + sizes.passing
-        return weights + process_memory(device) + round(overhead * max(passing, deciding)), 0
+        return weights + process_memory(device) + round(overhead * max(passing, deciding, second)), 0
     if settings.offload_factors:
+        on_device = activations + max(sizes.passing, sizes.second_pass)
         on_host = max(sizes.host, deciding) + sizes.artifact
-        return weights + round(overhead * (activations + sizes.passing)), round(allocator_overhead("cpu") * on_host)
+        return weights + round(overhead * on_device), round(allocator_overhead("cpu") * on_host)
     if settings.structure == "full":
         return weights + round(overhead * activations), round(allocator_overhead("cpu") * (sizes.host + sizes.artifact))
-    return weights + round(overhead * max(passing, deciding)), sizes.artifact
+    return weights + round(overhead * max(passing, deciding, second)), sizes.artifact
 
 
 def _device_type(device: str) -> str:

@@ -62,6 +62,8 @@ class Footprint:
         deciding: Additional memory during decomposition: bases and workspace.
         host: Part of the above that is in CPU memory on any device.
         artifact: Size of the posterior on disk.
+        second_pass: Memory besides the batch in a second pass: bases in the model's dtype, and sums in them.
+        bases: What a second pass holds as well, where the decomposition is: bases in float64.
     """
 
     by_layer: dict[str, int]
@@ -70,6 +72,8 @@ class Footprint:
     deciding: int
     host: int
     artifact: int
+    second_pass: int = 0
+    bases: int = 0
 
 
 def footprint(shape: StructureShape) -> Footprint:
@@ -144,9 +148,13 @@ def _kronecker(shape: StructureShape) -> Footprint:
     total = sum(by_layer.values())
     passing = total + sum(test_matrices.values())
     deciding = bases + moments + shape.threads * largest_eigen
+    second_pass = 0
     if shape.structure == "ekfac":
-        deciding += bases // 2 + moments  # bases in the model's dtype, and a batch's second moments
+        second_pass = bases * shape.item // _DOUBLE + 2 * moments  # those of all batches, and of one
+    else:
+        bases = 0
     if shape.offload:
         # The device holds one side at a time; the host holds the sums, a batch's sums and the decompositions.
-        return Footprint(by_layer, total, sum(test_matrices.values()) + 2 * largest_side, deciding, 2 * total, artifact)
-    return Footprint(by_layer, total, passing, deciding, 0, artifact)
+        passing = sum(test_matrices.values()) + 2 * largest_side
+        return Footprint(by_layer, total, passing, deciding, 2 * total, artifact, second_pass, bases)
+    return Footprint(by_layer, total, passing, deciding, 0, artifact, second_pass, bases)

@@ -26,9 +26,7 @@ def fit_kron(run: CurvatureRun) -> tuple[Posterior, DataPass]:
 
     See :mod:`lapora.curvature.kfac`.
     """
-    observer = KronObserver(run.weight_sharing, run.rank, run.seed, offload=run.offload)
-    data = run.observe(observer)
-    return BlockPosterior(decompose(run.layers, observer.factors(run.layers), run.rank, run.processes)), data
+    return _kfac(run)
 
 
 def fit_ekfac(run: CurvatureRun) -> tuple[Posterior, DataPass]:
@@ -37,12 +35,17 @@ def fit_ekfac(run: CurvatureRun) -> tuple[Posterior, DataPass]:
     Outside the basis the second moments are means over each eigenspace. See
     :class:`lapora.curvature.per_example.SecondMomentObserver`.
     """
-    observer = KronObserver(run.weight_sharing, run.rank, run.seed, offload=run.offload)
-    run.observe(observer, keep_state=True)
-    posterior = BlockPosterior(decompose(run.layers, observer.factors(run.layers), run.rank, run.processes))
+    posterior, _ = _kfac(run, keep_state=True)
     rotated = posterior.on_device(run.layers, run.output_model.device, run.working_dtype)
     bases = {block.name: block.basis for block in rotated.blocks}
     return _second_moments(run, posterior.blocks, SecondMomentObserver(bases, directions=run.columns))
+
+
+def _kfac(run: CurvatureRun, *, keep_state: bool = False) -> tuple[BlockPosterior, DataPass]:
+    """Sum and decompose the factors; the sums are freed."""
+    observer = KronObserver(run.weight_sharing, run.rank, run.seed, offload=run.offload)
+    data = run.observe(observer, keep_state=keep_state)
+    return BlockPosterior(decompose(run.layers, observer.factors(run.layers), run.rank, run.processes)), data
 
 
 def fit_diag(run: CurvatureRun) -> tuple[Posterior, DataPass]:
