@@ -62,7 +62,7 @@ OTHER = ("--data-dir", "data", "--name", "other")
         (("fit", "adapter", *OTHER, "--data", "task.yaml", "--device", "gpu"), 2, ["--device gpu: no such device"]),
         (("eval", "adapter", "--device", "gpu"), 2, ["--device gpu: no such device"]),
         (("eval", "adapter", "--fail-if", "eec>0.1"), 2, ["eec"]),
-        (("predict", "adapter", "--device", "mps"), 2, ["--device mps: not available on this machine"]),
+        (("predict", "adapter", "--device", "mps"), 2, ["--device mps: not supported (it has no float64); use cpu"]),
     ],
 )
 def test_mistakes_are_said_together_and_without_torch(tiny, arguments, status, words):

@@ -142,14 +142,14 @@ _ROWS_CHECKED = 1000
 def _check_device(device: str, *, here: bool = True) -> None:
     if not _DEVICE.fullmatch(device):
         raise UsageError(f"--device {device}: no such device; use auto, cpu, or cuda:0 for the first GPU")
+    if device.startswith("mps"):
+        raise UsageError(f"--device {device}: not supported (it has no float64); use cpu")
     if here and _has_no_driver(device):
         raise UsageError(f"--device {device}: not available on this machine (it has no driver for it); use auto or cpu")
 
 
 def _has_no_driver(device: str) -> bool:
     """Return whether a device is certainly absent; whether it works is known once PyTorch is loaded."""
-    if device.startswith("mps"):
-        return sys.platform != "darwin"
     if not device.startswith("cuda") or sys.platform != "linux" or Path("/dev/kfd").exists():  # AMD's driver
         return False
     try:

@@ -363,8 +363,8 @@ def resolve_device(device: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         resolved = torch.device(device)
-        torch.empty(1, device=resolved)
-    except (RuntimeError, AssertionError) as error:
+        torch.empty(1, dtype=torch.float64, device=resolved)
+    except (RuntimeError, AssertionError, TypeError) as error:  # TypeError: a device without float64, such as mps
         reason = first_line(error)
         raise UsageError(f"--device {device}: not available on this machine ({reason}); use --device auto") from error
     return resolved
