@@ -260,3 +260,17 @@ def test_large_tensors_are_aligned_to_pages_unless_the_user_says_no(given, expec
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, env=environment)
     assert done.stdout.split() == [expected, "False"]
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+@pytest.mark.parametrize("words", [("tasks",), ("tasks", "boolq"), ("--help",), ("--version",)])
+def test_a_full_disk_is_an_error_and_a_closed_pipe_is_not(words):
+    program = [sys.executable, "-m", "lapora", *words]
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(program, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert (done.returncode, done.stderr) == (5, "error: the output cannot be written (No space left on device)\n")
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(program, stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (0, "")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import datetime
+import decimal
 import gzip
 import json
 import os
@@ -15,7 +17,9 @@ import pandas
 import pyarrow.parquet
 import pytest
 
+from lapora.cli.early import check_input
 from lapora.cli.formats import count_rows, open_rows, resolve_format, write_records
+from lapora.errors import DataError
 from tiny_adapter import command, fit_tiny, json_lines, make_adapter, make_rows
 
 ROWS = make_rows(7, 5)
@@ -77,7 +81,8 @@ def test_lines_of_text_are_prompts(predict, line, words):
 
 
 def test_text_keeps_its_characters():
-    from lapora.cli.formats import _as_json
+    from lapora.cli.early import check_input
+from lapora.cli.formats import _as_json
 
     text = 'caf\u00e9 "quoted" \\ \t\x01 \U0001f600'
     (line,) = _as_json(iter([text.encode() + b"\r\n"]), "text")
@@ -209,3 +214,76 @@ def test_lists_of_rows_with_their_own_answers_are_json(tmp_path, ending):
     else:
         (row,) = pyarrow.parquet.read_table(target).to_pylist()
     assert json.loads(row["answers"]) == ["a b", "c"] and json.loads(row["probabilities"]) == [0.75, 0.25]
+
+
+def test_ids_of_parquet_files_are_text(predict, tmp_path):
+    ids = [datetime.date(2026, 1, 2), datetime.datetime(2026, 1, 2, 3), decimal.Decimal("1.50"), b"caf\xc3\xa9"]
+    for value, expected in zip(ids, ["2026-01-02", "2026-01-02 03:00:00", "1.50", "caf\u00e9"], strict=True):
+        table = pyarrow.table({"id": [value], "story": ["anna is loud"]})
+        pyarrow.parquet.write_table(table, tmp_path / "ids.parquet")
+        status, out, _ = predict(tmp_path / "ids.parquet")
+        assert status == 0 and json.loads(out)["id"] == expected
+    pandas.DataFrame({"id": [float("nan")], "story": ["anna"]}).to_parquet(tmp_path / "ids.parquet")
+    assert "id" not in json.loads(predict(tmp_path / "ids.parquet")[1])
+
+
+def test_binary_columns_are_text(predict, tmp_path):
+    stories = ["anna is loud", "boris is qui\u00e9t"]
+    pyarrow.parquet.write_table(pyarrow.table({"story": stories}), tmp_path / "text.parquet")
+    binary = pyarrow.table({"story": [each.encode() for each in stories], "other": [b"\xff", b""]})
+    pyarrow.parquet.write_table(binary, tmp_path / "binary.parquet")
+    assert predict(tmp_path / "text.parquet")[1] == predict(tmp_path / "binary.parquet")[1] != b""
+
+
+@pytest.mark.parametrize("name", ["out.csv", "out.parquet"])
+@pytest.mark.parametrize("own_first", [False, True])
+def test_rows_with_other_answers_do_not_lose_them(predict, tmp_path, name, own_first):
+    rows = [*json_lines(1), b'{"prompt": "anna is", "answers": ["no", "yes"]}\n']
+    status, _, err = predict("-", "-o", tmp_path / name, stdin=b"".join(rows[::-1] if own_first else rows))
+    assert status == 5 and "row 1: " in err and "JSON lines" in err
+    read = pandas.read_csv if name == "out.csv" else pandas.read_parquet
+    assert len(read(tmp_path / name)) == 1
+
+
+def test_an_input_without_rows_has_an_output_without_rows(predict, tmp_path):
+    for name, read in (("out.csv", pandas.read_csv), ("out.parquet", pandas.read_parquet)):
+        (tmp_path / name).write_text("old")
+        assert predict("-", "-o", tmp_path / name, stdin=b"")[0] == 0
+        found = read(tmp_path / name)
+        assert len(found) == 0 and list(found.columns)[:2] == ["index", "id"]
+
+
+def test_outputs_are_checked_before_rows_are_predicted(predict, tmp_path):
+    for name in ("none/out.parquet", "none/out.csv"):
+        status, _, err = predict("-", "-o", tmp_path / name, stdin=b"{}\n")
+        assert status == 5 and "give another --output" in err, name
+    status, _, err = predict("-", "-o", tmp_path / "out.csv.gz", stdin=b"")
+    assert status == 2 and "not compressed" in err
+
+
+def test_a_terminated_run_leaves_the_old_parquet_file(tmp_path):
+    target = tmp_path / "out.parquet"
+    write_records(iter([{"index": 0, "prediction": "a"}]), str(target))
+    before = target.read_bytes()
+
+    def records():
+        yield {"index": 0, "prediction": "b"}
+        assert target.read_bytes() == before
+        yield {"index": 1, "prediction": "b"}
+
+    write_records(records(), str(target))
+    assert len(pandas.read_parquet(target)) == 2
+    assert [each.name for each in tmp_path.iterdir()] == ["out.parquet"]
+
+
+def test_a_column_that_is_there_twice_is_refused(predict, tmp_path):
+    (tmp_path / "twice.csv").write_text("story,story\nanna,boris\n")
+    status, _, err = predict(tmp_path / "twice.csv")
+    assert status == 5 and "twice" in err
+    assert predict("-", "--input-format", "csv", stdin=b"story, story\nanna,boris\n")[0] == 5
+
+
+def test_a_closed_standard_input_is_an_error(monkeypatch):
+    monkeypatch.setattr(sys, "stdin", None)
+    with pytest.raises(DataError, match="standard input is closed"):
+        check_input("-")

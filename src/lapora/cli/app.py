@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Callable, Mapping
@@ -19,7 +21,7 @@ from lapora.cli.help import Command, Group
 from lapora.cli.others import compare_command, demo_command, inspect_command, push_command, tasks_command
 from lapora.cli.predict import predict_command
 from lapora.cli.tune_prior import tune_prior_command
-from lapora.errors import LaporaError, LaporaWarning, UsageError
+from lapora.errors import DataError, LaporaError, LaporaWarning, UsageError
 
 app = typer.Typer(
     name="lapora",
@@ -54,6 +56,7 @@ for _name, _function in COMMANDS.items():
     app.command(_name, cls=Command)(_function)
 
 INTERRUPTED = 130
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
 
 ENDINGS: Mapping[type[BaseException], Callable[[Any], tuple[int, str, int]]] = {
     LaporaError: lambda error: (error.exit_status, str(error), error.reporting_rank),
@@ -70,11 +73,27 @@ def run() -> None:
     # Silence the messages about missing kernels (bitsandbytes) and about offloaded weights (accelerate).
     for library in ("bitsandbytes", "accelerate"):
         logging.getLogger(library).setLevel(logging.ERROR)
+    stdout = sys.stdout
     try:
         # Without its standalone mode Typer returns an exit status and does not end the process.
         status = app(standalone_mode=False)
         if status == INTERRUPTED:  # how Typer returns Ctrl-C
             raise KeyboardInterrupt
+        if stdout is not None:
+            stdout.flush()
+    except SystemExit:
+        if sys.stdout is stdout:
+            raise
+        status = 0  # Typer replaces it when the reader of a pipe closes it, as `| head -1` does
+    except OSError as error:
+        if isinstance(error, BrokenPipeError):
+            status = 0
+        elif error.errno in _FULL and error.filename is None:
+            status = DataError.exit_status
+            print_error(f"the output cannot be written ({error.strerror})", 0)
+        else:
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stdout.fileno())  # for what is left in its buffer
     except tuple(ENDINGS) as error:
         ending = next(ending for kind, ending in ENDINGS.items() if isinstance(error, kind))
         status, message, reporting_rank = ending(error)

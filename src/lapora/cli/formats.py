@@ -17,7 +17,7 @@ from typing import Any, Literal
 from lapora.cli.console import json_text
 from lapora.cli.jsonl import binary_lines, is_one_file, write_json_lines, write_lines
 from lapora.config import LONGEST_LINE
-from lapora.errors import DataError, UsageError, first_line
+from lapora.errors import DataError, UsageError, first_line, listed
 
 InputFormat = Literal["text", "csv", "jsonl", "parquet"]
 Line = bytes | Mapping[str, Any] | None
@@ -176,15 +176,18 @@ def _tables(records: Iterable[Mapping[str, Any]]) -> Iterator[tuple[list[str], l
     waiting: list[dict[str, Any]] = []
     for record in records:
         waiting.append(_flat(record))
+        found = waiting[-1]
         if not columns and "error" not in record:
-            found = waiting[-1]
-            first = ["index", "id"]
-            columns = [*first, *(key for key in found if key not in first), "truncated", "error"]
-            columns = list(dict.fromkeys(columns))
+            columns = list(dict.fromkeys(["index", "id", *found, "truncated", "error"]))
         if columns:
+            if more := [key for key in found if key not in columns]:
+                raise DataError(
+                    f"row {record['index']}: {listed(more)} is not a column of the rows before it; rows with other "
+                    "answers go into JSON lines: give --output a name that ends in .jsonl"
+                )
             yield columns, waiting
             waiting = []
-    if waiting:
+    if not columns:
         yield ["index", "id", "error"], waiting
 
 
@@ -201,28 +204,40 @@ def _csv_lines(records: Iterable[Mapping[str, Any]]) -> Iterator[bytes]:
 
 
 def _write_parquet(records: Iterable[Mapping[str, Any]], target: str, source: str) -> None:
-    """Write groups of rows; what was predicted before an error or Ctrl-C can be read."""
+    """Write groups of rows; what was predicted before an error or Ctrl-C can be read.
+
+    The file appears when it is complete: a Parquet file cannot be read without its end.
+    """
     import pyarrow
     import pyarrow.parquet
 
     if source != "-" and os.path.exists(target) and is_one_file(source, target):
         raise UsageError(f"--output {target} is the input file; give another")
+    regular = not os.path.exists(target) or os.path.isfile(target)
+    partial = f"{target}.partial" if regular else target
+    try:
+        with open(partial, "wb"):
+            pass
+    except OSError as error:
+        raise DataError(f"{target}: cannot be written ({error.strerror}); give another --output") from error
     writer: Any = None
     waiting: list[dict[str, Any]] = []
     schema: Any = None
 
     def flush() -> None:
         nonlocal writer
-        if waiting:
+        if schema is not None and (waiting or writer is None):
             if writer is None:
-                writer = pyarrow.parquet.ParquetWriter(target, schema)
+                writer = pyarrow.parquet.ParquetWriter(partial, schema)
             writer.write_table(pyarrow.Table.from_pylist(waiting, schema=schema))
             waiting.clear()
 
     try:
         try:
             for columns, rows in _tables(records):
-                schema = schema or pyarrow.schema([(name, _arrow_type(name, rows[-1].get(name))) for name in columns])
+                if schema is None:
+                    last = rows[-1] if rows else {}
+                    schema = pyarrow.schema([(name, _arrow_type(name, last.get(name))) for name in columns])
                 waiting += rows
                 if len(waiting) >= _GROUP:
                     flush()
@@ -230,6 +245,10 @@ def _write_parquet(records: Iterable[Mapping[str, Any]], target: str, source: st
             flush()
             if writer is not None:
                 writer.close()
+                if regular:
+                    os.replace(partial, target)
+            elif regular:
+                os.unlink(partial)
     except OSError as error:
         raise DataError(f"{target}: cannot be written ({error.strerror or first_line(error)})") from error
 

@@ -56,7 +56,9 @@ def predict_command(
         default.adapters_kept,
     ):
         raise UsageError("--adapter-field and --adapters-kept go with --adapter")
-    if settings.adapters and output.endswith((".csv", ".parquet")):
+    if output.endswith(".gz"):
+        raise UsageError(f"--output {output}: predictions are not compressed; give a name without .gz")
+    if settings.adapters and output.lower().endswith((".csv", ".parquet")):
         raise UsageError(f"--output {output}: adapters may have different answers; write JSON lines")
     kind = resolve_format(source, input_format)
     if not settings.adapters:

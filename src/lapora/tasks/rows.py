@@ -409,7 +409,11 @@ def csv_rows(source: Path | IO[bytes], where: str) -> Iterator[dict[str, Any]]:
     import pandas
 
     try:
-        frame = pandas.read_csv(source, dtype=str, keep_default_na=False, encoding="utf-8-sig")
+        options = {"dtype": str, "keep_default_na": False, "encoding": "utf-8-sig"}
+        header = pandas.read_csv(source, header=None, nrows=1, **options).iloc[0]
+        if not isinstance(source, Path):
+            source.seek(0)
+        frame = pandas.read_csv(source, **options)
     except pandas.errors.EmptyDataError:
         return
     except OSError:
@@ -420,8 +424,8 @@ def csv_rows(source: Path | IO[bytes], where: str) -> Iterator[dict[str, Any]]:
         # pandas would use the extra first column as row names.
         raise DataError(f"{where}: not CSV: rows have more fields than the header; quote fields with commas")
     names = [str(name).strip() for name in frame.columns]
-    if len(set(names)) < len(names):
-        twice = next(name for name in names if names.count(name) > 1)
+    given = [str(name).strip() for name in header if str(name).strip()]  # pandas would rename the second of a name
+    if twice := next((name for name in given if given.count(name) > 1), None):
         raise DataError(f"{where}: the header has {quoted(twice)} twice; rename one of the columns")
     texts = frame.astype(object).where(frame.notna(), None)
     columns = [_typed_column(list(texts.iloc[:, number])) for number in range(len(names))]
@@ -472,9 +476,20 @@ def parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             for batch in file.iter_batches():
-                yield from batch.to_pylist()
+                yield from _with_texts(batch).to_pylist()
     except (pyarrow.ArrowException, ValueError) as error:
         raise DataError(f"{quoted(str(path), 200)}: not Parquet: {first_line(error)}{_hint(path)}") from None
+
+
+def _with_texts(batch: Any) -> Any:
+    """Convert binary columns of a batch to text where they are UTF-8: some writers store texts so."""
+    import pyarrow
+
+    for index, field in enumerate(batch.schema):
+        if pyarrow.types.is_binary(field.type) or pyarrow.types.is_large_binary(field.type):
+            with contextlib.suppress(pyarrow.ArrowInvalid):
+                batch = batch.set_column(index, field.name, batch.column(index).cast(pyarrow.large_string()))
+    return batch
 
 
 def _hint(path: Path) -> str:

@@ -55,7 +55,7 @@ from lapora.tasks import (
     resolve_answers,
     resolve_choices,
 )
-from lapora.tasks.examples import Labels, refuse_missing_labels
+from lapora.tasks.examples import Labels, label_source, refuse_missing_labels
 from lapora.tasks.rows import check_label_names
 from lapora.workflows.averaging import average_without_rows, describe_averaged, training_curve
 from lapora.workflows.contradictions import check_head
@@ -324,6 +324,12 @@ def _render(
         refuse_missing_labels(task, rows)
     labels: Labels = "required" if settings.fisher == "empirical" else "optional"
     examples = render_all(task, rows, kind=adapter.kind, choices=choices, labels=labels)
+    unlabelled = [index for index, example in enumerate(examples) if example.target is None]
+    if unlabelled and len(unlabelled) < len(examples) and not settings.unlabelled:
+        raise DataError(
+            f"{len(unlabelled)} of {len(examples)} rows have no label, the first is row {unlabelled[0]} "
+            f"({label_source(task)}); leave them out, or give --unlabelled to use no label at all"
+        )
     return TrainingRows(
         adapter, data, task, choices, examples, settings.max_length or task.max_length_for(adapter.kind)
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
@@ -175,7 +176,11 @@ def _identifier(value: Any, where: str) -> Any:
     if isinstance(value, list | dict):
         kind = "a list" if isinstance(value, list) else "an object"
         raise DataError(f"{where}: its id is {kind}; use a text or a number")
-    return value
+    if isinstance(value, float) and not math.isfinite(value):
+        return None if math.isnan(value) else str(value)
+    if isinstance(value, bytes):
+        return value.decode("utf-8", "backslashreplace")
+    return value if value is None or isinstance(value, str | int | float) else str(value)  # dates of Parquet files
 
 
 def _predict_window(
