@@ -81,8 +81,7 @@ def test_lines_of_text_are_prompts(predict, line, words):
 
 
 def test_text_keeps_its_characters():
-    from lapora.cli.early import check_input
-from lapora.cli.formats import _as_json
+    from lapora.cli.formats import _as_json
 
     text = 'caf\u00e9 "quoted" \\ \t\x01 \U0001f600'
     (line,) = _as_json(iter([text.encode() + b"\r\n"]), "text")

@@ -180,6 +180,18 @@ def test_rows_without_labels_by_intent(tiny, monkeypatch, capfdbinary):
     assert status == 0 and "rows without labels" in err
 
 
+def test_some_rows_without_labels(tiny, monkeypatch, capfdbinary):
+    """One of them would make the default prior, which is averaged by the labels, that of the marginal likelihood."""
+    file = tiny / "data" / "train.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    rows[3]["label"] = None
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    status, _, err = command(monkeypatch, capfdbinary, *FIT)
+    assert status == 5 and f"1 of {len(rows)} rows have no label, the first is row 3" in err and "--unlabelled" in err
+    status, _, err = command(monkeypatch, capfdbinary, *FIT, "--unlabelled")
+    assert status == 0 and "rows without labels" in err
+
+
 def test_a_base_beside_the_adapter(tiny, monkeypatch, capfdbinary):
     settings(tiny, base_model_name_or_path="base")
     monkeypatch.chdir(tiny / "data")
