@@ -325,7 +325,8 @@ def _render(
     labels: Labels = "required" if settings.fisher == "empirical" else "optional"
     examples = render_all(task, rows, kind=adapter.kind, choices=choices, labels=labels)
     unlabelled = [index for index, example in enumerate(examples) if example.target is None]
-    if unlabelled and len(unlabelled) < len(examples) and not settings.unlabelled:
+    # A regression needs labels for its noise, which is checked with the noise.
+    if 0 < len(unlabelled) < len(examples) and not settings.unlabelled and task.likelihood != "gaussian":
         raise DataError(
             f"{len(unlabelled)} of {len(examples)} rows have no label, the first is row {unlabelled[0]} "
             f"({label_source(task)}); leave them out, or give --unlabelled to use no label at all"
