@@ -6,7 +6,7 @@ Run from the project's root::
 
 A run that was cut resumes. Writes ``results.md`` and ``results.csv`` after every step, and, for one experiment of
 each base model, the figures of its checkpoints. Adapters without skill, no more accurate than the most frequent
-answer, are only listed. ``--quick`` takes minutes; the full size takes a night on two cores.
+answer, are only listed. ``--quick`` takes more than 25 minutes; the full size takes a night on two cores.
 """
 
 from __future__ import annotations

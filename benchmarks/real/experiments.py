@@ -123,4 +123,4 @@ QUICK = (
     Experiment("quick-gemma3-source5", "gemma3", "source5", 30, 4, 2e-3, 64, 40, 60),
     Experiment("quick-smollm2-arc-e-cloze", "smollm2", "arc-e-cloze", 20, 4, 1e-3, 64, 40, 50),
 )
-"""Minutes: too few rows to compare methods."""
+"""Too few rows to compare methods."""

@@ -93,7 +93,8 @@ def run() -> None:
             print_error(f"the output cannot be written ({error.strerror})", 0)
         else:
             raise
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stdout.fileno())  # for what is left in its buffer
+        if stdout is not None:  # what is left in its buffer goes nowhere
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stdout.fileno())
     except tuple(ENDINGS) as error:
         ending = next(ending for kind, ending in ENDINGS.items() if isinstance(error, kind))
         status, message, reporting_rank = ending(error)
