@@ -24,7 +24,7 @@ from lapora.curvature.nystrom import NystromSketch
 from lapora.likelihoods.base import class_columns
 from lapora.memory import dry_pass
 from lapora.memory.dry_pass import batch_memory, input_owners_of
-from lapora.memory.estimate import allocator_overhead, process_memory
+from lapora.memory.estimate import allocator_overhead
 from lapora.memory.footprint import StructureShape, footprint
 from lapora.models.adapter import read_adapter
 from lapora.models.batches import collate, network_length
@@ -271,7 +271,7 @@ def test_remedies_are_tried(folder):
         model_of(folder),
         data_of(folder),
         FitSettings(),
-        device_memory=plain.peak_device - process_memory("cpu") - plain.activations // 4,
+        device_memory=plain.peak_device - plain.process - plain.activations // 4,
     )
     assert less.fits is False
     assert "--batch-size 1" in less.remedies and "--gradient-checkpointing" in less.remedies
@@ -306,7 +306,7 @@ def test_a_classifier(shared, tmp_path):
 
 def tensors_of(budget) -> float:
     """Bytes of tensors besides the weights."""
-    others = budget.peak_device - sum(budget.weights.values()) - process_memory("cpu")
+    others = budget.peak_device - sum(budget.weights.values()) - budget.process
     return others / allocator_overhead("cpu")
 
 

@@ -158,7 +158,7 @@ def print_memory_estimate(budget: MemoryEstimate, *, whole: bool) -> None:
 def _table(budget: MemoryEstimate) -> Table:
     rows, tokens = budget.batch
     factors = budget.factors
-    from lapora.memory.estimate import allocator_overhead, process_memory
+    from lapora.memory.estimate import allocator_overhead
 
     table = Table(title=f"memory of this fit on {budget.device}", title_justify="left")
     table.add_column("what")
@@ -173,12 +173,11 @@ def _table(budget: MemoryEstimate) -> Table:
     table.add_row("workspace", size(factors.passing), "a batch's sums, random matrices")
     table.add_row("workspace", size(factors.deciding), "decompositions, after the pass")
     table.add_row("artifact", size(factors.artifact), "on disk")
-    process = process_memory(budget.device)
-    unused = budget.peak_device - sum(budget.weights.values()) - process
+    unused = budget.peak_device - sum(budget.weights.values()) - budget.process
     unused -= round(unused / allocator_overhead(budget.device))
     table.add_row("allocator", size(unused), "held and not in use")
-    if process:
-        table.add_row("process", size(process), "Python and its libraries")
+    if budget.process:
+        table.add_row("process", size(budget.process), "Python, its libraries and the rows")
     table.add_section()
     table.add_row(f"peak on {budget.device}", size(budget.peak_device), _free(budget.free_device))
     if budget.device != "cpu":

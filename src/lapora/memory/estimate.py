@@ -13,14 +13,12 @@ from lapora.errors import AdapterError, LaporaError, UsageError, first_line
 from lapora.memory.dry_pass import batch_memory, input_owners_of
 from lapora.memory.footprint import Footprint, StructureShape, footprint
 from lapora.models.adapter import Adapter
-from lapora.models.device_map import available_memory
+from lapora.models.device_map import available_memory, resident_memory
 from lapora.models.lora_layers import find_bayesian_layers
 from lapora.models.meta_model import MetaModel, build_meta_model, first_batch
 
 _ALLOWANCE = {"cpu": 1.25}
 _OTHER_ALLOWANCE = 1.2
-_PROCESS = {"cpu": 850 * 2**20}
-"""Memory of Python and the imported libraries, which other devices do not hold."""
 
 
 def allocator_overhead(device: str) -> float:
@@ -29,11 +27,6 @@ def allocator_overhead(device: str) -> float:
     Measured on a CPU as 1.1 to 1.4, on four real models (docs/scale.md); the value for GPUs is an assumption.
     """
     return _ALLOWANCE.get(device, _OTHER_ALLOWANCE)
-
-
-def process_memory(device: str) -> int:
-    """Return the bytes of Python and the imported libraries; 0 on a device other than the CPU."""
-    return _PROCESS.get(device, 0)
 
 
 @dataclass(frozen=True)
@@ -46,6 +39,8 @@ class MemoryEstimate:
         batch: Rows and tokens of the assumed batch.
         activations: Peak memory of that batch.
         factors: Sums of the curvature, their workspace and file.
+        process: Memory of the process at the time of the estimate: Python, its libraries and the rows; 0 if the device
+            is not the CPU.
         peak_device: Peak memory on the device; unused memory of the allocator and, on a CPU, the process are included.
         peak_host: Peak memory on the host, if the device is not the CPU.
         free_device: Free memory on the device, or None if unknown.
@@ -58,6 +53,7 @@ class MemoryEstimate:
     batch: tuple[int, int]
     activations: int
     factors: Footprint
+    process: int
     peak_device: int
     peak_host: int
     free_device: float | None
@@ -69,8 +65,7 @@ class MemoryEstimate:
         """Whether the fit is possible, or None if the device's memory is unknown."""
         if self.device != "cpu" and self.peak_host > self.free_host:
             return False
-        # The memory of Python and the libraries is in use already.
-        needed = self.peak_device - process_memory(self.device)
+        needed = self.peak_device - self.process  # which is in use already
         return None if self.free_device is None else needed <= self.free_device
 
     def describe(self) -> dict[str, Any]:
@@ -84,7 +79,7 @@ class MemoryEstimate:
             "workspace": max(self.factors.passing, self.factors.deciding),
             "artifact": self.factors.artifact,
             "allowance": allocator_overhead(self.device),
-            "process": process_memory(self.device),
+            "process": self.process,
             "peak": {"device": self.peak_device, "host": self.peak_host},
             "free": {
                 "device": None if self.free_device is None else int(self.free_device),
@@ -231,13 +226,18 @@ class _Estimator:
                 threads=torch.get_num_threads() if self.device == "cpu" else 1,
             )
         )
-        on_device, on_host = _peaks(sum(meta_model.weights.values()), self.device, activations, sizes, settings)
+        # The process is measured with the libraries imported. Their resident pages differ by hundreds of MiB between
+        # machines, with the pages that the system reads ahead.
+        process: int = self._cached(("process",), resident_memory) if self.device == "cpu" else 0
+        held = sum(meta_model.weights.values()) + process
+        on_device, on_host = _peaks(held, self.device, activations, sizes, settings)
         return MemoryEstimate(
             device=self.device,
             weights=meta_model.weights,
             batch=(len(batch), tokens),
             activations=activations,
             factors=sizes,
+            process=process,
             peak_device=on_device,
             peak_host=on_host,
             free_device=self.free_device,
@@ -248,22 +248,25 @@ class _Estimator:
         return build_meta_model(self.adapter, model, self.device)
 
 
-def _peaks(weights: int, device: str, activations: int, sizes: Footprint, settings: FitSettings) -> tuple[int, int]:
-    """Return the peak memory on the device, and on the host if the device is not the CPU."""
+def _peaks(held: int, device: str, activations: int, sizes: Footprint, settings: FitSettings) -> tuple[int, int]:
+    """Return the peak memory on the device, and on the host if the device is not the CPU.
+
+    ``held``: the weights and, on a CPU, the process.
+    """
     overhead = allocator_overhead(device)
     passing, deciding = activations + sizes.sums + sizes.passing, sizes.sums + sizes.deciding
     second = activations + sizes.second_pass + sizes.bases
     if device == "cpu":
         if settings.offload_factors:
             passing = activations + sizes.host + sizes.passing
-        return weights + process_memory(device) + round(overhead * max(passing, deciding, second)), 0
+        return held + round(overhead * max(passing, deciding, second)), 0
     if settings.offload_factors:
         on_device = activations + max(sizes.passing, sizes.second_pass)
         on_host = max(sizes.host, deciding) + sizes.artifact
-        return weights + round(overhead * on_device), round(allocator_overhead("cpu") * on_host)
+        return held + round(overhead * on_device), round(allocator_overhead("cpu") * on_host)
     if settings.structure == "full":
-        return weights + round(overhead * activations), round(allocator_overhead("cpu") * (sizes.host + sizes.artifact))
-    return weights + round(overhead * max(passing, deciding, second)), sizes.artifact
+        return held + round(overhead * activations), round(allocator_overhead("cpu") * (sizes.host + sizes.artifact))
+    return held + round(overhead * max(passing, deciding, second)), sizes.artifact
 
 
 def _device_type(device: str) -> str:

@@ -172,3 +172,8 @@ def available_memory() -> float:
         return min(free, float(limit.read_text()) - float(used.read_text()))
     except (OSError, ValueError):  # no such files, or "max"
         return free
+
+
+def resident_memory() -> int:
+    """Return the physical memory of this process in bytes; pages of libraries that are in memory are included."""
+    return int(psutil.Process().memory_info().rss)

@@ -10,7 +10,7 @@ import ctypes
 from dataclasses import dataclass
 from functools import cache
 
-import psutil
+from lapora.models.device_map import resident_memory
 
 LARGE = 2**28
 """Bytes below which nothing is returned: small batches would spend more time on it than it saves."""
@@ -50,10 +50,6 @@ def _glibc() -> ctypes.CDLL | None:
     return library
 
 
-def _resident() -> int:
-    return int(psutil.Process().memory_info().rss)
-
-
 def free_bytes() -> int:
     """Return the free bytes of glibc's heap; 0 with other C libraries."""
     library = _glibc()
@@ -66,7 +62,7 @@ def return_freed_memory() -> None:
     if library is None or free_bytes() < LARGE:
         return
     # The heap counts pages as free that it has returned before: what has been added since is seen in the process.
-    _returned.resident = min(_returned.resident, _resident())
-    if _resident() - _returned.resident >= LARGE:
+    _returned.resident = min(_returned.resident, resident_memory())
+    if resident_memory() - _returned.resident >= LARGE:
         library.malloc_trim(0)
-        _returned.resident = _resident()
+        _returned.resident = resident_memory()
