@@ -56,7 +56,15 @@ def write_inputs(folder: Path) -> dict[str, Path]:
     (folder / "rows.csv.gz").write_bytes(gzip.compress(paths["rows.csv"].read_bytes()))
     frame.to_parquet(folder / "rows.parquet")
     paths["other"].write_bytes(lines)
-    return {**paths, "rows.csv.gz": folder / "rows.csv.gz", "rows.parquet": folder / "rows.parquet"}
+    (folder / "rows.json").write_text("\ufeff " + json.dumps(ROWS, indent=1), encoding="utf-8")
+    (folder / "lines.json").write_bytes(lines)
+    return {
+        **paths,
+        "rows.json": folder / "rows.json",
+        "lines.json": folder / "lines.json",
+        "rows.csv.gz": folder / "rows.csv.gz",
+        "rows.parquet": folder / "rows.parquet",
+    }
 
 
 def test_every_input_gives_the_same_predictions(predict, tmp_path):
@@ -68,6 +76,26 @@ def test_every_input_gives_the_same_predictions(predict, tmp_path):
         assert (status, out) == (0, expected), name
     assert predict("-", "--input-format", "text", stdin=inputs["rows.txt"].read_bytes())[1] == expected
     assert predict("-", "--input-format", "csv", stdin=inputs["rows.csv"].read_bytes())[1] == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("rows.tsv", b"story\tlabel\na\t0\n", "tab-separated files are not read; save it as .csv"),
+        ("rows.csv", b"story;label\na;0\n", "separate columns by commas, not by ';'"),
+        ("rows.csv", b"story\tlabel\na\t0\n", "separate columns by commas, not by '\\t'"),
+        ("rows.csv", "story,label\ncafé,0\n".encode("latin-1"), "save the file as UTF-8"),
+        ("rows.jsonl", b'[{"story": "a"}]\n', "a list of rows is read from a file whose name ends in .json"),
+        ("rows.jsonl", b'[{"story": "a"},\n', "or a list of rows to a file whose name ends in .json"),
+        ("rows.jsonl", b'{\n"story": "a"}\n', "write each row as one line"),
+        ("folder", None, "a folder; give a file of rows"),
+    ],
+)
+def test_other_formats_are_named(predict, tmp_path, name, content, words):
+    path = tmp_path / name
+    path.mkdir() if content is None else path.write_bytes(content)
+    status, out, err = predict(path)
+    assert status in (2, 5) and not out and words in err.splitlines()[-1], err
 
 
 @pytest.mark.parametrize(
@@ -155,7 +183,8 @@ def test_formats_by_ending_and_counts(tmp_path):
     assert resolve_format("a.csv", "text") == "text"
     inputs = write_inputs(tmp_path)
     counts = {name: count_rows(str(path), resolve_format(str(path), None)) for name, path in inputs.items()}
-    assert {name for name, count in counts.items() if count == 7} == {"rows.jsonl", "rows.txt", "rows.parquet", "other"}
+    counted = {"rows.jsonl", "rows.txt", "rows.parquet", "other", "lines.json"}
+    assert {name for name, count in counts.items() if count == 7} == counted
 
 
 def test_a_long_line_of_a_compressed_file_is_not_held(tmp_path):

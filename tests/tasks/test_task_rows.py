@@ -225,7 +225,7 @@ def test_json_lines_with_bom_crlf_and_blank_lines(tmp_path: Path) -> None:
         ("train.csv", b"question,answer\n", "no rows"),
         ("train.csv", b"question,answer\na,0\nb,c,0\n", "not CSV: Error tokenizing data"),
         ("train.csv", b"question,answer\na,b,0\nb,c,0\n", "rows have more fields than the header"),
-        ("train.csv", b"question\n\xff\xfe\n", "not CSV"),
+        ("train.csv", b"question\n\xff\xfe\n", "save the file as UTF-8"),
         ("train.parquet", GOOD, "not Parquet"),
         ("train.parquet", b"", "not Parquet"),
     ],

@@ -98,12 +98,14 @@ def check_input(source: str) -> None:
     """Check that the file of rows exists.
 
     Raises:
-        DataError: There is no such file, or standard input is closed.
+        DataError: There is no such file, it is a folder, or standard input is closed.
     """
     if source == "-" and sys.stdin is None:
         raise DataError("standard input is closed; give a file of rows as INPUT")
     if source != "-" and not Path(source).exists():
         raise DataError(f"{source}: cannot be read (No such file or directory)")
+    if Path(source).is_dir() and source != "-":
+        raise DataError(f"{source}: a folder; give a file of rows")
 
 
 def _check_posterior(

@@ -26,12 +26,20 @@ Line = bytes | Mapping[str, Any] | None
 _ENDINGS: dict[str, InputFormat] = {".txt": "text", ".text": "text", ".csv": "csv", ".parquet": "parquet"}
 _COUNTED = 256 * 2**20
 """Largest file whose lines are counted for the progress bar, in bytes."""
+_START = 4096
+"""Bytes of a file that are read to recognise a JSON list."""
 _GROUP = 1024
 """Rows per group of a Parquet file."""
 
 
 def resolve_format(source: str, given: InputFormat | None) -> InputFormat:
-    """Return the format of a file: the one given, or that of its ending; JSON lines for any other ending."""
+    """Return the format of a file: the one given, or that of its ending; JSON lines for any other ending.
+
+    Raises:
+        UsageError: The ending is that of a format which is not read.
+    """
+    if given is None and _ending(source) == ".tsv":
+        raise UsageError(f"{source}: tab-separated files are not read; save it as .csv or .jsonl")
     return given or _ENDINGS.get(_ending(source), "jsonl")
 
 
@@ -44,7 +52,8 @@ def _ending(path: str) -> str:
 def open_rows(source: str, kind: InputFormat) -> Iterator[Iterator[Line]]:
     """Open a file, or standard input for ``-``, and yield its rows.
 
-    Lines of text become ready prompts. A CSV file is read as a whole, as ``fit`` reads it; the others are streamed.
+    Lines of text become ready prompts. A CSV file and a .json file with a list of rows are read as a whole, as ``fit``
+    reads them; the others are streamed.
 
     Raises:
         DataError: No such file, or one of another format.
@@ -57,6 +66,8 @@ def open_rows(source: str, kind: InputFormat) -> Iterator[Iterator[Line]]:
         yield _read(lambda: _parquet_rows(Path(source)), source)
     elif kind == "csv":
         yield _read(lambda: _csv_rows(source, packed), source)
+    elif kind == "jsonl" and _is_json_list(source):
+        yield _read(lambda: _json_rows(Path(source)), source)
     elif packed:
         yield _as_json(_read(lambda: _packed_lines(Path(source)), source), kind)
     else:
@@ -77,6 +88,21 @@ def _parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
     from lapora.tasks.rows import parquet_rows
 
     yield from parquet_rows(path)
+
+
+def _is_json_list(source: str) -> bool:
+    """Return whether a .json file holds one list of rows instead of a row per line."""
+    if source == "-" or Path(source).suffix.lower() != ".json":
+        return False
+    with contextlib.suppress(OSError), Path(source).open("rb") as stream:
+        return stream.read(_START).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
+    return False
+
+
+def _json_rows(path: Path) -> Iterator[dict[str, Any]]:
+    from lapora.tasks.rows import read_file
+
+    yield from read_file(path)
 
 
 def _csv_rows(source: str, packed: bool) -> Iterator[dict[str, Any]]:
@@ -123,6 +149,8 @@ def count_rows(source: str, kind: InputFormat) -> int | None:
 
             return int(pyarrow.parquet.ParquetFile(path).metadata.num_rows)
         if path.is_file() and path.stat().st_size <= _COUNTED and kind != "csv" and not source.endswith(".gz"):
+            if kind == "jsonl" and _is_json_list(source):
+                return None
             with path.open("rb") as stream:
                 return sum(1 for line in stream if line.strip())
     return None

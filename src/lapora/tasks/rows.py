@@ -340,13 +340,16 @@ def parse_json_line(line: str | bytes, where: str) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise DataError(f"{where}: not UTF-8 at byte {error.start}; save the file as UTF-8") from None
     except json.JSONDecodeError as error:
-        raise DataError(f"{where}: not JSON: {error.msg} at column {error.colno}") from None
+        opens = text.strip() == "{" or text.lstrip().startswith("[")
+        remedy = "; write each row as one line, or a list of rows to a file whose name ends in .json" if opens else ""
+        raise DataError(f"{where}: not JSON: {error.msg} at column {error.colno}{remedy}") from None
     except RecursionError:
         raise DataError(f"{where}: JSON is nested too deeply; flatten the row") from None
     except ValueError as error:
         raise DataError(f"{where}: not JSON: {first_line(error)}") from None
     if not isinstance(values, dict):
-        raise DataError(f'{where}: not a JSON object such as {{"question": ...}} but {quoted(values, 30)}')
+        remedy = "; a list of rows is read from a file whose name ends in .json" if isinstance(values, list) else ""
+        raise DataError(f'{where}: not a JSON object such as {{"question": ...}} but {quoted(values, 30)}{remedy}')
     return values
 
 
@@ -418,6 +421,8 @@ def csv_rows(source: Path | IO[bytes], where: str) -> Iterator[dict[str, Any]]:
         return
     except OSError:
         raise
+    except UnicodeDecodeError as error:
+        raise DataError(f"{where}: not UTF-8 ({first_line(error)}); save the file as UTF-8{hint}") from None
     except (ValueError, OverflowError, pandas.errors.ParserError) as error:
         raise DataError(f"{where}: not CSV: {first_line(error)}{hint}") from None
     if not isinstance(frame.index, pandas.RangeIndex):
@@ -427,6 +432,10 @@ def csv_rows(source: Path | IO[bytes], where: str) -> Iterator[dict[str, Any]]:
     given = [str(name).strip() for name in header if str(name).strip()]  # pandas would rename the second of a name
     if twice := next((name for name in given if given.count(name) > 1), None):
         raise DataError(f"{where}: the header has {quoted(twice)} twice; rename one of the columns")
+    if len(names) == 1 and (other := next((mark for mark in ";\t|" if mark in names[0]), None)):
+        raise DataError(
+            f"{where}: the header {quoted(names[0])} has no comma; separate columns by commas, not by {other!r}"
+        )
     texts = frame.astype(object).where(frame.notna(), None)
     columns = [_typed_column(list(texts.iloc[:, number])) for number in range(len(names))]
     for values in zip(*columns, strict=True):
