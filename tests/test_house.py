@@ -15,6 +15,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+import lapora
+
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "lapora"
 EVERYBODYS = {"config", "errors", "_version", "distributed"}
@@ -122,7 +124,7 @@ def test_the_wheel_installed_runs(built, tmp_path):
         return done.stdout
 
     assert run("-c", "import lapora; print(lapora.__file__)").startswith(str(installed))
-    assert run("-m", "lapora", "--version") == "lapora 0.1.0\n"
+    assert run("-m", "lapora", "--version") == f"lapora {lapora.__version__}\n"
     assert "\ntask: boolq\n" in run("-m", "lapora", "tasks", "boolq")
 
 

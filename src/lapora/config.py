@@ -453,7 +453,7 @@ class FitSettings:
     weight_sharing: Annotated[
         WeightSharing,
         Option(
-            "KFAC over tokens: expand (one by one), reduce (summed) or asdl (as in the paper).",
+            "KFAC over tokens: expand (one by one), reduce (by row) or asdl (as in the paper).",
             FITTED,
             metavar="NAME",
         ),

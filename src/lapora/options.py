@@ -162,7 +162,7 @@ class CurvatureOptions(TypedDict, total=False):
     Attributes:
         structure: Curvature: kron (KFAC), ekfac (better eigenvalues), diag, lowrank (over all layers) or full. Default:
             ``'kron'``.
-        weight_sharing: KFAC over tokens: expand (one by one), reduce (summed) or asdl (as in the paper). Default:
+        weight_sharing: KFAC over tokens: expand (one by one), reduce (by row) or asdl (as in the paper). Default:
             ``'expand'``.
         engine: Curvature backend: native, or laplace-torch with asdl or curvlinops. Default: ``'native'``.
         subset: Bayesian weights: lora, last-layer or all (both). Default: ``'lora'``.

@@ -35,7 +35,7 @@ def predict_command(
     input_format: Annotated[
         InputFormat | None,
         Option(
-            "text (a prompt a line), csv, jsonl or parquet.",
+            "text (one prompt per line), csv, jsonl or parquet.",
             DATA,
             metavar="NAME",
             shown="by the file's ending",
@@ -84,7 +84,7 @@ def predict_command(
 
 
 def _waiting(kind: InputFormat) -> str:
-    what = {"text": "prompts, one a line", "csv": "CSV with a header"}.get(
+    what = {"text": "prompts, one per line", "csv": "CSV with a header"}.get(
         kind, 'rows, one JSON object a line, with the task\'s fields or {"text": "a ready prompt"}'
     )
     end = "Ctrl-Z, Enter" if os.name == "nt" else "Ctrl-D"

@@ -21,7 +21,7 @@ def tune_prior_command(
     data: Annotated[
         DataSettings,
         Fields(
-            split={"help": "Split with validation rows.", "shown": "validation"},
+            split={"help": "Split of labelled rows.", "shown": "validation or test"},
             limit={"help": "Number of validation rows.", "shown": "half of them"},
         ),
     ],
