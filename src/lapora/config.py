@@ -500,7 +500,7 @@ class FitSettings:
     ] = None
     chat_template: Annotated[bool, Option("Wrap prompts in the tokenizer's chat template.", DATA)] = False
     unlabelled: Annotated[bool, Option("Accept training rows without labels.", DATA)] = False
-    seed: Annotated[int, Option("Random seed.", metavar="N")] = 0
+    seed: Annotated[int, Option("Random seed.", metavar="N", min=0, max=2**63 - 1)] = 0
     overwrite: Annotated[bool, Option("Replace an existing posterior of this name.", OUTPUT)] = False
     resume: Annotated[bool, Option("Resume an interrupted fit from its last checkpoint.", OUTPUT)] = False
     save_every: Annotated[
@@ -560,7 +560,7 @@ class PriorSettings:
         Link,
         Option(f"Link to tune for: {LAPLACE_LINKS}.", PRIOR, metavar="NAME", synonyms=_LINK_SYNONYMS),
     ] = "mc-joint"
-    seed: Annotated[int, Option("Random seed.", metavar="N")] = 0
+    seed: Annotated[int, Option("Random seed.", metavar="N", min=0, max=2**63 - 1)] = 0
 
 
 @dataclass(frozen=True)
@@ -594,7 +594,7 @@ class EvalSettings:
         ),
     ] = ()
     samples: Annotated[int, Option("Points of the mc links.", metavar="N", min=2)] = DEFAULT_SAMPLES
-    seed: Annotated[int, Option("Random seed.", metavar="N")] = 0
+    seed: Annotated[int, Option("Random seed.", metavar="N", min=0, max=2**63 - 1)] = 0
     dropout_samples: Annotated[int, Option("Forward passes of mc-dropout.", SCORES, metavar="N", min=2)] = 20
     ensemble: Annotated[
         tuple[Path, ...],
@@ -651,7 +651,7 @@ class PredictSettings:
         Link, Option(f"Probabilities from logits: {_LINKS}", PREDICTIONS, metavar="NAME", synonyms=_LINK_SYNONYMS)
     ] = "mc-joint"
     samples: Annotated[int, Option("Points of the mc links.", metavar="N", min=2)] = DEFAULT_SAMPLES
-    seed: Annotated[int, Option("Random seed.", metavar="N")] = 0
+    seed: Annotated[int, Option("Random seed.", metavar="N", min=0, max=2**63 - 1)] = 0
     logits: Annotated[bool, Option("Add the mean and covariance of the logits.", OUTPUT, keyword=False)] = False
     on_error: Annotated[
         OnError,

@@ -172,7 +172,7 @@ class CurvatureOptions(TypedDict, total=False):
         max_length: Maximum tokens per row. At least 1. Default: the task's.
         chat_template: Wrap prompts in the tokenizer's chat template. Default: ``False``.
         unlabelled: Accept training rows without labels. Default: ``False``.
-        seed: Random seed. Default: ``0``.
+        seed: Random seed. At least 0, at most 9.22337e+18. Default: ``0``.
         overwrite: Replace an existing posterior of this name. Default: ``False``.
         resume: Resume an interrupted fit from its last checkpoint. Default: ``False``.
         save_every: Checkpoint interval in seconds; 0: every batch. At least 0. Default: ``60.0``.
@@ -227,7 +227,7 @@ class PriorOptions(DataOptions, ModelOptions, total=False):
         steps: Steps of adam. At least 1. Default: ``1000``.
         link: Link to tune for: mc-joint (sampled logits), mc-indep (no covariance), probit, bridge (Laplace bridge).
             Default: ``'mc-joint'``.
-        seed: Random seed. Default: ``0``.
+        seed: Random seed. At least 0, at most 9.22337e+18. Default: ``0``.
     """
 
     name: str
@@ -250,7 +250,7 @@ class EvalOptions(DataOptions, ModelOptions, total=False):
         links: mc-joint (sampled logits), mc-indep (no covariance), probit, bridge (Laplace bridge) or map (plain
             adapter). A list. Default: mc-joint.
         samples: Points of the mc links. At least 2. Default: ``2048``.
-        seed: Random seed. Default: ``0``.
+        seed: Random seed. At least 0, at most 9.22337e+18. Default: ``0``.
         dropout_samples: Forward passes of mc-dropout. At least 2. Default: ``20``.
         ensemble: Adapter, or folder of checkpoints. A list.
         temperature_split: Split for temperature. Default: rows of tune-prior.
@@ -283,7 +283,7 @@ class LinkOptions(TypedDict, total=False):
         link: Probabilities from logits: mc-joint (sampled logits), mc-indep (no covariance), probit, bridge (Laplace
             bridge) or map (plain adapter). Default: ``'mc-joint'``.
         samples: Points of the mc links. At least 2. Default: ``2048``.
-        seed: Random seed. Default: ``0``.
+        seed: Random seed. At least 0, at most 9.22337e+18. Default: ``0``.
     """
 
     link: config.Link

@@ -143,6 +143,16 @@ def test_the_input_is_not_written_over(run, tmp_path):
         assert status == 2 and "is the input file" in errors and rows.read_bytes() == GOOD + b"\n"
 
 
+@pytest.mark.parametrize("ending", ["jsonl", "csv", "parquet"])
+def test_standard_input_is_not_written_over(tiny, tmp_path, ending):
+    rows = tmp_path / f"rows.{ending}"
+    rows.write_bytes(GOOD + b"\n")
+    words = ("-m", "lapora", "predict", tiny / "adapter", "-", "-o", rows, "--device", "cpu", "--input-format", "jsonl")
+    with rows.open("rb") as stream:
+        done = subprocess.run([sys.executable, *map(str, words)], stdin=stream, capture_output=True, text=True)
+    assert done.returncode == 2 and "is the input file" in done.stderr and rows.read_bytes() == GOOD + b"\n"
+
+
 def test_a_run_that_fails_before_its_first_answer_leaves_the_old_output(run, tmp_path):
     out = tmp_path / "out.jsonl"
     out.write_bytes(b"precious\n" * 1000)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy
+import pandas
 import pytest
 
 from lapora.errors import DataError
-from lapora.tasks import Task, render, render_all
+from lapora.tasks import Task, given_rows, render, render_all
 from lapora.tasks.preferences import token_ids
 from lapora.tasks.targets import labels_of, numbers_of
 from lapora.tasks.tokens import encode
@@ -200,3 +202,23 @@ def test_a_pair_that_is_too_long_is_refused():
     example = render(task("preference"), {"chosen": "a b c d", "rejected": "a"}, kind="classifier")
     with pytest.raises(DataError, match="row 0: a text has 4 tokens, more than the 3"):
         encode(example, Words(), kind="classifier", max_length=3)
+
+
+def test_arrays_of_a_data_frame_are_lists() -> None:
+    """``pandas.read_parquet`` returns a column of lists as arrays."""
+    frame = pandas.DataFrame({"text": ["a", "b"], "labels": [numpy.array([1, 0]), numpy.array([0, 1])]})
+    task = Task.from_dict(
+        {
+            "task": "t",
+            "likelihood": "multilabel",
+            "doc_to_inputs": ["{{text}}"],
+            "doc_to_choice": ["x", "y"],
+            "doc_to_target": "labels",
+        }
+    )
+    rows = list(given_rows(frame, texts=False))
+    assert [row.target for row in render_all(task, rows, kind="classifier")] == [(1.0, 0.0), (0.0, 1.0)]
+    (row,) = given_rows({"label": numpy.int64(1), "right": numpy.bool_(True), "x": [numpy.float64(0.5)]}, texts=False)
+    assert row == {"label": 1, "right": True, "x": [0.5]} and all(
+        type(row[key]) is kind for key, kind in {"label": int, "right": bool, "x": list}.items()
+    )

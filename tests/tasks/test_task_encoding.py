@@ -207,6 +207,32 @@ def test_only_the_truncate_field_of_a_pair_is_cut() -> None:
         classified({"question": PASSAGE, "passage": "p"}, 40)
 
 
+@pytest.mark.parametrize(
+    "inputs",
+    [
+        ["context: {{passage}} question: {{question}}"],
+        ["{{question}} {{question}} {{question}}", "context: {{passage}}"],
+        ["{{passage}}", "{{question}} of {{passage}}"],
+    ],
+)
+def test_only_the_truncate_field_is_cut_within_a_longer_text(inputs: list[str]) -> None:
+    task = Task.from_dict({**load_task("boolq").to_dict(), "doc_to_inputs": inputs, "truncate_field": "passage"})
+    result = classified(ROW, 40, task)
+    assert result.truncated and 36 <= len(result.input_ids) <= 40
+    assert len(result.token_type_ids or ()) == len(result.input_ids)
+    kept = [
+        count
+        for count in range(len(PASSAGE))
+        if word_piece()(
+            *(text.replace("{{question}}", ROW["question"]).replace("{{passage}}", PASSAGE[:count]) for text in inputs)
+        )["input_ids"]
+        == result.input_ids
+    ]
+    assert kept  # it is the row with the beginning of the passage
+    with pytest.raises(DataError, match="even without field 'passage'; increase it"):
+        classified({"question": PASSAGE, "passage": "p"}, 40, task)
+
+
 def test_without_a_truncate_field_the_longest_is_cut() -> None:
     row = {"sentence1": PASSAGE, "sentence2": "the sky is blue"}
     result = classified(row, 40, load_task("rte"))

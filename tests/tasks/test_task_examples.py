@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -252,3 +253,31 @@ def test_a_boolean_that_is_an_answer_and_the_index_of_another_one() -> None:
     with pytest.raises(DataError, match="label True is ambiguous"):
         render(reversed_order, {"q": "x", "label": True}, kind="causal")
     assert render(reversed_order, {"q": "x", "label": "True"}, kind="causal").target == 0
+
+
+@pytest.mark.parametrize(
+    ("answers", "value", "expected"),
+    [
+        (["false", "true"], True, 1),
+        (["no", "yes"], True, 1),
+        (["no", "yes"], False, 0),
+        (["True", "False"], True, "| string` in"),
+        (["true", "false"], True, "| string | lower`"),
+        (["TRUE", "FALSE"], False, "| string | upper`"),
+        (["yes", "true"], False, "unknown label False"),
+        (["yes", "true"], True, 1),
+    ],
+)
+@pytest.mark.parametrize("target", ["label", "{{ label if label is boolean else label }}"])
+def test_a_boolean_is_the_answer_of_its_name_or_an_index(answers, value, expected, target) -> None:
+    row = {"question": "a", "label": value}
+    task = task_with(doc_to_choice=answers, doc_to_target=target)
+    if isinstance(expected, int):
+        assert render(task, row, kind="causal").target == expected
+    elif target != "label" and str(value) in answers:  # rendered, it is that text
+        assert render(task, row, kind="causal").target == answers.index(str(value))
+    else:
+        with pytest.raises(DataError, match=re.escape(expected)):
+            render(task, row, kind="causal")
+    named = task_with(doc_to_choice=["true", "false"], doc_to_target="{{ label | string | lower }}")
+    assert render(named, row, kind="causal").target == int(not value)

@@ -12,8 +12,8 @@ from typing import Any
 import datasets
 import pytest
 
-from lapora.errors import DataError, UsageError
-from lapora.tasks import Task, load_rows, load_task, parse_json_line, render_all
+from lapora.errors import DataError, MissingSplitError, UsageError
+from lapora.tasks import Task, load_rows, load_task, parse_json_line, render_all, split_source
 from lapora.tasks.rows import Row
 
 RTE = [
@@ -303,3 +303,34 @@ def test_names_of_labels_must_not_contradict_the_answers(
         for answers in (["yes", "no"], ["good", "bad"]):
             task = Task.from_dict({**content, "doc_to_choice": answers, "doc_to_target": target})
             assert [row.values["answer"] for row in load_rows(task, "train", data_dir=folder)] == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("one", "two", "overlaps"),
+    [
+        ("train", "train", True),
+        ("train", "test", False),
+        ("train", "train[:500]", True),
+        ("train[:500]", "train[500:]", False),
+        ("train[:501]", "train[500:]", True),
+        ("train[:80%]", "train[80%:]", False),
+        ("train[10%:20%]", "train[15%:]", True),
+        ("train[:80%]", "train[900:]", True),  # which may overlap
+        ("train[:-100]", "train[-100:]", True),
+        ("train[:50%](pct1_dropremainder)", "train[50%:]", False),
+        ("train+validation", "validation", True),
+        ("train+validation", "test", False),
+    ],
+)
+def test_splits_of_the_hub_that_share_rows(one: str, two: str, overlaps: bool) -> None:
+    task = Task.from_dict(
+        {"task": "t", "doc_to_text": "{{a}}", "doc_to_choice": ["x", "y"], "dataset_path": "some/data"}
+    )
+    assert split_source(task, one, None).overlaps(split_source(task, two, None)) is overlaps
+    assert split_source(task, two, None).overlaps(split_source(task, one, None)) is overlaps
+
+
+def test_a_folder_that_is_not_there_is_not_a_missing_split(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no such folder") as raised:
+        load_rows(load_task("boolq"), "validation", data_dir=tmp_path / "nowhere")
+    assert not isinstance(raised.value, MissingSplitError)

@@ -158,6 +158,25 @@ def test_rows_go_to_the_adapter_they_name(several, loads):
     assert abs(alone["adapter"][0]["confidence"] - alone["second"][0]["confidence"]) > 1e-3
 
 
+@pytest.mark.parametrize("given", ["runs/lr=0.001/second", "second=runs/lr=0.001/second", "runs/lr=0.001"])
+def test_paths_with_an_equals_sign(several, monkeypatch, given):
+    fit_all(several, ["adapter", "second"])
+    sweep = several / "runs" / "lr=0.001"
+    sweep.mkdir(parents=True)
+    shutil.copytree(several / "second", sweep / "second")
+    monkeypatch.chdir(several)
+    (found,) = predict(settings_of(several, "adapter"), PredictSettings(adapters=(given,)), lines_for(["second"]))
+    assert found["adapter"] == "second"
+
+
+def test_the_default_adapter_has_a_name_in_its_own_folder(several, monkeypatch):
+    fit_all(several, ["adapter", "second"])
+    monkeypatch.chdir(several / "adapter")
+    model = ModelSettings(adapter=".", device="cpu")
+    (found,) = predict(model, PredictSettings(adapters=(str(several / "second"),)), lines_for([None]))
+    assert found["adapter"] == "adapter"
+
+
 def test_a_folder_of_adapters_and_few_kept_open(several, loads):
     fit_all(several)
     folder = several / "all"

@@ -248,6 +248,19 @@ def test_the_training_rows_never_tune_whatever_they_are_called(demo, adapter, tm
     assert tune_prior(model).prior["averaged"]["n"] == 0
 
 
+def test_rows_that_cannot_be_read_are_an_error_and_not_a_want_of_rows(demo, adapter, tmp_path):
+    data_dir = tmp_path / "data"
+    shutil.copytree(demo / "data", data_dir)
+    model = ModelSettings(adapter=str(adapter))
+    fit(model, DataSettings(task=str(demo / "farm.yaml"), data_dir=data_dir), FitSettings(overwrite=True))
+    tuned = tune_prior(model, DataSettings(limit=8)).prior
+    data_dir.rename(tmp_path / "moved")
+    with pytest.raises(DataError, match="no such folder"):
+        tune_prior(model)
+    kept = json.loads((adapter / "laplace" / "default" / "posterior.json").read_text())["prior"]
+    assert kept["averaged"]["n"] == tuned["averaged"]["n"] == 8
+
+
 def test_a_damaged_validation_row_is_an_error_and_not_a_want_of_rows(demo, adapter, tmp_path):
     data_dir = tmp_path / "data"
     shutil.copytree(demo / "data", data_dir)
@@ -274,6 +287,13 @@ def test_adam_that_does_not_arrive_says_so(adapter):
     assert any("adam stopped" in note for note in tuned.notes)
     done = tune_prior(model, settings=PriorSettings(method="marglik", optimizer="adam"))
     assert not any("adam" in note for note in done.notes)
+
+
+def test_adam_with_a_large_learning_rate_is_no_traceback(adapter):
+    settings = PriorSettings(method="marglik", optimizer="adam", learning_rate=1000.0)
+    assert any(
+        "adam stopped" in note for note in tune_prior(ModelSettings(adapter=str(adapter)), settings=settings).notes
+    )
 
 
 def test_adapted_needs_full_and_a_scalar_prior(demo, adapter):

@@ -239,7 +239,7 @@ def _write_parquet(records: Iterable[Mapping[str, Any]], target: str, source: st
     import pyarrow
     import pyarrow.parquet
 
-    if source != "-" and os.path.exists(target) and is_one_file(source, target):
+    if is_one_file(source, target):
         raise UsageError(f"--output {target} is the input file; give another")
     regular = not os.path.exists(target) or os.path.isfile(target)
     partial = f"{target}.partial" if regular else target

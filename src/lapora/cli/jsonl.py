@@ -125,7 +125,7 @@ def write_lines(lines: Iterable[bytes], target: str, source: str = "-") -> None:
             print(line.decode("utf-8"), end="", flush=True)
         return
     with _descriptor(target) as descriptor:
-        if source != "-" and _one_file(source, descriptor):
+        if target != "-" and _one_file(source, descriptor):
             raise UsageError(f"--output {target} is the input file; give another")
         begun = target == "-"
         try:
@@ -168,17 +168,21 @@ def _descriptor(target: str) -> Iterator[int]:
 
 
 def _one_file(source: str, descriptor: int) -> bool:
-    try:
-        return stat.S_ISREG(os.fstat(descriptor).st_mode) and os.path.samestat(os.stat(source), os.fstat(descriptor))
-    except OSError:
-        return False
+    output = os.fstat(descriptor)
+    return stat.S_ISREG(output.st_mode) and _is_source(source, output)
 
 
 def is_one_file(source: str, target: str) -> bool:
-    """Return whether two paths are one regular file."""
+    """Return whether the source, a path or ``-`` for standard input, and the target are one regular file."""
+    return Path(target).is_file() and _is_source(source, os.stat(target))
+
+
+def _is_source(source: str, output: os.stat_result) -> bool:
     try:
-        return Path(target).is_file() and os.path.samefile(source, target)
-    except OSError:
+        if source == "-":
+            return sys.stdin is not None and os.path.samestat(os.fstat(sys.stdin.fileno()), output)
+        return os.path.samestat(os.stat(source), output)
+    except (AttributeError, OSError, ValueError):  # no such file, or a standard input without a descriptor
         return False
 
 

@@ -127,12 +127,17 @@ class Evidence:
         log_precision = torch.zeros((), dtype=torch.float64, requires_grad=True)
         optimizer = torch.optim.Adam([log_precision], lr=learning_rate, maximize=True)
         for _ in range(steps):
-            log_precision.grad = torch.tensor(self.slope(math.exp(log_precision.item())), dtype=torch.float64)
+            log_precision.grad = torch.tensor(self.slope(_exp(log_precision.item())), dtype=torch.float64)
             optimizer.step()
-        precision = math.exp(log_precision.item())
+        precision = _exp(log_precision.item())
         bounded = min(max(precision, LOWEST_PRECISION), HIGHEST_PRECISION)
         ran_to = None if bounded == precision else "lowest" if bounded == LOWEST_PRECISION else "highest"
         return bounded, ran_to
+
+
+def _exp(value: float) -> float:
+    """Return the exponential; a large learning rate takes Adam far outside the range of δ."""
+    return math.exp(min(max(value, -60.0), 60.0))
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from lapora.tasks.examples import (
     resolve_choices,
 )
 from lapora.tasks.given import given_rows, is_one_row
-from lapora.tasks.rows import Row, load_rows, parse_json_line, split_source
+from lapora.tasks.rows import Row, SplitSource, load_rows, parse_json_line, split_source
 from lapora.tasks.task import AnswerScore, Task, TaskKind, builtin_tasks, builtin_yaml, load_task
 from lapora.tasks.tokens import AnswerEncoding, EncodedExample, answer_token_ids, encode, encode_all, resolve_answers
 
@@ -20,6 +20,7 @@ __all__ = [
     "EncodedExample",
     "Example",
     "Row",
+    "SplitSource",
     "Task",
     "TaskKind",
     "answer_token_ids",

@@ -404,17 +404,11 @@ def target_of(task: Task, values: Mapping[str, Any], answers: tuple[str, ...], w
     if template.fields and any(values.get(name) in _NO_LABEL for name in template.fields):
         return None
     result = template.value(values, where)
-    if not template.is_field and isinstance(result, bool):
-        result = str(result)  # as rendered text; a bare boolean field is 0 or 1, as in lm-evaluation-harness
-        if result not in answers:
-            result = int(result == "True")
     if isinstance(result, bool):
-        if str(result) in answers and answers.index(str(result)) != int(result):
-            raise DataError(
-                f"{where}: label {result} is ambiguous: it is an answer and the index of another one; use `| string` "
-                "in doc_to_target for the answer, or `| int` for the index"
-            )
-        return _index(int(result), answers, where)
+        # Rendered, it is the text True or False; a bare field is 0 or 1, as in lm-evaluation-harness.
+        if not template.is_field and str(result) in answers:
+            return answers.index(str(result))
+        return _index_of_boolean(result, answers, where)
     if isinstance(result, float) and result.is_integer():
         result = int(result)
     if isinstance(result, int):
@@ -432,6 +426,24 @@ def target_of(task: Task, values: Mapping[str, Any], answers: tuple[str, ...], w
     if result is None:
         return None
     raise _unknown_label(result, answers, where)
+
+
+def _index_of_boolean(value: bool, answers: tuple[str, ...], where: str) -> int:
+    """Return 0 or 1; if answers are called true or false, in any case, the index must be that of the value's name."""
+    words = [answer.strip().casefold() for answer in answers]
+    name = str(value).casefold()
+    if name in words and words.index(name) != int(value):
+        case = "" if (answer := answers[words.index(name)]) == str(value) else f" | {_CASES.get(answer, 'lower')}"
+        raise DataError(
+            f"{where}: label {value} is ambiguous: it is an answer and the index of another one; use `| string{case}` "
+            "in doc_to_target for the answer, or `| int` for the index"
+        )
+    if name not in words and str(not value).casefold() in words:
+        raise _unknown_label(value, answers, where)
+    return _index(int(value), answers, where)
+
+
+_CASES = {"TRUE": "upper", "FALSE": "upper"}
 
 
 def _index(number: int, answers: tuple[str, ...], where: str) -> int:

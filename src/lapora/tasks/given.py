@@ -48,13 +48,22 @@ def _several(rows: Any) -> Iterable[Any]:
 
 def _row(row: Any, number: int, texts: bool) -> dict[str, Any]:
     if isinstance(row, Row):
-        return dict(row.values)
+        row = row.values
     if isinstance(row, Mapping):
-        return dict(row)
+        return {key: _plain(value) for key, value in row.items()}
     if texts and isinstance(row, str):
         return {"text": row}
     kinds = "a text or a mapping" if texts else "a mapping"
     raise TypeError(f"row {number}: {_article(row)}; a row is {kinds} with the task's fields")
+
+
+def _plain(value: Any) -> Any:
+    """Return NumPy's arrays and numbers, as DataFrames have, as Python's lists and numbers."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, list | tuple):
+        return [_plain(each) for each in value]
+    return _plain(value.tolist()) if hasattr(value, "tolist") and hasattr(value, "dtype") else value
 
 
 def _named(rows: Any, *names: str) -> bool:

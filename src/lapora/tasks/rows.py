@@ -146,20 +146,68 @@ def check_label_names(task: Task, features: Mapping[str, Any], where: str) -> No
             )
 
 
-def split_source(task: Task, split: str, data_dir: str | Path | None) -> tuple[str, ...]:
-    """Return the identity of a split under any name: its files, or the dataset and the split's name there."""
+@dataclass(frozen=True)
+class SplitSource:
+    """Where the rows of a split come from.
+
+    Attributes:
+        places: Its files; or the data set on the Hub, whose splits ``parts`` names.
+        parts: Names and slices of its splits on the Hub, as in ``train[:80%]+test``.
+    """
+
+    places: frozenset[str]
+    parts: tuple[_Part, ...] = ()
+
+    def overlaps(self, other: SplitSource) -> bool:
+        """Return whether the two can have a row in common."""
+        if not self.places & other.places:
+            return False
+        pairs = list(itertools.product(self.parts, other.parts))
+        return not pairs or any(one.overlaps(two) for one, two in pairs)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A split of a data set on the Hub, or a slice of one: rows, or percents of them."""
+
+    name: str
+    start: str = ""
+    stop: str = ""
+
+    def overlaps(self, other: _Part) -> bool:
+        """Return whether the two can have a row in common; slices that cannot be compared may have."""
+        if self.name != other.name:
+            return False
+        ends = [end for end in (self.start, self.stop, other.start, other.stop) if end]
+        if any(end.startswith("-") for end in ends) or len({end.endswith("%") for end in ends}) > 1:
+            return True
+        (low, high), (other_low, other_high) = self._range(), other._range()
+        return low < other_high and other_low < high
+
+    def _range(self) -> tuple[float, float]:
+        return float(self.start.rstrip("%") or 0), float(self.stop.rstrip("%") or math.inf)
+
+
+_PART = re.compile(r"\s*([^\[+]+?)\s*(?:\[\s*(-?\d*%?)\s*:\s*(-?\d*%?)\s*\])?\s*(?:\([\w%]+\))?\s*")
+
+
+def split_source(task: Task, split: str, data_dir: str | Path | None) -> SplitSource:
+    """Return where the rows of a split come from, under any name of the split."""
     if data_dir is not None:
         try:
-            return (str(find_split_file(Path(data_dir), [split, task.source_split(split)]).resolve()),)
+            file = find_split_file(Path(data_dir), [split, task.source_split(split)])
         except DataError:
-            return (str(Path(data_dir).resolve()), split)
+            file = Path(data_dir) / split
+        return SplitSource(frozenset([str(file.resolve())]))
     if task.reads_files:
         try:
             paths = _files_of_split(task, split, task.dataset_kwargs.get("data_files"))
         except DataError:
-            return (task.task, split)
-        return tuple(path if "://" in path else str(Path(path).resolve()) for path in paths)
-    return (str(task.hub_source or task.dataset_path), task.source_split(split))
+            return SplitSource(frozenset([f"{task.task} {split}"]))
+        return SplitSource(frozenset(path if "://" in path else str(Path(path).resolve()) for path in paths))
+    found = [_PART.fullmatch(part) for part in task.source_split(split).split("+")]
+    parts = tuple(_Part(match[1], match[2] or "", match[3] or "") for match in found if match)
+    return SplitSource(frozenset([str(task.hub_source or task.dataset_path)]), parts)
 
 
 def _files_of_split(task: Task, split: str, files: Any) -> list[str]:
@@ -193,8 +241,9 @@ def _hub_rows(task: Task, split: str) -> Iterable[Mapping[str, Any]]:
         raise
     except Exception as error:  # `datasets` also raises errors of any library below it
         if _is_unreachable(error):
-            reason = f"cannot reach the Hub for {named} ({first_line(error, 120)}); connect"
-        elif type(error).__name__ == "DatasetNotFoundError":
+            problem = f"cannot reach the Hub for {named} ({first_line(error, 120)}); connect"
+            raise DataError(f"{problem}, {remedy}") from None
+        if type(error).__name__ == "DatasetNotFoundError":
             reason = f"no dataset {named} on the Hub, or it is private; fix dataset_path"
         elif "scripts are no longer supported" in str(error):
             reason = f"{named} needs a loading script, which `datasets` no longer supports; use a Parquet copy"
@@ -268,8 +317,8 @@ def find_split_file(folder: Path, names: list[str]) -> Path:
     """Return the file of a split: the first existing one of ``names`` with a supported suffix.
 
     Raises:
-        MissingSplitError: There is no such folder or file; the message lists the files found.
-        DataError: A name is not a valid file name.
+        MissingSplitError: The folder has no such file; the message lists the files found.
+        DataError: There is no such folder, or a name is not a valid file name.
     """
     if folder.is_file():
         raise MissingSplitError(
@@ -277,9 +326,7 @@ def find_split_file(folder: Path, names: list[str]) -> Path:
             f"file's name without its ending as --split {folder.name.partition('.')[0]}"
         )
     if not folder.is_dir():
-        raise MissingSplitError(
-            f"--data-dir {quoted(str(folder), 200)}: no such folder; give the folder of the split files"
-        )
+        raise DataError(f"--data-dir {quoted(str(folder), 200)}: no such folder; give the folder of the split files")
     for name in names:
         if "/" in name or "\\" in name or name in ("", ".", ".."):
             raise DataError(f"split {quoted(name)} is not a valid file name; use a name such as train or validation")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeVar, cast
 
@@ -197,15 +197,41 @@ def _with_less_text(
     name = example.task.truncate_field
     if name is None:
         raise DataError(f"{too_long}; increase it, or set the task's truncate_field to the field to truncate")
+
+    def of_row(row: Mapping[str, Any]) -> Ids:
+        return encoded(prompt_of(example.task, row, example.where))
+
+    return _with_shorter_field(example, name, ids, encoder.tokenizer, max_length, of_row, too_long)
+
+
+def _with_shorter_field(
+    example: Example,
+    name: str,
+    ids: Ids,
+    tokenizer: Any,
+    max_length: int,
+    encoded: Callable[[Mapping[str, Any]], Ids],
+    too_long: str,
+) -> Ids:
+    """Return the ids of the row with as many tokens of a field as fit; the rest of the row is whole.
+
+    Args:
+        example: The example.
+        name: The field.
+        ids: Ids of the whole row.
+        tokenizer: The tokenizer.
+        max_length: Maximum number of ids.
+        encoded: Returns the ids of a row.
+        too_long: Beginning of the error message.
+
+    Raises:
+        DataError: The field is not text, or the rest is too long.
+    """
     value = example.row.get(name)
     if not isinstance(value, str):
         raise DataError(f"{too_long}, and field {quoted(name)} is not text and cannot be truncated; increase it")
-    ends = [0, *(end for _, end in _spans(encoder.tokenizer, value))]
-
-    def with_tokens(kept: int) -> Ids:
-        return encoded(prompt_of(example.task, {**example.row, name: value[: ends[kept]]}, example.where))
-
-    shorter = _fitting(ids, len(ends) - 1, max_length, with_tokens)
+    ends = [0, *(end for _, end in _spans(tokenizer, value))]
+    shorter = _fitting(ids, len(ends) - 1, max_length, lambda kept: encoded({**example.row, name: value[: ends[kept]]}))
     if shorter is None:
         raise DataError(f"{too_long}, even without field {quoted(name)}; increase it")
     return shorter
@@ -368,17 +394,16 @@ def _encode_inputs(examples: Sequence[Example], tokenizer: Any, max_length: int)
     """Encode examples that all have one text, or all have two."""
     columns = [list(column) for column in zip(*(example.inputs or () for example in examples), strict=True)]
     whole = tokenizer(*columns, padding=False, truncation=False, return_attention_mask=False, verbose=False)
-    types = whole.get("token_type_ids")
+    types = whole.get("token_type_ids") or [None] * len(examples)
     encoded = []
-    for index, example in enumerate(examples):
-        ids = list(whole["input_ids"][index])
-        segments = None if types is None else list(types[index])
-        truncated = len(ids) > max_length
+    for example, ids, segments in zip(examples, whole["input_ids"], types, strict=True):
+        found = _Inputs(list(ids), None if segments is None else list(segments))
+        truncated = len(found) > max_length
         if truncated:
-            ids, segments = _truncated(example, len(ids), tokenizer, max_length)
-        if not ids:
+            found = _truncated(example, found, tokenizer, max_length)
+        if not found.ids:
             raise DataError(f"{example.where}: the text has no tokens; check the row's fields")
-        encoded.append(EncodedExample(ids, segments, truncated))
+        encoded.append(EncodedExample(found.ids, found.segments, truncated))
     return encoded
 
 
@@ -395,20 +420,44 @@ def _encode_preference(example: Example, tokenizer: Any, max_length: int) -> Enc
     return cast(EncodedExample, encoded)
 
 
-def _truncated(example: Example, length: int, tokenizer: Any, max_length: int) -> tuple[list[int], list[int] | None]:
-    texts = example.inputs or ()
-    too_long = f"{example.where}: it has {length} tokens, more than the {max_length} of --max-length"
+@dataclass(frozen=True)
+class _Inputs:
+    """Token ids of one or two texts, and their segments if the tokenizer has them."""
+
+    ids: list[int]
+    segments: list[int] | None
+
+    @classmethod
+    def of(cls, encoded: Mapping[str, Any]) -> _Inputs:
+        types = encoded.get("token_type_ids")
+        return cls(list(encoded["input_ids"]), None if types is None else list(types))
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+def _truncated(example: Example, whole: _Inputs, tokenizer: Any, max_length: int) -> _Inputs:
+    texts, task = example.inputs or (), example.task
+    too_long = f"{example.where}: it has {len(whole)} tokens, more than the {max_length} of --max-length"
     strategy = "longest_first"
-    cut = None if example.ready else _position_of_cut(example.task)
+    cut = None if example.ready else _position_of_cut(task)
+    templates = () if example.ready else task.prompt_templates("classifier")
+    name = task.truncate_field
+    if name is not None and any(name in each.fields for at, each in enumerate(templates) if at != cut):
+
+        def of_row(row: Mapping[str, Any]) -> _Inputs:
+            inputs = [template.text(row, example.where) for template in templates]
+            return _Inputs.of(tokenizer(*inputs, truncation=False, return_attention_mask=False, verbose=False))
+
+        return _with_shorter_field(example, name, whole, tokenizer, max_length, of_row, too_long)
     reserved = tokenizer.num_special_tokens_to_add(pair=len(texts) == 2)
     if cut is not None and len(texts) == 2:
         strategy = ("only_first", "only_second")[cut]
         reserved += len(tokenizer(texts[1 - cut], add_special_tokens=False, verbose=False)["input_ids"])
     if reserved >= max_length:
         raise DataError(f"{too_long}, and {reserved} of them cannot be truncated; increase it")
-    encoded = tokenizer(*texts, truncation=strategy, max_length=max_length, return_attention_mask=False, verbose=False)
-    types = encoded.get("token_type_ids")
-    return list(encoded["input_ids"]), None if types is None else list(types)
+    options = {"truncation": strategy, "max_length": max_length, "return_attention_mask": False, "verbose": False}
+    return _Inputs.of(tokenizer(*texts, **options))
 
 
 def _position_of_cut(task: Task) -> int | None:

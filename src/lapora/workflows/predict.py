@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import os
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
@@ -338,7 +339,7 @@ class AdapterPool:
         self._bases = BaseCache(_MOST_BASES)
         self._open: dict[str, Fitted] = {}
         self._broken: dict[str, LaporaError] = {}
-        self._default = Path(model.adapter).name
+        self._default = Path(model.adapter).resolve().name
         own_place = _place(model.output_dir, self._default)
         alone = own_place is None or not own_place.is_dir()  # it was fitted alone, not with others by one command
         self._models = {self._default: model if alone else replace(model, output_dir=own_place)}
@@ -414,7 +415,9 @@ def named_adapters(given: Sequence[str]) -> Iterator[tuple[str, Path, str]]:
         AdapterError: An adapter on the Hub cannot be downloaded.
     """
     for each in given:
-        name, separator, location = each.rpartition("=")
+        name, separator, location = each.partition("=")
+        if "/" in name or os.sep in name or Path(each).exists():  # a path with "=" in it
+            name, separator, location = "", "", each
         if is_hub_id(location):
             yield name or location, fetch_adapter(location), Path(location).name
             continue

@@ -16,6 +16,7 @@ from lapora.storage.compatibility import answer_differences
 from lapora.tasks import (
     Example,
     Row,
+    SplitSource,
     Task,
     data_fingerprint,
     load_rows,
@@ -101,17 +102,11 @@ def read_rows(data: DataSettings, recorded: Manifest | None, default_split: str)
 
 
 def are_training_rows(recorded: Manifest, data: DataSettings) -> bool:
-    """Return whether the split of ``data`` is the one that ``fit`` read, under any name."""
-    return split_identity(recorded, data) == split_identity(recorded, DataSettings(split=recorded.data.split))
+    """Return whether ``data`` can have rows that ``fit`` read, under any name of the split."""
+    return _source(recorded, data).overlaps(_source(recorded, DataSettings(split=recorded.data.split)))
 
 
-def split_identity(recorded: Manifest, data: DataSettings) -> tuple[str, ...]:
-    """Return the identity of a split under any name: its folder or the task's source, and its file or name there.
-
-    Args:
-        recorded: The manifest of a posterior, for settings that ``data`` does not have.
-        data: The split.
-    """
+def _source(recorded: Manifest, data: DataSettings) -> SplitSource:
     folder = data.data_dir or recorded.data.data_dir
     return split_source(resolve_task(data, recorded), data.split or "", folder)
 
