@@ -118,9 +118,7 @@ FULL = (*_encoders("minilm"), *_encoders("mpnet"), *_decoders("smollm2"), *_deco
 
 QUICK = (
     Experiment("quick-minilm-source2", "minilm", "source2", 50, 16, 2e-3, 48, 100, 80, drawn=True),
-    Experiment("quick-mpnet-source5", "mpnet", "source5", 30, 8, 2e-3, 48, 60, 60),
     Experiment("quick-smollm2-source5", "smollm2", "source5", 30, 4, 2e-3, 64, 40, 60),
-    Experiment("quick-gemma3-source5", "gemma3", "source5", 30, 4, 2e-3, 64, 40, 60),
     Experiment("quick-smollm2-arc-e-cloze", "smollm2", "arc-e-cloze", 20, 4, 1e-3, 64, 40, 50),
 )
 """Too few rows to compare methods."""
