@@ -171,8 +171,7 @@ class Predictor:
         """
         settings = PredictSettings(name=self.session.posterior.folder.name, logits=logits, **options)
         given = given_rows(rows, texts=True)
-        loaded = self.session.model.loaded
-        with prepared_for_fit(loaded.model, loaded.pad_token_id):
+        with prepared_for_fit(self.session.model.loaded):
             found = [RowPrediction.of(record) for record in predict_rows(self.session, settings, given)]
         return found[0] if is_one_row(rows) else found
 

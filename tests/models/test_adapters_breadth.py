@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from lapora.config import ModelSettings
 from lapora.errors import AdapterError, DataError, LaporaWarning
 from lapora.models.adapter import read_adapter
 from lapora.models.in_memory import prepared_for_fit
-from lapora.models.loading import load_model, silence_libraries
+from lapora.models.loading import LoadedModel, load_model, silence_libraries
 from lapora.models.lora_layers import find_bayesian_layers
 from lapora.tasks import Task
 from lapora.workflows.task_model import order_of_outputs
@@ -144,7 +145,18 @@ def test_a_configuration_without_a_padding_id():
     answers = tiny_base("rwkv", "causal")
     config = answers.network.config
     before = vars(config).pop("pad_token_id", None)
-    with prepared_for_fit(answers.model, 0):
+    loaded = LoadedModel(
+        model=answers.model,
+        tokenizer=SimpleNamespace(pad_token_id=0, eos_token_id=None),
+        kind="causal",
+        base_model="rwkv",
+        revision=None,
+        quantize="none",
+        dtype="float64",
+        fingerprint="",
+        number_of_labels=None,
+    )
+    with prepared_for_fit(loaded):
         assert config.pad_token_id == 0
     assert before == 0
 

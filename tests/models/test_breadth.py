@@ -16,7 +16,7 @@ from lapora.models.lora_layers import find_bayesian_layers
 from lapora.models.padding_check import check_padding, sees_padding
 from lapora.posterior.structures import fit_structure
 from tiny_bases import covariance_error, row_ids, tiny_base
-from tiny_models import batches, dense_jacobian
+from tiny_models import Row, batches, dense_jacobian
 
 
 def words_to_ids(text):
@@ -68,6 +68,36 @@ def test_a_model_that_sees_padding_has_batches_of_equal_length(name):
     for batch in feed:
         torch.testing.assert_close(answers.logits(batch).detach(), logits[list(batch.rows)], atol=1e-6, rtol=1e-6)
     assert covariance_error(answers) < 1e-5
+
+
+def pair(first: int, second: int) -> Row:
+    return Row([5 + index % 20 for index in range(first)], second=Row([7 + index % 20 for index in range(second)]))
+
+
+@pytest.mark.parametrize("name", ["fnet", "convbert", "xlnet", "bert"])
+def test_pairs_are_differences_of_single_texts_or_refused(name):
+    answers = tiny_base(name, "classifier", targets=["dense"] if name == "fnet" else "all-linear")
+    answers.equal_lengths = sees_padding(answers, words_to_ids)
+    assert answers.equal_lengths == (name != "bert")
+
+    def differences(pairs):
+        found = torch.zeros(len(pairs), 3, dtype=torch.float64)
+        for batch in BatchFeed(answers, pairs, BatchSize(None), bucketed=True):
+            found[list(batch.rows)] = answers.logits(batch).detach()
+        return found
+
+    def alone(pairs):
+        texts = [Row(text.input_ids) for each in pairs for text in (each, each.second)]
+        logits = torch.cat([answers.logits(batch).detach() for batch in batches(answers, texts, 1)])
+        return logits[0::2] - logits[1::2]
+
+    equal, unequal = [pair(4, 4), pair(9, 9), pair(4, 4)], [pair(4, 4), pair(4, 9), pair(9, 5)]
+    torch.testing.assert_close(differences(equal), alone(equal), atol=1e-6, rtol=1e-6)
+    if name == "bert":
+        torch.testing.assert_close(differences(unequal), alone(unequal), atol=1e-6, rtol=1e-6)
+    else:
+        with pytest.raises(AdapterError, match=f"^{name}: pairs of texts are not supported: padding"):
+            differences(unequal)
 
 
 def test_a_model_that_masks_padding_is_left_alone():

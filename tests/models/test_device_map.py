@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from transformers import BertConfig, BertForSequenceClassification, BertModel
 
 from lapora.config import DataSettings, FitSettings, ModelSettings, Placement, PredictSettings
 from lapora.errors import PosteriorError, UsageError
+from lapora.models import device_map
 from lapora.models.adapter import read_adapter
 from lapora.models.device_map import device_map_arguments
 from lapora.models.loading import load_model
@@ -199,3 +201,36 @@ def test_bounds():
     found = device_map_arguments(Placement("balanced", "0=20GiB, cpu=60GiB"))
     assert found == {"device_map": "balanced", "max_memory": {0: "20GiB", "cpu": "60GiB"}}
     assert json.dumps(found["device_map"])
+
+
+GIB = 2**30
+STATISTICS = f"anon {GIB}\ninactive_anon 3\ninactive_file {12 * GIB}\nactive_file 5\n"
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({}, 64),
+        ({"memory.max": "max", "memory.current": 15 * GIB, "memory.stat": STATISTICS}, 64),
+        ({"memory.max": 16 * GIB, "memory.current": 15 * GIB, "memory.stat": STATISTICS}, 13),
+        ({"memory.max": 16 * GIB, "memory.current": 15 * GIB, "memory.stat": "anon 7\n"}, 1),
+        ({"memory.max": 16 * GIB, "memory.current": 15 * GIB}, 1),
+        ({"memory.max": 16 * GIB, "memory.current": 11 * GIB, "memory.stat": STATISTICS}, 16),
+        ({"memory/memory.limit_in_bytes": 2**63 - 4096, "memory/memory.usage_in_bytes": 15 * GIB}, 64),
+        (
+            {
+                "memory/memory.limit_in_bytes": 16 * GIB,
+                "memory/memory.usage_in_bytes": 15 * GIB,
+                "memory/memory.stat": f"inactive_file 7\ntotal_inactive_file {12 * GIB}\n",
+            },
+            13,
+        ),
+    ],
+)
+def test_page_cache_that_can_be_reclaimed_is_available(tmp_path, monkeypatch, files, expected):
+    monkeypatch.setattr(device_map.psutil, "virtual_memory", lambda: SimpleNamespace(available=64 * GIB))
+    monkeypatch.setattr(device_map, "_CGROUP", tmp_path)
+    (tmp_path / "memory").mkdir()
+    for name, content in files.items():
+        (tmp_path / name).write_text(str(content))
+    assert device_map.available_memory() == expected * GIB

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+import lapora
 from lapora.config import DataSettings, FitSettings, ModelSettings, PredictSettings
 from lapora.curvature.kfac import KronObserver
 from lapora.errors import AdapterError, UsageError
@@ -85,6 +86,20 @@ def test_factors_are_near_the_unquantised_ones(folder, quantize, tolerance):
     found, _ = _factors(folder, quantize)
     expected, _ = _factors(folder, "none")
     assert 1e-6 < _worst(found, expected) < tolerance
+
+
+@pytest.mark.parametrize("quantize", ["8bit", "4bit"])
+def test_the_python_api_predicts_as_the_command(folder, quantize):
+    fit_tiny(folder, model={"quantize": quantize}, name=quantize)
+    expected = list(predict(model_of(folder), PredictSettings(name=quantize), json_lines(3)))
+    predictor = lapora.load(folder / "adapter", name=quantize, device="cpu")
+    before = {name: module.training for name, module in predictor.session.model.loaded.model.named_modules()}
+    found = predictor.predict([json.loads(line) for line in json_lines(3)], logits=False)
+    for row, record in zip(found, expected, strict=True):
+        assert row.probabilities == record["probabilities"]
+        assert row.map_probabilities == record["map_probabilities"]
+    after = {name: module.training for name, module in predictor.session.model.loaded.model.named_modules()}
+    assert after == before
 
 
 @pytest.fixture(scope="module")

@@ -15,9 +15,10 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import lapora
 from lapora.config import DataSettings, EvalSettings, FitSettings, PredictSettings, PriorSettings
-from lapora.errors import DataError, UsageError
+from lapora.errors import AdapterError, DataError, UsageError
 from lapora.likelihoods.gaussian import Gaussian
 from lapora.metrics.mixtures import mixture_moments
+from lapora.models import padding_check
 from lapora.models.batching import bucket_length
 from lapora.models.loading import silence_libraries
 from lapora.report.figures import checkpoint_pictures
@@ -115,6 +116,18 @@ def test_predictions_are_those_that_are_scored(name, method, tiny):
         tables["map"][0],
         atol=1e-5,
     )
+
+
+def test_pairs_on_a_base_that_sees_padding_are_refused(tiny, monkeypatch, capfdbinary):
+    folder = tiny("preference")
+    monkeypatch.setattr(padding_check, "sees_padding", lambda *_: True)
+    data = ("--data", folder / "task.yaml", "--data-dir", folder / "data")
+    for arguments in (("fit", folder / "adapter", *data, "--name", "other"), ("predict", folder / "adapter")):
+        lines = b"\n".join(lines_of("preference"))
+        status, out, err = command(monkeypatch, capfdbinary, *arguments, stdin=lines)
+        assert (status, out) == (AdapterError.exit_status, b"")
+        assert err.splitlines()[-1].startswith("error: llama: pairs of texts are not supported: padding changes")
+    assert not (folder / "adapter" / "laplace" / "other").exists()
 
 
 @pytest.mark.parametrize("structure", ["ekfac", "diag", "full", "lowrank"])

@@ -12,13 +12,15 @@ import weakref
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
-from lapora.config import DataSettings, FitSettings, ModelSettings, PredictSettings
+from lapora.config import DataSettings, EvalSettings, FitSettings, ModelSettings, PredictSettings
 from lapora.errors import DataError, LaporaError, UsageError
 from lapora.models import shared_base as bases_module
 from lapora.models.adapter import read_adapter
-from lapora.models.loading import load_model
+from lapora.models.loading import load_model, silence_libraries
 from lapora.models.shared_base import BaseCache
+from lapora.workflows.evaluate import run_evaluation
 from lapora.workflows.fit import fit_several
 from lapora.workflows.predict import predict
 from tiny_adapter import make_adapter
@@ -50,6 +52,17 @@ def fit_all(folder, names=("adapter", "second", "third")):
     data = DataSettings(task=str(folder / "task.yaml"), data_dir=folder / "data")
     models = [settings_of(folder, name) for name in names]
     return list(fit_several(models, data, FitSettings(), lambda model: nullcontext(lambda done, total: None)))
+
+
+def initialize(adapter, initialization):
+    """Change how PEFT initializes an adapter before it loads the trained weights."""
+    file = adapter / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "init_lora_weights": initialization}))
+
+
+def logits_of(loaded):
+    with torch.no_grad():
+        return loaded.model.get_base_model()(input_ids=torch.tensor([[3, 4, 5, 6]])).logits
 
 
 @pytest.fixture
@@ -104,6 +117,57 @@ def test_an_adapter_that_writes_into_the_base_has_one_of_its_own(several):
     assert first.model.get_base_model() is not second.model.get_base_model()
     embedding = first.model.get_base_model().get_input_embeddings().weight
     torch.testing.assert_close(embedding, base[key].to(embedding), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("initialization", "loads"), [("pissa", 3), ("olora", 3), ("gaussian", 1), ("mica", 1)])
+def test_an_initialization_that_changes_the_base_has_one_of_its_own(several, initialization, loads):
+    initialize(several / "second", initialization)
+    how = ModelSettings("", device="cpu")
+    expected = {name: logits_of(load_model(read_adapter(several / name), how)) for name in ("adapter", "second")}
+    shared = BaseCache()
+    for name in ("second", "adapter", "second"):
+        loaded = shared.load(read_adapter(several / name), how)
+        torch.testing.assert_close(logits_of(loaded), expected[name], rtol=0, atol=0)
+    assert shared.loads == loads
+
+
+def test_the_rounding_before_an_initialization_in_float64_stays_off_a_shared_base(several):
+    with silence_libraries():
+        base = AutoModelForCausalLM.from_pretrained(several / "base", dtype=torch.float64)
+        for parameter in base.parameters():
+            parameter.data += 1e-10
+        base.save_pretrained(several / "base")
+    initialize(several / "second", "gaussian")
+    how = ModelSettings("", device="cpu", dtype="float64")
+    expected = logits_of(load_model(read_adapter(several / "adapter"), how))
+    shared = BaseCache()
+    shared.load(read_adapter(several / "second"), how)
+    torch.testing.assert_close(logits_of(shared.load(read_adapter(several / "adapter"), how)), expected, rtol=0, atol=0)
+
+
+def test_pissa_among_others_is_fitted_predicted_and_averaged_as_alone(several):
+    """PEFT subtracts the initial adapter from the base each time it loads one of PiSSA."""
+    names = ("second", "adapter", "third")
+    initialize(several / "second", "pissa")
+    together = {found.folder.parent.parent.name: found.log_likelihood for _, found in fit_all(several, names)}
+    wanted = list(names) * 2
+    rows = lines_for(wanted)
+    routes = PredictSettings(adapters=(str(several / "second"), str(several / "third")))
+    routed = list(predict(settings_of(several, "adapter"), routes, rows))
+    tables = []
+    for name in names:
+        shutil.rmtree(several / name / "laplace")
+        ((model, alone),) = fit_all(several, [name])
+        assert together[name] == pytest.approx(alone.log_likelihood, rel=1e-6)
+        for index, record in enumerate(predict(model, PredictSettings(), lines_for([None] * len(wanted)))):
+            if wanted[index] == name:
+                assert routed[index]["map_probabilities"] == pytest.approx(record["map_probabilities"], abs=1e-6)
+        (at_map,) = run_evaluation(model, DataSettings(), EvalSettings(methods=("map",))).predictions
+        tables.append(at_map.table.exp())
+    ensemble = EvalSettings(methods=("ensemble",), ensemble=(several / "second", several / "third"))
+    predictions = run_evaluation(settings_of(several, "adapter"), DataSettings(), ensemble).predictions
+    (averaged,) = [each for each in predictions if each.method == "ensemble"]
+    torch.testing.assert_close(averaged.table.exp(), torch.stack(tables).mean(dim=0), rtol=0, atol=1e-6)
 
 
 def test_fit_of_several_is_fit_of_each(several, loads):

@@ -102,8 +102,7 @@ def collate(
         packed: Put the answers of a row into one sequence, padded on the right.
     """
     texts = texts_of(encoded[0])
-    if texts == 2:
-        encoded = [text for row in encoded for text in (row, _second(row))]
+    encoded = [text for row in encoded for text in _texts(row)]
     length = max(pad_to or 0, *(network_length(row, packed=packed) for row in encoded))
     sequences = [row.input_ids for row in encoded]
     answers = None
@@ -133,13 +132,19 @@ def collate(
     )
 
 
-def _second(row: Encoded) -> Encoded:
-    return cast(Encoded, getattr(row, "second", None))
+def _texts(row: Encoded) -> list[Encoded]:
+    second = cast("Encoded | None", getattr(row, "second", None))
+    return [row] if second is None else [row, second]
 
 
 def texts_of(row: Encoded) -> int:
     """Return the number of texts of a row: two if it is compared with a second one."""
-    return 1 if _second(row) is None else 2
+    return len(_texts(row))
+
+
+def text_lengths(row: Encoded) -> list[int]:
+    """Return the number of tokens of each text of a row."""
+    return [len(text.input_ids) for text in _texts(row)]
 
 
 def network_length(row: Encoded, *, packed: bool = True) -> int:
@@ -150,5 +155,5 @@ def network_length(row: Encoded, *, packed: bool = True) -> int:
         packed: Whether its answers are in one sequence.
     """
     if not row.answers:
-        return max(len(row.input_ids), len(_second(row).input_ids) if texts_of(row) == 2 else 0)
+        return max(text_lengths(row))
     return (packed_length if packed else longest_sequence)(len(row.input_ids), row.answers)

@@ -15,6 +15,7 @@ from lapora.models.answer_check import check_answers
 from lapora.models.batches import Batch, Encoded, collate, network_length, texts_of
 from lapora.models.heap import return_freed_memory
 from lapora.models.outputs import OutputModel
+from lapora.models.padding_check import check_pairs
 
 Result = TypeVar("Result")
 
@@ -111,6 +112,7 @@ class BatchFeed:
         self._encoded = encoded
         if any(row.answers for row in encoded):
             check_answers(output_model)
+        check_pairs(output_model, encoded)
         self._shapes = [self._shape(row) for row in encoded]
         order = sorted(range(len(encoded)), key=self._order_of)
         self._order = processes.shard(order)

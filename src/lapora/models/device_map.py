@@ -6,6 +6,7 @@ stay on the device on which the layer runs (its execution device).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -164,14 +165,35 @@ def _offloaded(base: nn.Module, name: str) -> tuple[Mapping[str, torch.Tensor], 
     return cast(Any, base.get_submodule(path))._hf_hook.weights_map, key
 
 
+_CGROUP = Path("/sys/fs/cgroup")
+_CGROUP_FILES = (
+    ("memory.max", "memory.current", "memory.stat", "inactive_file"),
+    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat", "total_inactive_file"),
+)
+"""Files with limit, usage and statistics, and the name of the inactive page cache in these: version 2, version 1."""
+
+
 def available_memory() -> float:
     """Return the available memory of the host in bytes, the cgroup limit included."""
-    free = float(psutil.virtual_memory().available)
-    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    return min(float(psutil.virtual_memory().available), *(_left_in_cgroup(*files) for files in _CGROUP_FILES))
+
+
+def _left_in_cgroup(limit: str, usage: str, statistics: str, cache: str) -> float:
+    """Return the memory below a cgroup's limit, the page cache that can be reclaimed included; infinity without one."""
     try:
-        return min(free, float(limit.read_text()) - float(used.read_text()))
+        maximum, used = (float((_CGROUP / file).read_text()) for file in (limit, usage))
     except (OSError, ValueError):  # no such files, or "max"
-        return free
+        return math.inf
+    return maximum - max(0.0, used - _statistic(_CGROUP / statistics, cache))
+
+
+def _statistic(file: Path, name: str) -> float:
+    """Return the value of a line ``name value``, or 0 without such a file or line."""
+    try:
+        lines = file.read_text().splitlines()
+    except OSError:
+        return 0.0
+    return next((float(line.split()[1]) for line in lines if line.startswith(f"{name} ")), 0.0)
 
 
 def resident_memory() -> int:

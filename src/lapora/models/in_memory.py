@@ -8,30 +8,29 @@ from pathlib import Path
 from typing import Any, cast
 
 from peft import PeftModel
-from torch import nn
 
 from lapora.errors import AdapterError, UsageError
 from lapora.models.adapter import Adapter, read_adapter
 from lapora.models.fingerprint import fingerprint_of_tensors
 from lapora.models.loading import LoadedModel, silence_libraries
+from lapora.models.quantization import set_to_eval
 
 
 @contextmanager
-def prepared_for_fit(model: nn.Module, pad_token_id: int) -> Iterator[None]:
-    """Set a model to eval mode and freeze its parameters, and restore its state on exit.
+def prepared_for_fit(loaded: LoadedModel) -> Iterator[None]:
+    """Set a model to eval mode, freeze its parameters and set its padding id, and restore its state on exit.
 
-    Args:
-        model: The model.
-        pad_token_id: Padding id of the batches, by which a decoder with a classification head finds the last token.
+    A decoder with a classification head finds the last token by the padding id.
     """
+    model = loaded.model
     training = {module: module.training for module in model.modules()}
     required = {parameter: parameter.requires_grad for parameter in model.parameters()}
     text_config = cast(Any, model).config.get_text_config()
     original_pad_token_id = getattr(text_config, "pad_token_id", None)
     try:
-        model.eval()
+        set_to_eval(model, loaded.quantize)
         model.requires_grad_(False)
-        text_config.pad_token_id = pad_token_id
+        text_config.pad_token_id = loaded.pad_token_id
         yield
     finally:
         text_config.pad_token_id = original_pad_token_id

@@ -31,10 +31,10 @@ from lapora.models.device_map import (
 from lapora.models.fingerprint import digest_at_dtype, fingerprint_of_tensors
 from lapora.models.outputs import embedding_rows
 from lapora.models.quantization import (
-    disable_input_rounding,
     quantization_config,
     resolve_quantization,
     saved_quantization,
+    set_to_eval,
 )
 
 
@@ -138,9 +138,7 @@ def attach_adapter(adapter: Adapter, base: LoadedBase) -> LoadedModel:
         model = model.double()
     if base.quantize == "none" and base.placement is None:
         model = model.to(base.device)
-    model.eval()
-    if base.quantize != "none":
-        disable_input_rounding(model)
+    set_to_eval(model, base.quantize)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     loaded = LoadedModel(

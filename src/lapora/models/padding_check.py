@@ -7,12 +7,13 @@ position. No list of architectures would be complete, so two rows of different l
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 
 from lapora.errors import AdapterError, LaporaWarning, NonFiniteRowError
-from lapora.models.batches import collate
+from lapora.models.batches import Encoded, collate, text_lengths
 from lapora.models.outputs import OutputModel, embedding_rows
 
 _TEXTS = ("Yes or no ?", "Is it so that the cows are in the barn and the sheep in the office , or not ?")
@@ -37,12 +38,29 @@ def check_padding(output_model: OutputModel, tokenizer: Any, quantized: bool) ->
     """
     if sees_padding(output_model, tokenizer, quantized):
         output_model.equal_lengths = True
-        name = getattr(getattr(output_model.network, "config", None), "model_type", "this base model")
         warnings.warn(
-            f"{name}: padding changes the logits of a row; batches are of rows of equal length, which is slower",
+            f"{_model_type(output_model)}: padding changes the logits of a row; batches are of rows of equal length, "
+            "which is slower",
             LaporaWarning,
             stacklevel=2,
         )
+
+
+def check_pairs(output_model: OutputModel, encoded: Sequence[Encoded]) -> None:
+    """Check that no text is padded to the length of the text that it is compared with, if padding changes the logits.
+
+    Raises:
+        AdapterError: It is: both texts of a row run in one batch.
+    """
+    if output_model.equal_lengths and any(len(set(text_lengths(row))) > 1 for row in encoded):
+        raise AdapterError(
+            f"{_model_type(output_model)}: pairs of texts are not supported: padding changes its logits, and the "
+            "shorter text of a pair is padded; train the reward model on another base, such as BERT or Llama"
+        )
+
+
+def _model_type(output_model: OutputModel) -> str:
+    return str(getattr(getattr(output_model.network, "config", None), "model_type", "this base model"))
 
 
 def sees_padding(output_model: OutputModel, tokenizer: Any, quantized: bool = False) -> bool:

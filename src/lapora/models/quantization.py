@@ -92,6 +92,13 @@ def resolve_quantization(base_name: str, requested: Quantization | None, saved: 
     return saved
 
 
+def set_to_eval(model: nn.Module, quantize: Quantization) -> None:
+    """Set a model to eval mode, in which quantized layers on a CPU do not round their inputs."""
+    model.eval()
+    if quantize != "none":
+        disable_input_rounding(model)
+
+
 def disable_input_rounding(model: nn.Module) -> None:
     """Make quantized layers on a CPU multiply by the dequantized weight, without rounding their inputs.
 

@@ -43,7 +43,7 @@ class BaseCache:
 
         Arguments and errors are those of :func:`lapora.models.loading.load_model`.
         """
-        if _changes_base(adapter):
+        if _changes_base(adapter, how):
             self.loads += 1
             return attach_adapter(adapter, load_base(adapter, how))
         key = (
@@ -117,8 +117,19 @@ def _detach_modules(base: nn.Module) -> list[_Replacement]:
     return replacements
 
 
-def _changes_base(adapter: Adapter) -> bool:
-    """Return whether loading the adapter overwrites tensors of the base, such as biases or embeddings."""
+_KEEPS_BASE = ("gaussian", "eva", "orthogonal", "mica")
+"""Values of ``init_lora_weights`` for which PEFT does not change the base. For others, such as ``pissa`` and ``olora``,
+it subtracts the initial adapter from the base weights each time the adapter is loaded."""
+
+
+def _changes_base(adapter: Adapter, how: ModelSettings) -> bool:
+    """Return whether loading the adapter changes tensors of the base: by its initialization, or by biases it saved."""
+    initialization = adapter.config.get("init_lora_weights")
+    if isinstance(initialization, str):
+        if initialization.lower() not in _KEEPS_BASE:
+            return True
+        if how.dtype == "float64":  # attach_adapter rounds the base to float32 first
+            return True
     modules_to_save = tuple(adapter.config.get("modules_to_save") or ())
     return any(
         not any(part in key for part in (".lora_A.", ".lora_B."))

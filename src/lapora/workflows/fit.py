@@ -289,7 +289,7 @@ def fit_in_memory(
     _refuse_other_rows(resolved, adapter, given)
     loaded = loaded_in_memory(model, tokenizer, adapter)
     how = ModelSettings(str(adapter.path), batch_size=batch_size)
-    with prepared_for_fit(model, loaded.pad_token_id):
+    with prepared_for_fit(loaded):
         training = _render(adapter, DataSettings(split="train"), resolved, given, settings)
         inputs = load_inputs(how, training, settings, lambda *_: loaded)
         with write_lock(folder):
