@@ -255,6 +255,16 @@ def test_ids_of_parquet_files_are_text(predict, tmp_path):
     assert "id" not in json.loads(predict(tmp_path / "ids.parquet")[1])
 
 
+@pytest.mark.parametrize("name", ["out.parquet", "out.csv"])
+def test_half_a_surrogate_pair_in_an_id(predict, tmp_path, name):
+    lines = b'{"id": "\\ud800x", "story": "the cows"}\n{"id": "b", "story": "the cows"}\n'
+    status, _, err = predict("-", "--output", tmp_path / name, stdin=lines)
+    assert status == 0, err
+    read = pandas.read_parquet if name.endswith("parquet") else pandas.read_csv
+    assert list(read(tmp_path / name)["id"]) == ["\\ud800x", "b"]
+    assert [file.name for file in tmp_path.iterdir()] == [name]
+
+
 def test_binary_columns_are_text(predict, tmp_path):
     stories = ["anna is loud", "boris is qui\u00e9t"]
     pyarrow.parquet.write_table(pyarrow.table({"story": stories}), tmp_path / "text.parquet")

@@ -101,6 +101,11 @@ CASES = {
         lambda f: (settings(f, task_type="SEQ_CLS"), task(f, doc_to_inputs="story")), FIT, 3,
         ["score.weight", "modules_to_save"],
     ),
+    "a file for the demo": (lambda f: None, ("demo", "task.yaml"), 2, ["task.yaml", "give a folder"]),
+    "a folder that cannot be made": (
+        lambda f: None, ("demo", "task.yaml/inside", "--offline"), 2, ["cannot be made", "give another folder"],
+    ),
+    "a superscript for a number": (lambda f: None, (*FIT, "--batch-size", "²"), 2, ["--batch-size", "²"]),
     "tab-separated rows": (lambda f: split(f, "data/train.tsv"), FIT, 5, ["train.tsv", "tab-separated", ".csv"]),
     "compressed rows": (
         lambda f: split(f, "data/train.jsonl.gz", gzip.compress(b"{}")), FIT, 5, ["train.jsonl.gz", "unpack"],

@@ -97,4 +97,6 @@ def test_ties_are_half_right():
     assert LIKELIHOOD.scores(table, targets)["accuracy"] == pytest.approx(0.5)
     weights = torch.tensor([[1.0, 1.0, 1.0, 1.0], [2.0, 0.0, 0.0, 0.0]]).double()
     assert LIKELIHOOD.scorer(table, targets)(weights)["accuracy"].tolist() == pytest.approx([0.5, 0.5])
-    assert LIKELIHOOD.scores(LIKELIHOOD.constant(targets), targets)["accuracy"] == pytest.approx(0.5)
+    constant = LIKELIHOOD.scores(LIKELIHOOD.constant(targets), targets)
+    expected = {"accuracy": 0.5, "ece": 0.0, "adaptive_ece": 0.0, "auroc": 0.5, "aurc": 0.5}
+    assert {name: constant[name] for name in expected} == pytest.approx(expected, abs=1e-7)

@@ -6,22 +6,24 @@ import json
 import logging
 import re
 import shutil
+import warnings
 from dataclasses import replace
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 
 from lapora import metrics
 from lapora.cli.app import app
 from lapora.cli.app import run as run_command_line
 from lapora.config import DataSettings, EvalSettings, FitSettings, ModelSettings
-from lapora.errors import AdapterError, DataError, GateError, UsageError
+from lapora.errors import AdapterError, DataError, GateError, LaporaWarning, UsageError
 from lapora.models.batching import BatchSize
 from lapora.posterior.averaging import TEMPERATURE_WIDTH
 from lapora.workflows.evaluate import run_evaluation
 from lapora.workflows.fit import fit
-from lapora.workflows.results import check_gates, parse_gate
+from lapora.workflows.results import append_result, check_gates, parse_gate, read_results
 from lapora.workflows.rows import read_labelled_rows, row_digest
 from lapora.workflows.scoring import forward_table, score_rows
 from lapora.workflows.task_model import open_fitted
@@ -187,6 +189,56 @@ def test_an_ensemble_of_a_folder_of_checkpoints_averages_probabilities(adapter, 
     rest = 2 * p - own
     assert float(rest.min()) > -1e-9 and float(rest.max()) < 1 + 1e-9 and float((rest - own).abs().max()) > 1e-3
     assert bool((predictions["ensemble"].mutual_information >= 0).all())
+
+
+def test_a_member_of_another_base_is_said_to_be_that(adapter, other, tmp_path):
+    member = tmp_path / "member"
+    shutil.copytree(other, member)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run(adapter, methods=("map", "ensemble"), ensemble=(member,))
+    config = json.loads((member / "adapter_config.json").read_text())
+    (member / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "owner/another"}))
+    with pytest.warns(LaporaWarning, match="its base is owner/another, and it is scored on ADAPTER's"):
+        run(adapter, methods=("map", "ensemble"), ensemble=(member,))
+
+
+def test_posteriors_of_other_tasks_are_scored_apart(demo, adapter, tmp_path):
+    folder = tmp_path / "adapter"
+    shutil.copytree(adapter, folder)
+    task = yaml.safe_load((demo / "farm.yaml").read_text())
+    task |= {"task": "turned", "doc_to_choice": task["doc_to_choice"][::-1], "doc_to_target": "{{ 1 - label }}"}
+    (tmp_path / "turned.yaml").write_text(yaml.safe_dump(task))
+    data = DataSettings(task=str(tmp_path / "turned.yaml"), data_dir=demo / "data")
+    fit(ModelSettings(adapter=str(folder)), data, FitSettings(name="turned"))
+    with pytest.raises(UsageError, match="--name turned: fitted on other prompts, answers or labels"):
+        run(folder, names=("default", "turned"))
+    alone = by_label(run(folder, DataSettings(limit=40), names=("turned",)))
+    assert alone["laplace turned (mc-joint)"]["accuracy"] == alone["map"]["accuracy"] > 0.5
+    done = run(folder, DataSettings(limit=20), methods=("all",))
+    assert not any("turned" in label for label in by_label(done))
+    assert any(line.startswith("left out: turned: fitted on other prompts") for line in done.warnings)
+
+
+def test_a_damaged_file_of_other_rows_is_an_error(adapter, elsewhere, demo, tmp_path):
+    shutil.copytree(elsewhere, tmp_path / "ood")
+    (tmp_path / "ood" / "validation.jsonl").write_text("{broken\n")
+    with pytest.raises(DataError, match=r"--ood .*line 1: not JSON"):
+        run(adapter, ood=(str(demo / "farm.yaml"),), ood_data_dirs=(tmp_path / "ood",))
+
+
+def test_figures_and_results_of_map_alone(adapter, tmp_path):
+    where = ["--limit", "20", "--methods", "map", "--plots", str(tmp_path), "--report", str(tmp_path / "page.html")]
+    app(["eval", str(adapter), *where, "--output", str(tmp_path / "runs.jsonl")], standalone_mode=False)
+    assert {"reliability.png", "confidence.png", "risk-coverage.png"} <= {file.name for file in tmp_path.iterdir()}
+    assert (tmp_path / "page.html").is_file() and (tmp_path / "runs.jsonl").read_text().count("\n") == 1
+
+
+def test_results_with_unusual_line_separators_are_read_back(tmp_path):
+    record = {"task": "a\u2028b", "split": "validation", "n": 1, "results": [{"method": "map"}]}
+    append_result(tmp_path / "runs.jsonl", record, "adapter\u0085")
+    (found,) = read_results([tmp_path / "runs.jsonl"])
+    assert (found["task"], found["adapter"]) == ("a\u2028b", "adapter\u0085")
 
 
 def test_dropout_is_off_again_and_the_same_seed_draws_the_same(adapter):

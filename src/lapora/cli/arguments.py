@@ -204,7 +204,7 @@ def _converted(option: DeclaredOption, word: Any) -> Any:
     if option.several:
         return tuple(part.strip() for each in word for part in each.split(",")) if option.option.commas else tuple(word)
     if option.words and word is not None:
-        return None if word == option.option.none else int(word) if word.isdigit() else word
+        return None if word == option.option.none else int(word) if word.isdecimal() else word
     return word
 
 

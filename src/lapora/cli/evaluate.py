@@ -84,9 +84,9 @@ def eval_command(
     with model.processes.raise_together():  # write everything before a failed gate ends the run
         if model.processes.is_main:
             print_results(done, as_json)
-            save_results(done, model, plots, report)
             if output:
                 append_result(output, done.record, model.adapter)
+            save_results(done, model, plots, report)
     check_gates(gates, done.record["results"])
 
 

@@ -266,19 +266,26 @@ def _write_parquet(records: Iterable[Mapping[str, Any]], target: str, source: st
                 if schema is None:
                     last = rows[-1] if rows else {}
                     schema = pyarrow.schema([(name, _arrow_type(name, last.get(name))) for name in columns])
-                waiting += rows
+                waiting += [{key: _encodable(value) for key, value in row.items()} for row in rows]
                 if len(waiting) >= _GROUP:
                     flush()
         finally:
-            flush()
-            if writer is not None:
-                writer.close()
-                if regular:
-                    os.replace(partial, target)
-            elif regular:
-                os.unlink(partial)
+            try:
+                flush()
+            finally:
+                if writer is not None:
+                    writer.close()
+                    if regular:
+                        os.replace(partial, target)
+                elif regular:
+                    os.unlink(partial)
     except OSError as error:
         raise DataError(f"{target}: cannot be written ({error.strerror or first_line(error)})") from error
+
+
+def _encodable(value: Any) -> Any:
+    """Return a text with half surrogate pairs, which an id may have, written as in CSV; other values unchanged."""
+    return value.encode("utf-8", "backslashreplace").decode() if isinstance(value, str) else value
 
 
 def _arrow_type(name: str, value: Any) -> Any:

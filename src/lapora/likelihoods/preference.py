@@ -16,6 +16,7 @@ from torch import Tensor
 from lapora.config import PredictSettings
 from lapora.likelihoods.base import Averaging, LogitMoments, ScoreOptions, Scorer
 from lapora.likelihoods.bernoulli import Bernoulli
+from lapora.metrics.weighted import WeightedScores
 
 
 class Preference(Bernoulli):
@@ -30,18 +31,15 @@ class Preference(Bernoulli):
 
     def scorer(self, table: Tensor, targets: Tensor, options: ScoreOptions = ScoreOptions()) -> Scorer:
         """Return the scores of answers, with ties counted half right."""
-        scores, ties = super().scorer(table, targets, options), _ties(table, targets)
-
-        def with_ties(weights: Tensor) -> dict[str, Tensor]:
-            found = scores(weights)
-            return {**found, "accuracy": found["accuracy"] - 0.5 * (weights @ ties) / weights.sum(dim=1)}
-
-        return with_ties
+        return WeightedScores(table, targets, with_mcc=options.with_mcc, right=_right(table, targets))
 
     def scores(self, table: Tensor, targets: Tensor, options: ScoreOptions = ScoreOptions()) -> dict[str, float]:
         """Return the scores of answers, with ties counted half right."""
         found = super().scores(table, targets, options)
-        return {**found, "accuracy": found["accuracy"] - 0.5 * float(_ties(table, targets).mean())}
+        if not (table[:, 0] == table[:, 1]).any():
+            return found
+        with_ties = self.scorer(table, targets, options)(torch.ones(1, len(targets), dtype=torch.float64))
+        return found | {name: float(with_ties[name]) for name in _OF_RIGHT}
 
     def records(
         self,
@@ -68,9 +66,14 @@ class Preference(Bernoulli):
         return records
 
 
-def _ties(table: Tensor, targets: Tensor) -> Tensor:
-    """Return 1 for each row with equal probabilities that counts as right, else 0, ``(N,)`` in float64."""
-    return ((table[:, 0] == table[:, 1]) & (table.argmax(dim=1) == targets)).double()
+_OF_RIGHT = ("accuracy", "ece", "adaptive_ece", "auroc", "aurc")
+"""Scores that depend on which predictions are right."""
+
+
+def _right(table: Tensor, targets: Tensor) -> Tensor:
+    """Return 1 for each row whose answer is right, 1/2 for a tie, else 0, ``(N,)`` in float64."""
+    right = (table.argmax(dim=1) == targets).double()
+    return torch.where(table[:, 0] == table[:, 1], 0.5, right)
 
 
 def reward_deviation(found: Sequence[LogitMoments], averaging: Averaging, *, plain: bool = False) -> Tensor:

@@ -27,13 +27,15 @@ class WeightedScores:
         log_p: ``(N, C)`` log-probabilities, float64.
         targets: ``(N,)`` labels, int64.
         with_mcc: Add the Matthews correlation coefficient.
+        right: ``(N,)`` how far each prediction is right, from 0 to 1; by default 1 if the most probable class is the
+            label, else 0.
     """
 
-    def __init__(self, log_p: Tensor, targets: Tensor, *, with_mcc: bool = False) -> None:
+    def __init__(self, log_p: Tensor, targets: Tensor, *, with_mcc: bool = False, right: Tensor | None = None) -> None:
         self._classes = log_p.shape[1]
         p = log_p.exp()
         confidence, predicted = p.max(dim=1)
-        self._right = (predicted == targets).double()
+        self._right = (predicted == targets).double() if right is None else right
         one_hot = torch.nn.functional.one_hot(targets, self._classes)
         means = [self._right, -log_p.gather(1, targets.unsqueeze(1)).squeeze(1), (p - one_hot).square().sum(dim=1)]
         self._means = torch.stack(means, dim=1)

@@ -253,6 +253,8 @@ def checkpoint_tables(record: Mapping[str, Any]) -> list[Table]:
 BEST_IS_HIGH = ("accuracy", "mcc", "auroc", "f1_macro", "f1_micro", "exact_match")
 # Not compared: the constant predictor is calibrated by construction, and the oracle has seen the labels.
 _NO_CANDIDATES = ("constant", "temperature (oracle)")
+# The best coverage is the interval's probability, and a narrow interval is good only if it covers as much.
+_NO_BEST = ("interval_coverage", "interval_width")
 
 
 def print_comparison(runs: Sequence[Mapping[str, Any]], scores: Sequence[str]) -> None:
@@ -289,7 +291,7 @@ def _side_by_side(runs: Sequence[Mapping[str, Any]], score: str) -> Table:
     bests = []
     for column in columns:
         known = [value for label, value in column.items() if value is not None and label not in _NO_CANDIDATES]
-        bests.append(best(known) if known else None)
+        bests.append(best(known) if known and score not in _NO_BEST else None)
     for label in dict.fromkeys(label for column in columns for label in column):
         cells = [
             Text(

@@ -37,6 +37,13 @@ DEFAULT_MAX_LENGTH = 512
 """Maximum number of tokens per row of a task without `max_length`."""
 
 
+_OF_A_ROW = (
+    *("description", "doc_to_text", "gen_prefix", "doc_to_inputs", "target_delimiter", "keep_if"),
+    *("doc_to_choice", "doc_to_continuation", "answer_score", "doc_to_target", "likelihood"),
+)
+"""What the prompts, answers and labels of rows depend on."""
+
+
 @dataclass(frozen=True)
 class Task:
     """A validated task.
@@ -105,6 +112,10 @@ class Task:
         if self.doc_to_inputs is not None:
             kinds.append("classifier")
         return tuple(kinds)
+
+    def renders_like(self, other: Task) -> bool:
+        """Return whether the prompts, answers and labels of a row are the same under another task."""
+        return all(getattr(self, name) == getattr(other, name) for name in _OF_A_ROW)
 
     @property
     def reads_files(self) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lapora.config import DataSettings, Dtype, EvalSettings, ModelSettings
-from lapora.errors import AdapterError, DataError, UsageError
+from lapora.errors import AdapterError, LaporaWarning, MissingSplitError, UsageError
 from lapora.likelihoods.base import Likelihood
 from lapora.models.adapter import CONFIG_FILE, Adapter, fetch_adapter, is_hub_id, read_adapter
 from lapora.models.lora_layers import lora_dropout_on, lora_dropouts
@@ -86,7 +87,7 @@ def fit_temperature(
 def _recorded_rows(fitted: Fitted, data: DataSettings, split: str, digests: Collection[str]) -> LabelledRows | None:
     try:
         rows = read_labelled_rows(fitted.posterior, fitted.model.kind, DataSettings(data.task, data.data_dir, split))
-    except DataError:
+    except MissingSplitError:
         return None
     found = [index for index, example in enumerate(rows.examples) if row_digest(example) in digests]
     return rows.only(found) if found else None
@@ -137,7 +138,7 @@ def ensemble(
         AdapterError: A member cannot be read, or has another base or kind.
         UsageError: There is no member but ADAPTER itself.
     """
-    members = _members(fitted, paths)
+    members = _members(model, fitted, paths)
     bases = BaseCache()
     tables = [[own] for own in at_map]
     for member in members:
@@ -147,7 +148,8 @@ def ensemble(
     return [_averaged(fitted.model.likelihood, "ensemble", torch.stack(table), details) for table in tables]
 
 
-def _members(fitted: Fitted, paths: Sequence[Path]) -> list[Adapter]:
+def _members(model: ModelSettings, fitted: Fitted, paths: Sequence[Path]) -> list[Adapter]:
+    own = read_adapter(model.folder)
     members: dict[str, Adapter] = {}
     for given in paths:
         path = fetch_adapter(str(given)) if is_hub_id(str(given)) else given
@@ -156,11 +158,29 @@ def _members(fitted: Fitted, paths: Sequence[Path]) -> list[Adapter]:
             adapter = read_adapter(folder)
             if adapter.kind != fitted.model.kind:
                 raise AdapterError(f"--ensemble {folder}: a {adapter.kind}, and ADAPTER is a {fitted.model.kind}")
+            _warn_of_another_base(adapter, own)
             members[adapter.sha256] = adapter
     members.pop(fitted.posterior.manifest.adapter, None)
     if not members:
         raise UsageError("--ensemble: no other adapter than ADAPTER itself; give one with other weights")
     return list(members.values())
+
+
+def _warn_of_another_base(member: Adapter, own: Adapter) -> None:
+    """Warn if a member records another base than ADAPTER, on whose base it is run."""
+    names = [each.base_model or "none" for each in (member, own)]
+    paths = [Path(name).resolve() if Path(name).exists() else name for name in names]
+    if (paths[0], member.revision) != (paths[1], own.revision):
+        warnings.warn(
+            f"--ensemble {member.path}: its base is {names[0]}{_of(member.revision)}, and it is scored on ADAPTER's, "
+            f"{names[1]}{_of(own.revision)}",
+            LaporaWarning,
+            stacklevel=2,
+        )
+
+
+def _of(revision: str | None) -> str:
+    return "" if revision is None else f" (revision {revision})"
 
 
 def _member_tables(

@@ -18,7 +18,7 @@ _MODEL_OPTIONS = (
 )
 
 
-def model_arguments(model: ModelSettings, name: str) -> list[str]:
+def model_arguments(model: ModelSettings, name: str = PredictSettings.name) -> list[str]:
     """Return the options that another command needs to find this model and posterior.
 
     Options recorded by ``fit`` (quantization, dtype, the adapter's own base) are omitted.

@@ -66,11 +66,16 @@ def run_demo(
         AdapterError: The base model cannot be downloaded.
     """
     own, other = (OFFLINE_TASK, _TASK) if offline else (_TASK, OFFLINE_TASK)
+    if directory.exists() and not directory.is_dir():
+        raise UsageError(f"{directory}: a file; give a folder")
     if directory.exists() and any(directory.iterdir()) and not (directory / own).is_file():
         what = "the demo of another kind" if (directory / other).is_file() else "not empty, and not an earlier demo"
         raise UsageError(f"{directory}: {what}; give another folder")
     base = None if offline else fetch_demo_base(print_message, step)
-    directory.mkdir(parents=True, exist_ok=True)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"{directory}: cannot be made ({error.strerror}); give another folder") from error
     if base is None:
         make_offline_demo(directory, print_message, step)
     else:

@@ -25,12 +25,13 @@ from lapora.config import (
     Progress,
     check_likelihood,
 )
-from lapora.errors import DataError, UsageError
+from lapora.errors import DataError, MissingSplitError, UsageError
 from lapora.likelihoods.base import Likelihood, ScoreOptions
 from lapora.models.loading import Loader, load_model
 from lapora.storage.saved import open_posterior, saved_names
-from lapora.tasks import data_fingerprint, load_rows, load_task, render_all, resolve_choices
+from lapora.tasks import Task, data_fingerprint, load_rows, load_task, render_all, resolve_choices
 from lapora.workflows import baselines
+from lapora.workflows.commands import model_arguments
 from lapora.workflows.contradictions import check_other_rows, resolve_task
 from lapora.workflows.rows import LabelledRows, TuningRows, are_training_rows, read_labelled_rows
 from lapora.workflows.scoring import Prediction, ScoredRows, score_rows
@@ -95,8 +96,9 @@ def run_evaluation(
         DataError: The rows have no labels, or their answers are not the posterior's.
         PosteriorError: A posterior is missing, damaged, or belongs to other weights.
     """
-    plan = make_plan(model, settings)
+    plan = make_plan(model, settings, data)
     fitted = open_fitted(model, plan.names[0], data=data, load=load)
+    of_map = fitted.model.loaded
     notes = [*plan.left_out]
     temperature = _temperature(fitted, plan, data, settings, notes)
     left_out = plan.tuning_digests | (temperature.rows if temperature else frozenset())
@@ -113,6 +115,12 @@ def run_evaluation(
     for name in plan.names if "laplace" in plan.methods else plan.names[:1]:
         if name != fitted.posterior.folder.name:
             fitted = open_fitted(model, name, fitted, data, load)
+            loaded = fitted.model.loaded
+            if (loaded.dtype, loaded.quantize) != (of_map.dtype, of_map.quantize):
+                notes.append(
+                    f"note: {name} is on the base in {loaded.dtype}, quantization {loaded.quantize}, and MAP in "
+                    f"{of_map.dtype}, quantization {of_map.quantize}: their differences include that of the base"
+                )
         manifests[name] = fitted.posterior.content
         scored = [_score(fitted, each, plan, settings, progress) for each in sets]
         if len(manifests) == 1:
@@ -305,15 +313,9 @@ def _warn(
 
 def remedy_options(model: ModelSettings, data: DataSettings) -> str:
     """Return the arguments that ``tune-prior`` needs to find the posterior, the base and the rows of this run."""
-    given = {
-        "--output-dir": model.output_dir,
-        "--base-model": model.base_model,
-        "--data": data.task,
-        "--data-dir": data.data_dir,
-        "--split": data.split,
-    }
+    given = {"--data": data.task, "--data-dir": data.data_dir, "--split": data.split}
     options = [part for option, value in given.items() if value is not None for part in (option, str(value))]
-    return shlex.join([model.adapter, *options])
+    return shlex.join([model.adapter, *model_arguments(model), *options])
 
 
 def _remedy(fitted: Fitted, link: Link, options: str) -> str:
@@ -368,11 +370,11 @@ class Plan:
         return frozenset(digest for record in self.tuned_on.values() for digest in record.rows)
 
 
-def make_plan(model: ModelSettings, settings: EvalSettings) -> Plan:
+def make_plan(model: ModelSettings, settings: EvalSettings, data: DataSettings = DataSettings()) -> Plan:
     """Resolve which methods are scored.
 
     Raises:
-        UsageError: There is nothing to score, or options contradict each other.
+        UsageError: There is nothing to score, options contradict each other, or posteriors have different tasks.
         PosteriorError: A posterior is missing, damaged, or belongs to other weights.
     """
     everything = "all" in settings.methods
@@ -400,9 +402,22 @@ def make_plan(model: ModelSettings, settings: EvalSettings) -> Plan:
     names = _unique(settings.names) or (tuple(saved_names(model.root)) if everything else ()) or ("default",)
     links: tuple[Link, ...] = _unique(settings.links)
     tuned_on = {}
+    task: Task | None = None
+    of_one_task = []
     for name in names:
         _, posterior = open_posterior(model, name)
-        likelihood = resolve_task(DataSettings(), posterior.manifest).likelihood
+        own = resolve_task(DataSettings(), posterior.manifest)
+        likelihood = own.likelihood
+        if task is not None and data.task is None and not task.renders_like(own):
+            reason = f"other prompts, answers or labels (task {own.task}) than those of {names[0]} (task {task.task})"
+            if not everything or settings.names:
+                raise UsageError(
+                    f"--name {name}: fitted on {reason}; score each in a run of its own, or give --data TASK"
+                )
+            left_out += (f"left out: {name}: fitted on {reason}; score it with --name {name}",)
+            continue
+        task = task or own
+        of_one_task.append(name)
         check_likelihood(likelihood, settings)
         if not links:
             links = tuple(link for link in LINKS[likelihood] if link != "map") if everything else ("mc-joint",)
@@ -410,7 +425,7 @@ def make_plan(model: ModelSettings, settings: EvalSettings) -> Plan:
         if record is not None and record.rows:
             tuned_on[name] = TuningRows(record.split or "", frozenset(record.rows))
     order = [method for method in get_args(Method) if method in methods]
-    return Plan(tuple(order), everything, names, links, tuned_on, left_out)
+    return Plan(tuple(order), everything, tuple(of_one_task), links, tuned_on, left_out)
 
 
 def _unique(values: Sequence[Any]) -> tuple[Any, ...]:
@@ -437,9 +452,11 @@ def _read(fitted: Fitted, name: str, folder: Path | None, limit: int | None) -> 
     for split in ("validation", "test"):
         try:
             rows = load_rows(task, split, data_dir=folder, limit=limit)
-        except DataError as error:
+        except MissingSplitError as error:
             errors.append(error)
             continue
+        except DataError as error:
+            raise DataError(f"--ood {name}: {str(error).replace('--data-dir', '--ood-data-dir')}") from error
         own, likelihood = fitted.model.choices, fitted.model.likelihood
         choices = resolve_choices(task, rows, kind=fitted.model.kind if not own else "classifier")
         check_other_rows(task, fitted.posterior.manifest, choices)

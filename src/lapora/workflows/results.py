@@ -50,7 +50,7 @@ def read_results(files: Sequence[Path]) -> list[dict[str, Any]]:
     runs = []
     for file in files:
         try:
-            lines = file.read_text(encoding="utf-8").splitlines()
+            lines = file.read_text(encoding="utf-8").split("\n")
         except (OSError, UnicodeDecodeError) as error:
             reason = getattr(error, "strerror", None) or "not UTF-8"
             raise DataError(f"{file}: cannot be read ({reason})") from error

@@ -86,9 +86,9 @@ def _reliability(pair: Mapping[str, Tensor], targets: Tensor, ending: str, rows:
         lower.set_ylim(0, 1.25 * most)
     for lower in axes[:, 1:].flat:
         lower.tick_params(labelleft=False)
-    before, now = pair
+    sides = f"{' (left) and '.join(pair)} (right)" if len(pair) == 2 else next(iter(pair))
     caption = (
-        f"Reliability of {before} (left) and {now} (right): bars and points are the accuracy in each bin of "
+        f"Reliability of {sides}: bars and points are the accuracy in each bin of "
         f"confidence, points at the bin's mean confidence with a 95 % Wilson interval; below, rows in each bin. "
         "Calibrated probabilities lie on the dashed line; the hatched part of a bar is the gap to it. Bins with fewer "
         f"than {_FEW} rows are hollow."
@@ -106,7 +106,7 @@ def _wilson(share: float, count: int) -> tuple[float, float]:
 
 def _histograms(pair: Mapping[str, Tensor], targets: Tensor, ending: str, rows: str) -> Picture:
     figure = new_figure(7.4, 3.3, rows)
-    axes = figure.subplots(1, len(pair), sharex=True, sharey=True)
+    (axes,) = figure.subplots(1, len(pair), sharex=True, sharey=True, squeeze=False)
     lowest = 1 / next(iter(pair.values())).shape[1]
     edges = np.linspace(lowest, 1, 21)
     for axis, (label, log_p) in zip(axes, pair.items(), strict=True):
