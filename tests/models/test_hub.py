@@ -9,6 +9,7 @@ import sys
 
 import huggingface_hub.constants as constants
 import pytest
+from transformers import AutoTokenizer
 
 from hub_server import commit_of, running_hub
 from lapora.config import ModelSettings
@@ -82,6 +83,33 @@ def test_what_is_pushed_is_found_again(hub, made, tmp_path, monkeypatch, capfdbi
     before = len(hub.asked)
     status, out, _ = command(monkeypatch, capfdbinary, "inspect", "anna/fresh", "--json")
     assert status == 0 and json.loads(out)["structure"] == "kron" and len(hub.asked) == before
+
+
+def test_the_tokenizer_is_pushed_whole(hub, tmp_path, monkeypatch, capfdbinary):
+    folder = make_adapter(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(folder / "base")
+    tokenizer.chat_template = "the {{ messages[0]['content'] }} is "
+    tokenizer.save_pretrained(folder / "adapter")
+    beside = ("vocab.json", "merges.txt", "spiece.model", "added_tokens.json", "additional_chat_templates/tools.jinja")
+    for name in beside:
+        (folder / "adapter" / name).parent.mkdir(exist_ok=True)
+        (folder / "adapter" / name).write_bytes(b"{}")
+    fit_tiny(folder, chat_template=True)
+    assert command(monkeypatch, capfdbinary, "push", folder / "adapter", "anna/chat")[0] == 0
+    pushed = hub.files("anna/chat")
+    assert {"chat_template.jinja", "tokenizer.json", "tokenizer_config.json", *beside} <= set(pushed)
+    rows = b"".join(json_lines(5))
+    status, found, errors = command(monkeypatch, capfdbinary, "predict", "anna/chat", "--device", "cpu", stdin=rows)
+    assert status == 0, errors
+    _, expected, _ = command(monkeypatch, capfdbinary, "predict", folder / "adapter", "--device", "cpu", stdin=rows)
+    assert found == expected
+
+    for name in ("chat_template.jinja", "vocab.json"):  # as an earlier version pushed it
+        del pushed[name]
+    pushed["tokenizer_config.json"] += b"\n"
+    assert command(monkeypatch, capfdbinary, "push", folder / "adapter", "anna/chat")[0] == 0
+    again = hub.files("anna/chat")
+    assert {"chat_template.jinja", "vocab.json"} <= set(again) and again["tokenizer_config.json"].endswith(b"\n")
 
 
 def test_a_second_push_replaces_its_section_and_keeps_the_card(hub, made, monkeypatch, capfdbinary):

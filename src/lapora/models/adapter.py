@@ -341,20 +341,26 @@ def _tensor_shapes(file: Path) -> dict[str, tuple[int, ...]]:
         ) from error
 
 
-_DOWNLOADED_FILES = [
-    CONFIG_FILE,
-    WEIGHTS_FILE,
+_TOKENIZER_FILES = (
     "added_tokens.json",
+    "additional_chat_templates/*",
+    "bpe.codes",
     "chat_template*",
-    "config.json",
     "merges.txt",
     "sentencepiece.bpe.model",
     "special_tokens_map.json",
     "spiece.model",
+    "spm.model",
     "tokenizer*",
     "vocab.*",
-    "laplace/*",
-]
+)
+_DOWNLOADED_FILES = (CONFIG_FILE, WEIGHTS_FILE, *_TOKENIZER_FILES, "config.json", "laplace/*")
+
+
+def files_to_push(adapter: Adapter) -> list[str]:
+    """Return the paths, in the adapter's folder, of its configuration, its weights and its tokenizer's files."""
+    found = [file for pattern in _TOKENIZER_FILES for file in adapter.path.glob(pattern) if file.is_file()]
+    return [CONFIG_FILE, WEIGHTS_FILE, *sorted(file.relative_to(adapter.path).as_posix() for file in found)]
 
 
 def is_hub_id(location: str) -> bool:
@@ -401,7 +407,7 @@ def fetch_adapter(repository: str, revision: str | None = None) -> Path:
     if not sys.stderr.isatty():
         disable_progress_bars()
     with hub_errors(repository, revision):
-        return Path(snapshot_download(repository, revision=revision, allow_patterns=_DOWNLOADED_FILES))
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=list(_DOWNLOADED_FILES)))
 
 
 @contextmanager

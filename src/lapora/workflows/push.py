@@ -10,7 +10,7 @@ from typing import Any
 
 from lapora.config import ModelSettings, PushSettings
 from lapora.errors import PosteriorError, UsageError
-from lapora.models.adapter import CONFIG_FILE, WEIGHTS_FILE, Adapter, hub_errors
+from lapora.models.adapter import WEIGHTS_FILE, Adapter, files_to_push, hub_errors
 from lapora.report.card import posterior_section, with_section
 from lapora.storage.compatibility import adapter_differences
 from lapora.storage.manifest import Manifest, without_paths
@@ -38,8 +38,8 @@ class Pushed:
 def push(model: ModelSettings, settings: PushSettings) -> Pushed:
     """Upload a posterior beside its adapter, and add a section about it to the model card.
 
-    If the repository has no adapter, the adapter is uploaded too. The local folder from which ``fit`` read the rows is
-    removed from the manifest.
+    If the repository has no adapter, the adapter and its tokenizer are uploaded too; if it has the adapter, only the
+    files of these that it lacks. The local folder from which ``fit`` read the rows is removed from the manifest.
 
     Args:
         model: The adapter, and the folder of its posterior.
@@ -67,17 +67,15 @@ def push(model: ModelSettings, settings: PushSettings) -> Pushed:
     with hub_errors(repository, revision):
         validate_repo_id(repository)
         api.create_repo(repository, private=settings.private, exist_ok=True)
-        there = {
-            entry.path: entry for entry in api.get_paths_info(repository, [WEIGHTS_FILE, _CARD], revision=revision)
-        }
-        files: dict[str, bytes | Path] = {}
-        if WEIGHTS_FILE not in there:
-            names = [CONFIG_FILE, WEIGHTS_FILE, *(file.name for file in sorted(adapter.path.glob("tokenizer*")))]
-            files |= {file: adapter.path / file for file in [*names, "special_tokens_map.json"]}
-        elif not _same(adapter, there[WEIGHTS_FILE]):
+        own_files = files_to_push(adapter)
+        there = {entry.path: entry for entry in api.get_paths_info(repository, [*own_files, _CARD], revision=revision)}
+        if WEIGHTS_FILE in there and not _same(adapter, there[WEIGHTS_FILE]):
             raise PosteriorError(
                 f"{repository}: holds another adapter than {adapter.path}; push to the one it came from"
             )
+        files: dict[str, bytes | Path] = {
+            file: adapter.path / file for file in own_files if WEIGHTS_FILE not in there or file not in there
+        }
         files[f"laplace/{settings.name}/{MANIFEST_FILE}"] = json.dumps(content, indent=2, ensure_ascii=False).encode()
         files[f"laplace/{settings.name}/{FACTORS_FILE}"] = posterior.folder / FACTORS_FILE
         own = adapter.path / _CARD
@@ -87,11 +85,7 @@ def push(model: ModelSettings, settings: PushSettings) -> Pushed:
             card = own.read_text(encoding="utf-8") if own.is_file() else "---\nlibrary_name: peft\n---\n"
         section = posterior_section(posterior.manifest, posterior.prior, settings.name, repository, scores)
         files[_CARD] = with_section(card, settings.name, section).encode()
-        operations = [
-            CommitOperationAdd(path, content)
-            for path, content in files.items()
-            if isinstance(content, bytes) or content.is_file()
-        ]
+        operations = [CommitOperationAdd(path, content) for path, content in files.items()]
         commit = api.create_commit(
             repository,
             operations,
