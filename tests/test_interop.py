@@ -118,6 +118,19 @@ def test_predictions_agree(answers, layers):
     assert not any(parameter.requires_grad for parameter in answers.model.parameters())
 
 
+def test_rows_padded_on_the_left_are_those_padded_on_the_right():
+    """BERT's positions are learned: shifted by padding, they are other positions."""
+    answers, encoded = tiny_classifier(3), rows()
+    encoded = [replace(row, token_type_ids=[0, *[1] * (len(row.input_ids) - 1)]) for row in encoded]
+    layers = find_bayesian_layers(answers.model)
+    laplace = laplace_of(answers, layers, posterior(answers, layers, encoded)[1], 3)
+    right, left = (as_inputs(next(batches(answers, encoded, len(encoded), side))) for side in ("right", "left"))
+    assert not torch.equal(left["attention_mask"], right["attention_mask"])
+    exact(laplace(left), laplace(right))
+    left["attention_mask"] = left["attention_mask"].bool()
+    exact(laplace(left), laplace(right))
+
+
 def test_a_prior_for_each_layer(tmp_path):
     answers = tiny_classifier(2)
     layers = find_bayesian_layers(answers.model)

@@ -50,7 +50,8 @@ class AdapterNetwork(nn.Module):
 
         Args:
             data: The result of :func:`as_inputs` or of a tokenizer: ``input_ids`` and, with padding,
-                ``attention_mask``, ``(B, T)`` each, and optionally ``token_type_ids``; other keys are ignored.
+                ``attention_mask``, ``(B, T)`` each, and optionally ``token_type_ids``; other keys are ignored. Padding
+                may be on either side.
 
         Returns:
             ``(B, C)``.
@@ -59,15 +60,25 @@ class AdapterNetwork(nn.Module):
         mask = data.get("attention_mask")
         mask = torch.ones_like(ids) if mask is None else mask.to(self._device)
         types = data.get("token_type_ids")
+        order = _order_without_left_padding(mask)
         return self._logits(
             Batch(
-                input_ids=ids,
-                attention_mask=mask,
-                token_type_ids=None if types is None else types.to(self._device),
+                input_ids=ids.gather(1, order),
+                attention_mask=mask.gather(1, order),
+                token_type_ids=None if types is None else types.to(self._device).gather(1, order),
                 rows=tuple(data.get("rows", range(len(ids)))),
                 has_padding=bool((mask == 0).any()),
             )
         )
+
+
+def _order_without_left_padding(mask: Tensor) -> Tensor:
+    """Return the positions of each row, ``(B, T)``, with the padding on its left moved to its right.
+
+    Models with learned positions give other logits for rows padded on the left.
+    """
+    padding = (mask.cumsum(dim=1) == 0).sum(dim=1, keepdim=True)
+    return (torch.arange(mask.shape[1], device=mask.device) + padding) % mask.shape[1]
 
 
 def as_inputs(batch: Batch) -> dict[str, Any]:
