@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -13,7 +14,7 @@ from transformers import AutoTokenizer
 
 from hub_server import commit_of, running_hub
 from lapora.config import ModelSettings
-from lapora.errors import AdapterError, UsageError
+from lapora.errors import AdapterError, DataError, UsageError
 from lapora.models.adapter import is_hub_id, local_model
 from lapora.report.card import with_section
 from tiny_adapter import command, fit_tiny, json_lines, make_adapter
@@ -42,6 +43,15 @@ def put(server, folder, repository="anna/farm", **more: bytes) -> None:
     server.repositories[repository] = [{**files, **{name.replace("__", "."): text for name, text in more.items()}}]
 
 
+def run_of(name: str = "default", nll: float = 1.5, **more: str) -> str:
+    """A line of ``eval --output``."""
+    results = [
+        {"method": "map", "accuracy": 0.5, "ece": 0.25, "nll": nll, "brier": 0.75},
+        {"method": "laplace", "name": name, "link": "mc-joint", "accuracy": 0.5, "ece": 0.2, "nll": 1.2, "brier": 0.7},
+    ]
+    return json.dumps({"task": "tiny", "split": "validation", "n": 12, "results": results, **more}) + "\n"
+
+
 def test_the_adapter_alone_is_fetched_and_gives_what_the_folder_gives(hub, made, tmp_path, monkeypatch, capfdbinary):
     put(hub, made, pytorch_model__bin=b"large")
     data = ["--data", made / "task.yaml", "--data-dir", made / "data", "--device", "cpu"]
@@ -60,8 +70,7 @@ def test_the_adapter_alone_is_fetched_and_gives_what_the_folder_gives(hub, made,
 
 def test_what_is_pushed_is_found_again(hub, made, tmp_path, monkeypatch, capfdbinary):
     scores = tmp_path / "scores.jsonl"
-    results = [{"method": "map", "accuracy": 0.5, "ece": 0.25, "nll": 1.5, "brier": 0.75}]
-    scores.write_text(json.dumps({"task": "tiny", "split": "validation", "n": 12, "results": results}) + "\n")
+    scores.write_text(run_of())
     status, out, errors = command(
         monkeypatch, capfdbinary, "push", made / "adapter", "anna/fresh", "--private", "--scores", scores
     )
@@ -110,6 +119,36 @@ def test_the_tokenizer_is_pushed_whole(hub, tmp_path, monkeypatch, capfdbinary):
     assert command(monkeypatch, capfdbinary, "push", folder / "adapter", "anna/chat")[0] == 0
     again = hub.files("anna/chat")
     assert {"chat_template.jinja", "vocab.json"} <= set(again) and again["tokenizer_config.json"].endswith(b"\n")
+
+
+def test_the_scores_on_the_card_are_those_of_the_posterior(hub, made, tmp_path, monkeypatch, capfdbinary):
+    monkeypatch.chdir(made)
+    scores = tmp_path / "scores.jsonl"
+    other = run_of(nll=5.5, adapter="/elsewhere/adapter") + run_of("other", 6.5, adapter=str(made / "adapter"))
+    pushing = ("push", made / "adapter", "anna/scored", "--scores", scores)
+    for located in ("adapter", f"{made}/data/../adapter/"):
+        scores.write_text(run_of(nll=3.5, adapter=located) + run_of(nll=4.5, adapter=located) + other)
+        status, _, errors = command(monkeypatch, capfdbinary, *pushing)
+        assert status == 0, errors
+        assert "| map | 0.500 | 0.250 | 4.500 | 0.750 |" in hub.files("anna/scored")["README.md"].decode()
+    commits = len(hub.repositories["anna/scored"])
+    scores.write_text(other + run_of(nll=7.5, adapter="\0"))
+    status, _, errors = command(monkeypatch, capfdbinary, *pushing)
+    assert status == DataError.exit_status and len(hub.repositories["anna/scored"]) == commits
+    assert f"no run of posterior default of {made / 'adapter'}" in errors
+    assert "scores.jsonl:1 (/elsewhere/adapter: default), scores.jsonl:2" in errors
+    assert f"lapora eval {made / 'adapter'} --output {scores}" in errors
+
+
+def test_the_scores_of_an_adapter_on_the_hub(hub, made, tmp_path, monkeypatch, capfdbinary):
+    put(hub, made)
+    out, scores = tmp_path / "out", tmp_path / "scores.jsonl"
+    shutil.copytree(made / "adapter" / "laplace", out / "laplace")
+    scores.write_text(run_of(adapter="anna/farm") + run_of(nll=2.5, adapter="anna/other"))
+    pushing = ("push", "anna/farm", "anna/farm", "--output-dir", out, "--scores", scores)
+    status, _, errors = command(monkeypatch, capfdbinary, *pushing)
+    assert status == 0, errors
+    assert "| map | 0.500 | 0.250 | 1.500 | 0.750 |" in hub.files("anna/farm")["README.md"].decode()
 
 
 def test_a_second_push_replaces_its_section_and_keeps_the_card(hub, made, monkeypatch, capfdbinary):

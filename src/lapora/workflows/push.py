@@ -15,7 +15,7 @@ from lapora.report.card import posterior_section, with_section
 from lapora.storage.compatibility import adapter_differences
 from lapora.storage.manifest import Manifest, without_paths
 from lapora.storage.saved import FACTORS_FILE, MANIFEST_FILE, open_posterior
-from lapora.workflows.results import read_results
+from lapora.workflows.results import last_run_of
 
 _CARD = "README.md"
 
@@ -48,7 +48,7 @@ def push(model: ModelSettings, settings: PushSettings) -> Pushed:
     Raises:
         AdapterError: There is no adapter, or the Hub refuses the upload or cannot be reached.
         PosteriorError: The posterior is missing or belongs to other weights, or the repository has another adapter.
-        DataError: The scores cannot be read.
+        DataError: The scores cannot be read, or have no run of the posterior.
         UsageError: The name of the repository is not valid.
     """
     from huggingface_hub import CommitOperationAdd, HfApi
@@ -58,7 +58,7 @@ def push(model: ModelSettings, settings: PushSettings) -> Pushed:
     posterior.gaussian()  # raises if the posterior is damaged
     if differences := adapter_differences(posterior.manifest, adapter):
         raise PosteriorError(f"{posterior.folder}: fitted to something else: {'; '.join(differences)}; fit it again")
-    scores = read_results([settings.scores])[-1] if settings.scores else None
+    scores = last_run_of(settings.scores, model, settings.name) if settings.scores else None
     content = without_paths(posterior.content)
     repository, revision = settings.repository, settings.revision
     if "/" not in repository:

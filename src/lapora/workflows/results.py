@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from lapora._version import __version__
-from lapora.config import method_label
+from lapora.config import ModelSettings, method_label
 from lapora.errors import DataError, GateError, UsageError
+from lapora.workflows.commands import command_line, model_arguments
 
 
 def append_result(file: Path, record: Mapping[str, Any], adapter: str) -> None:
@@ -60,6 +61,47 @@ def read_results(files: Sequence[Path]) -> list[dict[str, Any]]:
     if not runs:
         raise DataError("no runs in these files; `lapora eval ... --output FILE` adds one")
     return runs
+
+
+def last_run_of(file: Path, model: ModelSettings, name: str) -> dict[str, Any]:
+    """Return the last run of a file that scored a posterior.
+
+    Args:
+        file: The file.
+        model: The posterior's adapter; a run that does not say its adapter is taken as one of it.
+        name: Name of the posterior.
+
+    Raises:
+        DataError: There is no such run, or the file cannot be read.
+    """
+    runs = read_results([file])
+    for run in reversed(runs):
+        located = str(run.get("adapter", model.adapter))
+        if name in _scored_posteriors(run) and _is_same_location(located, model.adapter):
+            return run
+    shown: dict[str, str] = {}
+    for run in runs:
+        scored = ", ".join(_scored_posteriors(run)) or "no posterior"
+        shown[f"{run.get('adapter', 'adapter not recorded')}: {scored}"] = run["run"]
+    others = ", ".join(f"{where} ({what})" for what, where in list(shown.items())[-3:])
+    scoring = command_line(["eval", model.adapter, *model_arguments(model, name), "--output", str(file)])
+    raise DataError(
+        f"{file}: no run of posterior {name} of {model.adapter}, only {others}; score it with `{scoring}`, or give the "
+        "adapter as eval was given it"
+    )
+
+
+def _scored_posteriors(run: Mapping[str, Any]) -> list[str]:
+    names = (result.get("name") for result in run["results"] if result["method"] == "laplace")
+    return list(dict.fromkeys(str(name) for name in names))
+
+
+def _is_same_location(one: str, other: str) -> bool:
+    """Return whether two locations are the same Hub id or folder; relative folders are below the current one."""
+    try:
+        return one == other or os.path.realpath(one) == os.path.realpath(other)
+    except ValueError:  # not a path: NUL, or a lone surrogate
+        return False
 
 
 def _run(line: str, where: str) -> dict[str, Any]:
