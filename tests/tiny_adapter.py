@@ -14,7 +14,14 @@ import torch
 import yaml
 from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    BioGptConfig,
+    BioGptForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 from lapora.config import DataSettings, FitSettings, ModelSettings
 from lapora.models.loading import silence_libraries
@@ -48,9 +55,13 @@ def make_adapter(
     zero_b: bool = False,
     scale: float = 0.3,
     initializer_range: float = 0.5,
+    base: PreTrainedModel | None = None,
     **settings: object,
 ) -> Path:
-    """Write ``base/``, ``adapter/``, ``data/`` and ``task.yaml``; the settings are PEFT's; returns ``folder``."""
+    """Write ``base/``, ``adapter/``, ``data/`` and ``task.yaml``; the settings are PEFT's; returns ``folder``.
+
+    The base is a Llama, unless another causal model of 17 tokens is given.
+    """
     torch.manual_seed(seed)
     vocabulary = {word: index for index, word in enumerate(["<pad>", "<unk>", *WORDS])}
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
@@ -69,7 +80,7 @@ def make_adapter(
         initializer_range=initializer_range,
     )
     with silence_libraries():
-        base = LlamaForCausalLM(config)
+        base = base or LlamaForCausalLM(config)
         base.save_pretrained(folder / "base")
         tokenizer.save_pretrained(folder / "base")
         plain = {"r": 3, "lora_alpha": 6, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
@@ -94,6 +105,20 @@ def make_adapter(
         lines = [json.dumps(row) + "\n" for row in make_rows(count, seed=len(split))]
         (folder / "data" / f"{split}.jsonl").write_text("".join(lines))
     return folder
+
+
+def tiny_biogpt() -> BioGptForCausalLM:
+    """A base whose output layer is called ``output_projection``."""
+    torch.manual_seed(0)
+    config = BioGptConfig(
+        vocab_size=2 + len(WORDS),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=64,
+    )
+    return BioGptForCausalLM(config)
 
 
 def make_rows(count: int, seed: int = 0) -> list[dict[str, object]]:

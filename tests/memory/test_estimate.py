@@ -15,7 +15,7 @@ import torch
 import yaml
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from safetensors.numpy import save_file
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig
 
 from lapora.config import DataSettings, FitSettings, ModelSettings
 from lapora.curvature.backward import Linearisation
@@ -35,7 +35,7 @@ from lapora.models.meta_model import LiveMemory, build_meta_model, first_batch
 from lapora.models.outputs import OutputModel
 from lapora.posterior.structures import fit_structure
 from lapora.workflows.fit import estimate_memory, prepare_fit
-from tiny_adapter import command, data_of, fit_tiny, make_adapter, make_rows, model_of
+from tiny_adapter import command, data_of, fit_tiny, make_adapter, make_rows, model_of, tiny_biogpt
 from tiny_models import Answer, Row
 
 ROOT = Path(__file__).parents[2]
@@ -73,20 +73,32 @@ def without_weights(folder: Path, **shape: object) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("quantize", ["none", "8bit", "4bit"])
-def test_weights_are_those_of_the_loaded_model(folder, quantize):
+def check_weights(folder, quantize):
     adapter = read_adapter(folder / "adapter")
     model = load_model(adapter, ModelSettings("", quantize=quantize, device="cpu")).model
     held = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
-    for module in model.modules():
-        if hasattr(module, "weight") and quantize == "8bit":
-            scales = getattr(module.weight, "SCB", None)
-            held += 0 if scales is None else scales.nbytes
-        elif (state := getattr(getattr(module, "weight", None), "quant_state", None)) is not None:
+    for weight in model.parameters():
+        if (scales := getattr(weight, "SCB", None)) is not None:
+            held += scales.nbytes
+        if (state := getattr(weight, "quant_state", None)) is not None:
             held += state.absmax.nbytes + state.state2.absmax.nbytes
     assert sum(
         build_meta_model(adapter, ModelSettings("", quantize=quantize), "cpu").weights.values()
     ) == pytest.approx(held, rel=0.01)
+
+
+@pytest.mark.parametrize("quantize", ["none", "8bit", "4bit"])
+def test_weights_are_those_of_the_loaded_model(folder, quantize):
+    check_weights(folder, quantize)
+
+
+@pytest.mark.parametrize("quantize", ["none", "8bit", "4bit"])
+def test_weights_of_other_layers_are_those_of_the_loaded_model(tmp_path, quantize):
+    """The output layer of BioGPT is not called lm_head; the layers of GPT-2 are ``Conv1D``."""
+    check_weights(make_adapter(tmp_path / "biogpt", base=tiny_biogpt()), quantize)
+    gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=17, n_embd=64, n_layer=2, n_head=2, n_positions=64))
+    lora = {"target_modules": ["c_attn"], "fan_in_fan_out": True}
+    check_weights(make_adapter(tmp_path / "gpt2", base=gpt2, **lora), quantize)
 
 
 @pytest.mark.parametrize("structure", ["kron", "ekfac", "diag", "lowrank", "full"])

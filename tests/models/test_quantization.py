@@ -23,7 +23,7 @@ from lapora.models.outputs import OutputModel
 from lapora.workflows.evaluate import evaluate
 from lapora.workflows.fit import fit, prepare_fit
 from lapora.workflows.predict import predict
-from tiny_adapter import command, data_of, fit_tiny, json_lines, make_adapter, model_of
+from tiny_adapter import command, data_of, fit_tiny, json_lines, make_adapter, model_of, tiny_biogpt
 from tiny_models import Row
 
 
@@ -156,6 +156,21 @@ def test_a_classifier_keeps_its_saved_head_whole(shared, tmp_path, quantize):
     assert not any(found for name, found in layers.items() if "classifier" in name)
     batch = collate([Row([101, 2003, 102])], [0], pad_token_id=0, padding_side="right")
     assert OutputModel(loaded.model, loaded.kind, loaded.pad_token_id).logits(batch).shape == (1, 2)
+
+
+@pytest.mark.parametrize("quantize", ["8bit", "4bit"])
+def test_an_output_layer_of_any_name_is_kept_whole(tmp_path, quantize):
+    folder = make_adapter(tmp_path, base=tiny_biogpt())
+    loaded = load_model(read_adapter(folder / "adapter"), model_of(folder, quantize=quantize))
+    own = loaded.model.get_base_model()
+    config = BitsAndBytesConfig(load_in_8bit=quantize == "8bit", load_in_4bit=quantize == "4bit")
+    with silence_libraries():
+        plain = AutoModelForCausalLM.from_pretrained(folder / "base", quantization_config=config, device_map="cpu")
+    quantised = (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt)
+    expected = {name for name, module in plain.named_modules() if isinstance(module, quantised)}
+    found = {name for name, module in own.named_modules() if isinstance(module, quantised)}
+    assert {name.removesuffix(".base_layer") for name in found} == expected
+    assert type(own.output_projection) is nn.Linear and expected
 
 
 def _figures(shared, folder, quantize):

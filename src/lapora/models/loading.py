@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -35,6 +36,7 @@ from lapora.models.quantization import (
     resolve_quantization,
     saved_quantization,
     set_to_eval,
+    unquantized_modules,
 )
 
 
@@ -434,19 +436,34 @@ def _load_base(
     }
     if how.placement is not None:
         arguments |= device_map_arguments(how.placement)
-    if resolved.quantize != "none":
-        arguments.setdefault("device_map", {"": device})
-        if getattr(resolved.config, "quantization_config", None) is None:
-            modules_to_save = adapter.config.get("modules_to_save") or ()
-            arguments["quantization_config"] = quantization_config(
-                resolved.quantize, resolved.element_type, modules_to_save
-            )
     loader = auto_class(adapter, resolved.config)
     try:
+        if resolved.quantize != "none":
+            arguments.setdefault("device_map", {"": device})
+            if getattr(resolved.config, "quantization_config", None) is None:
+                empty = empty_base(adapter, resolved, how.trust_remote_code)
+                skipped = unquantized_modules(empty, adapter.config.get("modules_to_save") or ())
+                arguments["quantization_config"] = quantization_config(
+                    resolved.quantize, resolved.element_type, skipped
+                )
         base, information = loader.from_pretrained(resolved.name, **arguments)
     except _LOADING_ERRORS as error:
         raise _base_error(resolved.name, error) from error
     return base, set(information["missing_keys"])
+
+
+def empty_base(adapter: Adapter, resolved: ResolvedBase, trust_remote_code: bool) -> Any:
+    """Return the base model on the ``meta`` device, without weights and unquantized."""
+    config = copy.deepcopy(resolved.config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    loader = auto_class(adapter, config)
+    arguments: dict[str, Any] = {"dtype": resolved.element_type, "trust_remote_code": trust_remote_code}
+    code = (getattr(config, "auto_map", None) or {}).get(loader.__name__, "")
+    if trust_remote_code and code and resolved.revision and code.rpartition("--")[0] in ("", config.name_or_path):
+        arguments["code_revision"] = resolved.revision  # the base's own code: that of its revision
+    with torch.device("meta"):
+        return loader.from_config(config, **arguments)
 
 
 def auto_class(adapter: Adapter, config: Any) -> Any:

@@ -5,7 +5,6 @@ Nothing large is read or allocated, so that the memory of a 70B model can be est
 
 from __future__ import annotations
 
-import copy
 import os
 import weakref
 from collections import defaultdict
@@ -20,15 +19,16 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from transformers.pytorch_utils import Conv1D
 
 from lapora.config import TOKEN_BUDGET, ModelSettings, Quantization
 from lapora.errors import AdapterError, first_line
 from lapora.models.adapter import Adapter, ModelKind
 from lapora.models.batches import Batch, PlainAnswer, PlainRow
 from lapora.models.batching import BatchFeed, BatchSize
-from lapora.models.loading import ResolvedBase, auto_class, resize_embeddings, resolve_base, silence_libraries
+from lapora.models.loading import ResolvedBase, empty_base, resize_embeddings, resolve_base, silence_libraries
 from lapora.models.outputs import OutputModel
-from lapora.models.quantization import unquantized_modules
+from lapora.models.quantization import quantized_layers, unquantized_modules
 
 # NF4 with double quantization: 4 bits per weight, one byte of scale per 64 weights, and 4 bytes per 256 scales.
 _BYTES_OF_4_BITS = 0.5 + 1 / 64 + 4 / (64 * 256)
@@ -69,23 +69,24 @@ def build_meta_model(adapter: Adapter, how: ModelSettings, device: str) -> MetaM
     """
     with silence_libraries():
         resolved = resolve_base(adapter, how, torch.device(device))
-        model = _build(adapter, resolved, how.trust_remote_code)
-    modules_to_save = adapter.config.get("modules_to_save") or ()
-    weights, dequantized = _weight_bytes(model, resolved.quantize, resolved.element_type, modules_to_save)
+        model, quantized = _build(adapter, resolved, how.trust_remote_code)
+    weights, dequantized = _weight_bytes(model, quantized, resolved.quantize, resolved.element_type)
     return MetaModel(model, adapter.kind, resolved.quantize, resolved.element_type, weights, dequantized)
 
 
-def _build(adapter: Adapter, resolved: ResolvedBase, trust_remote_code: bool) -> PeftModel:
-    config, element_type, base_name = copy.deepcopy(resolved.config), resolved.element_type, resolved.name
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    loader = auto_class(adapter, config)
+def _build(adapter: Adapter, resolved: ResolvedBase, trust_remote_code: bool) -> tuple[PeftModel, Sequence[nn.Module]]:
+    """Return the model, and the layers of the base that are quantized."""
+    element_type, base_name = resolved.element_type, resolved.name
     settings = LoraConfig.from_pretrained(os.fspath(adapter.path))
     settings.inference_mode, settings.init_lora_weights = True, False
+    quantized: Sequence[nn.Module] = ()
     try:
         with torch.device("meta"):
-            base = loader.from_config(config, dtype=element_type, trust_remote_code=trust_remote_code)
+            base = empty_base(adapter, resolved, trust_remote_code)
             resize_embeddings(base, adapter)
+            if resolved.quantize != "none":
+                skipped = unquantized_modules(base, adapter.config.get("modules_to_save") or ())
+                quantized = quantized_layers(base, skipped)
             model = get_peft_model(base, settings)
     except (ValueError, TypeError, KeyError) as error:
         raise AdapterError(
@@ -97,7 +98,7 @@ def _build(adapter: Adapter, resolved: ResolvedBase, trust_remote_code: bool) ->
     if getattr(text, "pad_token_id", None) is None:
         text.pad_token_id = 0  # required by decoders with a classification head
     _check_shapes(adapter, model, base_name)
-    return model.eval().requires_grad_(False)
+    return model.eval().requires_grad_(False), quantized
 
 
 def _check_shapes(adapter: Adapter, model: PeftModel, base_name: str) -> None:
@@ -117,23 +118,19 @@ def _check_shapes(adapter: Adapter, model: PeftModel, base_name: str) -> None:
 
 
 def _weight_bytes(
-    model: PeftModel, quantize: Quantization, element_type: torch.dtype, modules_to_save: Any
+    model: PeftModel, quantized: Sequence[nn.Module], quantize: Quantization, element_type: torch.dtype
 ) -> tuple[dict[str, int], int]:
-    skipped = unquantized_modules(modules_to_save)
-    quantized: set[int] = set()
     total: dict[str, int] = defaultdict(int)
     largest = 0
-    for path, module in model.named_modules():
-        if quantize == "none" or not isinstance(module, nn.Linear) or "lora_" in path or skipped & set(path.split(".")):
-            continue
-        weight = module.weight
-        quantized.add(id(weight))
-        total[quantize] += (
-            weight.numel() + 4 * len(weight) if quantize == "8bit" else round(weight.numel() * _BYTES_OF_4_BITS)
-        )
+    weights = [cast(Tensor, layer.weight) for layer in quantized]
+    for weight, layer in zip(weights, quantized, strict=True):
+        outputs = weight.shape[1] if isinstance(layer, Conv1D) else len(weight)
+        in_8_bits = weight.numel() + 4 * outputs
+        total[quantize] += in_8_bits if quantize == "8bit" else round(weight.numel() * _BYTES_OF_4_BITS)
         largest = max(largest, weight.numel() * element_type.itemsize)
+    counted = {id(weight) for weight in weights}
     for tensor in _unique([*model.parameters(), *model.buffers()]):
-        if id(tensor) not in quantized:
+        if id(tensor) not in counted:
             total[str(tensor.dtype).removeprefix("torch.")] += tensor.nbytes
     return dict(total), largest
 

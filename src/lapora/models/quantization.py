@@ -12,6 +12,10 @@ from typing import Any, cast
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.base import HfQuantizer
+from transformers.quantizers.quantizers_utils import should_convert_module
 
 from lapora.config import Quantization
 from lapora.errors import AdapterError, UsageError
@@ -20,14 +24,14 @@ _HEADS = ("classifier", "lm_head", "score")
 
 
 def quantization_config(
-    quantize: Quantization, compute_dtype: torch.dtype, modules_to_save: Sequence[str] = ()
+    quantize: Quantization, compute_dtype: torch.dtype, unquantized: Sequence[str] = ()
 ) -> Any | None:
     """Return the quantization config for ``from_pretrained``, or None without quantization.
 
     Args:
         quantize: ``none``, ``8bit`` (LLM.int8) or ``4bit`` (NF4 with double quantization, as in QLoRA).
         compute_dtype: Dtype of matrix products in 4 bits.
-        modules_to_save: The adapter's ``modules_to_save``; like every head, they are not quantized.
+        unquantized: Modules that are not quantized, from :func:`unquantized_modules`.
 
     Raises:
         UsageError: bitsandbytes cannot be imported.
@@ -37,7 +41,7 @@ def quantization_config(
     _require_bitsandbytes(f"--quantize {quantize}")
     from transformers import BitsAndBytesConfig
 
-    skipped = sorted(unquantized_modules(modules_to_save))
+    skipped = list(unquantized)
     if quantize == "8bit":
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skipped)
     return BitsAndBytesConfig(
@@ -49,9 +53,28 @@ def quantization_config(
     )
 
 
-def unquantized_modules(modules_to_save: Sequence[str] = ()) -> set[str]:
-    """Return the names of modules that are never quantized: heads and the adapter's ``modules_to_save``."""
-    return {*_HEADS, *modules_to_save}
+def unquantized_modules(base: PreTrainedModel, modules_to_save: Sequence[str] = ()) -> list[str]:
+    """Return the names of modules that are never quantized.
+
+    These are heads, the adapter's ``modules_to_save``, and what transformers does not quantize by default: the output
+    layer, whatever its name, and modules with tied weights.
+
+    Args:
+        base: The base model; it may be on the ``meta`` device.
+        modules_to_save: The adapter's ``modules_to_save``.
+    """
+    own = [*_HEADS, *modules_to_save]
+    of_base = list(base._keep_in_fp32_modules or ())
+    return sorted(HfQuantizer.get_modules_to_not_convert(base, own, of_base, add_default_skips=True))
+
+
+def quantized_layers(base: PreTrainedModel, unquantized: Sequence[str]) -> list[nn.Module]:
+    """Return the layers of an unquantized base model that bitsandbytes would quantize."""
+    return [
+        module
+        for name, module in base.named_modules()
+        if (type(module) is nn.Linear or isinstance(module, Conv1D)) and should_convert_module(name, list(unquantized))
+    ]
 
 
 def saved_quantization(base_name: str, config: Any) -> Quantization:
