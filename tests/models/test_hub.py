@@ -84,6 +84,17 @@ def test_what_is_pushed_is_found_again(hub, made, tmp_path, monkeypatch, capfdbi
     assert status == 0 and json.loads(out)["structure"] == "kron" and len(hub.asked) == before
 
 
+def test_a_task_with_a_lone_surrogate_is_pushed(hub, tmp_path, monkeypatch, capfdbinary):
+    folder = make_adapter(tmp_path)
+    with (folder / "task.yaml").open("a") as stream:
+        stream.write('dataset_name: "caf\\ud800é"\n')
+    fit_tiny(folder)
+    status, _, errors = command(monkeypatch, capfdbinary, "push", folder / "adapter", "anna/odd")
+    assert status == 0, errors
+    pushed = json.loads(hub.files("anna/odd")["laplace/default/posterior.json"])
+    assert pushed["task"]["dataset_name"] == "caf\ud800é"
+
+
 def test_a_second_push_replaces_its_section_and_keeps_the_card(hub, made, monkeypatch, capfdbinary):
     put(hub, made, README__md=b"---\nlicense: mit\n---\n# Farm\n\nWritten by hand.\n")
     for _ in range(2):
