@@ -9,15 +9,18 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from safetensors.torch import load_file, save_file
 
 from lapora.cli.app import app
-from lapora.config import DataSettings, EvalSettings, ModelSettings
-from lapora.errors import UsageError
+from lapora.config import DataSettings, EvalSettings, FitSettings, ModelSettings
+from lapora.errors import PosteriorError, UsageError
+from lapora.storage.saved import SavedPosterior
 from lapora.workflows import checkpoints as workflow
 from lapora.workflows.checkpoints import CheckpointSettings, evaluate_checkpoints
+from lapora.workflows.fit import fit
 from tiny_adapter import data_of, json_lines, make_adapter
 
 ROOT = Path(__file__).parents[2]
@@ -213,6 +216,47 @@ def test_rows_of_the_prior_and_of_ood_and_the_ensemble_are_looked_at(tiny):
         second, done = run()
         assert done == expected and second != first
         first = second
+
+
+def fit_own(folder: Path, **settings) -> Path:
+    """Fit a posterior by hand, with a name of the command's own."""
+    own = FitSettings(name="la-diag", structure="ekfac", prior_method="marglik", **settings)
+    return fit(ModelSettings(adapter=str(folder / "run" / "checkpoint-3"), device="cpu"), data_of(folder), own).folder
+
+
+def test_a_posterior_of_the_users_own_is_not_replaced(tiny):
+    shutil.copytree(tiny / "adapter", tiny / "run" / "checkpoint-2")
+    own = fit_own(tiny)
+    refused = (
+        r"checkpoint-3/laplace/la-diag: not made by eval --checkpoints.*; rename the folder, or give .*--output-dir"
+    )
+    with pytest.raises(PosteriorError, match=refused):
+        evaluated(tiny)
+    assert SavedPosterior(own).manifest.structure == "ekfac"
+    assert not (tiny / "run" / "checkpoint-2" / "laplace").exists()
+    own.rename(own.with_name("mine"))
+    assert evaluated(tiny)[1] == {"fitting", "scoring"}
+    fit_own(tiny, overwrite=True)
+    with pytest.raises(PosteriorError, match=refused):
+        evaluated(tiny)
+    assert SavedPosterior(own).manifest.structure == "ekfac"
+
+
+def test_posteriors_of_earlier_and_interrupted_runs_are_replaced(tiny, monkeypatch):
+    laplace = tiny / "run" / "checkpoint-3" / "laplace"
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(workflow, "tune_prior", Mock(side_effect=KeyboardInterrupt))
+        evaluated(tiny)
+    assert (laplace / "la-diag").exists()
+    first, done = evaluated(tiny)
+    assert done == {"fitting", "scoring"}
+
+    (laplace / ".la-diag.made-with").write_text("5d41402abc4b2a76b9719d911017c592" * 2)  # as version 0.1 wrote it
+    (laplace / workflow.CACHE_FILE).unlink()
+    assert evaluated(tiny) == (first, {"fitting", "scoring"})
+
+    (laplace / "la-diag" / "posterior.json").write_text("{half")
+    assert evaluated(tiny) == (first, {"fitting", "scoring"})
 
 
 def test_bad_runs(demo, tmp_path):

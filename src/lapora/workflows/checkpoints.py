@@ -1,7 +1,8 @@
 """``lapora eval RUN_DIR --checkpoints``: fit, tune and score every checkpoint of a training run.
 
 Results are stored in each checkpoint's ``laplace/``: posteriors by name, and scores with a digest of everything that
-they depend on. An interrupted run resumes from these.
+they depend on. An interrupted run resumes from these. A file beside each posterior, ``.NAME.made-with``, has its
+checksum and a digest of what it was made from; a posterior without one is the user's own, and is never replaced.
 """
 
 from __future__ import annotations
@@ -30,7 +31,9 @@ from lapora.config import (
 from lapora.errors import DataError, PosteriorError, UsageError
 from lapora.models.adapter import Adapter, read_adapter
 from lapora.storage.compatibility import adapter_differences, adapter_settings
-from lapora.storage.saved import SavedPosterior, posterior_folder
+from lapora.storage.files import write_json
+from lapora.storage.manifest import CHECKSUMS
+from lapora.storage.saved import SavedPosterior, posterior_exists, posterior_folder
 from lapora.tasks import Row, Task, load_rows, load_task
 from lapora.workflows.baselines import checkpoint_folders, read_members
 from lapora.workflows.evaluate import load_shifted_rows, run_evaluation, shifted_sources
@@ -39,10 +42,10 @@ from lapora.workflows.rows import LABELLED_SPLITS
 from lapora.workflows.tune_prior import tune_prior
 
 POSTERIORS: dict[str, FitSettings] = {
-    "la-kron": FitSettings(name="la-kron", overwrite=True),
-    "la-diag": FitSettings(name="la-diag", structure="diag", overwrite=True),
-    "llla-kron": FitSettings(name="llla-kron", subset="last-layer", overwrite=True),
-    "llla-diag": FitSettings(name="llla-diag", structure="diag", subset="last-layer", overwrite=True),
+    "la-kron": FitSettings(name="la-kron"),
+    "la-diag": FitSettings(name="la-diag", structure="diag"),
+    "llla-kron": FitSettings(name="llla-kron", subset="last-layer"),
+    "llla-diag": FitSettings(name="llla-diag", structure="diag", subset="last-layer"),
 }
 """Posteriors of the paper: LA over all LoRA weights and LLLA over the last layer, with KFAC and with a diagonal."""
 
@@ -73,6 +76,7 @@ def evaluate_checkpoints(
 
     Raises:
         UsageError: There are no checkpoints, or no task is given.
+        PosteriorError: A checkpoint has a posterior of one of the names that this command did not make.
     """
     run = Path(model.adapter)
     folders = checkpoint_folders(run)
@@ -85,10 +89,9 @@ def evaluate_checkpoints(
     if not settings.links:
         settings = replace(settings, links=tuple(link for link in LINKS[task.likelihood] if link != "map"))
     rows = _RowDigests.of(task, data, settings, checkpoints)
-    skipped: dict[str, str] = {}
-    done = []
-    for number, (step, folder) in enumerate(folders, 1):
-        checkpoint = _Checkpoint(
+    found = [
+        _Checkpoint(
+            step=step,
             model=replace(
                 model,
                 adapter=str(folder),
@@ -103,7 +106,16 @@ def evaluate_checkpoints(
             print_message=print_message,
             progress=progress,
         )
-        done.append({"step": step, **checkpoint.evaluate(skipped)})
+        for number, (step, folder) in enumerate(folders, 1)
+    ]
+    if others := [str(each) for checkpoint in found for each in checkpoint.other_posteriors()]:
+        more = f" and {len(others) - 3} more" if len(others) > 3 else ""
+        raise PosteriorError(
+            f"{', '.join(others[:3])}{more}: not made by eval --checkpoints, which fits a posterior of this name; "
+            "rename the folder, or give another place with --output-dir"
+        )
+    skipped: dict[str, str] = {}
+    done = [{"step": checkpoint.step, **checkpoint.evaluate(skipped)} for checkpoint in found]
     first = done[0]
     return {
         "run": str(run),
@@ -174,6 +186,7 @@ class _Checkpoint:
     """One checkpoint, and how it is fitted and scored.
 
     Attributes:
+        step: Training step.
         model: The checkpoint and how to run it.
         adapter: Its files.
         data: Task, folder and the split to score.
@@ -185,6 +198,7 @@ class _Checkpoint:
         progress: Progress callback.
     """
 
+    step: int
     model: ModelSettings
     adapter: Adapter
     data: DataSettings
@@ -194,6 +208,11 @@ class _Checkpoint:
     heading: str
     print_message: Callable[[str], None]
     progress: Progress | None
+
+    def other_posteriors(self) -> list[Path]:
+        """Return the folders of the posteriors with names of :data:`POSTERIORS` that this command did not make."""
+        folders = [self._folder(name) for name in POSTERIORS]
+        return [folder for folder in folders if posterior_exists(folder) and not _made_here(folder)]
 
     def evaluate(self, skipped: dict[str, str]) -> dict[str, Any]:
         """Return the evaluation record, from an earlier run if it is up to date.
@@ -236,10 +255,7 @@ class _Checkpoint:
         return record
 
     def _fit_and_tune(self, posterior: FitSettings) -> None:
-        """Fit and tune one posterior, unless it is up to date.
-
-        A file beside the posterior records the adapter, rows and settings of the fit and the tuning.
-        """
+        """Fit and tune one posterior, unless it is up to date."""
         name, model, method = posterior.name, self.model, self.fitting.prior_method
         posterior = replace(
             posterior,
@@ -248,16 +264,15 @@ class _Checkpoint:
             seed=self.settings.seed,
             prior_method="marglik" if method == "marglik" else "averaged",
         )
-        note = model.root / "laplace" / f".{name}.made-with"
-        wanted = _digest([self._fitted_to(), repr(posterior)])
-        made = note.is_file() and note.read_text(encoding="utf-8") == wanted and self._saved(name) is not None
+        folder, made_from = self._folder(name), _digest([self._fitted_to(), repr(posterior)])
+        made = (_read_note(folder) or {}).get("made_from") == made_from and self._saved(name) is not None
         if model.processes.all_gather(made)[0]:
             return
-        if model.processes.is_main:
-            note.unlink(missing_ok=True)
         self._say(f"{name}: fitting")
         training = DataSettings(self.data.task, self.data.data_dir, self.fitting.fit_split, self.fitting.fit_limit)
-        fit(model, training, posterior, self.progress)
+        fit(model, training, replace(posterior, overwrite=_made_here(folder)), self.progress)
+        if model.processes.is_main:
+            _write_note(folder, None)
         if method != "marglik":
             self._say(f"{name}: tuning the prior")
             prior = PriorSettings(name=name, method=method, seed=self.settings.seed)
@@ -265,7 +280,10 @@ class _Checkpoint:
             for line in (tuned.reason, *tuned.notes):
                 self._say(f"{name}: {line}")
         if model.processes.is_main:
-            note.write_text(wanted, encoding="utf-8")
+            _write_note(folder, made_from)
+
+    def _folder(self, name: str) -> Path:
+        return posterior_folder(self.model.root, name)
 
     def _say(self, message: str) -> None:
         self.print_message(f"{self.heading}: {message}")
@@ -282,7 +300,7 @@ class _Checkpoint:
     def _saved(self, name: str) -> SavedPosterior | None:
         """Return a posterior, or None if it is missing, damaged, or of another adapter."""
         try:
-            posterior = SavedPosterior(posterior_folder(self.model.root, name))
+            posterior = SavedPosterior(self._folder(name))
         except PosteriorError:
             return None
         return None if adapter_differences(posterior.manifest, self.adapter) else posterior
@@ -297,6 +315,40 @@ class _Checkpoint:
             contents.append(posterior.content)
         asked = {"scored": self.rows.scored, "settings": repr(self.settings), "version": __version__}
         return _digest([self._fitted_to(), asked, *contents])
+
+
+def _note(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.made-with")
+
+
+def _write_note(folder: Path, made_from: str | None) -> None:
+    """Record that this command made a posterior; ``made_from`` is None until its prior is tuned."""
+    write_json(_note(folder), {"posterior": _checksum(folder), "made_from": made_from})
+
+
+def _read_note(folder: Path) -> dict[str, Any] | None:
+    """Return what is recorded: None if this command did not make the posterior, empty if an earlier version did."""
+    try:
+        found = json.loads(_note(folder).read_text(encoding="utf-8"))
+    except OSError:
+        return None
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _made_here(folder: Path) -> bool:
+    """Return whether this command made the posterior, and no other fit has replaced it since."""
+    note = _read_note(folder)
+    return note is not None and len({note.get("posterior"), _checksum(folder)} - {None}) < 2
+
+
+def _checksum(folder: Path) -> str | None:
+    """Return the checksum of a posterior without its prior, or None if it is missing or damaged."""
+    try:
+        return str(SavedPosterior(folder, validate_prior=False).content[CHECKSUMS]["rest"])
+    except PosteriorError:
+        return None
 
 
 def _read_cache(file: Path) -> dict[str, Any] | None:
