@@ -279,3 +279,14 @@ def test_other_curvature_of_laplace_torch_is_refused(one_block):
     ]:
         with pytest.raises(UsageError, match=words):
             from_laplace_torch(source, layers)
+
+
+def test_the_mode_of_the_network_is_left_alone():
+    """Quantized layers on a CPU do not round their inputs in training mode alone."""
+    network = torch.nn.Sequential(torch.nn.Linear(2, 2).train(), torch.nn.Linear(2, 2).eval())
+    output_model = SimpleNamespace(network=network, logits=None, device=torch.device("cpu"))
+    wrapped = AdapterNetwork(output_model, [])
+    assert wrapped.eval() is wrapped and not wrapped.training
+    assert [layer.training for layer in network] == [True, False]
+    wrapped.train()
+    assert wrapped.training and [layer.training for layer in network] == [True, False]

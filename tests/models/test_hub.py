@@ -151,6 +151,17 @@ def test_the_scores_of_an_adapter_on_the_hub(hub, made, tmp_path, monkeypatch, c
     assert "| map | 0.500 | 0.250 | 1.500 | 0.750 |" in hub.files("anna/farm")["README.md"].decode()
 
 
+def test_a_task_with_a_lone_surrogate_is_pushed(hub, tmp_path, monkeypatch, capfdbinary):
+    folder = make_adapter(tmp_path)
+    with (folder / "task.yaml").open("a") as stream:
+        stream.write('dataset_name: "caf\\ud800é"\n')
+    fit_tiny(folder)
+    status, _, errors = command(monkeypatch, capfdbinary, "push", folder / "adapter", "anna/odd")
+    assert status == 0, errors
+    pushed = json.loads(hub.files("anna/odd")["laplace/default/posterior.json"])
+    assert pushed["task"]["dataset_name"] == "caf\ud800é"
+
+
 def test_a_second_push_replaces_its_section_and_keeps_the_card(hub, made, monkeypatch, capfdbinary):
     put(hub, made, README__md=b"---\nlicense: mit\n---\n# Farm\n\nWritten by hand.\n")
     for _ in range(2):

@@ -18,15 +18,19 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import lapora
 from lapora.config import ModelSettings, PriorSettings
 from lapora.curvature.passes import Linearisation
 from lapora.errors import PosteriorError, UsageError
+from lapora.models.adapter import read_adapter
+from lapora.models.loading import load_model
 from lapora.storage import saved as saved_posterior
 from lapora.storage.files import write_lock
 from lapora.storage.saved import SavedPosterior
+from lapora.workflows import fit as fit_workflow
 from lapora.workflows.fit import fit
 from lapora.workflows.tune_prior import tune_prior
-from tiny_adapter import data_of, fit_tiny, make_adapter, model_of
+from tiny_adapter import data_of, fit_tiny, make_adapter, make_rows, model_of
 
 STRUCTURES = {
     "kron": {},
@@ -277,6 +281,30 @@ def test_the_second_of_two_writers_is_told_who_is_first(tiny):
                 call()
         fit_tiny(tiny, name="other")
     fit_tiny(tiny, overwrite=True)
+    assert not list(folder.parent.glob(".*"))
+
+
+@pytest.mark.parametrize("where", ["files", "memory"])
+def test_a_posterior_fitted_while_another_fit_reads_its_rows_is_not_replaced(tiny, monkeypatch, where):
+    folder = tiny / "adapter" / "laplace" / "default"
+    render = fit_workflow._render
+    others = [lambda: fit_tiny(tiny, structure="ekfac")]
+
+    def rendered(*arguments):
+        rows = render(*arguments)
+        if others:
+            others.pop()()
+        return rows
+
+    monkeypatch.setattr(fit_workflow, "_render", rendered)
+    with pytest.raises(PosteriorError, match="default: exists already; give --overwrite"):
+        if where == "files":
+            fit_tiny(tiny)
+        else:
+            there = load_model(read_adapter(tiny / "adapter"), model_of(tiny))
+            rows, task = make_rows(6), tiny / "task.yaml"
+            lapora.fit_model(there.model, there.tokenizer, rows, task=task, output_dir=tiny / "adapter")
+    assert SavedPosterior(folder).manifest.structure == "ekfac"
     assert not list(folder.parent.glob(".*"))
 
 

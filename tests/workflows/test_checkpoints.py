@@ -9,14 +9,19 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from lapora.cli.app import app
-from lapora.config import DataSettings, EvalSettings, ModelSettings
-from lapora.errors import UsageError
+from lapora.config import DataSettings, EvalSettings, FitSettings, ModelSettings
+from lapora.errors import PosteriorError, UsageError
+from lapora.storage.saved import SavedPosterior
 from lapora.workflows import checkpoints as workflow
 from lapora.workflows.checkpoints import CheckpointSettings, evaluate_checkpoints
+from lapora.workflows.fit import fit
+from tiny_adapter import data_of, json_lines, make_adapter
 
 ROOT = Path(__file__).parents[2]
 POSTERIORS = ["la-kron", "la-diag", "llla-kron", "llla-diag"]
@@ -130,6 +135,128 @@ def test_an_adapter_without_a_last_layer_has_no_llla_said_aloud(demo, tmp_path, 
     assert (tmp_path / "run" / "laplace" / "figures" / "checkpoints.png").is_file()
     app(["eval", *run], standalone_mode=False)
     assert "la-kron (probit)" in capsys.readouterr().out
+
+
+@pytest.fixture
+def tiny(tmp_path, monkeypatch) -> Path:
+    """An adapter with rows, and a run with one checkpoint of one posterior."""
+    folder = make_adapter(tmp_path)
+    shutil.copytree(folder / "adapter", folder / "run" / "checkpoint-3")
+    monkeypatch.setattr(workflow, "POSTERIORS", {"la-diag": workflow.POSTERIORS["la-diag"]})
+    return folder
+
+
+def evaluated(folder: Path, run: str = "run", split: str | None = None, **settings) -> tuple[dict, set[str]]:
+    """The record of the checkpoint, and what was done."""
+    said: list[str] = []
+    record = evaluate_checkpoints(
+        ModelSettings(adapter=str(folder / run), device="cpu"),
+        data_of(folder, split=split),
+        EvalSettings(links=("mc-joint",), **settings),
+        CheckpointSettings(),
+        said.append,
+    )["checkpoints"][0]
+    steps = ("already scored", "fitting", "scoring")
+    return record, {step for step in steps for line in said if line.endswith(f": {step}")}
+
+
+def change_weights(adapter: Path) -> None:
+    file = adapter / "adapter_model.safetensors"
+    save_file({name: value + 0.5 for name, value in load_file(file).items()}, file, {"format": "pt"})
+
+
+def change_settings(adapter: Path) -> None:
+    file = adapter / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "lora_alpha": 3}))
+
+
+@pytest.mark.parametrize("change", [change_weights, change_settings])
+def test_a_checkpoint_that_was_trained_again_is_fitted_and_scored_again(tiny, change):
+    checkpoint = tiny / "run" / "checkpoint-3"
+    cache = checkpoint / "laplace" / workflow.CACHE_FILE
+    first, done = evaluated(tiny)
+    assert done == {"fitting", "scoring"} and evaluated(tiny) == (first, {"already scored"})
+    change(checkpoint)
+    second, done = evaluated(tiny)
+    assert done == {"fitting", "scoring"} and second != first
+    ignored = shutil.ignore_patterns("laplace")
+    shutil.copytree(checkpoint, tiny / "fresh" / "checkpoint-3", ignore=ignored)
+    assert evaluated(tiny, "fresh")[0] == second
+    cache.unlink()
+    assert evaluated(tiny) == (second, {"scoring"})
+    change_weights(checkpoint)
+    cache.unlink()
+    assert evaluated(tiny)[1] == {"fitting", "scoring"}
+
+
+def test_rows_of_the_prior_and_of_ood_and_the_ensemble_are_looked_at(tiny):
+    member = tiny / "member"
+    shutil.copytree(tiny / "adapter", member)
+    change_weights(member)
+    shutil.copytree(tiny / "data", tiny / "other")
+    (tiny / "data" / "validation.jsonl").rename(tiny / "data" / "test.jsonl")
+
+    def write(place: str, seed: int) -> None:
+        (tiny / place).write_bytes(b"".join(json_lines(12, seed)))
+
+    def run() -> tuple[dict, set[str]]:
+        more = {"ood": (str(tiny / "task.yaml"),), "ood_data_dirs": (tiny / "other",), "ensemble": (member,)}
+        return evaluated(tiny, split="test", **more)
+
+    write("data/validation.jsonl", 1)
+    first, done = run()
+    assert done == {"fitting", "scoring"} and run() == (first, {"already scored"})
+    for change, expected in (
+        (lambda: write("data/validation.jsonl", 2), {"fitting", "scoring"}),
+        (lambda: write("other/validation.jsonl", 3), {"scoring"}),
+        (lambda: write("data/test.jsonl", 4), {"fitting", "scoring"}),  # they might tune it, too
+        (lambda: change_weights(member), {"scoring"}),
+    ):
+        change()
+        second, done = run()
+        assert done == expected and second != first
+        first = second
+
+
+def fit_own(folder: Path, **settings) -> Path:
+    """Fit a posterior by hand, with a name of the command's own."""
+    own = FitSettings(name="la-diag", structure="ekfac", prior_method="marglik", **settings)
+    return fit(ModelSettings(adapter=str(folder / "run" / "checkpoint-3"), device="cpu"), data_of(folder), own).folder
+
+
+def test_a_posterior_of_the_users_own_is_not_replaced(tiny):
+    shutil.copytree(tiny / "adapter", tiny / "run" / "checkpoint-2")
+    own = fit_own(tiny)
+    refused = (
+        r"checkpoint-3/laplace/la-diag: not made by eval --checkpoints.*; rename the folder, or give .*--output-dir"
+    )
+    with pytest.raises(PosteriorError, match=refused):
+        evaluated(tiny)
+    assert SavedPosterior(own).manifest.structure == "ekfac"
+    assert not (tiny / "run" / "checkpoint-2" / "laplace").exists()
+    own.rename(own.with_name("mine"))
+    assert evaluated(tiny)[1] == {"fitting", "scoring"}
+    fit_own(tiny, overwrite=True)
+    with pytest.raises(PosteriorError, match=refused):
+        evaluated(tiny)
+    assert SavedPosterior(own).manifest.structure == "ekfac"
+
+
+def test_posteriors_of_earlier_and_interrupted_runs_are_replaced(tiny, monkeypatch):
+    laplace = tiny / "run" / "checkpoint-3" / "laplace"
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(workflow, "tune_prior", Mock(side_effect=KeyboardInterrupt))
+        evaluated(tiny)
+    assert (laplace / "la-diag").exists()
+    first, done = evaluated(tiny)
+    assert done == {"fitting", "scoring"}
+
+    (laplace / ".la-diag.made-with").write_text("5d41402abc4b2a76b9719d911017c592" * 2)  # as version 0.1 wrote it
+    (laplace / workflow.CACHE_FILE).unlink()
+    assert evaluated(tiny) == (first, {"fitting", "scoring"})
+
+    (laplace / "la-diag" / "posterior.json").write_text("{half")
+    assert evaluated(tiny) == (first, {"fitting", "scoring"})
 
 
 def test_bad_runs(demo, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import logging
 import os
 import sys
@@ -74,6 +75,8 @@ def run() -> None:
     for library in ("bitsandbytes", "accelerate"):
         logging.getLogger(library).setLevel(logging.ERROR)
     stdout = sys.stdout
+    if isinstance(stdout, io.TextIOWrapper) and stdout.errors == "strict":
+        stdout.reconfigure(errors="backslashreplace")  # for paths that are not UTF-8
     try:
         # Without its standalone mode Typer returns an exit status and does not end the process.
         status = app(standalone_mode=False)

@@ -147,7 +147,8 @@ def count_rows(source: str, kind: InputFormat) -> int | None:
         if kind == "parquet":
             import pyarrow.parquet
 
-            return int(pyarrow.parquet.ParquetFile(path).metadata.num_rows)
+            with pyarrow.OSFile(os.fsencode(path)) as stream:
+                return int(pyarrow.parquet.ParquetFile(stream).metadata.num_rows)
         if path.is_file() and path.stat().st_size <= _COUNTED and kind != "csv" and not source.endswith(".gz"):
             if kind == "jsonl" and _is_json_list(source):
                 return None
@@ -249,14 +250,16 @@ def _write_parquet(records: Iterable[Mapping[str, Any]], target: str, source: st
     except OSError as error:
         raise DataError(f"{target}: cannot be written ({error.strerror}); give another --output") from error
     writer: Any = None
+    stream: Any = None
     waiting: list[dict[str, Any]] = []
     schema: Any = None
 
     def flush() -> None:
-        nonlocal writer
+        nonlocal writer, stream
         if schema is not None and (waiting or writer is None):
             if writer is None:
-                writer = pyarrow.parquet.ParquetWriter(partial, schema)
+                stream = pyarrow.OSFile(os.fsencode(partial), "wb")
+                writer = pyarrow.parquet.ParquetWriter(stream, schema)
             writer.write_table(pyarrow.Table.from_pylist(waiting, schema=schema))
             waiting.clear()
 
@@ -275,6 +278,7 @@ def _write_parquet(records: Iterable[Mapping[str, Any]], target: str, source: st
             finally:
                 if writer is not None:
                     writer.close()
+                    stream.close()
                     if regular:
                         os.replace(partial, target)
                 elif regular:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +37,11 @@ class AdapterNetwork(nn.Module):
         names = {id(parameter): name for name, parameter in super().named_parameters()}
         weights = [cast(nn.Parameter, layer.module.weight) for layer in layers]
         self._bayesian = {names[id(weight)]: weight for weight in weights}
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode of this module alone: layers of a quantized network keep theirs, which turns rounding off."""
+        self.training = mode
+        return self
 
     def named_parameters(
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True

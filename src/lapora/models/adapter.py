@@ -152,6 +152,8 @@ def check_adapter_files(path: Path) -> dict[str, Any]:
     """
     if not path.is_dir():
         raise AdapterError(f"{path}: no such directory; give a folder with {CONFIG_FILE}, or a Hub id (owner/name)")
+    if not _is_utf8(path):
+        raise AdapterError(f"{path}: its path is not UTF-8, which safetensors cannot read; rename the folder")
     config = _read_config(path)
     _check_supported(path, config)
     task_type = config.get("task_type")
@@ -244,6 +246,14 @@ def _kind(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> M
     if task_type is not None:
         return _KIND_BY_TASK_TYPE[task_type]
     return "causal" if _number_of_labels(shapes) is None else "classifier"
+
+
+def _is_utf8(path: Path) -> bool:
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _read_config(path: Path) -> dict[str, Any]:

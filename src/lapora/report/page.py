@@ -70,7 +70,7 @@ def write_page(file: Path, page: Page) -> None:
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     text = environment.from_string(source).render(page=page, pictures=pictures, manifests=manifests)
     try:
-        file.write_text(text, encoding="utf-8")
+        file.write_text(text, encoding="utf-8", errors="backslashreplace")
     except OSError as error:
         raise DataError(f"{file}: cannot be written ({error.strerror}); give another --report") from error
 

@@ -40,6 +40,11 @@ def fsync_path(path: Path) -> None:
         os.close(descriptor)
 
 
+def json_bytes(content: Mapping[str, Any], indent: int | None = None) -> bytes:
+    """Return JSON in UTF-8, with escapes for lone surrogates, as in a path that is not UTF-8."""
+    return json.dumps(content, indent=indent, ensure_ascii=False).encode("utf-8", "backslashreplace")
+
+
 def write_json(file: Path, content: Mapping[str, Any]) -> None:
     """Write a JSON file atomically: to a temporary name, flushed to the disk and renamed.
 
@@ -49,9 +54,8 @@ def write_json(file: Path, content: Mapping[str, Any]) -> None:
     partial = file.with_name(f".{file.name}.new")
     try:
         partial.unlink(missing_ok=True)  # left by a killed run, or a symlink
-        with partial.open("x", encoding="utf-8") as stream:
-            json.dump(content, stream, indent=2, ensure_ascii=False)
-            stream.write("\n")
+        with partial.open("xb") as stream:
+            stream.write(json_bytes(content, indent=2) + b"\n")
             stream.flush()
             os.fsync(stream.fileno())
         partial.replace(file)

@@ -7,6 +7,7 @@ import itertools
 import json
 import logging
 import math
+import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -513,7 +514,8 @@ def _parquet_features(path: Path) -> dict[str, Any]:
     import pyarrow.parquet
 
     try:
-        metadata = pyarrow.parquet.read_schema(path).metadata or {}
+        with pyarrow.OSFile(os.fsencode(path)) as stream:
+            metadata = pyarrow.parquet.read_schema(stream).metadata or {}
         features = json.loads(metadata.get(b"huggingface", b"{}"))["info"]["features"]
     except (pyarrow.ArrowException, OSError, ValueError, KeyError, TypeError):
         return {}
@@ -530,8 +532,9 @@ def parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
     import pyarrow.parquet
 
     try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches():
+        # As bytes: pyarrow takes a text path only if it is UTF-8.
+        with pyarrow.OSFile(os.fsencode(path)) as stream:
+            for batch in pyarrow.parquet.ParquetFile(stream).iter_batches():
                 yield from _with_texts(batch).to_pylist()
     except (pyarrow.ArrowException, ValueError) as error:
         raise DataError(f"{quoted(str(path), 200)}: not Parquet: {first_line(error)}{_hint(path)}") from None

@@ -148,18 +148,28 @@ def ensemble(
     return [_averaged(fitted.model.likelihood, "ensemble", torch.stack(table), details) for table in tables]
 
 
-def _members(model: ModelSettings, fitted: Fitted, paths: Sequence[Path]) -> list[Adapter]:
-    own = read_adapter(model.folder)
-    members: dict[str, Adapter] = {}
+def read_members(paths: Sequence[Path]) -> list[Adapter]:
+    """Read the adapters of an ensemble: adapters, and the checkpoints of training runs.
+
+    Raises:
+        AdapterError: A member cannot be read.
+    """
+    found = []
     for given in paths:
         path = fetch_adapter(str(given)) if is_hub_id(str(given)) else given
         folders = [path] if (path / CONFIG_FILE).is_file() else [folder for _, folder in checkpoint_folders(path)]
-        for folder in folders or [path]:
-            adapter = read_adapter(folder)
-            if adapter.kind != fitted.model.kind:
-                raise AdapterError(f"--ensemble {folder}: a {adapter.kind}, and ADAPTER is a {fitted.model.kind}")
-            _warn_of_another_base(adapter, own)
-            members[adapter.sha256] = adapter
+        found += [read_adapter(folder) for folder in folders or [path]]
+    return found
+
+
+def _members(model: ModelSettings, fitted: Fitted, paths: Sequence[Path]) -> list[Adapter]:
+    own = read_adapter(model.folder)
+    members: dict[str, Adapter] = {}
+    for adapter in read_members(paths):
+        if adapter.kind != fitted.model.kind:
+            raise AdapterError(f"--ensemble {adapter.path}: a {adapter.kind}, and ADAPTER is a {fitted.model.kind}")
+        _warn_of_another_base(adapter, own)
+        members[adapter.sha256] = adapter
     members.pop(fitted.posterior.manifest.adapter, None)
     if not members:
         raise UsageError("--ensemble: no other adapter than ADAPTER itself; give one with other weights")

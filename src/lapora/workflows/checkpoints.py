@@ -1,7 +1,8 @@
 """``lapora eval RUN_DIR --checkpoints``: fit, tune and score every checkpoint of a training run.
 
 Results are stored in each checkpoint's ``laplace/``: posteriors by name, and scores with a digest of everything that
-they depend on. An interrupted run resumes from these.
+they depend on. An interrupted run resumes from these. A file beside each posterior, ``.NAME.made-with``, has its
+checksum and a digest of what it was made from; a posterior without one is the user's own, and is never replaced.
 """
 
 from __future__ import annotations
@@ -9,8 +10,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,19 +28,24 @@ from lapora.config import (
     Progress,
     check_likelihood,
 )
-from lapora.errors import PosteriorError, UsageError
-from lapora.storage.saved import SavedPosterior, open_posterior, posterior_folder
-from lapora.tasks import load_rows, load_task
-from lapora.workflows.baselines import checkpoint_folders
-from lapora.workflows.evaluate import run_evaluation
+from lapora.errors import DataError, PosteriorError, UsageError
+from lapora.models.adapter import Adapter, read_adapter
+from lapora.storage.compatibility import adapter_differences, adapter_settings
+from lapora.storage.files import write_json
+from lapora.storage.manifest import CHECKSUMS
+from lapora.storage.saved import SavedPosterior, posterior_exists, posterior_folder
+from lapora.tasks import Row, Task, load_rows, load_task
+from lapora.workflows.baselines import checkpoint_folders, read_members
+from lapora.workflows.evaluate import load_shifted_rows, run_evaluation, shifted_sources
 from lapora.workflows.fit import fit
+from lapora.workflows.rows import LABELLED_SPLITS
 from lapora.workflows.tune_prior import tune_prior
 
 POSTERIORS: dict[str, FitSettings] = {
-    "la-kron": FitSettings(name="la-kron", overwrite=True),
-    "la-diag": FitSettings(name="la-diag", structure="diag", overwrite=True),
-    "llla-kron": FitSettings(name="llla-kron", subset="last-layer", overwrite=True),
-    "llla-diag": FitSettings(name="llla-diag", structure="diag", subset="last-layer", overwrite=True),
+    "la-kron": FitSettings(name="la-kron"),
+    "la-diag": FitSettings(name="la-diag", structure="diag"),
+    "llla-kron": FitSettings(name="llla-kron", subset="last-layer"),
+    "llla-diag": FitSettings(name="llla-diag", structure="diag", subset="last-layer"),
 }
 """Posteriors of the paper: LA over all LoRA weights and LLLA over the last layer, with KFAC and with a diagonal."""
 
@@ -69,6 +76,7 @@ def evaluate_checkpoints(
 
     Raises:
         UsageError: There are no checkpoints, or no task is given.
+        PosteriorError: A checkpoint has a posterior of one of the names that this command did not make.
     """
     run = Path(model.adapter)
     folders = checkpoint_folders(run)
@@ -76,22 +84,38 @@ def evaluate_checkpoints(
         raise UsageError(f"{run}: no checkpoint-STEP folder with an adapter in it; give the folder of a training run")
     if data.task is None:
         raise UsageError("--data is missing: the task that the run was trained on")
-    likelihood = load_task(data.task).likelihood
-    check_likelihood(likelihood, settings)
+    task = load_task(data.task)
+    check_likelihood(task.likelihood, settings)
     if not settings.links:
-        settings = replace(settings, links=tuple(link for link in LINKS[likelihood] if link != "map"))
-    rows_key = _rows_key(data, checkpoints)
-    skipped: dict[str, str] = {}
-    done = []
-    for number, (step, folder) in enumerate(folders, 1):
-        here = replace(
-            model,
-            adapter=str(folder),
-            output_dir=None if model.output_dir is None else model.output_dir / folder.name,
+        settings = replace(settings, links=tuple(link for link in LINKS[task.likelihood] if link != "map"))
+    rows = _RowDigests.of(task, data, settings, checkpoints)
+    found = [
+        _Checkpoint(
+            step=step,
+            model=replace(
+                model,
+                adapter=str(folder),
+                output_dir=None if model.output_dir is None else model.output_dir / folder.name,
+            ),
+            adapter=read_adapter(folder),
+            data=data,
+            settings=settings,
+            fitting=checkpoints,
+            rows=rows,
+            heading=f"checkpoint {step} ({number} of {len(folders)})",
+            print_message=print_message,
+            progress=progress,
         )
-        heading = f"checkpoint {step} ({number} of {len(folders)})"
-        one = _one_checkpoint(here, data, settings, checkpoints, rows_key, skipped, heading, print_message, progress)
-        done.append({"step": step, **one})
+        for number, (step, folder) in enumerate(folders, 1)
+    ]
+    if others := [str(each) for checkpoint in found for each in checkpoint.other_posteriors()]:
+        more = f" and {len(others) - 3} more" if len(others) > 3 else ""
+        raise PosteriorError(
+            f"{', '.join(others[:3])}{more}: not made by eval --checkpoints, which fits a posterior of this name; "
+            "rename the folder, or give another place with --output-dir"
+        )
+    skipped: dict[str, str] = {}
+    done = [{"step": checkpoint.step, **checkpoint.evaluate(skipped)} for checkpoint in found]
     first = done[0]
     return {
         "run": str(run),
@@ -102,140 +126,229 @@ def evaluate_checkpoints(
     }
 
 
-def _one_checkpoint(
-    model: ModelSettings,
-    data: DataSettings,
-    settings: EvalSettings,
-    checkpoints: CheckpointSettings,
-    rows_key: str,
-    skipped: dict[str, str],
-    heading: str,
-    print_message: Callable[[str], None],
-    progress: Progress | None,
-) -> dict[str, Any]:
-    cache = model.root / "laplace" / CACHE_FILE
-    asked = {
-        "data": rows_key,
-        "settings": repr(settings),
-        "fit": repr(checkpoints),
-        "base": _base(model),
-        "version": __version__,
-    }
-    kept = _read_cache(cache)
-    known = bool(kept and kept["key"] == _key(model, kept["names"], asked))
-    kept = model.processes.all_gather(kept if known else None)[0]
-    if kept:
-        skipped |= {name: reason for name, reason in kept["skipped"].items() if name not in skipped}
-        for name, reason in kept["skipped"].items():
-            print_message(f"{heading}: {name} left out: {reason}")
-        print_message(f"{heading}: already scored")
-        return dict(kept["record"])
-    names = []
-    for name, fitting in POSTERIORS.items():
-        if name in skipped:
-            continue
-        try:
-            _fit_and_tune(
-                model, data, settings, checkpoints, fitting, rows_key, f"{heading}: {name}", print_message, progress
-            )
-        except UsageError as error:
-            # All checkpoints of a run have the same layers.
-            if fitting.subset != "last-layer":
-                raise
-            skipped[name] = str(error)
-            print_message(f"{heading}: {name} left out: {error}")
-            continue
-        names.append(name)
-    print_message(f"{heading}: scoring")
-    record = run_evaluation(model, data, replace(settings, names=tuple(names)), progress).record
-    found = {"key": _key(model, names, asked), "names": names, "skipped": skipped, "record": record}
-    if model.processes.is_main:
-        partial = cache.with_name(f".{cache.name}.{os.getpid()}")
-        partial.write_text(json.dumps(found), encoding="utf-8")
-        partial.replace(cache)
-    return record
+@dataclass(frozen=True)
+class _RowDigests:
+    """Digests of the rows, and of other adapters that are scored on them.
 
-
-def _fit_and_tune(
-    model: ModelSettings,
-    data: DataSettings,
-    settings: EvalSettings,
-    checkpoints: CheckpointSettings,
-    fitting: FitSettings,
-    rows_key: str,
-    heading: str,
-    print_message: Callable[[str], None],
-    progress: Progress | None,
-) -> None:
-    """Fit and tune one posterior of one checkpoint, unless it is up to date.
-
-    A file beside the posterior records the rows and settings of the fit and the tuning.
+    Attributes:
+        fitted: Of the rows that posteriors are fitted to, and of those on which their priors may be tuned.
+        scored: Of the rows that are scored, and of the members of the ensemble.
     """
-    name = fitting.name
-    fitting = replace(
-        fitting,
-        max_length=checkpoints.max_length,
-        chat_template=checkpoints.chat_template,
-        seed=settings.seed,
-        prior_method="marglik" if checkpoints.prior_method == "marglik" else "averaged",
-    )
-    note = model.root / "laplace" / f".{name}.made-with"
-    wanted = hashlib.sha256(f"{rows_key}{fitting!r}{checkpoints!r}{_base(model)}".encode()).hexdigest()
-    made = note.is_file() and note.read_text(encoding="utf-8") == wanted and _usable(model, name)
-    if model.processes.all_gather(made)[0]:
-        return
-    if model.processes.is_main:
-        note.unlink(missing_ok=True)
-    print_message(f"{heading}: fitting")
-    training = DataSettings(data.task, data.data_dir, checkpoints.fit_split, checkpoints.fit_limit)
-    fit(model, training, fitting, progress)
-    if checkpoints.prior_method != "marglik":
-        print_message(f"{heading}: tuning the prior")
-        tuned = tune_prior(
-            model,
-            DataSettings(),
-            PriorSettings(name=name, method=checkpoints.prior_method, seed=settings.seed),
-            progress,
+
+    fitted: str
+    scored: str
+
+    @classmethod
+    def of(cls, task: Task, data: DataSettings, settings: EvalSettings, checkpoints: CheckpointSettings) -> _RowDigests:
+        """Read the rows.
+
+        Raises:
+            DataError: Rows cannot be read.
+            AdapterError: A member of the ensemble cannot be read.
+            UsageError: Folders of out-of-distribution rows do not go with the tasks.
+        """
+
+        def read(split: str, limit: int | None = None) -> list[object]:
+            return _content(task, load_rows(task, split, data_dir=data.data_dir, limit=limit), split)
+
+        fitted = read(checkpoints.fit_split, checkpoints.fit_limit)
+        for split in LABELLED_SPLITS if checkpoints.prior_method != "marglik" else ():
+            with suppress(DataError):  # tune_prior reads another one, or says what is wrong
+                fitted += read(split)
+        scored = read(data.split or "validation")
+        if settings.temperature_split:
+            scored += read(settings.temperature_split)
+        for name, folder in shifted_sources(settings):
+            scored += _content(*load_shifted_rows(name, folder, data.limit))
+        scored += [_identity(member) for member in read_members(settings.ensemble)]
+        return cls(_digest(fitted), _digest([data.limit, *scored]))
+
+
+def _content(task: Task, rows: Sequence[Row], split: str) -> list[object]:
+    return [[task.to_dict(), split], *(row.values for row in rows)]
+
+
+def _identity(adapter: Adapter) -> dict[str, Any]:
+    """Return what identifies an adapter: its weights, the settings of its forward pass, and its base model."""
+    base = {key: adapter.config.get(key) for key in ("base_model_name_or_path", "revision")}
+    return {"weights": adapter.sha256, "settings": adapter_settings(adapter), **base}
+
+
+def _digest(parts: Iterable[object]) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(json.dumps(part, sort_keys=True, default=str).encode("ascii") + b"\n")
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Checkpoint:
+    """One checkpoint, and how it is fitted and scored.
+
+    Attributes:
+        step: Training step.
+        model: The checkpoint and how to run it.
+        adapter: Its files.
+        data: Task, folder and the split to score.
+        settings: Links, samples and seed.
+        fitting: How posteriors are fitted.
+        rows: Digests of the rows.
+        heading: Beginning of each message.
+        print_message: Prints progress messages.
+        progress: Progress callback.
+    """
+
+    step: int
+    model: ModelSettings
+    adapter: Adapter
+    data: DataSettings
+    settings: EvalSettings
+    fitting: CheckpointSettings
+    rows: _RowDigests
+    heading: str
+    print_message: Callable[[str], None]
+    progress: Progress | None
+
+    def other_posteriors(self) -> list[Path]:
+        """Return the folders of the posteriors with names of :data:`POSTERIORS` that this command did not make."""
+        folders = [self._folder(name) for name in POSTERIORS]
+        return [folder for folder in folders if posterior_exists(folder) and not _made_here(folder)]
+
+    def evaluate(self, skipped: dict[str, str]) -> dict[str, Any]:
+        """Return the evaluation record, from an earlier run if it is up to date.
+
+        Args:
+            skipped: Reasons by name of posteriors that no checkpoint of the run can have; extended.
+        """
+        cache = self.model.root / "laplace" / CACHE_FILE
+        kept = _read_cache(cache)
+        known = bool(kept and kept["key"] == self._key(kept["names"]))
+        kept = self.model.processes.all_gather(kept if known else None)[0]
+        if kept:
+            skipped |= {name: reason for name, reason in kept["skipped"].items() if name not in skipped}
+            for name, reason in kept["skipped"].items():
+                self._say(f"{name} left out: {reason}")
+            self._say("already scored")
+            return dict(kept["record"])
+        names = []
+        for name, posterior in POSTERIORS.items():
+            if name in skipped:
+                continue
+            try:
+                self._fit_and_tune(posterior)
+            except UsageError as error:
+                # All checkpoints of a run have the same layers.
+                if posterior.subset != "last-layer":
+                    raise
+                skipped[name] = str(error)
+                self._say(f"{name} left out: {error}")
+                continue
+            names.append(name)
+        self._say("scoring")
+        settings = replace(self.settings, names=tuple(names))
+        record = run_evaluation(self.model, self.data, settings, self.progress).record
+        found = {"key": self._key(names), "names": names, "skipped": skipped, "record": record}
+        if self.model.processes.is_main:
+            partial = cache.with_name(f".{cache.name}.{os.getpid()}")
+            partial.write_text(json.dumps(found), encoding="utf-8")
+            partial.replace(cache)
+        return record
+
+    def _fit_and_tune(self, posterior: FitSettings) -> None:
+        """Fit and tune one posterior, unless it is up to date."""
+        name, model, method = posterior.name, self.model, self.fitting.prior_method
+        posterior = replace(
+            posterior,
+            max_length=self.fitting.max_length,
+            chat_template=self.fitting.chat_template,
+            seed=self.settings.seed,
+            prior_method="marglik" if method == "marglik" else "averaged",
         )
-        for line in (tuned.reason, *tuned.notes):
-            print_message(f"{heading}: {line}")
-    if model.processes.is_main:
-        note.write_text(wanted, encoding="utf-8")
+        folder, made_from = self._folder(name), _digest([self._fitted_to(), repr(posterior)])
+        made = (_read_note(folder) or {}).get("made_from") == made_from and self._saved(name) is not None
+        if model.processes.all_gather(made)[0]:
+            return
+        self._say(f"{name}: fitting")
+        training = DataSettings(self.data.task, self.data.data_dir, self.fitting.fit_split, self.fitting.fit_limit)
+        fit(model, training, replace(posterior, overwrite=_made_here(folder)), self.progress)
+        if model.processes.is_main:
+            _write_note(folder, None)
+        if method != "marglik":
+            self._say(f"{name}: tuning the prior")
+            prior = PriorSettings(name=name, method=method, seed=self.settings.seed)
+            tuned = tune_prior(model, DataSettings(), prior, self.progress)
+            for line in (tuned.reason, *tuned.notes):
+                self._say(f"{name}: {line}")
+        if model.processes.is_main:
+            _write_note(folder, made_from)
 
+    def _folder(self, name: str) -> Path:
+        return posterior_folder(self.model.root, name)
 
-def _base(model: ModelSettings) -> str:
-    """Return a string that identifies how the base model is loaded."""
-    return repr((model.base_model, model.quantize, model.dtype))
+    def _say(self, message: str) -> None:
+        self.print_message(f"{self.heading}: {message}")
 
+    def _fitted_to(self) -> dict[str, object]:
+        """Return everything that the posteriors depend on."""
+        return {
+            "rows": self.rows.fitted,
+            "adapter": _identity(self.adapter),
+            "base": repr((self.model.base_model, self.model.quantize, self.model.dtype)),
+            "settings": repr(self.fitting),
+        }
 
-def _usable(model: ModelSettings, name: str) -> bool:
-    try:
-        open_posterior(model, name)
-    except PosteriorError:
-        return False
-    return True
-
-
-def _rows_key(data: DataSettings, checkpoints: CheckpointSettings) -> str:
-    """Return a digest of the task and of every row that is fitted or scored."""
-    task = load_task(data.task or "")
-    digest = hashlib.sha256(json.dumps(task.to_dict(), sort_keys=True, default=str).encode())
-    for split in (checkpoints.fit_split, data.split or "validation"):
-        for row in load_rows(task, split, data_dir=data.data_dir):
-            digest.update(json.dumps(row.values, sort_keys=True, default=str).encode())
-    digest.update(repr((data.split, data.limit)).encode())
-    return digest.hexdigest()
-
-
-def _key(model: ModelSettings, names: Sequence[str], asked: dict[str, str]) -> str | None:
-    """Return a digest of everything that a checkpoint's scores depend on, or None if a posterior is missing."""
-    digest = hashlib.sha256(json.dumps(asked, sort_keys=True).encode())
-    for name in names:
-        if not _usable(model, name):
+    def _saved(self, name: str) -> SavedPosterior | None:
+        """Return a posterior, or None if it is missing, damaged, or of another adapter."""
+        try:
+            posterior = SavedPosterior(self._folder(name))
+        except PosteriorError:
             return None
-        content = SavedPosterior(posterior_folder(model.root, name)).content
-        digest.update(json.dumps(content, sort_keys=True, default=str).encode())
-    return digest.hexdigest()
+        return None if adapter_differences(posterior.manifest, self.adapter) else posterior
+
+    def _key(self, names: Sequence[str]) -> str | None:
+        """Return a digest of everything that the scores depend on, or None if a posterior cannot be used."""
+        contents = []
+        for name in names:
+            posterior = self._saved(name)
+            if posterior is None:
+                return None
+            contents.append(posterior.content)
+        asked = {"scored": self.rows.scored, "settings": repr(self.settings), "version": __version__}
+        return _digest([self._fitted_to(), asked, *contents])
+
+
+def _note(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.made-with")
+
+
+def _write_note(folder: Path, made_from: str | None) -> None:
+    """Record that this command made a posterior; ``made_from`` is None until its prior is tuned."""
+    write_json(_note(folder), {"posterior": _checksum(folder), "made_from": made_from})
+
+
+def _read_note(folder: Path) -> dict[str, Any] | None:
+    """Return what is recorded: None if this command did not make the posterior, empty if an earlier version did."""
+    try:
+        found = json.loads(_note(folder).read_text(encoding="utf-8"))
+    except OSError:
+        return None
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _made_here(folder: Path) -> bool:
+    """Return whether this command made the posterior, and no other fit has replaced it since."""
+    note = _read_note(folder)
+    return note is not None and len({note.get("posterior"), _checksum(folder)} - {None}) < 2
+
+
+def _checksum(folder: Path) -> str | None:
+    """Return the checksum of a posterior without its prior, or None if it is missing or damaged."""
+    try:
+        return str(SavedPosterior(folder, validate_prior=False).content[CHECKSUMS]["rest"])
+    except PosteriorError:
+        return None
 
 
 def _read_cache(file: Path) -> dict[str, Any] | None:

@@ -29,11 +29,11 @@ from lapora.errors import DataError, MissingSplitError, UsageError
 from lapora.likelihoods.base import Likelihood, ScoreOptions
 from lapora.models.loading import Loader, load_model
 from lapora.storage.saved import open_posterior, saved_names
-from lapora.tasks import Task, data_fingerprint, load_rows, load_task, render_all, resolve_choices
+from lapora.tasks import Row, Task, data_fingerprint, load_rows, load_task, render_all, resolve_choices
 from lapora.workflows import baselines
 from lapora.workflows.commands import model_arguments
 from lapora.workflows.contradictions import check_other_rows, resolve_task
-from lapora.workflows.rows import LabelledRows, TuningRows, are_training_rows, read_labelled_rows
+from lapora.workflows.rows import LABELLED_SPLITS, LabelledRows, TuningRows, are_training_rows, read_labelled_rows
 from lapora.workflows.scoring import Prediction, ScoredRows, score_rows
 from lapora.workflows.task_model import Fitted, open_fitted
 
@@ -107,7 +107,7 @@ def run_evaluation(
     if are_training_rows(fitted.posterior.manifest, replace(data, split=rows.split)):
         advice = ""
         notes.append(f"note: the adapter was trained on the rows of {rows.split}: these scores are too optimistic")
-    sets = [rows, *read_shifted_rows(fitted, settings, data.limit)]
+    sets = [rows, *(_shifted_rows(fitted, name, folder, data.limit) for name, folder in plan.shifted)]
 
     predictions: list[list[Prediction]] = [[] for _ in sets]
     manifests: dict[str, Mapping[str, Any]] = {}
@@ -354,6 +354,7 @@ class Plan:
         names: Names of the posteriors, at least one.
         links: Links of each posterior.
         tuned_on: Split and digests of the rows that tuned a prior, by posterior.
+        shifted: Tasks of out-of-distribution rows, and the folders of these rows.
         left_out: Messages about methods of ``all`` that are left out.
     """
 
@@ -362,6 +363,7 @@ class Plan:
     names: tuple[str, ...]
     links: tuple[Link, ...]
     tuned_on: dict[str, TuningRows]
+    shifted: tuple[tuple[str, Path | None], ...] = ()
     left_out: tuple[str, ...] = ()
 
     @property
@@ -387,18 +389,12 @@ def make_plan(model: ModelSettings, settings: EvalSettings, data: DataSettings =
         raise UsageError("nothing to evaluate; give --methods")
     if "ensemble" in methods and not settings.ensemble and not everything:
         raise UsageError("--methods ensemble needs --ensemble PATH: another adapter, or a folder of checkpoints")
+    shifted = shifted_sources(settings)
     left_out: tuple[str, ...] = ()
     if not settings.ensemble:
         if everything:
             left_out = ("left out: ensemble: no --ensemble PATH was given, another adapter or a folder of checkpoints",)
         methods = tuple(method for method in methods if method != "ensemble")
-    if settings.ood and len(settings.ood_data_dirs) not in (0, 1, len(settings.ood)):
-        raise UsageError(
-            f"{len(settings.ood_data_dirs)} --ood-data-dir for {len(settings.ood)} --ood: give one for all, "
-            "or one for each in the same order"
-        )
-    if settings.ood_data_dirs and not settings.ood:
-        raise UsageError("--ood-data-dir without --ood TASK: name the task of those rows")
     names = _unique(settings.names) or (tuple(saved_names(model.root)) if everything else ()) or ("default",)
     links: tuple[Link, ...] = _unique(settings.links)
     tuned_on = {}
@@ -425,49 +421,72 @@ def make_plan(model: ModelSettings, settings: EvalSettings, data: DataSettings =
         if record is not None and record.rows:
             tuned_on[name] = TuningRows(record.split or "", frozenset(record.rows))
     order = [method for method in get_args(Method) if method in methods]
-    return Plan(tuple(order), everything, tuple(of_one_task), links, tuned_on, left_out)
+    return Plan(tuple(order), everything, tuple(of_one_task), links, tuned_on, shifted, left_out)
 
 
 def _unique(values: Sequence[Any]) -> tuple[Any, ...]:
     return tuple(dict.fromkeys(values))
 
 
-def read_shifted_rows(fitted: Fitted, settings: EvalSettings, limit: int | None) -> list[LabelledRows]:
-    """Read the rows of every ``--ood`` task; the target of an unlabelled row is -1, or NaN if targets are vectors.
+def shifted_sources(settings: EvalSettings) -> tuple[tuple[str, Path | None], ...]:
+    """Return every ``--ood`` task with the folder of its rows.
+
+    Raises:
+        UsageError: The folders do not go with the tasks.
+    """
+    tasks, folders = settings.ood, settings.ood_data_dirs
+    if folders and not tasks:
+        raise UsageError("--ood-data-dir without --ood TASK: name the task of those rows")
+    if len(folders) not in (0, 1, len(tasks)):
+        raise UsageError(
+            f"{len(folders)} --ood-data-dir for {len(tasks)} --ood: give one for all, or one for each in the same order"
+        )
+    if len(folders) == len(tasks):
+        return tuple(zip(tasks, folders, strict=True))
+    return tuple((task, folders[0] if folders else None) for task in tasks)
+
+
+def load_shifted_rows(name: str, folder: Path | None, limit: int | None) -> tuple[Task, list[Row], str]:
+    """Load the rows of an ``--ood`` task.
+
+    Returns:
+        The task, its rows, and the split's name.
+
+    Raises:
+        DataError: There is no such task, or it has no rows.
+    """
+    task = load_task(name)
+    errors: list[DataError] = []
+    for split in LABELLED_SPLITS:
+        try:
+            return task, load_rows(task, split, data_dir=folder, limit=limit), split
+        except MissingSplitError as error:
+            errors.append(error)
+        except DataError as error:
+            errors = [error]
+            break
+    reason = str(errors[0]).replace("--data-dir", "--ood-data-dir")
+    raise DataError(f"--ood {name}: {reason}") from errors[0]
+
+
+def _shifted_rows(fitted: Fitted, name: str, folder: Path | None, limit: int | None) -> LabelledRows:
+    """Read the rows of an ``--ood`` task; the target of an unlabelled row is -1, or NaN if targets are vectors.
 
     They are scored over the adapter's own answers, so only the number of answers must be the same.
 
     Raises:
         DataError: There is no such task or no rows, or the number of answers differs.
     """
-    folders: list[Path | None] = list(settings.ood_data_dirs)
-    if len(folders) <= 1:
-        folders = (folders or [None]) * len(settings.ood)
-    return [_read(fitted, task, folder, limit) for task, folder in zip(settings.ood, folders, strict=True)]
-
-
-def _read(fitted: Fitted, name: str, folder: Path | None, limit: int | None) -> LabelledRows:
-    task = load_task(name)
-    errors = []
-    for split in ("validation", "test"):
-        try:
-            rows = load_rows(task, split, data_dir=folder, limit=limit)
-        except MissingSplitError as error:
-            errors.append(error)
-            continue
-        except DataError as error:
-            raise DataError(f"--ood {name}: {str(error).replace('--data-dir', '--ood-data-dir')}") from error
-        own, likelihood = fitted.model.choices, fitted.model.likelihood
-        choices = resolve_choices(task, rows, kind=fitted.model.kind if not own else "classifier")
-        check_other_rows(task, fitted.posterior.manifest, choices)
-        examples = render_all(task, rows, kind=fitted.model.kind, choices=choices, labels="optional")
-        same = task.likelihood == likelihood.name and (choices == own or not own)
-        unknown = (math.nan,) * likelihood.outputs if likelihood.name in ("gaussian", "multilabel") else -1
-        examples = [replace(example, choices=own or example.choices) for example in examples]
-        targets = [example.target if same and example.target is not None else unknown for example in examples]
-        return LabelledRows(task, split, examples, likelihood.targets(targets), 0)
-    reason = str(errors[0]).replace("--data-dir", "--ood-data-dir")
-    raise DataError(f"--ood {name}: {reason}") from errors[0]
+    task, rows, split = load_shifted_rows(name, folder, limit)
+    own, likelihood = fitted.model.choices, fitted.model.likelihood
+    choices = resolve_choices(task, rows, kind=fitted.model.kind if not own else "classifier")
+    check_other_rows(task, fitted.posterior.manifest, choices)
+    examples = render_all(task, rows, kind=fitted.model.kind, choices=choices, labels="optional")
+    same = task.likelihood == likelihood.name and (choices == own or not own)
+    unknown = (math.nan,) * likelihood.outputs if likelihood.name in ("gaussian", "multilabel") else -1
+    examples = [replace(example, choices=own or example.choices) for example in examples]
+    targets = [example.target if same and example.target is not None else unknown for example in examples]
+    return LabelledRows(task, split, examples, likelihood.targets(targets), 0)
 
 
 def shift_record(

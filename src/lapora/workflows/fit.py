@@ -212,6 +212,7 @@ def fit(
             on_estimate(memory)
     with processes.on_main(write_lock(folder)):
         with processes.raise_together():
+            refuse_to_replace(folder, overwrite=settings.overwrite)  # another process may have fitted it meanwhile
             inputs = load_inputs(model, rows, settings, load)
         result = _fit(inputs, settings, folder, progress)
     return replace(result, memory=memory, notes=(*notes, *result.notes))
@@ -293,6 +294,7 @@ def fit_in_memory(
         training = _render(adapter, DataSettings(split="train"), resolved, given, settings)
         inputs = load_inputs(how, training, settings, lambda *_: loaded)
         with write_lock(folder):
+            refuse_to_replace(folder, overwrite=settings.overwrite)  # another process may have fitted it meanwhile
             result = _fit(inputs, settings, folder, progress)
         layers = inputs.run(settings).layers
         return join_posterior(SavedPosterior(result.folder), loaded, list(layers), how), result

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from lapora.errors import PosteriorError, UsageError
 from lapora.models.adapter import WEIGHTS_FILE, Adapter, files_to_push, hub_errors
 from lapora.report.card import posterior_section, with_section
 from lapora.storage.compatibility import adapter_differences
+from lapora.storage.files import json_bytes
 from lapora.storage.manifest import Manifest, without_paths
 from lapora.storage.saved import FACTORS_FILE, MANIFEST_FILE, open_posterior
 from lapora.workflows.results import last_run_of
@@ -76,7 +76,7 @@ def push(model: ModelSettings, settings: PushSettings) -> Pushed:
         files: dict[str, bytes | Path] = {
             file: adapter.path / file for file in own_files if WEIGHTS_FILE not in there or file not in there
         }
-        files[f"laplace/{settings.name}/{MANIFEST_FILE}"] = json.dumps(content, indent=2, ensure_ascii=False).encode()
+        files[f"laplace/{settings.name}/{MANIFEST_FILE}"] = json_bytes(content, indent=2)
         files[f"laplace/{settings.name}/{FACTORS_FILE}"] = posterior.folder / FACTORS_FILE
         own = adapter.path / _CARD
         if _CARD in there:
@@ -84,7 +84,7 @@ def push(model: ModelSettings, settings: PushSettings) -> Pushed:
         else:
             card = own.read_text(encoding="utf-8") if own.is_file() else "---\nlibrary_name: peft\n---\n"
         section = posterior_section(posterior.manifest, posterior.prior, settings.name, repository, scores)
-        files[_CARD] = with_section(card, settings.name, section).encode()
+        files[_CARD] = with_section(card, settings.name, section).encode("utf-8", "backslashreplace")
         operations = [CommitOperationAdd(path, content) for path, content in files.items()]
         commit = api.create_commit(
             repository,

@@ -15,6 +15,7 @@ from typing import Any
 from lapora._version import __version__
 from lapora.config import ModelSettings, method_label
 from lapora.errors import DataError, GateError, UsageError
+from lapora.storage.files import json_bytes
 from lapora.workflows.commands import command_line, model_arguments
 
 
@@ -30,14 +31,14 @@ def append_result(file: Path, record: Mapping[str, Any], adapter: str) -> None:
         DataError: The file cannot be written.
     """
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    line = json.dumps({"time": now, "lapora_version": __version__, "adapter": adapter, **record}, ensure_ascii=False)
+    line = json_bytes({"time": now, "lapora_version": __version__, "adapter": adapter, **record})
     try:
         with file.open("ab+") as stream:
             # A run that was killed while writing leaves an incomplete line: start a new one.
             if stream.seek(0, os.SEEK_END):
                 stream.seek(-1, os.SEEK_END)
-                line = line if stream.read(1) == b"\n" else f"\n{line}"
-            stream.write(f"{line}\n".encode())
+                line = line if stream.read(1) == b"\n" else b"\n" + line
+            stream.write(line + b"\n")
     except OSError as error:
         raise DataError(f"{file}: cannot be written ({error.strerror}); give another --output") from error
 

@@ -31,6 +31,9 @@ if TYPE_CHECKING:
     from lapora.storage.manifest import Manifest
     from lapora.storage.saved import SavedPosterior
 
+LABELLED_SPLITS = ("validation", "test")
+"""Splits that are searched for labelled rows besides the training rows, in this order."""
+
 _ROWS_SEARCHED_FOR_LABELS = 100
 
 
@@ -179,7 +182,7 @@ def _labelled_split(posterior: SavedPosterior, kind: ModelKind, data: DataSettin
             )
         return read_labelled_rows(posterior, kind, replace(data, limit=None))
     reasons = []
-    for split in ("validation", "test"):
+    for split in LABELLED_SPLITS:
         candidate = replace(data, split=split, limit=None)
         if are_training_rows(manifest, candidate):
             continue
