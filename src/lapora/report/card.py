@@ -61,7 +61,7 @@ def posterior_section(
         lines += [f"| | {' | '.join(shown)} |", f"| --- |{' --- |' * len(shown)}"]
         for result in scores["results"]:
             label = method_label(result["method"], result.get("name"), result.get("link"))
-            cells = [f"{result[key]:.3f}" if key in result else "" for key in shown]
+            cells = ["" if result.get(key) is None else f"{result[key]:.3f}" for key in shown]
             lines.append(f"| {_cell(label)} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
