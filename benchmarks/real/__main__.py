@@ -6,7 +6,7 @@ Run from the project's root::
 
 A run that was cut resumes. Writes ``results.md`` and ``results.csv`` after every step, and, for one experiment of
 each base model, the figures of its checkpoints. Adapters without skill, no more accurate than the most frequent
-answer, are only listed. ``--quick`` takes more than 25 minutes; the full size takes a night on two cores.
+answer, are only listed. The full size takes a night on two cores.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shared", type=Path, required=True, help="folder with data/ and bases/make.py")
     parser.add_argument("--output", type=Path, default=Path("build/real"), help="where everything is kept")
-    parser.add_argument("--quick", action="store_true", help="five small experiments and one seed")
+    parser.add_argument("--quick", action="store_true", help="three small experiments and one seed")
     parser.add_argument("--seeds", type=int, help="number of seeds; by default 3, with --quick 1")
     parser.add_argument("--only", action="append", metavar="NAME", help="an experiment, or a part of its name")
     parser.add_argument("--jobs", type=int, default=2, help="processes side by side")
