@@ -8,6 +8,8 @@ import shutil
 import subprocess
 import sys
 import weakref
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -168,6 +170,19 @@ def test_pissa_among_others_is_fitted_predicted_and_averaged_as_alone(several):
     predictions = run_evaluation(settings_of(several, "adapter"), DataSettings(), ensemble).predictions
     (averaged,) = [each for each in predictions if each.method == "ensemble"]
     torch.testing.assert_close(averaged.table.exp(), torch.stack(tables).mean(dim=0), rtol=0, atol=1e-6)
+
+
+def test_a_quantized_base_is_shared_by_adapters_that_save_the_same_modules(several, monkeypatch):
+    monkeypatch.setattr(bases_module, "load_base", lambda adapter, how: SimpleNamespace(model=torch.nn.Linear(1, 1)))
+    monkeypatch.setattr(bases_module, "attach_adapter", lambda adapter, base: SimpleNamespace(model=base.model))
+    adapter = read_adapter(several / "adapter")
+    other = replace(adapter, config={**adapter.config, "modules_to_save": ["embed_tokens"]})
+    for quantize, loads in (("none", 1), ("4bit", 2)):
+        bases = BaseCache(max_bases=2)
+        monkeypatch.setattr(bases, "_detach", lambda base: None)
+        for each in (adapter, other, adapter, other):
+            bases.load(each, replace(settings_of(several, "adapter"), quantize=quantize))
+        assert bases.loads == loads
 
 
 def test_fit_of_several_is_fit_of_each(several, loads):

@@ -52,6 +52,8 @@ class BaseCache:
             adapter.kind,
             adapter.number_of_labels(),
             adapter.embedding_rows(),
+            # Modules that the adapter saves whole are not quantized.
+            tuple(adapter.config.get("modules_to_save") or ()) if how.quantize in ("4bit", "8bit") else (),
             (how.quantize, how.dtype or "auto", how.device, how.placement, how.trust_remote_code),
         )
         base = self._bases.pop(key, None)
