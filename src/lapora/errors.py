@@ -49,6 +49,10 @@ class MissingSplitError(DataError):
     """The requested split has no local file and is not on the Hub."""
 
 
+class UnreadableSourceError(MissingSplitError):
+    """The folder of the rows does not exist, or the Hub cannot be reached: whether it has the split is unknown."""
+
+
 class SeveralTokensError(DataError):
     """An answer is not one token, the same behind every prompt: whole answers are scored instead."""
 

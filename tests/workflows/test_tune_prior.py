@@ -255,10 +255,12 @@ def test_rows_that_cannot_be_read_are_an_error_and_not_a_want_of_rows(demo, adap
     fit(model, DataSettings(task=str(demo / "farm.yaml"), data_dir=data_dir), FitSettings(overwrite=True))
     tuned = tune_prior(model, DataSettings(limit=8)).prior
     data_dir.rename(tmp_path / "moved")
-    with pytest.raises(DataError, match="no such folder"):
+    with pytest.raises(DataError, match="no such folder.*tuned on labelled rows and is kept"):
         tune_prior(model)
     kept = json.loads((adapter / "laplace" / "default" / "posterior.json").read_text())["prior"]
     assert kept["averaged"]["n"] == tuned["averaged"]["n"] == 8
+    tune_prior(model, settings=PriorSettings(method="marglik"))  # which was not tuned on them
+    assert any("no such folder" in note for note in tune_prior(model).notes)
 
 
 def test_a_damaged_validation_row_is_an_error_and_not_a_want_of_rows(demo, adapter, tmp_path):

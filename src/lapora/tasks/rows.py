@@ -15,7 +15,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
-from lapora.errors import DataError, MissingSplitError, UsageError, first_line, listed, printable, quoted
+from lapora.errors import (
+    DataError,
+    MissingSplitError,
+    UnreadableSourceError,
+    UsageError,
+    first_line,
+    listed,
+    printable,
+    quoted,
+)
 from lapora.tasks.task import ROW_SUFFIXES, Task
 from lapora.tasks.templates import compiled_template
 
@@ -243,7 +252,7 @@ def _hub_rows(task: Task, split: str) -> Iterable[Mapping[str, Any]]:
     except Exception as error:  # `datasets` also raises errors of any library below it
         if _is_unreachable(error):
             problem = f"cannot reach the Hub for {named} ({first_line(error, 120)}); connect"
-            raise DataError(f"{problem}, {remedy}") from None
+            raise UnreadableSourceError(f"{problem}, {remedy}") from None
         if type(error).__name__ == "DatasetNotFoundError":
             reason = f"no dataset {named} on the Hub, or it is private; fix dataset_path"
         elif "scripts are no longer supported" in str(error):
@@ -319,7 +328,8 @@ def find_split_file(folder: Path, names: list[str]) -> Path:
 
     Raises:
         MissingSplitError: The folder has no such file; the message lists the files found.
-        DataError: There is no such folder, or a name is not a valid file name.
+        UnreadableSourceError: There is no such folder.
+        DataError: A name is not a valid file name.
     """
     if folder.is_file():
         raise MissingSplitError(
@@ -327,7 +337,9 @@ def find_split_file(folder: Path, names: list[str]) -> Path:
             f"file's name without its ending as --split {folder.name.partition('.')[0]}"
         )
     if not folder.is_dir():
-        raise DataError(f"--data-dir {quoted(str(folder), 200)}: no such folder; give the folder of the split files")
+        raise UnreadableSourceError(
+            f"--data-dir {quoted(str(folder), 200)}: no such folder; give the folder of the split files"
+        )
     for name in names:
         if "/" in name or "\\" in name or name in ("", ".", ".."):
             raise DataError(f"split {quoted(name)} is not a valid file name; use a name such as train or validation")

@@ -11,7 +11,14 @@ import torch
 from torch import Tensor
 
 from lapora.config import DataSettings
-from lapora.errors import MissingSplitError, NoRowsLeftError, UnlabelledError, UsageError
+from lapora.errors import (
+    DataError,
+    MissingSplitError,
+    NoRowsLeftError,
+    UnlabelledError,
+    UnreadableSourceError,
+    UsageError,
+)
 from lapora.storage.compatibility import answer_differences
 from lapora.tasks import (
     Example,
@@ -164,7 +171,7 @@ def tuning_rows(posterior: SavedPosterior, kind: ModelKind, data: DataSettings, 
     """Read a random half (or the limit's number of rows) of a labelled split that ``fit`` did not read.
 
     Raises:
-        MissingSplitError: There is no labelled split but the one that ``fit`` read.
+        MissingSplitError: There is no labelled split but the one that ``fit`` read, or none can be read.
         UsageError: The split that ``fit`` read was requested.
         DataError: A row cannot be read.
     """
@@ -181,7 +188,7 @@ def _labelled_split(posterior: SavedPosterior, kind: ModelKind, data: DataSettin
                 f"--split {data.split}: the adapter was trained on these rows; give another split, or --method marglik"
             )
         return read_labelled_rows(posterior, kind, replace(data, limit=None))
-    reasons = []
+    reasons: list[DataError] = []
     for split in LABELLED_SPLITS:
         candidate = replace(data, split=split, limit=None)
         if are_training_rows(manifest, candidate):
@@ -189,5 +196,8 @@ def _labelled_split(posterior: SavedPosterior, kind: ModelKind, data: DataSettin
         try:
             return read_labelled_rows(posterior, kind, candidate)
         except (MissingSplitError, UnlabelledError) as error:
-            reasons.append(str(error))
-    raise MissingSplitError(f"no labelled rows but those that fit read ({reasons[0] if reasons else 'no other split'})")
+            reasons.append(error)
+    unreadable = any(isinstance(reason, UnreadableSourceError) for reason in reasons)
+    raise (UnreadableSourceError if unreadable else MissingSplitError)(
+        f"no labelled rows but those that fit read ({reasons[0] if reasons else 'no other split'})"
+    )

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from lapora.config import DataSettings, ModelSettings, PriorSettings, PriorStructure, Progress, check_likelihood
-from lapora.errors import MissingSplitError, UnlabelledError, UsageError
+from lapora.errors import DataError, MissingSplitError, UnlabelledError, UnreadableSourceError, UsageError
 from lapora.models.adapter import read_adapter
 from lapora.posterior.averaging import Averaged
 from lapora.posterior.marglik import EvidenceMaximum, evidence_at, maximize_evidence
@@ -217,7 +217,15 @@ def _rows_or_reason(
     except (MissingSplitError, UnlabelledError) as error:
         if data.split is not None or data.task is not None or data.data_dir is not None:
             raise
+        if isinstance(error, UnreadableSourceError) and _is_tuned(posterior.content["prior"]):
+            raise DataError(f"{error}; the present prior was tuned on labelled rows and is kept") from None
         return str(error)
+
+
+def _is_tuned(prior: Mapping[str, Any]) -> bool:
+    """Return whether a prior of a manifest, which may be damaged, was tuned on labelled rows."""
+    averaged = prior.get("averaged")
+    return bool(prior.get("validation") or (isinstance(averaged, Mapping) and averaged.get("n")))
 
 
 def _learned(averaged: Averaged) -> str:
