@@ -255,7 +255,7 @@ def test_rows_that_cannot_be_read_are_an_error_and_not_a_want_of_rows(demo, adap
     fit(model, DataSettings(task=str(demo / "farm.yaml"), data_dir=data_dir), FitSettings(overwrite=True))
     tuned = tune_prior(model, DataSettings(limit=8)).prior
     data_dir.rename(tmp_path / "moved")
-    with pytest.raises(DataError, match="no such folder.*tuned on labelled rows and is kept"):
+    with pytest.raises(DataError, match=r"no such folder.*tuned on labelled rows and is kept"):
         tune_prior(model)
     kept = json.loads((adapter / "laplace" / "default" / "posterior.json").read_text())["prior"]
     assert kept["averaged"]["n"] == tuned["averaged"]["n"] == 8

@@ -217,13 +217,15 @@ def _rows_or_reason(
     except (MissingSplitError, UnlabelledError) as error:
         if data.split is not None or data.task is not None or data.data_dir is not None:
             raise
-        if isinstance(error, UnreadableSourceError) and _is_tuned(posterior.content["prior"]):
+        if isinstance(error, UnreadableSourceError) and _is_tuned(posterior.content.get("prior")):
             raise DataError(f"{error}; the present prior was tuned on labelled rows and is kept") from None
         return str(error)
 
 
-def _is_tuned(prior: Mapping[str, Any]) -> bool:
+def _is_tuned(prior: Any) -> bool:
     """Return whether a prior of a manifest, which may be damaged, was tuned on labelled rows."""
+    if not isinstance(prior, Mapping):
+        return False
     averaged = prior.get("averaged")
     return bool(prior.get("validation") or (isinstance(averaged, Mapping) and averaged.get("n")))
 
