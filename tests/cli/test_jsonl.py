@@ -11,6 +11,7 @@ import sys
 import termios
 import threading
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -224,13 +225,17 @@ def heed_interrupts() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-def start(tiny: Path, *options: str) -> subprocess.Popen:
+def ignore_interrupts() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def start(tiny: Path, *options: str, heed: Callable[[], None] = heed_interrupts) -> subprocess.Popen:
     return subprocess.Popen(
         [sys.executable, "-m", "lapora", "predict", str(tiny / "adapter"), "--device", "cpu", *options],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        preexec_fn=heed_interrupts,
+        preexec_fn=heed,
     )
 
 
@@ -252,19 +257,27 @@ def test_a_conversation_then_control_c(tiny):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("delay", [0.0, 0.05, 0.2, 0.5, 1.0])
-def test_control_c_at_any_moment_leaves_whole_lines(tiny, delay):
-    with start(tiny, "--batch-size", "4") as process:
+@pytest.mark.parametrize(
+    ("delay", "sent", "heed"),
+    [
+        *((delay, signal.SIGINT, heed_interrupts) for delay in (0.0, 0.05, 0.2, 0.5, 1.0)),
+        (0.05, signal.SIGTERM, heed_interrupts),
+        (0.2, signal.SIGTERM, ignore_interrupts),
+    ],
+)
+def test_a_signal_at_any_moment_leaves_whole_lines(tiny, delay, sent, heed):
+    """SIGTERM does what Ctrl-C does, and the caller sees the signal."""
+    with start(tiny, "--batch-size", "4", heed=heed) as process:
         feeder = threading.Thread(target=feed, args=(process, json_lines(20_000)))
         feeder.start()
         first = process.stdout.readline()
         time.sleep(delay)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(sent)
         rest = process.stdout.read()
         process.wait(60)
         assert process.stderr.read() == b"error: interrupted\n"
         feeder.join(60)
-    assert process.returncode == 130
+    assert process.returncode == (130 if sent == signal.SIGINT else -signal.SIGTERM)
     out = first + rest
     assert out.endswith(b"\n")
     assert [json.loads(line)["index"] for line in out.splitlines()] == list(range(out.count(b"\n")))

@@ -165,6 +165,16 @@ def change_weights(adapter: Path) -> None:
     save_file({name: value + 0.5 for name, value in load_file(file).items()}, file, {"format": "pt"})
 
 
+def change_base(base: Path) -> None:
+    """Change one layer, and neither the size of a file nor its times."""
+    file = base / "model.safetensors"
+    before = file.stat()
+    tensors = load_file(file)
+    name = next(name for name in tensors if "mlp" in name)
+    save_file({**tensors, name: tensors[name] * 2}, file, {"format": "pt"})
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
 def change_settings(adapter: Path) -> None:
     file = adapter / "adapter_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "lora_alpha": 3}))
@@ -187,6 +197,14 @@ def test_a_checkpoint_that_was_trained_again_is_fitted_and_scored_again(tiny, ch
     change_weights(checkpoint)
     cache.unlink()
     assert evaluated(tiny)[1] == {"fitting", "scoring"}
+
+
+def test_a_base_model_that_was_changed_in_place_is_noticed(tiny):
+    first, _ = evaluated(tiny)
+    change_base(tiny / "base")
+    second, done = evaluated(tiny)
+    assert done == {"fitting", "scoring"} and second != first
+    assert evaluated(tiny) == (second, {"already scored"})
 
 
 def test_rows_of_the_prior_and_of_ood_and_the_ensemble_are_looked_at(tiny):

@@ -30,6 +30,7 @@ from lapora.config import (
 )
 from lapora.errors import DataError, PosteriorError, UsageError
 from lapora.models.adapter import Adapter, read_adapter
+from lapora.models.fingerprint import digest_of_folder
 from lapora.storage.compatibility import adapter_differences, adapter_settings
 from lapora.storage.files import write_json
 from lapora.storage.manifest import CHECKSUMS
@@ -293,9 +294,14 @@ class _Checkpoint:
         return {
             "rows": self.rows.fitted,
             "adapter": _identity(self.adapter),
-            "base": repr((self.model.base_model, self.model.quantize, self.model.dtype)),
+            "base": [repr((self.model.base_model, self.model.quantize, self.model.dtype)), self._base_files()],
             "settings": repr(self.fitting),
         }
+
+    def _base_files(self) -> str | None:
+        """Return a digest of the base model's files, or None if it is not a folder."""
+        name = self.model.base_model or self.adapter.base_model
+        return digest_of_folder(Path(name)) if name and Path(name).is_dir() else None
 
     def _saved(self, name: str) -> SavedPosterior | None:
         """Return a posterior, or None if it is missing, damaged, or of another adapter."""
