@@ -10,6 +10,7 @@ import re
 import runpy
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import get_args, get_type_hints
 
@@ -17,7 +18,7 @@ import datasets
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import lapora
 from lapora import api, options
@@ -30,7 +31,7 @@ from lapora.config import (
     PriorSettings,
     options_of,
 )
-from lapora.errors import AdapterError, DataError, UsageError
+from lapora.errors import AdapterError, DataError, PosteriorError, UsageError
 from lapora.models.adapter import read_adapter
 from lapora.models.loading import load_model
 from lapora.tasks import given_rows, load_rows, load_task
@@ -276,6 +277,59 @@ def test_a_posterior_fitted_in_memory_loads_with_the_saved_adapter(in_memory):
     lapora.fit_model(model, tokenizer, rows, task=task, output_dir=folder / "memory")
     reloaded = lapora.load(folder / "adapter", output_dir=folder / "memory", device="cpu")
     assert len(reloaded.predict(["the cows are in the barn ?"])) == 1
+
+
+@pytest.mark.parametrize(
+    "adapter",
+    [{"modules_to_save": ["embed_tokens", "lm_head"]}, {"trainable_token_indices": [1, 2]}],
+    ids=["modules_to_save", "trainable_token_indices"],
+)
+def test_a_posterior_fitted_in_memory_loads_where_the_adapter_replaces_modules_of_the_base(tmp_path, adapter):
+    folder = make_adapter(tmp_path, **adapter)
+    fitted = loaded(folder)
+    rows = make_rows(6)
+    predictor = lapora.fit_model(
+        fitted.model, fitted.tokenizer, rows, task=folder / "task.yaml", output_dir=folder / "adapter"
+    )
+    read = lapora.load(folder / "adapter", device="cpu")
+    for one, other in zip(predictor.predict(rows), read.predict(rows), strict=True):
+        assert one.probabilities == pytest.approx(other.probabilities, abs=1e-6)
+    # Another base is still noticed, if it is not only another one of the modules that are replaced.
+    file = folder / "base" / "model.safetensors"
+    save_file({name: value * 1.5 for name, value in load_file(file).items()}, file, {"format": "pt"})
+    with pytest.raises(PosteriorError, match="base model's weights"):
+        lapora.load(folder / "adapter", device="cpu")
+
+
+def test_settings_with_duplicates_are_those_without(tmp_path):
+    """PEFT saves ``modules_to_save`` with duplicates after it has loaded an adapter."""
+    folder = make_adapter(tmp_path, modules_to_save=["lm_head"])
+    fit_tiny(folder)
+    file = folder / "adapter" / "adapter_config.json"
+    settings = json.loads(file.read_text())
+    file.write_text(json.dumps({**settings, "modules_to_save": settings["modules_to_save"] * 2}))
+    assert lapora.load(folder / "adapter", device="cpu").choices == ("no", "yes")
+
+
+def test_the_callers_inference_mode_and_autocast_change_nothing(in_memory):
+    _, model, tokenizer, rows, task = in_memory
+    expected = lapora.fit_model(model, tokenizer, rows, task=task).predict(rows)
+    for context in (torch.inference_mode(), torch.autocast("cpu", torch.bfloat16), torch.no_grad()):
+        with context:
+            found = lapora.fit_model(model, tokenizer, rows, task=task).predict(rows)
+        assert [each.record for each in found] == [each.record for each in expected]
+
+
+def test_threads_that_predict_with_one_model_wait_for_each_other(tmp_path):
+    folder = make_adapter(tmp_path)
+    fit_tiny(folder)
+    one, many = lapora.load(folder / "adapter", device="cpu"), lapora.load_many(folder / "adapter", [], device="cpu")
+    sets = [make_rows(24, seed=seed) for seed in range(3)]
+    for predictor in (one, many):
+        expected = [predictor.predict(rows, logits=True) for rows in sets]
+        with ThreadPoolExecutor(len(sets)) as pool:
+            found = list(pool.map(lambda rows: predictor.predict(rows, logits=True), sets * 3))  # noqa: B023
+        assert found == expected * 3
 
 
 def test_the_model_is_given_back_after_an_error(in_memory):

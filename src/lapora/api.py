@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import math
 import tempfile
+import threading
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -41,7 +42,7 @@ from lapora.config import (
     Progress,
 )
 from lapora.models.adapter import local_model
-from lapora.models.in_memory import prepared_for_fit
+from lapora.models.in_memory import outside_torch_contexts, prepared_for_fit
 from lapora.options import (
     CalibrateOptions,
     CurvatureOptions,
@@ -145,6 +146,7 @@ class Predictor:
         self, rows: Iterable[Any], *, logits: bool = True, **options: Unpack[LinkOptions]
     ) -> list[RowPrediction]: ...
     @takes(LinkOptions, PredictSettings)
+    @outside_torch_contexts()
     def predict(
         self, rows: Any, *, logits: bool = True, **options: Unpack[LinkOptions]
     ) -> RowPrediction | list[RowPrediction]:
@@ -177,6 +179,7 @@ class Predictor:
 
 
 @takes(ModelOptions, ModelSettings)
+@outside_torch_contexts()
 def load(adapter: str | Path, *, name: str = PredictSettings.name, **options: Unpack[ModelOptions]) -> Predictor:
     """Load a fitted adapter.
 
@@ -197,6 +200,7 @@ def load(adapter: str | Path, *, name: str = PredictSettings.name, **options: Un
 
 
 @takes(FitOptions, FitSettings, DataSettings, ModelSettings)
+@outside_torch_contexts()
 def fit(
     adapter: str | Path, *, data: str | Path, progress: Progress | None = None, **options: Unpack[FitOptions]
 ) -> FitResult:
@@ -221,6 +225,7 @@ def fit(
 
 
 @takes(CurvatureOptions, FitSettings)
+@outside_torch_contexts()
 def fit_model(
     model: Any,
     tokenizer: Any,
@@ -277,6 +282,7 @@ def fit_model(
 
 
 @takes(CalibrateOptions, FitSettings, DataSettings, ModelSettings, PriorSettings)
+@outside_torch_contexts()
 def calibrate(
     adapter: str | Path, *, data: str | Path, progress: Progress | None = None, **options: Unpack[CalibrateOptions]
 ) -> Calibration:
@@ -308,6 +314,7 @@ def calibrate(
 
 
 @takes(PriorOptions, PriorSettings, DataSettings, ModelSettings)
+@outside_torch_contexts()
 def tune_prior(
     adapter: str | Path,
     *,
@@ -336,6 +343,7 @@ def tune_prior(
 
 
 @takes(EvalOptions, EvalSettings, DataSettings, ModelSettings)
+@outside_torch_contexts()
 def evaluate(
     adapter: str | Path,
     *,
@@ -380,6 +388,7 @@ class RoutedPredictor:
     def __init__(self, routes: AdapterPool, name: str) -> None:
         self._routes = routes
         self._name = name
+        self._lock = threading.Lock()
 
     @property
     def adapters(self) -> list[str]:
@@ -395,6 +404,7 @@ class RoutedPredictor:
         self, rows: Iterable[Any], *, logits: bool = False, **options: Unpack[LinkOptions]
     ) -> list[RowPrediction]: ...
     @takes(LinkOptions, PredictSettings)
+    @outside_torch_contexts()
     def predict(
         self, rows: Any, *, logits: bool = False, **options: Unpack[LinkOptions]
     ) -> RowPrediction | list[RowPrediction]:
@@ -418,11 +428,13 @@ class RoutedPredictor:
         """
         settings = PredictSettings(name=self._name, logits=logits, **options)
         given = given_rows(rows, texts=True)
-        found = [RowPrediction.of(record) for record in predict_routed(self._routes, settings, given)]
+        with self._lock:
+            found = [RowPrediction.of(record) for record in predict_routed(self._routes, settings, given)]
         return found[0] if is_one_row(rows) else found
 
 
 @takes(ModelOptions, ModelSettings)
+@outside_torch_contexts()
 def load_many(
     adapter: str | Path,
     adapters: Sequence[str | Path],

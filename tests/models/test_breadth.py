@@ -9,8 +9,11 @@ import pytest
 import torch
 from peft.tuners.lora.config import VeloraConfig
 
+from lapora.curvature.backward import Linearisation
 from lapora.curvature.passes import CurvatureRun
+from lapora.curvature.per_example import JacobianObserver
 from lapora.errors import AdapterError, LaporaWarning, NumericalError, UsageError
+from lapora.likelihoods.base import class_columns
 from lapora.models.batching import BatchFeed, BatchSize
 from lapora.models.lora_layers import find_bayesian_layers
 from lapora.models.padding_check import check_padding, sees_padding
@@ -124,8 +127,48 @@ def test_layers_that_run_several_times_sum_their_gradients_over_calls(name, sett
 
 
 @pytest.mark.parametrize(("name", "settings"), SHARED)
+def test_pairs_of_texts_in_batches_of_any_size(name, settings):
+    """A pair is two sequences, so that an input that all share is shared in a batch of one pair too."""
+    answers = tiny_base(name, "classifier", **settings)
+    layers = find_bayesian_layers(answers.model)
+    encoded = [pair(3, 6), pair(7, 2), pair(5, 5)]
+    found = []
+    for size in (1, 2, 3):
+        observer = JacobianObserver(layers, 3)
+        with Linearisation(answers, layers, observer) as linearisation:
+            jacobians = []
+            for batch in batches(answers, encoded, size):
+                linearisation.run(batch, class_columns)
+                jacobians.append(observer.jacobian(len(batch), 3))
+        found.append(torch.cat(jacobians, dim=1).transpose(0, 1))
+    _, dense = dense_jacobian(answers, layers, encoded)
+    for jacobian in found:
+        torch.testing.assert_close(jacobian, dense, atol=1e-10, rtol=1e-8)
+
+
+@pytest.mark.parametrize(("name", "settings"), SHARED)
 def test_layers_that_run_several_times_in_blocks_that_are_recomputed(name, settings):
     answers = tiny_base(name, "classifier", **settings)
+    answers.recompute_blocks = True
+    assert covariance_error(answers) < 1e-5
+
+
+EXPERTS = {"num_local_experts": 2, "num_experts_per_tok": 1, "experts_implementation": "eager"}
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "settings"),
+    [
+        ("granitemoe", "causal", EXPERTS),
+        ("granitemoeshared", "causal", EXPERTS),
+        ("xlm", "classifier", {}),
+        ("flaubert", "classifier", {}),
+        ("llama", "causal", {}),
+    ],
+)
+def test_blocks_that_are_recomputed_have_no_cache(name, kind, settings):
+    """Granite takes ``use_cache`` among further keywords; XLM always makes a cache."""
+    answers = tiny_base(name, kind, **settings)
     answers.recompute_blocks = True
     assert covariance_error(answers) < 1e-5
 

@@ -27,6 +27,7 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
+from transformers import Cache
 
 from lapora.curvature.checkpointing import ForwardOverride, RecomputedBlock, blocks_of
 from lapora.errors import AdapterError
@@ -318,7 +319,7 @@ class Linearisation:
         return hook
 
     def _is_shared(self, layer: BayesianLayer, arguments: tuple[Any, ...]) -> bool:
-        if self._batch is None or self._hooks_disabled or len(self._batch) == 1:
+        if self._batch is None or self._hooks_disabled or len(self._batch.input_ids) == 1:
             return False
         shared = arguments[0].dim() == 3 and arguments[0].shape[0] == 1 and self._batch.input_ids.shape[1] > 1
         return shared and "shared" in self._layouts(layer)
@@ -401,6 +402,8 @@ class Linearisation:
         """Run a block without a graph, and store its inputs for recomputation."""
         if self._batch is None or not torch.is_grad_enabled():
             return forward(*arguments, **keywords)
+        # A recomputed block would add its keys and values to the cache of a model that always makes one (XLM).
+        keywords = {name: None if isinstance(value, Cache) else value for name, value in keywords.items()}
         calls = dict(self._calls)
         self._hooks_disabled = True
         try:

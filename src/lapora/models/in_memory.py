@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, cast
+from weakref import WeakKeyDictionary
 
+import torch
 from peft import PeftModel
+from torch import nn
 
 from lapora.errors import AdapterError, UsageError
 from lapora.models.adapter import Adapter, read_adapter
@@ -17,11 +21,34 @@ from lapora.models.quantization import set_to_eval
 
 
 @contextmanager
+def outside_torch_contexts() -> Iterator[None]:
+    """Leave the caller's inference mode, in which nothing has a gradient, and autocast, which rounds."""
+    devices = [name for name in ("cpu", "cuda", "xpu", "mps") if torch.is_autocast_enabled(name)]
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        for name in devices:
+            stack.enter_context(torch.autocast(name, enabled=False))
+        yield
+
+
+_locks: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
+_adding = threading.Lock()
+
+
+@contextmanager
 def prepared_for_fit(loaded: LoadedModel) -> Iterator[None]:
     """Set a model to eval mode, freeze its parameters and set its padding id, and restore its state on exit.
 
-    A decoder with a classification head finds the last token by the padding id.
+    A decoder with a classification head finds the last token by the padding id. Other threads wait for their turn.
     """
+    with _adding:
+        lock = _locks.setdefault(loaded.model, threading.RLock())
+    with lock, _prepared(loaded):
+        yield
+
+
+@contextmanager
+def _prepared(loaded: LoadedModel) -> Iterator[None]:
     model = loaded.model
     training = {module: module.training for module in model.modules()}
     required = {parameter: parameter.requires_grad for parameter in model.parameters()}
@@ -72,10 +99,12 @@ def loaded_in_memory(model: PeftModel, tokenizer: Any, adapter: Adapter) -> Load
     base = cast(Any, model.get_base_model())
     if getattr(base, "is_quantized", False):
         raise UsageError("the base model is quantized; save the adapter, and fit from its folder with --quantize")
+    # A module that the adapter replaces is left out: whether the base's files had it is not known here.
+    adapters_own = ("lora_", ".modules_to_save.", ".original_module.", ".trainable_tokens_")
     weights = {
-        name.replace(".base_layer.", "."): parameter
+        name.replace(".token_adapter.", ".").replace(".base_layer.", "."): parameter
         for name, parameter in base.named_parameters()
-        if not any(part in name for part in ("lora_", ".modules_to_save.", ".original_module."))
+        if not any(part in name for part in adapters_own)
     }
     return LoadedModel(
         model=model,

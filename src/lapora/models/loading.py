@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict, load_peft_weights
+from peft.utils import ModulesToSaveWrapper
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
@@ -71,6 +72,13 @@ class LoadedModel:
     def digest(self, dtype: str) -> str:
         """Compute the digest of all base weights, rounded to an element type not more precise than the model's."""
         return digest_at_dtype(dtype, self.weights)
+
+    def digest_of_used(self, dtype: str) -> str:
+        """Compute the digest as :meth:`digest`, without the modules that the adapter replaces (``modules_to_save``)."""
+        modules = cast(nn.Module, self.model.get_base_model()).named_modules()
+        replaced = tuple(f"{name}." for name, module in modules if isinstance(module, ModulesToSaveWrapper))
+        used = [name for name in self.weights if not name.startswith(replaced)]
+        return digest_at_dtype(dtype, {name: self.weights[name] for name in used})
 
     @property
     def pad_token_id(self) -> int:

@@ -79,6 +79,10 @@ class OutputModel:
         self._window = window_of(self.network)
         accepted = inspect.signature(self.network.forward).parameters
         self._accepts = {name: name in accepted for name in _OPTIONAL}
+        passes_on = any(each.kind is inspect.Parameter.VAR_KEYWORD for each in accepted.values())
+        self._has_cache = "use_cache" in accepted or (
+            passes_on and hasattr(getattr(self.network, "config", None), "use_cache")
+        )
 
     @property
     def max_positions(self) -> int | None:
@@ -170,7 +174,7 @@ class OutputModel:
             arguments["attention_mask"] = self._answer_mask(batch.answers)
         if batch.token_type_ids is not None and self._accepts["token_type_ids"]:
             arguments["token_type_ids"] = batch.token_type_ids
-        if self._accepts["use_cache"]:
+        if self._has_cache:
             arguments["use_cache"] = False
         return arguments
 
@@ -350,7 +354,7 @@ def positions_of(network: nn.Module) -> int | None:
     return None
 
 
-_OPTIONAL = ("attention_mask", "position_ids", "token_type_ids", "use_cache")
+_OPTIONAL = ("attention_mask", "position_ids", "token_type_ids")
 _OF_DTYPES = re.compile("dtype|double|overflow", re.IGNORECASE)
 _PACKAGE = Path(__file__).parents[1]
 _ERRORS_OF_CODE = (ValueError, TypeError, AttributeError, LookupError, NotImplementedError, AssertionError)

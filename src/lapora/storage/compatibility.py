@@ -38,8 +38,12 @@ _PROBE = "Is the sky blue? 0123456789 naïve übermäßig 空は青い\n\tdef f(
 def adapter_settings(adapter: Adapter) -> dict[str, Any]:
     """Return the adapter settings that affect the forward pass, defaults omitted."""
     found: dict[str, Any] = {key: adapter.config.get(key) for key in _DECIDING_SETTINGS}
-    ordered = {key: sorted(value) if _is_list_of_texts(value) else value for key, value in found.items()}
-    return {key: value for key, value in ordered.items() if value and value != "none"}
+    return {key: value for key, value in _ordered(found).items() if value and value != "none"}
+
+
+def _ordered(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Sort lists of names, and drop duplicates, which PEFT makes where it saves an adapter again."""
+    return {key: sorted(set(value)) if _is_list_of_texts(value) else value for key, value in settings.items()}
 
 
 def _is_list_of_texts(value: Any) -> bool:
@@ -62,6 +66,7 @@ def adapter_differences(manifest: Manifest, adapter: Adapter) -> list[str]:
         found.append(f"adapter weights {manifest.adapter[:12]} then, {adapter.sha256[:12]} now")
     then, now = manifest.adapter_config, adapter_settings(adapter)
     if then is not None:
+        then = _ordered(then)  # of an earlier version, with duplicates
         found += [
             f"adapter setting {key} {then.get(key)!r:.60} then, {now.get(key)!r:.60} now"
             for key in sorted({*then, *now})
@@ -106,6 +111,8 @@ def _weight_differences(then: BaseModel, loaded: LoadedModel) -> list[str]:
     comparable = then.dtype == loaded.dtype or _FINENESS.get(then.dtype) != _FINENESS.get(loaded.dtype)
     if comparable and loaded.weights and common in then.digests:
         before, after = then.digests[common], loaded.digest(common)
+        if before != after and before == loaded.digest_of_used(common):  # a fit in memory knows no others
+            return []
     elif then.dtype != loaded.dtype:
         warnings.warn(
             f"fitted in {then.dtype}, run in {loaded.dtype}: whether the base model is the same cannot be checked",
