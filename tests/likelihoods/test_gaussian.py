@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from scipy.optimize import minimize_scalar
 from scipy.stats import multivariate_normal, norm
 
 from lapora.curvature.passes import CurvatureRun
@@ -83,6 +84,32 @@ def test_the_maximum_is_over_precision_and_noise_together():
     top = exact_evidence(features, targets, square * variance, precision / square)
     for noise, width in ((1.05, 1.0), (1 / 1.05, 1.0), (1.0, 1.2), (1.0, 1 / 1.2), (1.05, 1.2)):
         assert exact_evidence(features, targets, square * variance * noise, precision / square * width) < top
+
+
+@pytest.mark.parametrize(
+    ("values", "counts", "norm", "count"),
+    [
+        ([1e4], [405], 500.0, 400),  # a hundred steps of δ and s² by turns end 2.3 nats below the maximum
+        ([1e5, 10.0, 0.1], [48, 400, 1000], 5.0, 50),
+        ([1e4], [395], 5.0, 400),
+        ([1.0], [3], 1e-9, 50),
+    ],
+)
+def test_the_maximum_is_found_where_the_spectrum_is_flat(values, counts, norm, count):
+    spectra = [Spectrum(np.array(values), np.array(counts, dtype=float))]
+    parameters = [{"name": "w", "role": "head", "squared_norm": norm}]
+    best = maximize_evidence(spectra, parameters, 0.0, residuals=count)
+
+    def profile(position: float) -> float:
+        prior = PriorPrecision("scalar", {"all": math.exp(position)})
+        return -evidence_at(prior, spectra, parameters, 0.0, count)[0]
+
+    grid = np.linspace(math.log(1e-6), math.log(1e8), 2000)
+    start = grid[int(np.argmin([profile(each) for each in grid]))]
+    found = minimize_scalar(profile, bounds=(start - 0.1, start + 0.1), method="bounded", options={"xatol": 1e-9})
+    assert best.log_marginal_likelihood == pytest.approx(-found.fun, abs=1e-6)
+    if not best.at_bound:
+        assert math.log(best.prior.precisions["all"]) == pytest.approx(found.x, abs=1e-3)
 
 
 def test_several_groups_share_one_noise():

@@ -116,6 +116,17 @@ def test_lora_on_experts_is_fixed_and_attention_beside_it_is_covered(tmp_path):
     assert len(layers) == 4 and all("q_proj" in layer.name for layer in layers)
 
 
+def test_lora_on_multi_head_attention_of_pytorch_is_fixed(tmp_path):
+    """PEFT adds its factors to the weights for each forward pass, and never runs them."""
+    network = nn.ModuleDict({"attention": nn.MultiheadAttention(12, 2), "dense": nn.Linear(12, 12)})
+    model = get_peft_model(network, LoraConfig(r=3, target_modules=["attention", "dense"]))
+    model.get_base_model().get_output_embeddings = lambda: None
+    assert {layer.name.split(".")[-2] for layer in find_bayesian_layers(model)} == {"dense"}
+    model.save_pretrained(str(tmp_path))
+    change(tmp_path, base_model_name_or_path="base", task_type="SEQ_CLS")
+    assert any("LoRA on nn.MultiheadAttention" in note for note in read_adapter(tmp_path).notes)
+
+
 @pytest.mark.parametrize("initialization", ["pissa_niter_4", "lora_ga"])
 def test_an_adapter_that_loads_differently_each_time_is_refused(tmp_path, initialization):
     make_adapter(tmp_path)

@@ -16,6 +16,7 @@ from lapora.errors import AdapterError, LaporaWarning, NumericalError, UsageErro
 from lapora.likelihoods.base import class_columns
 from lapora.models.batching import BatchFeed, BatchSize
 from lapora.models.lora_layers import find_bayesian_layers
+from lapora.models.outputs import OutputModel
 from lapora.models.padding_check import check_padding, sees_padding
 from lapora.posterior.structures import fit_structure
 from tiny_bases import covariance_error, row_ids, tiny_base
@@ -71,6 +72,15 @@ def test_a_model_that_sees_padding_has_batches_of_equal_length(name):
     for batch in feed:
         torch.testing.assert_close(answers.logits(batch).detach(), logits[list(batch.rows)], atol=1e-6, rtol=1e-6)
     assert covariance_error(answers) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", ["convbert", "bert", "deberta-v2", "llama", "mixtral"])
+def test_padding_is_seen_in_half_precision_too(name, dtype):
+    answers = tiny_base(name, "classifier", targets=["query", "q_proj", "query_proj"], double=False)
+    answers = OutputModel(answers.model.to(dtype), "classifier", 0)
+    assert sees_padding(answers, words_to_ids) == (name == "convbert")
+    assert not answers.network.get_input_embeddings()._forward_hooks
 
 
 def pair(first: int, second: int) -> Row:
@@ -186,10 +196,14 @@ def test_the_positions_of_deberta_are_not_masked_where_they_are_as_many_as_the_t
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", ["albert", "deberta-v2"])
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [("albert", {}), ("deberta-v2", {}), ("deberta", {}), ("deberta", {"max_relative_positions": 24})],
+    ids=["albert", "deberta-v2", "deberta", "deberta-long"],
+)
 @pytest.mark.parametrize("structure", ["kron", "reduce", "ekfac", "diag", "full"])
-def test_shared_layers_do_not_depend_on_batches_and_diag_is_exact(name, structure):
-    answers = tiny_base(name, "classifier")
+def test_shared_layers_do_not_depend_on_batches_and_diag_is_exact(name, settings, structure):
+    answers = tiny_base(name, "classifier", **settings)
     layers = find_bayesian_layers(answers.model)
     encoded = row_ids(answers, 6)
     found = []
@@ -210,7 +224,7 @@ def test_shared_layers_do_not_depend_on_batches_and_diag_is_exact(name, structur
         p = torch.softmax(logits, dim=1)
         hessian = torch.diag_embed(p) - p.unsqueeze(2) * p.unsqueeze(1)
         exact = torch.einsum("ncp,ncd,ndp->p", jacobian, hessian, jacobian)
-        torch.testing.assert_close(torch.cat([each.reshape(-1) for each in found[0]]), exact, rtol=1e-6, atol=1e-10)
+        torch.testing.assert_close(torch.cat([each.reshape(-1) for each in found[0]]), exact, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize(

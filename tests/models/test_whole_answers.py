@@ -11,7 +11,7 @@ import torch
 
 from lapora.curvature.kfac import KronObserver
 from lapora.curvature.passes import CurvatureRun, PassState, collect
-from lapora.models.answer_check import check_answers
+from lapora.models.answer_check import check_answers, packs_answers
 from lapora.models.batches import collate
 from lapora.models.batching import BatchFeed, BatchSize
 from lapora.models.lora_layers import find_bayesian_layers
@@ -116,6 +116,24 @@ def test_the_check_separates_what_takes_no_mask_or_positions(name):
     found = by_row(outputs, encoded, outputs.logits, size=3)
     for scores, row in zip(found, encoded, strict=True):
         torch.testing.assert_close(scores, plain_scores(outputs, row), atol=1e-4, rtol=1e-4)
+
+
+LEAKING = {
+    "lfm2": {"layer_types": ["conv", "full_attention", "conv"], "num_hidden_layers": 3},
+    "recurrent_gemma": {"block_types": ["recurrent", "attention"], "lru_width": 16},
+    "jamba": {"num_experts": 2, "mamba_d_state": 8, "attn_layer_period": 2, "attn_layer_offset": 1},
+    "mpt": {"n_heads": 2, "n_layers": 2, "d_model": 32, "max_seq_len": 48},
+}
+"""Convolutions, recurrences, and positions that the network counts."""
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", [*LEAKING, "llama", "gemma3_text", "mixtral", "qwen2_moe"])
+def test_the_check_is_as_strict_in_half_precision(name, dtype):
+    settings = {**LEAKING.get(name, {}), "vocab_size": 500}
+    outputs = tiny_base(name, "causal", targets=["q_proj", "Wqkv"], double=False, **settings)
+    outputs = OutputModel(outputs.model.to(dtype), "causal", 0)
+    assert packs_answers(outputs) == (name not in LEAKING)
 
 
 def test_rows_longer_than_a_sliding_window_are_separate():

@@ -132,7 +132,7 @@ class Linearisation:
         self._finished: set[tuple[str, int]] = set()
         self._calls: dict[str, int] = {}
         self._repeated: dict[str, dict[int, _Call]] = {}
-        self._probed: dict[str, list[Layout]] | None = None
+        self._probed: dict[str, list[tuple[Layout, int]]] | None = None
         self._hooks_disabled = False
 
     def __enter__(self) -> Linearisation:
@@ -196,17 +196,31 @@ class Linearisation:
         """Find how often, and on which layout of tokens, the model calls each layer; done once per model.
 
         Args:
-            batch: Two copies of its first row are run, without a graph.
+            batch: Copies of its first row are run, without a graph.
         """
         layouts = self.output_model.layouts
         if all(layer.name in layouts for layer in self.layers):
             return
+        calls = self._probe(batch, None)
+        found = {name: [layout for layout, _ in each] for name, each in calls.items()}
+        if any("shared" in each for each in found.values()):
+            tokens = 3 if batch.input_ids.shape[1] == 2 else 2
+            again = self._probe(batch, tokens)
+            for name, each in found.items():
+                for index, (one, other) in enumerate(zip(calls[name], again[name], strict=True)):
+                    grows = one[1] != other[1] and other[1] in (2 * tokens - 1, 2 * tokens)
+                    if each[index] == "shared" and grows:
+                        each[index] = "distances"
+        layouts.update(found)
+
+    def _probe(self, batch: Batch, tokens: int | None) -> dict[str, list[tuple[Layout, int]]]:
+        """Return layout and second dimension of the input in each call of each layer."""
         self._reset()
         self._probed = {layer.name: [] for layer in self.layers}
         try:
             with torch.no_grad():
-                self.output_model.run_probe(batch)
-            layouts.update(self._probed)
+                self.output_model.run_probe(batch, tokens)
+            return self._probed
         finally:
             self._probed = None
 
@@ -322,7 +336,7 @@ class Linearisation:
         if self._batch is None or self._hooks_disabled or len(self._batch.input_ids) == 1:
             return False
         shared = arguments[0].dim() == 3 and arguments[0].shape[0] == 1 and self._batch.input_ids.shape[1] > 1
-        return shared and "shared" in self._layouts(layer)
+        return shared and not {"shared", "distances"}.isdisjoint(self._layouts(layer))
 
     def _source_hook(self, layer: BayesianLayer) -> Callable[..., None]:
         def hook(module: nn.Module, arguments: tuple[Any, ...]) -> None:
@@ -338,7 +352,9 @@ class Linearisation:
     def _layer_hook(self, layer: BayesianLayer) -> Callable[..., Tensor | None]:
         def hook(module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> Tensor | None:
             if self._probed is not None:
-                self._probed[layer.name].append(self.output_model.layout_of(arguments[0]))
+                called = arguments[0]
+                size = called.shape[1] if called.dim() > 1 else 0
+                self._probed[layer.name].append((self.output_model.layout_of(called), size))
             batch = self._batch
             if batch is None:
                 return None

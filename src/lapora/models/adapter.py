@@ -310,6 +310,8 @@ def _notes(config: dict[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> tup
         fixed.append("LoRA on embeddings")
     if any(".lora_A." in key and len(shape) > 2 for key, shape in shapes.items()):
         fixed.append("LoRA on convolutions")
+    if any(".base_layer.out_proj.lora_A." in key for key in shapes):
+        fixed.append("LoRA on nn.MultiheadAttention")
     if config.get("use_dora"):
         fixed.append("DoRA's magnitudes")
     if config.get("target_parameters"):

@@ -14,7 +14,7 @@ from typing import Any, Literal, cast
 import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
-from peft.tuners.lora.layer import ParamWrapper
+from peft.tuners.lora.layer import MultiheadAttention, ParamWrapper
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
@@ -94,9 +94,12 @@ def _find(model: PeftModel, subset: Subset) -> list[BayesianLayer]:
     head_paths = _saved_head_paths(model)
     layers: list[BayesianLayer] = []
     fixed: list[str] = []
+    merging: set[nn.Module] = set()
     for path, module in model.named_modules():
+        if isinstance(module, MultiheadAttention):  # adds its factors to the weights instead of running them
+            merging |= set(module.modules())
         if isinstance(module, LoraLayer) and adapter_name in {*module.lora_A, *module.lora_embedding_A}:
-            if not _is_linear(module, adapter_name):
+            if module in merging or not _is_linear(module, adapter_name):
                 fixed.append(f"{path} ({type(module.get_base_layer()).__name__})")
                 continue
             in_head = path == output_path or any(path.startswith(head + ".") for head in head_paths)

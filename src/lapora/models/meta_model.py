@@ -223,7 +223,7 @@ class MetaOutputModel(OutputModel):
     def __init__(self, *arguments: Any, **keywords: Any) -> None:
         super().__init__(*arguments, **keywords)
         self.device = torch.device("cpu")
-        self.packs_answers = self._accepts["position_ids"]
+        self.packs_answers = self.takes_positions
 
     def logits(self, batch: Batch) -> Tensor:
         """Compute the outputs, ``(B, C)``, without checking their values."""

@@ -21,9 +21,10 @@ from lapora.models.batches import Batch, PaddingSide
 from lapora.models.device_map import entry_device, is_offloaded
 from lapora.models.lora_layers import BayesianLayer
 
-Layout = Literal["rows", "tokens", "single", "shared"]
+Layout = Literal["rows", "tokens", "single", "shared", "distances"]
 """Dimensions of a layer's input: ``(B, T, F)``, ``(T, B, F)``, ``(1, B, F)`` with one token of each row (Longformer's
-global attention), or ``(1, P, F)`` with P positions for all rows."""
+global attention), ``(1, P, F)`` with P positions for all rows, or these with the P distances between T tokens, from
+-T to T - 1 at most (the first DeBERTa), which a shorter row does not all have."""
 
 
 class OutputModel:
@@ -101,6 +102,11 @@ class OutputModel:
             if _POSITIONS.search(name)
             for size in tensor.shape[:2]
         )
+
+    @property
+    def takes_positions(self) -> bool:
+        """Whether the network takes the positions of its tokens."""
+        return self._accepts["position_ids"]
 
     @property
     def vocabulary(self) -> int:
@@ -204,17 +210,25 @@ class OutputModel:
             return logits
         return logits.index_select(1, self.answer_token_ids.to(logits.device))
 
-    def run_probe(self, batch: Batch) -> None:
-        """Run copies of a batch's first sequence, from whose number :meth:`layout_of` tells rows and tokens apart."""
+    def run_probe(self, batch: Batch, tokens: int | None = None) -> None:
+        """Run copies of a batch's first sequence, from whose number :meth:`layout_of` tells rows and tokens apart.
+
+        Args:
+            batch: The batch.
+            tokens: Number of tokens of the copies; by default those of the sequence.
+        """
+        length = batch.input_ids.shape[1]
         # Answers in one sequence may have more tokens than the network has positions.
-        tokens = min(batch.input_ids.shape[1], self.max_positions or batch.input_ids.shape[1])
+        tokens = tokens or min(length, self.max_positions or length)
         self._probe_shape = (3 if tokens == 2 else 2, tokens)
-        first = torch.zeros(self._probe_shape[0], dtype=torch.long, device=batch.input_ids.device)
+        first = torch.zeros(self._probe_shape[0], 1, dtype=torch.long, device=batch.input_ids.device)
+        places = torch.arange(tokens, device=batch.input_ids.device).clamp(max=length - 1)
+        types = batch.token_type_ids
         self._outputs(
             Batch(
-                input_ids=batch.input_ids[first, :tokens],
-                attention_mask=batch.attention_mask[first, :tokens],
-                token_type_ids=None if batch.token_type_ids is None else batch.token_type_ids[first, :tokens],
+                input_ids=batch.input_ids[first, places],
+                attention_mask=batch.attention_mask[first, places],
+                token_type_ids=None if types is None else types[first, places],
                 rows=(batch.rows[0],) * len(first),
                 has_padding=batch.has_padding,
             )
@@ -282,8 +296,8 @@ class OutputModel:
             NumericalError: The shape does not identify rows and tokens.
         """
         rows, tokens = batch.input_ids.shape
-        if layout == "shared" and values.dim() == 3 and values.shape[0] == rows:
-            return values, None
+        if layout in ("shared", "distances") and values.dim() == 3 and values.shape[0] == rows:
+            return values, _distances_within(batch, values.shape[1]) if layout == "distances" else None
         if layout in ("tokens", "single") and values.dim() == 3:
             values = values.transpose(0, 1)
         if layout == "single" and values.dim() == 3:
@@ -381,6 +395,15 @@ def window_of(network: nn.Module) -> int | None:
     text = None if config is None else config.get_text_config()
     values = [getattr(text, name, None) for name in _WINDOWS]
     return min((value for value in values if isinstance(value, int) and value > 0), default=None)
+
+
+def _distances_within(batch: Batch, count: int) -> Tensor | None:
+    """Return which of ``count`` distances, the least in the middle, are between tokens of each row: ``(B, count)``."""
+    if not batch.has_padding:
+        return None
+    middle = (count - 1) / 2
+    distances = (torch.arange(count, device=batch.attention_mask.device) - middle).abs()
+    return distances < batch.attention_mask.sum(dim=1, keepdim=True)
 
 
 def _joined(values: Tensor, copies: Copies | None, mask: Tensor | None, gradient: bool) -> tuple[Tensor, Tensor | None]:

@@ -10,7 +10,7 @@ maximum (MacKay 1992: δ‖θ‖² equals the number of well-determined paramete
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -188,7 +188,7 @@ def maximize_evidence(
 
     ``log p(D|δ, s) = log p(y|X, θ_MAP) - ½ [R (log s² + 1/s² - 1) + δ ‖θ‖²/s² + Σ log(1 + λ/δ)]``,
 
-    and for given δ the maximum is at ``s² = 1 + δ ‖θ‖²/R``. The two steps are repeated until they converge.
+    and for given δ the maximum is at ``s² = 1 + δ ‖θ‖²/R``: a root in s² alone, with the best δ for each s².
 
     Args:
         spectra: Eigenvalues of each layer, or of all layers together for a joint posterior.
@@ -208,28 +208,51 @@ def maximize_evidence(
         raise UsageError("--optimizer adam cannot choose the noise of a regression: use --optimizer exact")
     groups = _evidence_by_group(spectra, parameters, structure)
     norms = {group: evidence.squared_norm for group, evidence in groups.items()}
-    square = 1.0
-    for _ in range(_NOISE_STEPS):
+
+    def at_noise(square: float) -> tuple[dict[str, float], dict[str, str]]:
+        """Return the best δ of every group for a given s², and the ends of the range that were reached."""
         precisions: dict[str, float] = {}
         at_bound: dict[str, str] = {}
-        total, effective = log_likelihood, 0.0
         for group, evidence in groups.items():
             evidence.squared_norm = norms[group] / square
-            precision, bound = evidence.maximize() if optimizer == "exact" else evidence.adam(learning_rate, steps)
-            precisions[group] = precision
+            precisions[group], bound = (
+                evidence.maximize() if optimizer == "exact" else evidence.adam(learning_rate, steps)
+            )
             if bound:
                 at_bound[group] = bound
-            total += evidence.log_marginal_likelihood(precision)
-            effective += evidence.effective_parameters(precision)
-        before, square = square, _noise_square(precisions, norms, residuals)
-        if abs(math.log(square / before)) < _NOISE_TOLERANCE:
-            break
-    total -= _noise_penalty(square, residuals)
+        return precisions, at_bound
+
+    square = _fixed_point(lambda square: _noise_square(at_noise(square)[0], norms, residuals)) if residuals else 1.0
+    precisions, at_bound = at_noise(square)
+    total = log_likelihood - _noise_penalty(square, residuals)
+    total += sum(evidence.log_marginal_likelihood(precisions[group]) for group, evidence in groups.items())
+    effective = sum(evidence.effective_parameters(precisions[group]) for group, evidence in groups.items())
     return EvidenceMaximum(PriorPrecision(structure, precisions), total, effective, at_bound, math.sqrt(square))
 
 
-_NOISE_STEPS = 100
 _NOISE_TOLERANCE = 1e-10
+
+
+def _fixed_point(function: Callable[[float], float]) -> float:
+    """Return the s² ≥ 1 that an increasing, bounded function maps to itself, by regula falsi (Illinois) in log s²."""
+
+    def excess(position: float) -> float:
+        return math.log(function(math.exp(position))) - position
+
+    low, above = 0.0, excess(0.0)
+    high, below = above, excess(above)
+    while below > _NOISE_TOLERANCE:
+        low, above, high = high, below, high + 2 * max(high - low, _NOISE_TOLERANCE)
+        below = excess(high)
+    position, found = high, below
+    while abs(found) > _NOISE_TOLERANCE and high - low > _NOISE_TOLERANCE:
+        position = (low * below - high * above) / (below - above)
+        found = excess(position)
+        if found > 0:
+            low, above, below = position, found, below / 2
+        else:
+            high, below, above = position, found, above / 2
+    return math.exp(position)
 
 
 def _noise_square(precisions: Mapping[str, float], norms: Mapping[str, float], residuals: int) -> float:
