@@ -395,11 +395,16 @@ def test_a_wrong_type_says_what_to_give(rows, message):
         list(given_rows(made.get(rows, rows) if isinstance(rows, str) else rows, texts=True))
 
 
-def test_missing_values_of_a_frame_are_none():
+def test_missing_values_are_none():
+    import numpy
     import pandas
 
     frame = pandas.DataFrame({"story": ["a", None], "label": [1, float("nan")]})
-    assert list(given_rows(frame, texts=True)) == [{"story": "a", "label": 1.0}, {"story": None, "label": None}]
+    expected = [{"story": "a", "label": 1.0}, {"story": None, "label": None}]
+    assert list(given_rows(frame, texts=True)) == expected
+    assert list(given_rows(frame.to_dict("records"), texts=True)) == expected
+    for missing in (float("nan"), numpy.float32("nan"), pandas.NA, pandas.NaT):
+        assert list(given_rows({"story": missing}, texts=True)) == [{"story": None}]
 
 
 def test_training_goes_on_after_a_fit(in_memory):

@@ -100,7 +100,10 @@ def _decoders(base: str) -> list[Experiment]:
     for data in CLOZE:
         steps, train, scored = (100, 300, 200) if data == "arc-e" else (60, 150, 120)
         cloze.append(Experiment(f"{base}-{data}-cloze", base, f"{data}-cloze", steps, 8, 1e-3, 96, train, scored))
-    letters = [Experiment(f"{base}-{task}", base, task, 60, 8, 1e-3, 160, 300, 150) for task in FIVE]
+    letters = [
+        Experiment(f"{base}-{task}", base, task, 60, 8, 1e-3, 200 if task == "arc-c" else 160, 300, 150)
+        for task in FIVE
+    ]
     return [sources, *cloze, *letters]
 
 

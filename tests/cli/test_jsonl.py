@@ -86,7 +86,7 @@ def test_each_kind_of_line(run, line, error):
         assert status == 0 and "probabilities" in records[1]
     else:
         assert status == 5 and error in records[1]["error"] and "line 2" in records[1]["error"]
-        assert "1 bad lines" in errors
+        assert "1 bad line; it is" in errors
         status, records, errors = run(around + line + around)
         assert (status, len(records)) == (5, 1) and "line 2" in errors and len(errors.splitlines()) == 1
 

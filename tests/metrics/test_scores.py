@@ -32,6 +32,15 @@ def drawn(classes: int, count: int = 400, seed: int = 0, tied: bool = False):
     return torch.log_softmax(logits.round() if tied else logits, dim=1), targets
 
 
+def test_scores_are_in_float64():
+    """A gate at the bound itself holds: 419 of 500 rows right is .838, and not the nearest float32 below it."""
+    right = torch.arange(500) < 419
+    p = torch.tensor([[0.1, 0.9], [0.9, 0.1]], dtype=torch.float64)[right.long()]
+    scores = metrics.evaluate(p.log(), torch.zeros(500, dtype=torch.long))
+    assert scores["accuracy"] == 419 / 500
+    assert scores["ece"] == pytest.approx(0.9 - 419 / 500, abs=1e-12)
+
+
 @pytest.mark.parametrize("classes", [2, 5])
 @pytest.mark.parametrize("tied", [False, True])
 def test_scores_agree_with_torchmetrics_and_scikit_learn(classes, tied):

@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 from hub_server import commit_of, running_hub
 from lapora.config import ModelSettings
 from lapora.errors import AdapterError, DataError, UsageError
-from lapora.models.adapter import is_hub_id, local_model
+from lapora.models.adapter import is_hub_id, local_model, read_adapter
 from lapora.report.card import with_section
 from tiny_adapter import command, fit_tiny, json_lines, make_adapter
 
@@ -188,7 +188,7 @@ def test_a_revision_is_a_commit(hub, made):
         local_model(ModelSettings(str(made / "adapter"), revision="main"))
 
 
-def test_what_the_hub_refuses_is_one_clear_line(hub, made, monkeypatch):
+def test_what_the_hub_refuses_is_one_clear_line(hub, made, monkeypatch, capfdbinary):
     put(hub, made)
     with pytest.raises(AdapterError, match="not found on the Hub"):
         local_model(ModelSettings("anna/nothing"))
@@ -198,6 +198,15 @@ def test_what_the_hub_refuses_is_one_clear_line(hub, made, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(AdapterError, match="HF_HUB_OFFLINE"):
         local_model(ModelSettings("anna/farm"))
+    status, _, errors = command(monkeypatch, capfdbinary, "push", made / "adapter", "anna/farm")
+    assert status == 3 and "error: anna/farm: HF_HUB_OFFLINE is set, so that nothing is uploaded; unset it" in errors
+
+
+def test_a_folder_of_the_hubs_cache_is_named_as_one(made, tmp_path):
+    cache = tmp_path / "models--anna--farm"
+    shutil.copytree(made / "adapter", cache / "snapshots" / "abc")
+    with pytest.raises(AdapterError, match=r"a folder of the Hub's cache; give the adapter's id, or .*snapshots/abc"):
+        read_adapter(cache)
 
 
 def test_the_environment_says_where_the_hub_is(made, tmp_path):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -12,11 +14,13 @@ import matplotlib.image
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 from lapora import metrics
 from lapora.cli.app import app
 from lapora.errors import DataError
 from lapora.report.figures import evaluation_pictures, save_pictures, to_svg
+from lapora.report.figures.style import Picture
 from lapora.report.page import Page, PageTable, verdict, write_page
 from lapora.storage.saved import SavedPosterior
 
@@ -56,6 +60,22 @@ def test_pictures_are_named_written_and_the_same_each_time(tables, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(DataError, match="cannot be written"):
         save_pictures(pictures, tmp_path / "file")
+
+
+def test_a_picture_that_does_not_fit_on_the_disk_leaves_the_old_one(monkeypatch, tmp_path):
+    figure = Figure()
+    save_pictures([Picture("one", "caption", figure)], tmp_path)
+    before = (tmp_path / "one.png").read_bytes()
+    figure.suptitle("other")
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(DataError, match="No space left on device"):
+        save_pictures([Picture("one", "caption", figure)], tmp_path)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["one.png", "one.svg"]
+    assert (tmp_path / "one.png").read_bytes() == before
 
 
 def test_counts_and_axes_of_the_reliability_diagram(tables):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import multiprocessing
 import os
@@ -13,15 +14,16 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 import lapora
-from lapora.config import ModelSettings, PriorSettings
+from lapora.config import FitSettings, ModelSettings, PriorSettings
 from lapora.curvature.passes import Linearisation
-from lapora.errors import PosteriorError, UsageError
+from lapora.errors import LaporaWarning, PosteriorError, UsageError
 from lapora.models.adapter import read_adapter
 from lapora.models.loading import load_model
 from lapora.storage import saved as saved_posterior
@@ -228,9 +230,33 @@ def test_a_full_disk_is_one_line_and_the_old_posterior_stands(tiny):
     assert (tiny / "adapter" / "laplace" / "default" / "posterior.json").read_bytes() == manifest
 
 
-def test_a_disk_that_fills_at_any_write(tiny, monkeypatch):
-    import errno
+def test_a_checkpoint_that_cannot_be_written_ends_no_fit(tiny, monkeypatch):
+    expected = factors(fit_tiny(tiny, name="plain").folder)
+    import safetensors.torch
 
+    write = safetensors.torch.save_file
+
+    def full(tensors, file, *rest):
+        if ".partial" in str(file):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write(tensors, file, *rest)
+
+    monkeypatch.setattr(safetensors.torch, "save_file", full)
+    with pytest.warns(LaporaWarning, match=r"cannot be written \(No space left on device\); the fit goes on without"):
+        found = fit_tiny(tiny, name="full", save_every=0.0)
+    assert same(factors(found.folder), expected)
+
+
+def test_a_disk_without_room_for_the_posterior_is_noticed_before_the_fit(tiny, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: SimpleNamespace(free=1000))
+    with pytest.raises(
+        PosteriorError, match=r"the posterior takes about .* MiB, and 0.0 are free: free some disk space"
+    ):
+        fit(model_of(tiny), data_of(tiny), FitSettings(), on_estimate=lambda found: None)
+    assert not (tiny / "adapter" / "laplace").exists()
+
+
+def test_a_disk_that_fills_at_any_write(tiny, monkeypatch):
     folder = fit_tiny(tiny).folder
     old = factors(folder)
 

@@ -125,6 +125,15 @@ def test_check_says_what_comes_of_a_task(shared_data: Path) -> None:
     assert "answer_tokens" not in bare and bare["max_length"] == 300
 
 
+def test_check_shows_prompts_in_the_chat_template() -> None:
+    task = Task.from_dict({"task": "t", "doc_to_text": "{{q}}", "doc_to_choice": ["A", "B"], "doc_to_target": 0})
+    tokenizer = with_chat_template(byte_level(eos=True))
+    report = check_task(task, [{"q": "is it"}], kind="causal", tokenizer=tokenizer, chat_template=True)  # type: ignore
+    messages = [{"role": "user", "content": "is it"}]
+    expected = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert report["examples"][0]["text"].rstrip() == expected.rstrip() != "is it"
+
+
 def test_check_counts_rows_without_labels(shared_data: Path) -> None:
     task = Task.from_dict({**load_task("rte").to_dict()})
     rows = [render(task, {"sentence1": "a", "sentence2": "b", "label": -1}, kind="classifier").row]

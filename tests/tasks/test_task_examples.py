@@ -46,6 +46,22 @@ def test_a_missing_field_is_named_with_its_row() -> None:
     assert required_fields(load_task("arc-c"), "causal") == ("choices", "question")
 
 
+def test_what_to_do_about_a_missing_value_depends_on_the_tasks_own_fields() -> None:
+    boolq, own = (
+        load_task("boolq"),
+        Task.from_dict({"task": "t", "doc_to_text": "{{text}}", "doc_to_choice": ["a", "b"]}),
+    )
+    with pytest.raises(DataError, match=r"passage is null; give a value, or give a ready prompt as .text. in a row"):
+        render(boolq, {"question": "is it", "passage": None}, kind="causal")
+    # A row with `text` alone would be rendered again.
+    with pytest.raises(
+        DataError, match=r"the row has prompt; add the field, or give a ready prompt as {.prompt.: ..., "
+    ):
+        render(own, {"prompt": "p"}, kind="causal")
+    with pytest.raises(DataError, match=r"text is null; give a value$"):
+        render(load_task("ag_news"), {"text": None}, kind="classifier")
+
+
 @pytest.mark.parametrize(
     "row", [{"text": "t", "label": 1}, {"text": "t", "sentence": "s"}, {"text": "t", "passage": "p"}]
 )

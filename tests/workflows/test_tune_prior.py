@@ -202,6 +202,9 @@ def test_validation_chooses_the_least_nll_and_eval_leaves_its_rows_out(demo, ada
     few = tune_prior(model, DataSettings(limit=30), PriorSettings(method="validation", link="probit"))
     assert few.prior["validation"]["n"] == 30 and few.prior["validation"]["link"] == "probit"
     assert evaluate(model, DataSettings(limit=50))["excluded"] >= 30
+    assert not any("--limit" in note for note in few.notes)
+    every = tune_prior(model, DataSettings(limit=5000), PriorSettings(method="validation"))
+    assert any("rows of validation tuned the prior, and none is left to evaluate on" in note for note in every.notes)
 
 
 def test_validation_of_a_prior_per_layer_keeps_the_evidences_ratios(demo, adapter):

@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import sys
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -140,25 +141,38 @@ class RowRate:
             BarColumn(),
             MofNCompleteColumn(),
             _RateColumn(),
-            TimeRemainingColumn(),
+            _TimeLeftColumn(),
             console=_stderr,
             transient=True,
             disable=not shown or _rank != 0 or not _stderr.is_terminal,
         )
-        self._task = self._bar.add_task(label, total=total)
+        self._task = self._bar.add_task(label, total=total, measured=False)
 
     def count(self, records: Iterable[_Record]) -> Iterator[_Record]:
         """Yield the records, counted."""
+        first = None
         with self._bar:
             for record in records:
                 yield record
-                self._bar.update(self._task, advance=1)
+                first = first or time.monotonic()
+                # The rows of the first window are ready together, and say nothing about the rate.
+                measured = time.monotonic() - first > _FIRST_WINDOW
+                self._bar.update(self._task, advance=1, measured=measured)
+
+
+_FIRST_WINDOW = 0.5
 
 
 class _RateColumn(ProgressColumn):
     def render(self, task: Task) -> Text:
         """Return the rows per second since the first."""
-        return Text(f"{task.speed:,.1f} rows/s" if task.speed else "")
+        return Text(f"{task.speed:,.1f} rows/s" if task.speed and task.fields["measured"] else "")
+
+
+class _TimeLeftColumn(TimeRemainingColumn):
+    def render(self, task: Task) -> Text:
+        """Return the time left, once the rate is known."""
+        return super().render(task) if task.fields["measured"] else Text("-:--:--")
 
 
 # Terminal controls (C1, delete), bidirectional marks, line separators, lone surrogates.

@@ -52,8 +52,8 @@ def _ending(path: str) -> str:
 def open_rows(source: str, kind: InputFormat) -> Iterator[Iterator[Line]]:
     """Open a file, or standard input for ``-``, and yield its rows.
 
-    Lines of text become ready prompts. A CSV file and a .json file with a list of rows are read as a whole, as ``fit``
-    reads them; the others are streamed.
+    A line of text is the row ``{"text": line}``. A CSV file and a .json file with a list of rows are read as a whole,
+    as ``fit`` reads them; the others are streamed.
 
     Raises:
         DataError: No such file, or one of another format.

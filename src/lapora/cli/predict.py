@@ -35,7 +35,7 @@ def predict_command(
     input_format: Annotated[
         InputFormat | None,
         Option(
-            "text (one prompt per line), csv, jsonl or parquet.",
+            "text (a line is a prompt, or the task's field text), csv, jsonl or parquet.",
             DATA,
             metavar="NAME",
             shown="by the file's ending",
@@ -84,8 +84,8 @@ def predict_command(
 
 
 def _waiting(kind: InputFormat) -> str:
-    what = {"text": "prompts, one per line", "csv": "CSV with a header"}.get(
-        kind, 'rows, one JSON object a line, with the task\'s fields or {"text": "a ready prompt"}'
+    what = {"text": "texts, one per line", "csv": "CSV with a header"}.get(
+        kind, "rows, one JSON object a line, with the task's fields"
     )
     end = "Ctrl-Z, Enter" if os.name == "nt" else "Ctrl-D"
     return f"waiting for {what}, on standard input; {end} ends"

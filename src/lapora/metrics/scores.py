@@ -33,27 +33,8 @@ def evaluate(log_p: Tensor, targets: Tensor, *, with_mcc: bool = False) -> dict[
         bins of equal mass), ``auroc`` (of confidence for detecting correct rows; NaN if all rows are correct or all
         are wrong) and ``aurc`` (area under the risk-coverage curve).
     """
-    from torchmetrics.functional.classification import (
-        multiclass_accuracy,
-        multiclass_calibration_error,
-        multiclass_matthews_corrcoef,
-    )
-
-    classes = log_p.shape[1]
-    p = log_p.exp()
-    weighted = WeightedScores(log_p, targets)(torch.ones(1, len(targets), dtype=torch.float64))
-    scores = {
-        "accuracy": float(multiclass_accuracy(log_p, targets, classes, average="micro")),
-        # torchmetrics puts a probability of exactly one in an extra bin: clamp it into the last bin.
-        "ece": float(
-            multiclass_calibration_error(p.clamp(max=1.0 - 1e-12), targets, classes, n_bins=ECE_BINS, norm="l1")
-        ),
-        "nll": float(row_nll(log_p, targets).mean()),
-        "brier": float((p - torch.nn.functional.one_hot(targets, classes)).square().sum(dim=1).mean()),
-    }
-    if with_mcc:
-        scores["mcc"] = float(multiclass_matthews_corrcoef(p.argmax(dim=1), targets, classes))
-    return scores | {key: float(weighted[key]) for key in ("adaptive_ece", "auroc", "aurc")}
+    weighted = WeightedScores(log_p, targets, with_mcc=with_mcc)(torch.ones(1, len(targets), dtype=torch.float64))
+    return {key: float(value) for key, value in weighted.items()}
 
 
 def constant_predictor(targets: Tensor, classes: int) -> Tensor:

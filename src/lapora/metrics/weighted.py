@@ -1,4 +1,4 @@
-"""Scores as functions of row weights, for the bootstrap and for scores that torchmetrics lacks.
+"""Scores as functions of row weights, in float64 (torchmetrics rounds to float32), and so for the bootstrap too.
 
 A bootstrap resample is a count per row, so R resamples are a matrix ``(R, N)`` and a score takes a few matrix
 products. Rows are sorted by confidence once; rows of equal confidence form a group that is never split, so that no

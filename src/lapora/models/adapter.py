@@ -265,6 +265,8 @@ def _read_config(path: Path) -> dict[str, Any]:
                 f"{' or '.join(str(path / name) for name in inner[:3])}"
                 + (f" or another of {len(inner)}" if len(inner) > 3 else "")
             )
+        if snapshots := sorted(str(each.parent) for each in path.glob(f"snapshots/*/{CONFIG_FILE}")):
+            raise AdapterError(f"{path}: a folder of the Hub's cache; give the adapter's id, or {snapshots[-1]}")
         if (path / "config.json").is_file():
             raise AdapterError(
                 f"{path}: a full model, not an adapter (config.json but no {CONFIG_FILE}); give the adapter's folder, "

@@ -13,6 +13,7 @@ from typing import Any
 from lapora.config import ENOUGH_ROWS
 from lapora.errors import DataError
 from lapora.report.tables import HEADINGS, SHIFT_MEASURES, checkpoint_scores, label_of, number, shift_columns, threshold
+from lapora.storage.files import write_bytes
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ def write_page(file: Path, page: Page) -> None:
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     text = environment.from_string(source).render(page=page, pictures=pictures, manifests=manifests)
     try:
-        file.write_text(text, encoding="utf-8", errors="backslashreplace")
+        write_bytes(file, text.encode("utf-8", "backslashreplace"))
     except OSError as error:
         raise DataError(f"{file}: cannot be written ({error.strerror}); give another --report") from error
 

@@ -46,16 +46,28 @@ def json_bytes(content: Mapping[str, Any], indent: int | None = None) -> bytes:
 
 
 def write_json(file: Path, content: Mapping[str, Any]) -> None:
-    """Write a JSON file atomically: to a temporary name, flushed to the disk and renamed.
+    """Write a JSON file as :func:`write_bytes` does.
 
     Raises:
         OSError: The file cannot be written; an existing file is unchanged.
     """
+    write_bytes(file, json_bytes(content, indent=2) + b"\n")
+
+
+def write_bytes(file: Path, content: bytes) -> None:
+    """Write a file atomically: to a temporary name, flushed to the disk and renamed; a pipe or device directly.
+
+    Raises:
+        OSError: The file cannot be written; an existing file is unchanged.
+    """
+    if file.exists() and not file.is_file():
+        file.write_bytes(content)
+        return
     partial = file.with_name(f".{file.name}.new")
     try:
         partial.unlink(missing_ok=True)  # left by a killed run, or a symlink
         with partial.open("xb") as stream:
-            stream.write(json_bytes(content, indent=2) + b"\n")
+            stream.write(content)
             stream.flush()
             os.fsync(stream.fileno())
         partial.replace(file)

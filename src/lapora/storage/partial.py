@@ -6,11 +6,12 @@ written under a temporary name and renamed.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import time
+import warnings
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from lapora.curvature.passes import PassState
-from lapora.errors import PosteriorError, first_line
+from lapora.errors import LaporaWarning, PosteriorError, first_line
 from lapora.storage.files import os_error_reason, remove_path
 
 # Maximum share of the time that may be spent on saving.
@@ -79,7 +80,7 @@ class Checkpoint:
 
     def remove(self) -> None:
         """Delete the checkpoints of a finished fit; errors are ignored."""
-        with contextlib.suppress(OSError):
+        with suppress(OSError):
             remove_path(self.folder)
 
 
@@ -132,12 +133,16 @@ class _Pass:
             save_file(tensors, fresh, {"state": described, "blake2b": _digest(described, tensors)})
             fresh.replace(self._file)
         except (OSError, SafetensorError) as error:
-            fresh.unlink(missing_ok=True)
-            raise PosteriorError(
-                f"{self._file.parent}: the checkpoint cannot be written ({os_error_reason(error)}); the previous one "
-                "is unchanged: free some disk space, then fit again with --resume"
-            ) from error
-        self._wrote = True
+            with suppress(OSError):
+                fresh.unlink(missing_ok=True)
+            warnings.warn(
+                f"{self._file.parent}: the checkpoint cannot be written ({os_error_reason(error)}); the fit goes on "
+                f"{'with the previous one' if self._file.exists() else 'without'}: free some disk space before it ends",
+                LaporaWarning,
+                stacklevel=2,
+            )
+        else:
+            self._wrote = True
 
 
 def _digest(described: str, tensors: Mapping[str, Tensor]) -> str:

@@ -88,6 +88,32 @@ def refuse_to_replace(folder: Path, *, overwrite: bool) -> None:
         raise PosteriorError(f"{folder}: exists already; give --overwrite, or another --name")
 
 
+_ESTIMATE = 0.9
+"""Share of the estimated size that a posterior has at least."""
+
+
+def refuse_full_disk(folder: Path, size: float) -> None:
+    """Check that the disk has room for a posterior before it is fitted.
+
+    Args:
+        folder: The posterior's folder, which need not exist.
+        size: Estimated size in bytes.
+
+    Raises:
+        PosteriorError: It has not.
+    """
+    place = next((each for each in folder.absolute().parents if each.is_dir()), None)
+    try:
+        free = shutil.disk_usage(place or folder).free
+    except OSError:
+        return
+    if size * _ESTIMATE > free:
+        raise PosteriorError(
+            f"{folder}: the posterior takes about {size / 2**20:.1f} MiB, and {free / 2**20:.1f} are free: free some "
+            "disk space, or give another place with --output-dir"
+        )
+
+
 def write_posterior(folder: Path, manifest: Manifest, prior: Mapping[str, Any], posterior: Posterior) -> None:
     """Write a posterior, replacing an existing one.
 

@@ -9,7 +9,7 @@ from typing import Any
 from lapora.tasks.examples import render_all, resolve_choices
 from lapora.tasks.rows import Row
 from lapora.tasks.task import Task, TaskKind
-from lapora.tasks.tokens import AnswerEncoding, encode_all, resolve_answers
+from lapora.tasks.tokens import AnswerEncoding, PromptEncoder, encode_all, resolve_answers
 
 
 def describe_task(task: Task) -> dict[str, Any]:
@@ -91,6 +91,10 @@ def check_task(
     }
     if tokenizer is None:
         return report
+    if chat_template:
+        encoder = PromptEncoder(tokenizer, delimiter=task.target_delimiter, chat_template=True)
+        for shown, example in zip(report["examples"], examples, strict=False):
+            shown["text"] = encoder.context(example.text or "")[0]
     answers = AnswerEncoding()
     if kind == "causal":
         answers = resolve_answers(tokenizer, task, examples, choices, chat_template=chat_template)

@@ -123,11 +123,7 @@ def render(
         return _given(task, values, number, where)
     ready = bool(missing) and not others and isinstance(values.get("text"), str)
     if missing and not ready:
-        raise DataError(
-            f"{where}: no value for {listed(missing)}, required by task {quoted(task.task)}; the row has "
-            f"{listed([str(name) for name in values]) or 'no fields'}; add the field, "
-            'or give a ready prompt as "text" in a row without other fields'
-        )
+        raise _missing_value(task, values, missing, needed, kind, where)
     if ready:
         texts: tuple[str, ...] = (values["text"],)
     else:
@@ -166,6 +162,22 @@ def render(
         continuation=continuation,
         ready=ready,
         where=where,
+    )
+
+
+def _missing_value(
+    task: Task, values: Mapping[str, Any], missing: Sequence[str], needed: Sequence[str], kind: TaskKind, where: str
+) -> DataError:
+    """Return the error of a row without a value of a field of the task's."""
+    null = [name for name in missing if name in values]
+    found = f"{listed(null)} {'is' if len(null) == 1 else 'are'} null; " if null else ""
+    ready = 'or give a ready prompt as "text" in a row without other fields'
+    if "text" in needed:  # is a field of the task itself
+        ready = 'or give a ready prompt as {"prompt": ..., "answers": [...]}' if kind == "causal" else ""
+    return DataError(
+        f"{where}: no value for {listed(missing)}, required by task {quoted(task.task)}; "
+        + (found or f"the row has {listed([str(name) for name in values]) or 'no fields'}; ")
+        + ", ".join(part for part in ("give a value" if null else "add the field", ready) if part)
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -21,7 +22,7 @@ def given_rows(rows: Any, *, texts: bool) -> Iterator[dict[str, Any]]:
     """Yield rows as dictionaries.
 
     Args:
-        rows: One row or several; missing values of a DataFrame become None.
+        rows: One row or several; missing values, as pandas has them (NaN, NA, NaT), become None.
         texts: Whether a text is a row, with itself as the ready prompt.
 
     Raises:
@@ -40,7 +41,7 @@ def _several(rows: Any) -> Iterable[Any]:
     if _named(rows, "DataFrame"):
         if hasattr(rows, "to_dicts"):  # polars
             return list(rows.to_dicts())
-        return list(rows.astype(object).where(rows.notna(), None).to_dict("records"))
+        return list(rows.to_dict("records"))
     if isinstance(rows, bytes | bytearray) or not isinstance(rows, Iterable):
         raise TypeError(f"rows: {_article(rows)}; {WHAT_TO_GIVE}")
     return rows
@@ -58,9 +59,11 @@ def _row(row: Any, number: int, texts: bool) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """Return NumPy's arrays and numbers, as DataFrames have, as Python's lists and numbers."""
+    """Return NumPy's arrays and numbers, as DataFrames have, as Python's lists and numbers; a missing value as None."""
     if isinstance(value, str):
         return value
+    if type(value).__name__ in ("NAType", "NaTType") or (isinstance(value, float) and math.isnan(value)):
+        return None
     if isinstance(value, list | tuple):
         return [_plain(each) for each in value]
     return _plain(value.tolist()) if hasattr(value, "tolist") and hasattr(value, "dtype") else value

@@ -78,7 +78,7 @@ def labels_of(value: Any, names: tuple[str, ...], where: str) -> tuple[float, ..
     if not isinstance(value, list | tuple):
         raise DataError(
             f"{where}: labels {quoted(value)} are not a list; doc_to_target must return a list of {len(names)} values "
-            "0 or 1, or a list of names"
+            f"0 or 1, or a list of names{'; a text such as [0, 1] becomes one by `| literal`' * isinstance(value, str)}"
         )
     if all(isinstance(each, str) for each in value):
         for each in value:

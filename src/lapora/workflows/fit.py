@@ -38,7 +38,13 @@ from lapora.storage.compatibility import adapter_settings, base_digests, tokeniz
 from lapora.storage.files import write_lock
 from lapora.storage.manifest import FORMAT_VERSION, Answers, BaseModel, Data, Manifest
 from lapora.storage.partial import Checkpoint
-from lapora.storage.saved import SavedPosterior, posterior_folder, refuse_to_replace, write_posterior
+from lapora.storage.saved import (
+    SavedPosterior,
+    posterior_folder,
+    refuse_full_disk,
+    refuse_to_replace,
+    write_posterior,
+)
 from lapora.tasks import (
     AnswerEncoding,
     EncodedExample,
@@ -210,6 +216,8 @@ def fit(
         memory = _estimate_or_note(model, rows, lengths, settings, notes)
         if memory is not None:
             on_estimate(memory)
+            with processes.raise_together():
+                refuse_full_disk(folder, memory.factors.artifact)
     with processes.on_main(write_lock(folder)):
         with processes.raise_together():
             refuse_to_replace(folder, overwrite=settings.overwrite)  # another process may have fitted it meanwhile

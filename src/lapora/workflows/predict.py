@@ -136,7 +136,8 @@ def predict_routed(
                 index += 1
             routes.rest()
     if failed:
-        raise DataError(f"{failed} bad lines; each is reported in place of its prediction")
+        lines, each = ("line", "it") if failed == 1 else ("lines", "each")
+        raise DataError(f"{failed} bad {lines}; {each} is reported in place of its prediction")
 
 
 _Line = bytes | Mapping[str, Any]

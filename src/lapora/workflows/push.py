@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lapora.config import ModelSettings, PushSettings
-from lapora.errors import PosteriorError, UsageError
+from lapora.errors import AdapterError, PosteriorError, UsageError
 from lapora.models.adapter import WEIGHTS_FILE, Adapter, files_to_push, hub_errors
 from lapora.report.card import posterior_section, with_section
 from lapora.storage.compatibility import adapter_differences
@@ -51,7 +51,7 @@ def push(model: ModelSettings, settings: PushSettings) -> Pushed:
         DataError: The scores cannot be read, or have no run of the posterior.
         UsageError: The name of the repository is not valid.
     """
-    from huggingface_hub import CommitOperationAdd, HfApi
+    from huggingface_hub import CommitOperationAdd, HfApi, is_offline_mode
     from huggingface_hub.utils import validate_repo_id
 
     adapter, posterior = open_posterior(model, settings.name)
@@ -63,6 +63,8 @@ def push(model: ModelSettings, settings: PushSettings) -> Pushed:
     repository, revision = settings.repository, settings.revision
     if "/" not in repository:
         raise UsageError(f"{repository}: REPO is owner/name")
+    if is_offline_mode():
+        raise AdapterError(f"{repository}: HF_HUB_OFFLINE is set, so that nothing is uploaded; unset it")
     api = HfApi()
     with hub_errors(repository, revision):
         validate_repo_id(repository)

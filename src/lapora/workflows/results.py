@@ -14,7 +14,7 @@ from typing import Any
 
 from lapora._version import __version__
 from lapora.config import ModelSettings, method_label
-from lapora.errors import DataError, GateError, UsageError
+from lapora.errors import DataError, GateError, UsageError, first_line
 from lapora.storage.files import json_bytes
 from lapora.workflows.commands import command_line, model_arguments
 
@@ -112,7 +112,8 @@ def _run(line: str, where: str) -> dict[str, Any]:
             str(result["method"])
         return {"task": record["task"], "split": record["split"], "n": record["n"], **record}
     except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{where}: not a result of `lapora eval --output` ({error!r:.60})") from error
+        reason = f"it has no {error.args[0]}" if isinstance(error, KeyError) else first_line(error, 60)
+        raise DataError(f"{where}: not a result of `lapora eval --output` ({reason})") from error
 
 
 def same_rows(runs: Sequence[Mapping[str, Any]]) -> bool:

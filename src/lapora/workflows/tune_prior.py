@@ -190,7 +190,7 @@ def _by_average(
     else:
         fitted = _open(model, data, settings, load)
         averaged, deviation = average_with_rows(fitted, found, evidence.prior, settings, progress)
-        notes = []
+        notes = _limit_note(data, found)
     if settings.structure == "point":
         averaged = averaged.point()
     prior = describe_averaged(
@@ -220,6 +220,13 @@ def _rows_or_reason(
         if isinstance(error, UnreadableSourceError) and _is_tuned(posterior.content.get("prior")):
             raise DataError(f"{error}; the present prior was tuned on labelled rows and is kept") from None
         return str(error)
+
+
+def _limit_note(data: DataSettings, rows: LabelledRows) -> list[str]:
+    count = len(rows.examples)
+    if data.limit is None or data.limit <= count:
+        return []
+    return [f"--limit {data.limit}: all {count} rows of {rows.split} tuned the prior, and none is left to evaluate on"]
 
 
 def _is_tuned(prior: Any) -> bool:
@@ -346,6 +353,7 @@ def _by_validation(
     rows = tuning_rows(posterior, read_adapter(model.folder).kind, data, settings.seed)
     fitted = _open(model, data, settings, load)
     choice = _choose(fitted, rows, settings, evidence.prior, progress)
+    choice.notes.extend(_limit_note(data, rows))
     manifest = posterior.manifest
     log_evidence, effective = evidence_at(
         choice.prior, posterior.spectra(), manifest.parameters, manifest.log_likelihood or 0.0, manifest.residuals

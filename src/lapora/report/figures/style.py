@@ -14,6 +14,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from lapora.errors import DataError
+from lapora.storage.files import write_bytes
 
 # Okabe and Ito's colors, ordered so that neighbors also differ in lightness.
 _COLORS = ("#000000", "#E69F00", "#0072B2", "#8C8C8C", "#D55E00", "#56B4E9", "#005F46", "#CC79A7")
@@ -105,7 +106,7 @@ def save_pictures(pictures: Sequence[Picture], folder: Path) -> list[Path]:
                 for ending, options in (("png", {"dpi": 150, "metadata": {"Software": None}}), ("svg", {})):
                     file = folder / f"{picture.name}.{ending}"
                     content = to_svg(picture.figure) if ending == "svg" else _png(picture.figure, options)
-                    file.write_bytes(content)
+                    write_bytes(file, content)
                     files.append(file)
     except OSError as error:
         raise DataError(f"{folder}: cannot be written ({error.strerror}); give another --plots") from error
