@@ -64,10 +64,6 @@ class AnswerLikelihood(Likelihood):
         """Return accuracy, calibration errors, NLL, Brier score and ranking scores."""
         return WeightedScores(table, targets, with_mcc=options.with_mcc)
 
-    def scores(self, table: Tensor, targets: Tensor, options: ScoreOptions = ScoreOptions()) -> dict[str, float]:
-        """Return the same scores, computed by torchmetrics if it has them."""
-        return metrics.evaluate(table, targets, with_mcc=options.with_mcc)
-
     def bias(self, table: Tensor, targets: Tensor) -> tuple[str, str]:
         """Compare mean confidence and accuracy."""
         accuracy = float((table.argmax(dim=1) == targets).double().mean())

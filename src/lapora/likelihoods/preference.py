@@ -33,14 +33,6 @@ class Preference(Bernoulli):
         """Return the scores of answers, with ties counted half right."""
         return WeightedScores(table, targets, with_mcc=options.with_mcc, right=_right(table, targets))
 
-    def scores(self, table: Tensor, targets: Tensor, options: ScoreOptions = ScoreOptions()) -> dict[str, float]:
-        """Return the scores of answers, with ties counted half right."""
-        found = super().scores(table, targets, options)
-        if not (table[:, 0] == table[:, 1]).any():
-            return found
-        with_ties = self.scorer(table, targets, options)(torch.ones(1, len(targets), dtype=torch.float64))
-        return found | {name: float(with_ties[name]) for name in _OF_RIGHT}
-
     def records(
         self,
         found: Sequence[LogitMoments],
@@ -64,10 +56,6 @@ class Preference(Bernoulli):
                 record["penalized_reward"] = mean - settings.penalty * deviation
             records.append(record)
         return records
-
-
-_OF_RIGHT = ("accuracy", "ece", "adaptive_ece", "auroc", "aurc")
-"""Scores that depend on which predictions are right."""
 
 
 def _right(table: Tensor, targets: Tensor) -> Tensor:
