@@ -77,7 +77,7 @@ def test_a_model_that_sees_padding_has_batches_of_equal_length(name):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("name", ["convbert", "bert", "deberta-v2", "llama", "mixtral"])
 def test_padding_is_seen_in_half_precision_too(name, dtype):
-    answers = tiny_base(name, "classifier", targets=["query", "q_proj", "query_proj"], double=False)
+    answers = tiny_base(name, "classifier", double=False, initializer_range=0.02)
     answers = OutputModel(answers.model.to(dtype), "classifier", 0)
     assert sees_padding(answers, words_to_ids) == (name == "convbert")
     assert not answers.network.get_input_embeddings()._forward_hooks
