@@ -20,8 +20,10 @@ from lapora.models.batches import PlainAnswer, PlainRow, collate
 from lapora.models.outputs import OutputModel
 
 _TOLERANCE = 1e-4
-_HALF_TOLERANCE = 1e-2
-"""Tolerance of the scores packed and separate: in half precision, kernels round differently for other shapes."""
+_HALF_TOLERANCE = 2e-2
+"""Tolerance of the scores packed and separate: in half precision, kernels round differently for other shapes.
+
+SmolLM2-135M and Gemma 3 270M differ by 4e-3 and 8e-3 in bfloat16."""
 _LEAK = 1e-4
 """Tolerance beside other tokens; 0 was seen where attention alone joins tokens."""
 _LENGTHS = ((7, (5, 1, 3)), (4, (2, 4, 2)))
