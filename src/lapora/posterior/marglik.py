@@ -234,25 +234,16 @@ _NOISE_TOLERANCE = 1e-10
 
 
 def _fixed_point(function: Callable[[float], float]) -> float:
-    """Return the s² ≥ 1 that an increasing, bounded function maps to itself, by regula falsi (Illinois) in log s²."""
+    """Return the s² ≥ 1 that an increasing, bounded function maps to itself, by Brent's method in log s²."""
+    from scipy.optimize import brentq
 
     def excess(position: float) -> float:
         return math.log(function(math.exp(position))) - position
 
-    low, above = 0.0, excess(0.0)
-    high, below = above, excess(above)
-    while below > _NOISE_TOLERANCE:
-        low, above, high = high, below, high + 2 * max(high - low, _NOISE_TOLERANCE)
-        below = excess(high)
-    position, found = high, below
-    while abs(found) > _NOISE_TOLERANCE and high - low > _NOISE_TOLERANCE:
-        position = (low * below - high * above) / (below - above)
-        found = excess(position)
-        if found > 0:
-            low, above, below = position, found, below / 2
-        else:
-            high, below, above = position, found, above / 2
-    return math.exp(position)
+    low, high = 0.0, excess(0.0)
+    while excess(high) > 0:
+        low, high = high, high + 2 * max(high - low, _NOISE_TOLERANCE)
+    return math.exp(brentq(excess, low, high, xtol=_NOISE_TOLERANCE) if excess(low) > 0 else low)
 
 
 def _noise_square(precisions: Mapping[str, float], norms: Mapping[str, float], residuals: int) -> float:
