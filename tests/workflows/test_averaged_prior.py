@@ -21,7 +21,7 @@ from lapora.workflows.evaluate import run_evaluation
 from lapora.workflows.predict import predict
 from lapora.workflows.rows import read_labelled_rows, row_digest, tuning_rows
 from lapora.workflows.scoring import score_rows
-from lapora.workflows.task_model import open_fitted
+from lapora.workflows.task_model import PriorAverage, open_fitted
 from lapora.workflows.tune_prior import tune_prior
 from tiny_adapter import command, data_of, fit_tiny, json_lines, make_adapter, model_of
 
@@ -63,10 +63,13 @@ def test_the_training_curve_is_the_nll_of_the_training_rows(fitted_once):
     curve = fitted.posterior.manifest.training_curve
     rows = read_labelled_rows(fitted.posterior, fitted.model.kind, DataSettings(split="train"))
     priors = fitted.prior.precisions.on_grid(grid())
-    scored = score_rows(fitted, rows, ["mc-joint"], samples=512, priors=priors)
-    nll = -scored.tables["mc-joint"].gather(2, rows.targets.expand(len(priors), -1).unsqueeze(2)).squeeze(2).mean(dim=1)
-    assert torch.allclose(nll, torch.tensor([*curve.nll, curve.map_nll], dtype=torch.float64), atol=1e-6)
-    by_row = -scored.tables["mc-joint"].gather(2, rows.targets.expand(len(priors), -1).unsqueeze(2)).squeeze(2)
+    scored = score_rows(
+        fitted, rows, ["mc-joint"], samples=512, averages=[PriorAverage.single(each) for each in priors]
+    )
+    tables = torch.stack(scored.tables["mc-joint"])
+    by_row = -tables.gather(2, rows.targets.expand(len(priors), -1).unsqueeze(2)).squeeze(2)
+    expected = torch.tensor([*curve.nll, curve.map_nll], dtype=torch.float64)
+    assert torch.allclose(by_row.mean(dim=1), expected, atol=1e-6)
     excess = (by_row[:-1] - by_row[-1]).numpy()
     assert np.allclose(curve.variance, excess.var(axis=1), atol=1e-6)
 
@@ -79,7 +82,7 @@ def test_predictions_are_the_weighted_sum_over_every_prior_and_temperature(tiny,
     rows = read_labelled_rows(fitted.posterior, fitted.model.kind, DataSettings())
     encoded = fitted.model.encode(rows.examples)
     expected = torch.zeros(len(encoded), 2, dtype=torch.float64)
-    for index, prior in enumerate(fitted.priors):
+    for index, prior in enumerate(fitted.average.priors):
         with fitted.predictor(every_class=True, priors=[prior]) as predictor:
             for batch in fitted.model.batches(encoded):
                 moments = predictor.moments(batch)
@@ -155,9 +158,9 @@ def test_a_point_is_one_precision_and_one_temperature(tiny):
     averaged = tune_prior(model_of(tiny), None, PriorSettings()).prior["averaged"]
     tuned = tune_prior(model_of(tiny), None, PriorSettings(structure="point"))
     fitted = open_fitted(model_of(tiny), "default")
-    assert len(fitted.priors) == 1 and fitted.averaging.weights.tolist() == [[1.0]]
+    assert len(fitted.average.priors) == 1 and fitted.average.averaging.weights.tolist() == [[1.0]]
     assert fitted.prior.averaged.rows == averaged["rows"]
-    assert fitted.priors[0].precisions["all"] == pytest.approx(tuned.prior["precision"])
+    assert fitted.average.priors[0].precisions["all"] == pytest.approx(tuned.prior["precision"])
     with pytest.raises(UsageError, match="--prior point goes with --method auto"):
         tune_prior(model_of(tiny), None, PriorSettings(structure="point", method="marglik"))
 

@@ -17,16 +17,19 @@ from safetensors.torch import load_file, save_file
 from lapora import metrics
 from lapora.cli.app import app
 from lapora.cli.app import run as run_command_line
-from lapora.config import DataSettings, EvalSettings, FitSettings, ModelSettings
-from lapora.errors import AdapterError, DataError, GateError, LaporaWarning, UsageError
+from lapora.config import DataSettings, EvalSettings, FitSettings, ModelSettings, PriorSettings
+from lapora.errors import AdapterError, DataError, GateError, LaporaWarning, PosteriorError, UsageError
 from lapora.models.batching import BatchSize
 from lapora.posterior.averaging import TEMPERATURE_WIDTH
+from lapora.storage.saved import SavedPosterior
+from lapora.workflows import evaluate as evaluation
 from lapora.workflows.evaluate import run_evaluation
 from lapora.workflows.fit import fit
 from lapora.workflows.results import append_result, check_gates, parse_gate, read_results
 from lapora.workflows.rows import read_labelled_rows, row_digest
 from lapora.workflows.scoring import forward_table, score_rows
 from lapora.workflows.task_model import open_fitted
+from lapora.workflows.tune_prior import tune_prior
 
 
 @pytest.fixture(scope="module")
@@ -218,6 +221,50 @@ def test_posteriors_of_other_tasks_are_scored_apart(demo, adapter, tmp_path):
     done = run(folder, DataSettings(limit=20), methods=("all",))
     assert not any("turned" in label for label in by_label(done))
     assert any(line.startswith("left out: turned: fitted on other prompts") for line in done.warnings)
+
+
+def test_posteriors_that_differ_in_their_prior_alone_share_a_pass(adapter, elsewhere, demo, tmp_path, monkeypatch):
+    folder = tmp_path / "adapter"
+    shutil.copytree(adapter, folder)
+    for name, settings in {"evidence": PriorSettings(method="marglik"), "tuned": PriorSettings(link="probit")}.items():
+        shutil.copytree(folder / "laplace" / "default", folder / "laplace" / name)
+        tune_prior(ModelSettings(adapter=str(folder)), None, replace(settings, name=name))
+    names = ("tuned", "diag", "evidence", "default")
+    shift = {"ood": (str(demo / "farm.yaml"),), "ood_data_dirs": (elsewhere,)}
+    passes = []
+    monkeypatch.setattr(evaluation, "score_rows", lambda *args, **kw: passes.append(1) or score_rows(*args, **kw))
+    together = run(folder, names=names, methods=("map", "laplace"), links=("mc-joint", "probit"), **shift)
+    assert len(passes) == 4  # two sets of rows, and diag has factors of its own
+    labels = [f"laplace {name} ({link})" for name in names for link in ("mc-joint", "probit")]
+    assert list(by_label(together)) == ["map", *labels] and list(together.manifests) == list(names)
+    assert together.manifests["evidence"]["prior"] != together.manifests["tuned"]["prior"]
+    monkeypatch.setattr(SavedPosterior, "digest_without_prior", property(lambda posterior: posterior.folder.name))
+    passes.clear()
+    apart = run(folder, names=names, methods=("map", "laplace"), links=("mc-joint", "probit"), **shift)
+    assert len(passes) == 8 and apart.warnings == together.warnings
+    assert_close(apart.record, together.record)
+
+
+def assert_close(first, second):
+    """Compare two records, numbers within 1e-6."""
+    if isinstance(first, dict):
+        assert list(first) == list(second)
+        first, second = list(first.values()), list(second.values())
+    if isinstance(first, list):
+        assert len(first) == len(second)
+        for one, other in zip(first, second, strict=True):
+            assert_close(one, other)
+    else:
+        assert first == (pytest.approx(second, abs=1e-6) if isinstance(second, float) else second)
+
+
+def test_factors_that_are_not_used_are_checked(adapter, tmp_path):
+    folder = tmp_path / "adapter"
+    shutil.copytree(adapter, folder)
+    copy = shutil.copytree(folder / "laplace" / "default", folder / "laplace" / "copy")
+    (copy / "factors.safetensors").write_bytes(b"damaged")
+    with pytest.raises(PosteriorError, match=r"copy/factors\.safetensors: damaged"):
+        run(folder, names=("default", "copy"))
 
 
 def test_a_damaged_file_of_other_rows_is_an_error(adapter, elsewhere, demo, tmp_path):

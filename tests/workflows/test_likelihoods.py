@@ -87,6 +87,22 @@ def table_and_rows(folder, link="mc-joint"):
     return fitted, rows, score_rows(fitted, rows, [link], samples=256).tables
 
 
+@pytest.mark.parametrize("name", LIKELIHOODS)
+def test_several_averages_in_one_pass_equal_a_pass_each(name, tiny):
+    folder = tiny(name)
+    fitted, rows, _ = table_and_rows(folder)
+    averages = []
+    for method in ("auto", "marglik", "validation"):
+        tune_prior(model_of(folder), None, PriorSettings(method=method))
+        averages.append(open_fitted(model_of(folder), "default").average)
+    scored = score_rows(fitted, rows, ["mc-joint"], samples=256, averages=averages, with_information=True)
+    for index, average in enumerate(averages):
+        alone = score_rows(fitted, rows, ["mc-joint"], samples=256, averages=[average], with_information=True)
+        for link in ("map", "mc-joint"):
+            torch.testing.assert_close(scored.tables[link][index], alone.tables[link][0], atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(scored.information[index], alone.information[0], atol=1e-6, rtol=1e-5)
+
+
 @pytest.mark.parametrize("method", ["auto", "validation", "marglik"])
 @pytest.mark.parametrize("name", LIKELIHOODS)
 def test_predictions_are_those_that_are_scored(name, method, tiny):
@@ -231,7 +247,7 @@ def test_the_marginal_likelihood_scales_the_noise(tiny):
     folder = tiny("gaussian")
     prior = tune_prior(model_of(folder), None, PriorSettings(method="marglik")).prior
     fitted = open_fitted(model_of(folder), "default")
-    assert prior["noise_scale"] > 1.0 and fitted.averaging.temperatures.tolist() == [prior["noise_scale"]]
+    assert prior["noise_scale"] > 1.0 and fitted.average.averaging.temperatures.tolist() == [prior["noise_scale"]]
     (record,) = predict(model_of(folder), PredictSettings(), lines_of("gaussian", 1))
     (plain,) = predict(model_of(folder), PredictSettings(link="map"), lines_of("gaussian", 1))
     noise = fitted.posterior.manifest.noise_variance[0]

@@ -27,7 +27,7 @@ from lapora.workflows.evaluate import evaluate
 from lapora.workflows.fit import fit
 from lapora.workflows.rows import read_labelled_rows
 from lapora.workflows.scoring import score_rows
-from lapora.workflows.task_model import open_fitted
+from lapora.workflows.task_model import PriorAverage, open_fitted
 from lapora.workflows.tune_prior import GRID, curve_minimum, tune_prior
 from tiny_models import batches, dense_jacobian, rows, tiny_classifier
 
@@ -168,9 +168,11 @@ def test_a_grid_of_priors_in_one_pass_equals_one_pass_for_each(demo, adapter, st
     labelled = read_labelled_rows(session.posterior, session.model.kind, DataSettings(limit=20))
     priors = [PriorPrecision("scalar", {"all": delta}) for delta in (0.1, 3.0, 200.0)]
     links = ["mc-joint", "mc-indep", "probit", "bridge"]
-    together = score_rows(session, labelled, links, samples=256, priors=priors)
+    together = score_rows(
+        session, labelled, links, samples=256, averages=[PriorAverage.single(each) for each in priors]
+    )
     for index, prior in enumerate(priors):
-        alone = score_rows(session, labelled, links, samples=256, priors=[prior])
+        alone = score_rows(session, labelled, links, samples=256, averages=[PriorAverage.single(prior)])
         for link in links:
             torch.testing.assert_close(together.tables[link][index], alone.tables[link][0], atol=1e-6, rtol=1e-5)
 

@@ -26,6 +26,7 @@ from lapora.models.adapter import Adapter, read_adapter
 from lapora.posterior.marglik import Spectrum
 from lapora.storage.files import fsync_path, os_error_reason, remove_path, write_json
 from lapora.storage.manifest import (
+    CHECKSUMS,
     FORMAT_VERSION,
     Manifest,
     Prior,
@@ -203,6 +204,11 @@ class SavedPosterior:
     def manifest(self) -> Manifest:
         """The manifest's fields."""
         return typed(self._content)
+
+    @property
+    def digest_without_prior(self) -> str:
+        """Digest of manifest and factors, equal for posteriors that differ in their prior alone."""
+        return str(self._content[CHECKSUMS]["rest"])
 
     @property
     def prior(self) -> Prior:

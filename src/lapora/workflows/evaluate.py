@@ -27,7 +27,7 @@ from lapora.config import (
 )
 from lapora.errors import DataError, MissingSplitError, UsageError
 from lapora.likelihoods.base import Likelihood, ScoreOptions
-from lapora.models.loading import Loader, load_model
+from lapora.models.loading import LoadedModel, Loader, load_model
 from lapora.storage.saved import open_posterior, saved_names
 from lapora.tasks import Row, Task, data_fingerprint, load_rows, load_task, render_all, resolve_choices
 from lapora.workflows import baselines
@@ -109,28 +109,31 @@ def run_evaluation(
         notes.append(f"note: the adapter was trained on the rows of {rows.split}: these scores are too optimistic")
     sets = [rows, *(_shifted_rows(fitted, name, folder, data.limit) for name, folder in plan.shifted)]
 
-    predictions: list[list[Prediction]] = [[] for _ in sets]
+    predictions: list[list[Prediction]] = []
     manifests: dict[str, Mapping[str, Any]] = {}
+    laplace: dict[str, list[list[Prediction]]] = {}
+    warned: dict[str, list[str]] = {}
     truncated = 0
-    for name in plan.names if "laplace" in plan.methods else plan.names[:1]:
-        if name != fitted.posterior.folder.name:
-            fitted = open_fitted(model, name, fitted, data, load)
-            loaded = fitted.model.loaded
-            if (loaded.dtype, loaded.quantize) != (of_map.dtype, of_map.quantize):
-                notes.append(
-                    f"note: {name} is on the base in {loaded.dtype}, quantization {loaded.quantize}, and MAP in "
-                    f"{of_map.dtype}, quantization {of_map.quantize}: their differences include that of the base"
-                )
-        manifests[name] = fitted.posterior.content
-        scored = [_score(fitted, each, plan, settings, progress) for each in sets]
-        if len(manifests) == 1:
+    for names in plan.passes:
+        members = _open_together(model, names, fitted, data, load)
+        fitted = members[0]
+        scored = [_score(members, each, plan, settings, progress) for each in sets]
+        if not predictions:
             truncated = scored[0].truncated
             at_map = [each.tables["map"][0] for each in scored]
             predictions = _baselines(model, fitted, sets, at_map, plan, settings, temperature, notes)
-        if "laplace" in plan.methods:
-            for found, each in zip(predictions, scored, strict=True):
-                found += _laplace(name, plan.links, each)
-            notes += _warnings(fitted, plan.links, rows, scored[0], advice)
+        for index, member in enumerate(members):
+            manifests[names[index]] = member.posterior.content
+            if "laplace" in plan.methods:
+                laplace[names[index]] = [_laplace(names[index], plan.links, each, index) for each in scored]
+                warned[names[index]] = [
+                    *_base_differs(member, of_map),
+                    *_warnings(member, plan.links, rows, scored[0], index, advice),
+                ]
+    for name in plan.names if "laplace" in plan.methods else ():
+        notes += warned[name]
+        for found, own in zip(predictions, laplace[name], strict=True):
+            found += own
     record = {
         "task": rows.task.task,
         "split": rows.split,
@@ -146,7 +149,8 @@ def run_evaluation(
             shift_record(fitted.model.likelihood, inside, found, each)
             for found, each in zip(predictions[1:], sets[1:], strict=True)
         ]
-    return Evaluation(record, predictions[0], rows.targets, notes, manifests, fitted.model.likelihood)
+    ordered = {name: manifests[name] for name in plan.names if name in manifests}
+    return Evaluation(record, predictions[0], rows.targets, notes, ordered, fitted.model.likelihood)
 
 
 _OWN_ROWS_ONLY = ("constant", "temperature (oracle)")
@@ -168,14 +172,39 @@ def _temperature(
     return found
 
 
+def _open_together(
+    model: ModelSettings, names: Sequence[str], earlier: Fitted, data: DataSettings, load: Loader
+) -> list[Fitted]:
+    """Open posteriors that differ in their prior alone; each is read and checked, and the factors are kept once."""
+    members: list[Fitted] = []
+    for name in names:
+        opened = earlier if name == earlier.posterior.folder.name else open_fitted(model, name, earlier, data, load)
+        members.append(replace(members[0], posterior=opened.posterior) if members else opened)
+        earlier = members[0]
+    return members
+
+
+def _base_differs(fitted: Fitted, of_map: LoadedModel) -> list[str]:
+    loaded = fitted.model.loaded
+    if (loaded.dtype, loaded.quantize) == (of_map.dtype, of_map.quantize):
+        return []
+    name = fitted.posterior.folder.name
+    return [
+        f"note: {name} is on the base in {loaded.dtype}, quantization {loaded.quantize}, and MAP in {of_map.dtype}, "
+        f"quantization {of_map.quantize}: their differences include that of the base"
+    ]
+
+
 def _score(
-    fitted: Fitted, rows: LabelledRows, plan: Plan, settings: EvalSettings, progress: Progress | None
+    members: Sequence[Fitted], rows: LabelledRows, plan: Plan, settings: EvalSettings, progress: Progress | None
 ) -> ScoredRows:
+    """Predict rows under posteriors that differ in their prior alone, in one pass."""
     laplace = "laplace" in plan.methods
     return score_rows(
-        fitted,
+        members[0],
         rows,
         plan.links if laplace else (),
+        averages=[each.average for each in members],
         samples=settings.samples,
         seed=settings.seed,
         with_information=laplace and bool(settings.ood),
@@ -231,14 +260,15 @@ def _constant(fitted: Fitted, targets: torch.Tensor, at_map: torch.Tensor) -> to
     return constant.masked_fill(at_map == -torch.inf, -torch.inf).log_softmax(dim=1)
 
 
-def _laplace(name: str, links: Sequence[Link], scored: ScoredRows) -> list[Prediction]:
+def _laplace(name: str, links: Sequence[Link], scored: ScoredRows, index: int) -> list[Prediction]:
+    information = scored.information[index] if scored.information else None
     return [
         Prediction(
             "laplace",
-            scored.tables[link][0],
+            scored.tables[link][index],
             name,
             link,
-            mutual_information=None if link == "map" else scored.information,
+            mutual_information=None if link == "map" else information,
         )
         for link in links
     ]
@@ -271,11 +301,13 @@ def _defined(value: float) -> float | None:
     return None if math.isnan(value) else value
 
 
-def _warnings(fitted: Fitted, links: Sequence[Link], rows: LabelledRows, scored: ScoredRows, options: str) -> list[str]:
+def _warnings(
+    fitted: Fitted, links: Sequence[Link], rows: LabelledRows, scored: ScoredRows, index: int, options: str
+) -> list[str]:
     found = []
     for link in links:
         if link != "map":
-            found += _warn(fitted, link, rows, scored.tables[link][0], scored.tables["map"][0], options)
+            found += _warn(fitted, link, rows, scored.tables[link][index], scored.tables["map"][index], options)
     return found
 
 
@@ -356,6 +388,8 @@ class Plan:
         tuned_on: Split and digests of the rows that tuned a prior, by posterior.
         shifted: Tasks of out-of-distribution rows, and the folders of these rows.
         left_out: Messages about methods of ``all`` that are left out.
+        passes: The names of the posteriors that are scored, in the order of their passes over the rows: those of one
+            pass differ in their prior alone.
     """
 
     methods: tuple[Method, ...]
@@ -365,6 +399,7 @@ class Plan:
     tuned_on: dict[str, TuningRows]
     shifted: tuple[tuple[str, Path | None], ...] = ()
     left_out: tuple[str, ...] = ()
+    passes: tuple[tuple[str, ...], ...] = ()
 
     @property
     def tuning_digests(self) -> frozenset[str]:
@@ -400,6 +435,7 @@ def make_plan(model: ModelSettings, settings: EvalSettings, data: DataSettings =
     tuned_on = {}
     task: Task | None = None
     of_one_task = []
+    passes: dict[str, list[str]] = {}
     for name in names:
         _, posterior = open_posterior(model, name)
         own = resolve_task(DataSettings(), posterior.manifest)
@@ -414,6 +450,7 @@ def make_plan(model: ModelSettings, settings: EvalSettings, data: DataSettings =
             continue
         task = task or own
         of_one_task.append(name)
+        passes.setdefault(posterior.digest_without_prior, []).append(name)
         check_likelihood(likelihood, settings)
         if not links:
             links = tuple(link for link in LINKS[likelihood] if link != "map") if everything else ("mc-joint",)
@@ -421,7 +458,8 @@ def make_plan(model: ModelSettings, settings: EvalSettings, data: DataSettings =
         if record is not None and record.rows:
             tuned_on[name] = TuningRows(record.split or "", frozenset(record.rows))
     order = [method for method in get_args(Method) if method in methods]
-    return Plan(tuple(order), everything, tuple(of_one_task), links, tuned_on, shifted, left_out)
+    scored = [tuple(each) for each in passes.values()] if "laplace" in order else [(of_one_task[0],)]
+    return Plan(tuple(order), everything, tuple(of_one_task), links, tuned_on, shifted, left_out, tuple(scored))
 
 
 def _unique(values: Sequence[Any]) -> tuple[Any, ...]:

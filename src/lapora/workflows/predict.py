@@ -257,7 +257,7 @@ def _records(
     found = predictor.moments_under_each_prior(batch)
     for each in found:
         require_finite(each.covariance, batch)
-    return fitted.model.likelihood.records(found, fitted.averaging, settings, batch.texts, own_choices)
+    return fitted.model.likelihood.records(found, fitted.average.averaging, settings, batch.texts, own_choices)
 
 
 _MOST_BASES = 4

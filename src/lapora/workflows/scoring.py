@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 import torch
@@ -11,14 +12,13 @@ from torch import Tensor
 
 from lapora.config import Link, Progress, method_label
 from lapora.curvature.passes import stack_outputs
-from lapora.likelihoods.base import Averaging, LogitMoments
+from lapora.likelihoods.base import LogitMoments
 from lapora.models.batches import Batch
 from lapora.models.batching import run_batches
-from lapora.posterior.prior import PriorPrecision
 from lapora.predictive.moments import LinearisedPredictor
 from lapora.tasks import EncodedExample, Example
 from lapora.workflows.rows import LabelledRows
-from lapora.workflows.task_model import Fitted, TaskModel, require_finite, translate_row_errors
+from lapora.workflows.task_model import Fitted, PriorAverage, TaskModel, require_finite, translate_row_errors
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,15 +26,15 @@ class ScoredRows:
     """Predictions of rows.
 
     Attributes:
-        tables: The likelihood's tables by link, ``(D, N, ...)`` in float64: averaged as saved (D = 1), or under each
-            of D given priors. ``map`` is always included. Minus infinity for the answers that a row does not have.
+        tables: The likelihood's tables by link, ``(N, ...)`` in float64 for each average over priors. ``map`` is
+            always included. Minus infinity for the answers that a row does not have.
         truncated: Number of rows that were truncated to the maximum length.
-        information: Mutual information of answer and weights, ``(N,)`` in nats, if requested.
+        information: Mutual information of answer and weights, ``(N,)`` in nats for each average, if requested.
     """
 
-    tables: dict[Link, Tensor]
+    tables: dict[Link, list[Tensor]]
     truncated: int
-    information: Tensor | None = None
+    information: list[Tensor] | None = None
 
 
 def score_rows(
@@ -44,11 +44,11 @@ def score_rows(
     *,
     samples: int,
     seed: int = 0,
-    priors: Sequence[PriorPrecision] = (),
+    averages: Sequence[PriorAverage] = (),
     with_information: bool = False,
     progress: Progress | None = None,
 ) -> ScoredRows:
-    """Predict rows with several links in one pass, under the saved prior or under several others.
+    """Predict rows with several links in one pass, averaged as saved or in several other ways.
 
     Args:
         fitted: The fitted adapter.
@@ -56,39 +56,48 @@ def score_rows(
         links: Links from moments to probabilities.
         samples: Quasi-Monte-Carlo points of the sampling links.
         seed: Random seed of their scrambling.
-        priors: Prior precisions to predict under, one by one; by default predictions average over the saved prior.
+        averages: Averages over prior precisions to predict under, each; by default the saved one.
         with_information: Compute the mutual information.
         progress: Progress callback.
     """
     model, processes, likelihood = fitted.model, fitted.model.processes, fitted.model.likelihood
     coded = model.encode(rows.examples)
     mine = processes.shard(coded)
-    averaging = Averaging.single() if priors else fitted.averaging
-    tables: dict[Link, Tensor] = {}
-    for link in ("map", *links):
-        shape = likelihood.row_shape(1 if link == "map" else len(averaging.components))
+    averages = averages or [fitted.average]
+
+    def empty(link: Link, average: PriorAverage) -> Tensor:
+        shape = likelihood.row_shape(1 if link == "map" else len(average.averaging.components))
         if not model.choices:  # each row has its own answers
             shape = (max(len(example.choices) for example in rows.examples),)
-        tables[link] = torch.full((max(1, len(priors)), len(mine), *shape), -torch.inf, dtype=torch.float64)
-    information = torch.zeros(len(mine), dtype=torch.float64)
+        return torch.full((len(mine), *shape), -torch.inf, dtype=torch.float64)
+
+    tables: dict[Link, list[Tensor]] = {link: [empty(link, each) for each in averages] for link in ("map", *links)}
+    information = [torch.zeros(len(mine), dtype=torch.float64) for _ in averages]
     predictor = fitted.predictor(
         every_class=any(likelihood.needs_every_output(link) for link in links),
         map_only=set(links) <= {"map"} and not with_information,
-        priors=priors,
+        priors=[prior for each in averages for prior in each.priors],
     )
     for batch, found in run_moments(model, predictor, rows.examples, coded, progress):
         positions = list(batch.rows)
-        for link, table in tables.items():
-            for index, each in enumerate([[moments] for moments in found] if priors else [found]):
-                own = likelihood.predict(link, each, averaging, samples=samples, seed=seed)
-                table[index, positions, : own.shape[1]] = own
-        if with_information:
-            information[positions] = likelihood.information(found, averaging, samples=samples, seed=seed)
-    joined = {link: processes.interleave(table, len(coded), dim=1) for link, table in tables.items()}
+        moments = iter(found)
+        for index, average in enumerate(averages):
+            own = list(islice(moments, len(average.priors)))
+            for link, table in tables.items():
+                part = likelihood.predict(link, own, average.averaging, samples=samples, seed=seed)
+                table[index][positions, : part.shape[1]] = part
+            if with_information:
+                information[index][positions] = likelihood.information(
+                    own, average.averaging, samples=samples, seed=seed
+                )
+
+    def joined(parts: Sequence[Tensor]) -> list[Tensor]:
+        return [processes.interleave(part, len(coded)) for part in parts]
+
     return ScoredRows(
-        joined,
+        {link: joined(table) for link, table in tables.items()},
         sum(row.truncated for row in coded),
-        processes.interleave(information, len(coded)) if with_information else None,
+        joined(information) if with_information else None,
     )
 
 

@@ -174,6 +174,36 @@ class TaskModel:
         return BatchFeed(self.outputs, encoded, self.batch_size, self.processes)
 
 
+@dataclass(frozen=True, eq=False)
+class PriorAverage:
+    """Prior precisions that predictions are averaged over.
+
+    Attributes:
+        priors: The D prior precisions.
+        averaging: Weights of each with each temperature.
+    """
+
+    priors: Sequence[PriorPrecision]
+    averaging: Averaging
+
+    @classmethod
+    def single(cls, prior: PriorPrecision) -> PriorAverage:
+        """Return one prior precision, at temperature 1."""
+        return cls([prior], Averaging.single())
+
+    @classmethod
+    def saved(cls, prior: Prior) -> PriorAverage:
+        """Return what a posterior's prior averages over: one precision, unless ``averaged``."""
+        if prior.averaged is None:
+            scale = torch.tensor([prior.noise_scale], dtype=torch.float64)
+            return cls([prior.precisions], Averaging(scale, torch.ones(1, 1, dtype=torch.float64)))
+        pruned = prior.averaged.pruned()
+        temperatures, weights = (
+            torch.tensor(each, dtype=torch.float64) for each in (pruned.temperatures, pruned.weights)
+        )
+        return cls(prior.precisions.on_grid(pruned.grid), Averaging(temperatures, weights))
+
+
 @dataclass(frozen=True)
 class Fitted:
     """A loaded adapter with its saved posterior.
@@ -220,31 +250,16 @@ class Fitted:
         return self.posterior.prior
 
     @cached_property
-    def averaging(self) -> Averaging:
-        """Weights of the saved prior's precisions, in the order of :attr:`priors`, and of its temperatures."""
-        averaged = self.prior.averaged
-        if averaged is None:
-            scale = torch.tensor([self.prior.noise_scale], dtype=torch.float64)
-            return Averaging(scale, torch.ones(1, 1, dtype=torch.float64))
-        pruned = averaged.pruned()
-        return Averaging(
-            torch.tensor(pruned.temperatures, dtype=torch.float64), torch.tensor(pruned.weights, dtype=torch.float64)
-        )
-
-    @cached_property
-    def priors(self) -> list[PriorPrecision]:
-        """The prior precisions that predictions are averaged over; a single one without averaging."""
-        averaged = self.prior.averaged
-        if averaged is None:
-            return [self.prior.precisions]
-        return self.prior.precisions.on_grid(averaged.pruned().grid)
+    def average(self) -> PriorAverage:
+        """The saved prior precisions that predictions are averaged over."""
+        return PriorAverage.saved(self.prior)
 
     def predictor(
         self, *, every_class: bool, map_only: bool = False, priors: Sequence[PriorPrecision] = ()
     ) -> LinearisedPredictor:
         """Return the linearised predictive under the saved prior precisions, or under several others at once."""
         parameters = self.posterior.manifest.parameters
-        per_layer = [prior.per_layer(parameters) for prior in priors or self.priors]
+        per_layer = [prior.per_layer(parameters) for prior in priors or self.average.priors]
         return LinearisedPredictor(
             self.model.outputs,
             self.layers,

@@ -405,6 +405,7 @@ def _choose(
     from lapora import metrics
     from lapora.workflows.rows import row_digest
     from lapora.workflows.scoring import score_rows
+    from lapora.workflows.task_model import PriorAverage
 
     scalar = settings.structure == "scalar"
     # With several precisions, the grid applies to the smallest, so that all of them reach MAP at its end.
@@ -421,7 +422,7 @@ def _choose(
         [settings.link],
         samples=TUNING_SAMPLES,
         seed=settings.seed,
-        priors=priors,
+        averages=[PriorAverage.single(each) for each in priors],
         progress=progress,
     )
     likelihood = fitted.model.likelihood
