@@ -104,6 +104,13 @@ def test_what_is_tolerated_at_a_smaller_precision_again_does_not_count():
     assert 1.0 < found < 1e4
 
 
+def test_an_excess_that_vanishes_moves_the_tolerance_little():
+    """Whether predictions are hardly worse than MAP or hardly better at the next point must not matter."""
+    variance = np.full(3, 0.04)
+    found = [tolerance_of(curve(np.array([1.0, 0.1, excess]), variance)) for excess in (1e-4, 2e-6, 5e-7, -1e-4, -0.05)]
+    assert found == pytest.approx([found[0]] * 5) and 10.0 < found[0] < 316.0
+
+
 def test_the_less_closely_rows_are_fitted_the_less_is_tolerated():
     excess = 0.02 / np.logspace(-2, 4, 25)
     close, loose = (tolerance_of(curve(excess, 4 * excess**2, map_nll)) for map_nll in (0.01, 0.5))

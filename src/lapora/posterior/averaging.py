@@ -56,6 +56,9 @@ EXCESS, EXCESS_SCALE, LARGEST_RATIO = 0.01, 0.2, 10.0
 _NO_EXCESS = 1e-6
 """Mean excess in nats per row that is always tolerated."""
 
+_LEAST_SHARE = 0.1
+"""Between two points of the curve, an excess below this share of what is allowed counts as this share."""
+
 RETAINED_WEIGHT = 0.999
 """Total weight of the components that are kept for prediction."""
 
@@ -206,13 +209,14 @@ def tolerance_of(curve: TrainingCurve) -> float:
     ratio = np.minimum(np.array(curve.variance) / np.square(mean), LARGEST_RATIO)
     allowed = EXCESS * math.exp(-curve.map_nll / EXCESS_SCALE) * ratio
     over = np.where(excess <= _NO_EXCESS, -np.inf, np.log(mean) - np.log(np.maximum(allowed, 1e-300)))
+    over = np.maximum(over, math.log(_LEAST_SHARE))
     above = np.flatnonzero(over > 0)
     if not len(above):
         return float(curve.precisions[0])
     last = int(above[-1])
     if last == len(logs) - 1:
         return float(curve.precisions[-1])
-    share = 1.0 if np.isinf(over[last + 1]) else over[last] / (over[last] - over[last + 1])
+    share = over[last] / (over[last] - over[last + 1])
     return float(math.exp(logs[last] + share * (logs[last + 1] - logs[last])))
 
 

@@ -110,29 +110,26 @@ def run_evaluation(
     sets = [rows, *(_shifted_rows(fitted, name, folder, data.limit) for name, folder in plan.shifted)]
 
     predictions: list[list[Prediction]] = []
-    manifests: dict[str, Mapping[str, Any]] = {}
-    laplace: dict[str, list[list[Prediction]]] = {}
-    warned: dict[str, list[str]] = {}
+    of_posteriors: dict[str, _OfPosterior] = {}
     truncated = 0
     for names in plan.passes:
         members = _open_together(model, names, fitted, data, load)
         fitted = members[0]
-        scored = [_score(members, each, plan, settings, progress) for each in sets]
+        scored = [_score(members, each, plan.links, settings, progress) for each in sets]
         if not predictions:
             truncated = scored[0].truncated
             at_map = [each.tables["map"][0] for each in scored]
             predictions = _baselines(model, fitted, sets, at_map, plan, settings, temperature, notes)
-        for index, member in enumerate(members):
-            manifests[names[index]] = member.posterior.content
-            if "laplace" in plan.methods:
-                laplace[names[index]] = [_laplace(names[index], plan.links, each, index) for each in scored]
-                warned[names[index]] = [
-                    *_base_differs(member, of_map),
-                    *_warnings(member, plan.links, rows, scored[0], index, advice),
-                ]
-    for name in plan.names if "laplace" in plan.methods else ():
-        notes += warned[name]
-        for found, own in zip(predictions, laplace[name], strict=True):
+        for index, (name, member) in enumerate(zip(names, members, strict=True)):
+            of_posteriors[name] = _OfPosterior(
+                member.posterior.content,
+                [_laplace(name, plan.links, each, index) for each in scored],
+                [*_base_differs(member, of_map), *_warnings(member, plan.links, rows, scored[0], index, advice)],
+            )
+    in_order = {name: of_posteriors[name] for name in plan.names if name in of_posteriors}
+    for each in in_order.values():
+        notes += each.notes
+        for found, own in zip(predictions, each.predictions, strict=True):
             found += own
     record = {
         "task": rows.task.task,
@@ -149,8 +146,17 @@ def run_evaluation(
             shift_record(fitted.model.likelihood, inside, found, each)
             for found, each in zip(predictions[1:], sets[1:], strict=True)
         ]
-    ordered = {name: manifests[name] for name in plan.names if name in manifests}
-    return Evaluation(record, predictions[0], rows.targets, notes, ordered, fitted.model.likelihood)
+    manifests = {name: each.manifest for name, each in in_order.items()}
+    return Evaluation(record, predictions[0], rows.targets, notes, manifests, fitted.model.likelihood)
+
+
+@dataclass(frozen=True, eq=False)
+class _OfPosterior:
+    """A posterior's manifest, its predictions of each set of rows, and what is to be said about it."""
+
+    manifest: Mapping[str, Any]
+    predictions: list[list[Prediction]]
+    notes: list[str]
 
 
 _OWN_ROWS_ONLY = ("constant", "temperature (oracle)")
@@ -196,18 +202,21 @@ def _base_differs(fitted: Fitted, of_map: LoadedModel) -> list[str]:
 
 
 def _score(
-    members: Sequence[Fitted], rows: LabelledRows, plan: Plan, settings: EvalSettings, progress: Progress | None
+    members: Sequence[Fitted],
+    rows: LabelledRows,
+    links: Sequence[Link],
+    settings: EvalSettings,
+    progress: Progress | None,
 ) -> ScoredRows:
     """Predict rows under posteriors that differ in their prior alone, in one pass."""
-    laplace = "laplace" in plan.methods
     return score_rows(
         members[0],
         rows,
-        plan.links if laplace else (),
+        links,
         averages=[each.average for each in members],
         samples=settings.samples,
         seed=settings.seed,
-        with_information=laplace and bool(settings.ood),
+        with_information=bool(links and settings.ood),
         progress=progress,
     )
 
@@ -384,7 +393,7 @@ class Plan:
         methods: Methods, in the order of the table.
         everything: Whether ``all`` was requested; methods that are not possible are then left out, not refused.
         names: Names of the posteriors, at least one.
-        links: Links of each posterior.
+        links: Links of each posterior; none if Laplace is not scored.
         tuned_on: Split and digests of the rows that tuned a prior, by posterior.
         shifted: Tasks of out-of-distribution rows, and the folders of these rows.
         left_out: Messages about methods of ``all`` that are left out.
@@ -458,8 +467,10 @@ def make_plan(model: ModelSettings, settings: EvalSettings, data: DataSettings =
         if record is not None and record.rows:
             tuned_on[name] = TuningRows(record.split or "", frozenset(record.rows))
     order = [method for method in get_args(Method) if method in methods]
-    scored = [tuple(each) for each in passes.values()] if "laplace" in order else [(of_one_task[0],)]
-    return Plan(tuple(order), everything, tuple(of_one_task), links, tuned_on, shifted, left_out, tuple(scored))
+    scored = tuple(tuple(each) for each in passes.values())
+    if "laplace" not in order:
+        links, scored = (), ((of_one_task[0],),)
+    return Plan(tuple(order), everything, tuple(of_one_task), links, tuned_on, shifted, left_out, scored)
 
 
 def _unique(values: Sequence[Any]) -> tuple[Any, ...]:
