@@ -52,7 +52,7 @@ LINES = {
     "spaces around": (b"  \t" + GOOD + b"  \n", None),
     "duplicate key: the last counts": (b'{"story": "no", "story": "the cows are in the barn"}\n', None),
     "one megabyte": (b'{"story": "the cows are in the barn", "other": "' + b"x" * 1_000_000 + b'"}\n', None),
-    "one megabyte of prompt": (b'{"story": "' + b"cows " * 200_000 + b'"}\n', "more than the 48 of --max-length"),
+    "one megabyte of prompt": (b'{"story": "' + b"cows " * 200_000 + b'"}\n', "more than the maximum of 48"),
     "not UTF-8": (b'{"story": "\xff\xfe"}\n', "not UTF-8 at byte 11"),
     "UTF-16": (GOOD.decode().encode("utf-16-le") + b"\n", "not"),
     "half a surrogate pair": (b'{"story": "\\ud800"}\n', "an unpaired surrogate"),

@@ -153,7 +153,7 @@ def test_what_cannot_be_halved_is_refused_in_one_line():
 
     with pytest.raises(UsageError, match=r"^a batch of 3 rows of \d tokens does not fit in memory; use --ba"):
         list(run_batches(BatchFeed(answers, encoded, BatchSize(3)), fails))
-    with pytest.raises(UsageError, match=r"^one row of \d tokens does not fit in memory; use a smaller --max-length"):
+    with pytest.raises(UsageError, match=r"^one row of \d tokens does not fit in memory; use --gradient-checkpointing"):
         list(run_batches(BatchFeed(answers, encoded, BatchSize(None)), fails))
 
 

@@ -100,7 +100,7 @@ def test_a_row_that_cannot_be_cut_enough_is_named() -> None:
     with pytest.raises(DataError) as caught:
         encoded({**ROW, "question": PASSAGE}, tokenizer, 60)
     count = len(tokenizer(boolq_prompt(PASSAGE, PASSAGE))["input_ids"])
-    too_long = f"row 7: its prompt has {count} tokens, more than the 60 of --max-length"
+    too_long = f"row 7: its prompt has {count} tokens, more than the maximum of 60"
     assert f"{too_long}, even without field 'passage'" in str(caught.value)
     no_field = Task.from_dict({"task": "x", "doc_to_text": "{{passage}} ?", "doc_to_choice": ["A", "B"]})
     with pytest.raises(DataError, match="set the task's truncate_field"):
@@ -203,7 +203,7 @@ def test_only_the_truncate_field_of_a_pair_is_cut() -> None:
     long_question = {"question": PASSAGE, "passage": "the sky is blue"}
     passage = word_piece()("the sky is blue")["input_ids"][1:]
     assert classified(long_question, 40, first).input_ids[-len(passage) :] == passage
-    with pytest.raises(DataError, match=r"row 7: it has \d+ tokens, more than the 40 of --max-length, and \d+ of them"):
+    with pytest.raises(DataError, match=r"row 7: it has \d+ tokens, more than the maximum of 40, and \d+ of them"):
         classified({"question": PASSAGE, "passage": "p"}, 40)
 
 
@@ -229,7 +229,7 @@ def test_only_the_truncate_field_is_cut_within_a_longer_text(inputs: list[str]) 
         == result.input_ids
     ]
     assert kept  # it is the row with the beginning of the passage
-    with pytest.raises(DataError, match="even without field 'passage'; increase it"):
+    with pytest.raises(DataError, match="even without field 'passage'; fit with a larger --max-length"):
         classified({"question": PASSAGE, "passage": "p"}, 40, task)
 
 
@@ -241,7 +241,7 @@ def test_without_a_truncate_field_the_longest_is_cut() -> None:
     single = classified({"sentence": PASSAGE}, 20, load_task("cola"))
     assert single.truncated and len(single.input_ids) == 20
     assert single.input_ids == [*word_piece()(PASSAGE)["input_ids"][:19], result.input_ids[-1]]
-    with pytest.raises(DataError, match="cannot be truncated; increase it"):
+    with pytest.raises(DataError, match="cannot be truncated; fit with a larger --max-length"):
         classified({"sentence": PASSAGE}, 2, load_task("cola"))
 
 

@@ -24,7 +24,7 @@ from lapora.models.loading import load_model, silence_libraries
 from lapora.models.shared_base import BaseCache
 from lapora.workflows.evaluate import run_evaluation
 from lapora.workflows.fit import fit_several
-from lapora.workflows.predict import predict
+from lapora.workflows.predict import AdapterPool, predict
 from tiny_adapter import make_adapter
 
 
@@ -294,6 +294,12 @@ def test_two_of_one_name_are_refused(several):
     settings = PredictSettings(adapters=(f"adapter={several / 'second'}",))
     with pytest.raises(UsageError, match="two adapters are called adapter"):
         list(predict(settings_of(several, "adapter"), settings, []))
+
+
+def test_the_default_adapter_may_be_in_the_folder_of_adapters(several):
+    fit_all(several, ["adapter", "second"])
+    pool = AdapterPool(settings_of(several, "adapter"), PredictSettings(adapters=(str(several),)))
+    assert pool.names == ["adapter", "second", "third"]
 
 
 @pytest.mark.slow

@@ -73,8 +73,8 @@ class BatchSize:
             )
         if rows == 1:
             raise UsageError(
-                f"one row of {length} tokens does not fit in memory; use a smaller --max-length, --dtype bfloat16 or "
-                "--quantize 4bit"
+                f"one row of {length} tokens does not fit in memory; use --gradient-checkpointing, or fit with --dtype "
+                "bfloat16, --quantize 4bit or a smaller --max-length"
             )
         self.tokens = max(1, rows * length // 2)
         self._may_grow = False

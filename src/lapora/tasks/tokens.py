@@ -156,12 +156,12 @@ Ids = TypeVar("Ids", bound=_Sized)
 
 def _shortened(example: Example, ids: list[int], encoder: PromptEncoder, max_length: int) -> list[int]:
     """Return the ids of the truncated prompt, at most ``max_length``."""
-    too_long = f"{example.where}: its prompt has {len(ids)} tokens, more than the {max_length} of --max-length"
+    too_long = f"{example.where}: its prompt has {len(ids)} tokens, more than the maximum of {max_length}"
     if example.ready and not encoder.chat_template:
         # A ready prompt is truncated on the left: its end is the cue for the answer.
         before, _ = encoder.frame(encoder.context(cast(str, example.text))[0])
         if before >= max_length:
-            raise DataError(f"{too_long}; increase it")
+            raise DataError(f"{too_long}; fit with a larger --max-length")
         return ids[:before] + ids[len(ids) - (max_length - before) :]
     return _with_less_text(example, ids, encoder, max_length, encoder.ids, too_long)
 
@@ -192,11 +192,15 @@ def _with_less_text(
         starts = [0, *(end for _, end in _spans(encoder.tokenizer, text))]
         shorter = _fitting(ids, len(starts) - 1, max_length, lambda kept: encoded(text[starts[-1 - kept] :]))
         if shorter is None:
-            raise DataError(f"{too_long}, and what cannot be truncated alone exceeds it; increase it")
+            raise DataError(
+                f"{too_long}, and what cannot be truncated alone exceeds it; fit with a larger --max-length"
+            )
         return shorter
     name = example.task.truncate_field
     if name is None:
-        raise DataError(f"{too_long}; increase it, or set the task's truncate_field to the field to truncate")
+        raise DataError(
+            f"{too_long}; fit with a larger --max-length, or set the task's truncate_field to the field to truncate"
+        )
 
     def of_row(row: Mapping[str, Any]) -> Ids:
         return encoded(prompt_of(example.task, row, example.where))
@@ -229,11 +233,13 @@ def _with_shorter_field(
     """
     value = example.row.get(name)
     if not isinstance(value, str):
-        raise DataError(f"{too_long}, and field {quoted(name)} is not text and cannot be truncated; increase it")
+        raise DataError(
+            f"{too_long}, and field {quoted(name)} is not text and cannot be truncated; fit with a larger --max-length"
+        )
     ends = [0, *(end for _, end in _spans(tokenizer, value))]
     shorter = _fitting(ids, len(ends) - 1, max_length, lambda kept: encoded({**example.row, name: value[: ends[kept]]}))
     if shorter is None:
-        raise DataError(f"{too_long}, even without field {quoted(name)}; increase it")
+        raise DataError(f"{too_long}, even without field {quoted(name)}; fit with a larger --max-length")
     return shorter
 
 
@@ -337,15 +343,15 @@ def _with_room(
         text = encoded.choices[encoded.answers.index(longest)]
         raise DataError(
             f"{where}: answer {quoted(text)} has {len(longest.ids)} tokens, which leaves no room for the prompt in the "
-            f"{max_length} of --max-length; increase it"
+            f"maximum of {max_length}; fit with a larger --max-length"
         )
     too_long = (
-        f"{where}: its prompt and longest answer have {len(encoded)} tokens, more than the {max_length} of --max-length"
+        f"{where}: its prompt and longest answer have {len(encoded)} tokens, more than the maximum of {max_length}"
     )
     if example.ready and not encoder.chat_template:
         before, _ = encoder.frame(encoder.split(cast(str, example.text), "")[0])
         if before >= room:
-            raise DataError(f"{too_long}; increase it")
+            raise DataError(f"{too_long}; fit with a larger --max-length")
         ids = encoded.input_ids
         return replace(encoded, input_ids=ids[:before] + ids[len(ids) - (room - before) :])
     return _with_less_text(
@@ -414,8 +420,9 @@ def _encode_preference(example: Example, tokenizer: Any, max_length: int) -> Enc
         found = token_ids(example.task, text, tokenizer, messages=example.messages, where=example.where)
         ids, types = list(found["input_ids"]), found.get("token_type_ids")
         if not ids or len(ids) > max_length:
-            problem = f"{len(ids)} tokens, more than the {max_length} of --max-length; increase it, or exclude the row"
-            raise DataError(f"{example.where}: a text has {problem if ids else 'no tokens'}")
+            remedy = "fit with a larger --max-length, or exclude the row"
+            too_long = f"{len(ids)} tokens, more than the maximum of {max_length}; {remedy}"
+            raise DataError(f"{example.where}: a text has {too_long if ids else 'no tokens'}")
         encoded = EncodedExample(ids, None if types is None else list(types), False, encoded)
     return cast(EncodedExample, encoded)
 
@@ -438,7 +445,7 @@ class _Inputs:
 
 def _truncated(example: Example, whole: _Inputs, tokenizer: Any, max_length: int) -> _Inputs:
     texts, task = example.inputs or (), example.task
-    too_long = f"{example.where}: it has {len(whole)} tokens, more than the {max_length} of --max-length"
+    too_long = f"{example.where}: it has {len(whole)} tokens, more than the maximum of {max_length}"
     strategy = "longest_first"
     cut = None if example.ready else _position_of_cut(task)
     templates = () if example.ready else task.prompt_templates("classifier")
@@ -455,7 +462,7 @@ def _truncated(example: Example, whole: _Inputs, tokenizer: Any, max_length: int
         strategy = ("only_first", "only_second")[cut]
         reserved += len(tokenizer(texts[1 - cut], add_special_tokens=False, verbose=False)["input_ids"])
     if reserved >= max_length:
-        raise DataError(f"{too_long}, and {reserved} of them cannot be truncated; increase it")
+        raise DataError(f"{too_long}, and {reserved} of them cannot be truncated; fit with a larger --max-length")
     options = {"truncation": strategy, "max_length": max_length, "return_attention_mask": False, "verbose": False}
     return _Inputs.of(tokenizer(*texts, **options))
 

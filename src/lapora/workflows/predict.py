@@ -345,6 +345,8 @@ class AdapterPool:
         alone = own_place is None or not own_place.is_dir()  # it was fitted alone, not with others by one command
         self._models = {self._default: model if alone else replace(model, output_dir=own_place)}
         for name, location, folder in named_adapters(settings.adapters):
+            if name == self._default and location.resolve() == Path(model.adapter).resolve():
+                continue  # ADAPTER itself, in a folder of adapters
             if name in self._models:
                 raise UsageError(f"--adapter: two adapters are called {name}; give one another name with NAME=FOLDER")
             self._models[name] = replace(
