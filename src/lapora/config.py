@@ -285,7 +285,7 @@ def check_likelihood(likelihood: LikelihoodName, settings: Any) -> None:
                 raise UsageError(f"--link {link} {does_not_go}: use {' or '.join(LINKS[likelihood])}")
 
 
-LAPLACE_LINKS = "mc-joint (sampled logits), mc-indep (no covariance), probit, bridge (Laplace bridge)"
+LAPLACE_LINKS = "mc-joint (mean softmax), mc-indep (no covariance), probit, bridge (Laplace bridge)"
 _LINKS = f"{LAPLACE_LINKS} or map (plain adapter)."
 _LINK_SYNONYMS = {"mc": "mc-joint", "joint": "mc-joint", "sampling": "mc-joint", "indep": "mc-indep"}
 _PRIOR_SYNONYMS = {
@@ -426,7 +426,7 @@ class DataSettings:
         Option("Folder with SPLIT.jsonl, .json, .csv or .parquet.", DATA, metavar="DIR"),
     ] = None
     split: Annotated[str | None, Option("Split to read.", DATA, metavar="SPLIT")] = None
-    limit: Annotated[int | None, Option("Maximum number of rows.", DATA, metavar="N", min=1)] = None
+    limit: Annotated[int | None, Option("Use the first N rows only.", DATA, metavar="N", min=1)] = None
 
 
 @dataclass(frozen=True)
@@ -453,7 +453,7 @@ class FitSettings:
     weight_sharing: Annotated[
         WeightSharing,
         Option(
-            "KFAC over tokens: expand (one by one), reduce (by row) or asdl (as in the paper).",
+            "KFAC over tokens: expand (each an example), reduce (summed by row) or asdl (paper).",
             FITTED,
             metavar="NAME",
         ),
@@ -470,7 +470,7 @@ class FitSettings:
     subset: Annotated[
         Subset,
         Option(
-            "Bayesian weights: lora, last-layer or all (both).",
+            "Weights of the posterior: lora, last-layer or all (both).",
             FITTED,
             metavar="NAME",
             synonyms={"head": "last-layer", "llla": "last-layer", "adapter": "lora"},
@@ -593,7 +593,7 @@ class EvalSettings:
             synonyms=_LINK_SYNONYMS,
         ),
     ] = ()
-    samples: Annotated[int, Option("Points of the mc links.", metavar="N", min=2)] = DEFAULT_SAMPLES
+    samples: Annotated[int, Option("Sample points of the mc links.", metavar="N", min=2)] = DEFAULT_SAMPLES
     seed: Annotated[int, Option("Random seed.", metavar="N", min=0, max=2**63 - 1)] = 0
     dropout_samples: Annotated[int, Option("Forward passes of mc-dropout.", SCORES, metavar="N", min=2)] = 20
     ensemble: Annotated[
@@ -650,7 +650,7 @@ class PredictSettings:
     link: Annotated[
         Link, Option(f"Probabilities from logits: {_LINKS}", PREDICTIONS, metavar="NAME", synonyms=_LINK_SYNONYMS)
     ] = "mc-joint"
-    samples: Annotated[int, Option("Points of the mc links.", metavar="N", min=2)] = DEFAULT_SAMPLES
+    samples: Annotated[int, Option("Sample points of the mc links.", metavar="N", min=2)] = DEFAULT_SAMPLES
     seed: Annotated[int, Option("Random seed.", metavar="N", min=0, max=2**63 - 1)] = 0
     logits: Annotated[bool, Option("Add the mean and covariance of the logits.", OUTPUT, keyword=False)] = False
     on_error: Annotated[

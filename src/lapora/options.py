@@ -148,7 +148,7 @@ class DataOptions(TypedDict, total=False):
     Attributes:
         data_dir: Folder with SPLIT.jsonl, .json, .csv or .parquet.
         split: Split to read.
-        limit: Maximum number of rows. At least 1.
+        limit: Use the first N rows only. At least 1.
     """
 
     data_dir: str | Path | None
@@ -162,10 +162,10 @@ class CurvatureOptions(TypedDict, total=False):
     Attributes:
         structure: Curvature: kron (KFAC), ekfac (better eigenvalues), diag, lowrank (over all layers) or full. Default:
             ``'kron'``.
-        weight_sharing: KFAC over tokens: expand (one by one), reduce (by row) or asdl (as in the paper). Default:
+        weight_sharing: KFAC over tokens: expand (each an example), reduce (summed by row) or asdl (paper). Default:
             ``'expand'``.
         engine: Curvature backend: native, or laplace-torch with asdl or curvlinops. Default: ``'native'``.
-        subset: Bayesian weights: lora, last-layer or all (both). Default: ``'lora'``.
+        subset: Weights of the posterior: lora, last-layer or all (both). Default: ``'lora'``.
         fisher: Fisher estimator: exact (C-1 backward passes), mc (sampled labels) or empirical. Default: ``'exact'``.
         rank: Rank of kron's and ekfac's factors (by default 32; full: all) or of lowrank (400). At least 1.
         name: Name of the posterior. Default: ``'default'``.
@@ -207,7 +207,7 @@ class CalibrateOptions(FitOptions, total=False):
     """Options of :func:`lapora.api.calibrate`.
 
     Attributes:
-        link: Link to tune for: mc-joint (sampled logits), mc-indep (no covariance), probit, bridge (Laplace bridge).
+        link: Link to tune for: mc-joint (mean softmax), mc-indep (no covariance), probit, bridge (Laplace bridge).
             Default: ``'mc-joint'``.
     """
 
@@ -225,7 +225,7 @@ class PriorOptions(DataOptions, ModelOptions, total=False):
         optimizer: For marglik: exact (root finding) or adam (as in the paper). Default: ``'exact'``.
         learning_rate: Learning rate of adam. At least 0. Default: ``0.1``.
         steps: Steps of adam. At least 1. Default: ``1000``.
-        link: Link to tune for: mc-joint (sampled logits), mc-indep (no covariance), probit, bridge (Laplace bridge).
+        link: Link to tune for: mc-joint (mean softmax), mc-indep (no covariance), probit, bridge (Laplace bridge).
             Default: ``'mc-joint'``.
         seed: Random seed. At least 0, at most 9.22337e+18. Default: ``0``.
     """
@@ -247,9 +247,9 @@ class EvalOptions(DataOptions, ModelOptions, total=False):
         methods: constant (label frequencies), map (plain adapter), temperature, mc-dropout, ensemble, laplace or all. A
             list. Default: ``('constant', 'map', 'laplace')``.
         names: Posterior to score. A list. Default: default.
-        links: mc-joint (sampled logits), mc-indep (no covariance), probit, bridge (Laplace bridge) or map (plain
+        links: mc-joint (mean softmax), mc-indep (no covariance), probit, bridge (Laplace bridge) or map (plain
             adapter). A list. Default: mc-joint.
-        samples: Points of the mc links. At least 2. Default: ``2048``.
+        samples: Sample points of the mc links. At least 2. Default: ``2048``.
         seed: Random seed. At least 0, at most 9.22337e+18. Default: ``0``.
         dropout_samples: Forward passes of mc-dropout. At least 2. Default: ``20``.
         ensemble: Adapter, or folder of checkpoints. A list.
@@ -280,9 +280,9 @@ class LinkOptions(TypedDict, total=False):
     """How logits become probabilities, in ``predict``.
 
     Attributes:
-        link: Probabilities from logits: mc-joint (sampled logits), mc-indep (no covariance), probit, bridge (Laplace
+        link: Probabilities from logits: mc-joint (mean softmax), mc-indep (no covariance), probit, bridge (Laplace
             bridge) or map (plain adapter). Default: ``'mc-joint'``.
-        samples: Points of the mc links. At least 2. Default: ``2048``.
+        samples: Sample points of the mc links. At least 2. Default: ``2048``.
         seed: Random seed. At least 0, at most 9.22337e+18. Default: ``0``.
     """
 

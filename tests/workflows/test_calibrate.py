@@ -134,7 +134,9 @@ def test_without_labelled_rows_it_says_what_was_done(tiny):
     without_labels(tiny)
     done = calibrate(tiny)
     assert done.evaluation is None and done.verdict.better is None and done.verdict.link == "mc-joint"
-    assert done.verdict.text.startswith("not evaluated: there are no labelled rows but those that fit read. The prior:")
+    assert done.verdict.text.startswith(
+        "not evaluated: there are no labelled rows except those that fit read. The prior:"
+    )
     assert "averaged over prior precisions" in done.verdict.text
     assert done.describe()["evaluation"] is None
 

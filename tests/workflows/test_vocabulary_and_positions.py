@@ -120,7 +120,9 @@ def test_rows_are_no_longer_than_the_positions_of_the_base(tmp_path):
     make_adapter(tmp_path)
     gpt2_with(tmp_path, 8)
     rewrite(tmp_path, truncate_field="story")
-    with pytest.warns(LaporaWarning, match="truncated to 8 tokens, the positions of the base model") as said:
+    with pytest.warns(
+        LaporaWarning, match="maximum length is 8 tokens, the positions of the base model, instead of"
+    ) as said:
         result = fit_tiny(tmp_path)
     assert len([each for each in said if issubclass(each.category, LaporaWarning)]) == 1
     manifest = json.loads((result.folder / "posterior.json").read_text())

@@ -25,7 +25,13 @@ if TYPE_CHECKING:
 def calibrate_command(
     *,
     model: ModelSettings,
-    data: Annotated[DataSettings, Fields(split={"default": "train", "help": "Split the adapter was trained on."})],
+    data: Annotated[
+        DataSettings,
+        Fields(
+            split={"default": "train", "help": "Split the adapter was trained on."},
+            limit={"help": "Use the first N training rows only."},
+        ),
+    ],
     settings: FitSettings,
     predictions: Annotated[
         PredictSettings, Fields("link", link={"help": f"Probabilities from logits: {LAPLACE_LINKS}."})

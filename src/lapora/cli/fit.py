@@ -150,7 +150,8 @@ def print_memory_estimate(budget: MemoryEstimate, *, whole: bool) -> None:
         rows, tokens = budget.batch
         print_message(
             f"memory: weights {size(sum(budget.weights.values()))}, activations {size(budget.activations)} (a batch of "
-            f"{rows} x {tokens} tokens), factors {size(budget.factors.sums)}, artifact {size(budget.factors.artifact)}"
+            f"{rows} x {tokens} tokens), factors {size(budget.factors.sums)}, posterior on disk "
+            f"{size(budget.factors.artifact)}"
         )
     print_message(verdict(budget))
 
@@ -161,9 +162,9 @@ def _table(budget: MemoryEstimate) -> Table:
     from lapora.memory.estimate import allocator_overhead
 
     table = Table(title=f"memory of this fit on {budget.device}", title_justify="left")
-    table.add_column("what")
+    table.add_column("part")
     table.add_column("size", justify="right")
-    table.add_column("of what")
+    table.add_column("detail")
     for kind, count in budget.weights.items():
         table.add_row("weights", size(count), kind)
     table.add_row("activations", size(budget.activations), f"a batch of {rows} rows of {tokens} tokens")
@@ -172,7 +173,7 @@ def _table(budget: MemoryEstimate) -> Table:
         table.add_row("factors", size(layers * count), each + name)
     table.add_row("workspace", size(factors.passing), "a batch's sums, random matrices")
     table.add_row("workspace", size(factors.deciding), "decompositions, after the pass")
-    table.add_row("artifact", size(factors.artifact), "on disk")
+    table.add_row("posterior", size(factors.artifact), "its file on disk")
     unused = budget.peak_device - sum(budget.weights.values()) - budget.process
     unused -= round(unused / allocator_overhead(budget.device))
     table.add_row("allocator", size(unused), "held and not in use")

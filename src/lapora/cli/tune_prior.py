@@ -22,7 +22,7 @@ def tune_prior_command(
         DataSettings,
         Fields(
             split={"help": "Split of labelled rows.", "shown": "validation or test"},
-            limit={"help": "Number of validation rows.", "shown": "half of them"},
+            limit={"help": "Labelled rows, at random.", "shown": "half of them"},
         ),
     ],
     as_json: JsonOption = False,

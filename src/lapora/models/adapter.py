@@ -299,7 +299,7 @@ def _check_supported(path: Path, config: dict[str, Any]) -> None:
         )
     found = [name for key, name in _UNSUPPORTED_SETTINGS.items() if config.get(key)]
     if found:
-        raise AdapterError(f"{path}: {', '.join(found)} is not supported; only plain LoRA is")
+        raise AdapterError(f"{path}: {', '.join(found)} is not supported; LoRA, rsLoRA and DoRA are")
 
 
 def _notes(config: dict[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> tuple[str, ...]:

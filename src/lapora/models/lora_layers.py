@@ -153,7 +153,7 @@ def _factors(
         raise AdapterError(f"{path}: merged adapters are not supported; call unmerge_adapter, or load it unmerged")
     variant = type(module.lora_variant.get(adapter_name)).__name__
     if adapter_name in module.lora_variant and variant not in _PLAIN_VARIANTS:
-        raise AdapterError(f"{path}: {variant} is not supported; only plain LoRA is")
+        raise AdapterError(f"{path}: {variant} is not supported; LoRA, rsLoRA and DoRA are")
     first, second = (cast(nn.Linear, each[adapter_name]) for each in (module.lora_A, module.lora_B))
     return [
         BayesianLayer(f"{path}.lora_A", "A", first, cast(nn.Module, module), reads_answer_only=in_head),

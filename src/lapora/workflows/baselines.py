@@ -162,12 +162,18 @@ def read_members(paths: Sequence[Path]) -> list[Adapter]:
     return found
 
 
+_KINDS = {"causal": "a causal language model", "classifier": "a classifier"}
+
+
 def _members(model: ModelSettings, fitted: Fitted, paths: Sequence[Path]) -> list[Adapter]:
     own = read_adapter(model.folder)
     members: dict[str, Adapter] = {}
     for adapter in read_members(paths):
         if adapter.kind != fitted.model.kind:
-            raise AdapterError(f"--ensemble {adapter.path}: a {adapter.kind}, and ADAPTER is a {fitted.model.kind}")
+            raise AdapterError(
+                f"--ensemble {adapter.path} is {_KINDS[adapter.kind]}, and ADAPTER {_KINDS[fitted.model.kind]}; give "
+                "adapters of the same kind"
+            )
         _warn_of_another_base(adapter, own)
         members[adapter.sha256] = adapter
     members.pop(fitted.posterior.manifest.adapter, None)
@@ -206,7 +212,8 @@ def _member_tables(
     loaded = bases.load(member, how)
     if loaded.number_of_labels != own.number_of_labels:
         raise AdapterError(
-            f"--ensemble {member.path}: {loaded.number_of_labels} outputs, and ADAPTER has {own.number_of_labels}"
+            f"--ensemble {member.path}: {loaded.number_of_labels} outputs, and ADAPTER has {own.number_of_labels}; "
+            "give adapters with as many"
         )
     outputs = OutputModel(loaded.model, loaded.kind, loaded.pad_token_id, fitted.model.token_ids)
     outputs.output_order = fitted.model.outputs.output_order

@@ -151,7 +151,7 @@ def calibrate(
         except NoRowsLeftError as error:
             verdict = _not_evaluated(str(error), tuned, prior.link)
     if verdict is None:
-        verdict = _not_evaluated("there are no labelled rows but those that fit read", tuned, prior.link)
+        verdict = _not_evaluated("there are no labelled rows except those that fit read", tuned, prior.link)
     return Calibration(fitted, tuned, evaluation, verdict, predict_arguments(model, name, verdict.link))
 
 

@@ -39,7 +39,7 @@ def check_head(task: Task, head: Head, choices: Sequence[str] = ()) -> None:
         if likelihood != "categorical":
             raise DataError(
                 f"{what}, which is for classifiers (task_type SEQ_CLS), and the adapter is a causal language model "
-                f"({head.source}): give the adapter or the task that belongs to the other"
+                f"({head.source}): give a task with likelihood categorical, or a classifier's adapter"
             )
         return
     outputs = 1 if likelihood in _OF_ONE_OUTPUT else len(_choices(task, choices))

@@ -57,7 +57,7 @@ def push(model: ModelSettings, settings: PushSettings) -> Pushed:
     adapter, posterior = open_posterior(model, settings.name)
     posterior.gaussian()  # raises if the posterior is damaged
     if differences := adapter_differences(posterior.manifest, adapter):
-        raise PosteriorError(f"{posterior.folder}: fitted to something else: {'; '.join(differences)}; fit it again")
+        raise PosteriorError(f"{posterior.folder}: belongs to another adapter: {'; '.join(differences)}; fit again")
     scores = last_run_of(settings.scores, model, settings.name) if settings.scores else None
     content = without_paths(posterior.content)
     repository, revision = settings.repository, settings.revision

@@ -199,5 +199,5 @@ def _labelled_split(posterior: SavedPosterior, kind: ModelKind, data: DataSettin
             reasons.append(error)
     unreadable = any(isinstance(reason, UnreadableSourceError) for reason in reasons)
     raise (UnreadableSourceError if unreadable else MissingSplitError)(
-        f"no labelled rows but those that fit read ({reasons[0] if reasons else 'no other split'})"
+        f"no labelled rows except those that fit read ({reasons[0] if reasons else 'no other split'})"
     )

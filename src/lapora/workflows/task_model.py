@@ -111,8 +111,7 @@ class TaskModel:
         positions = outputs.max_positions if outputs.has_position_table else None
         if positions is not None and positions < max_length:
             warnings.warn(
-                f"rows are truncated to {positions} tokens, the positions of the base model (maximum length: "
-                f"{max_length})",
+                f"the maximum length is {positions} tokens, the positions of the base model, instead of {max_length}",
                 LaporaWarning,
                 stacklevel=2,
             )

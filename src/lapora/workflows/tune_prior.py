@@ -184,7 +184,9 @@ def _by_average(
         averaged = average_without_rows(manifest.training_curve)
         notes = [f"no labelled rows ({found}): the average is over what the training rows tolerate"]
         if settings.structure in ("kind", "layer"):
-            notes.append(f"--prior {settings.structure} needs labelled rows to average: one precision for all layers")
+            notes.append(
+                f"--prior {settings.structure} is ignored without labelled rows: all layers share one precision"
+            )
             evidence = _maximize(posterior, replace(settings, structure="scalar"))
         deviation = None
     else:
@@ -218,7 +220,9 @@ def _rows_or_reason(
         if data.split is not None or data.task is not None or data.data_dir is not None:
             raise
         if isinstance(error, UnreadableSourceError) and _is_tuned(posterior.content.get("prior")):
-            raise DataError(f"{error}; the present prior was tuned on labelled rows and is kept") from None
+            raise DataError(
+                f"{error}; the present prior was tuned on labelled rows and is kept: give their folder with --data-dir"
+            ) from None
         return str(error)
 
 
@@ -530,8 +534,8 @@ def _adapted(posterior: SavedPosterior, settings: PriorSettings) -> TunedPrior:
     names = ["linear_model.kernel", "linear_model.prior_mean", "linear_model.labels"]
     if names[0] not in posterior.tensors:
         raise UsageError(
-            "--method adapted needs likelihood categorical, labelled rows with as many answers each, and "
-            "--fisher exact in `fit`"
+            "--method adapted: this posterior has no linear model; fit again with --structure full --fisher exact on "
+            "labelled rows that all have the same number of answers (likelihood categorical)"
         )
     kernel, prior_mean, labels = (posterior.arrays(names)[name] for name in names)
     model = LinearModel(np.asarray(kernel), np.asarray(prior_mean), np.asarray(labels))
