@@ -85,6 +85,17 @@ def test_the_precision_is_the_dense_one(answers, layers, tmp_path):
     assert float(there.logdet()) == pytest.approx(float(torch.logdet(dense)), rel=1e-7)
 
 
+def test_the_noise_scale_of_a_regression_divides_the_precision(answers, layers, tmp_path):
+    """Weights have the covariance s² / (λ + δ): predictions have the variance s² (Λ + v)."""
+    _, blocks = posterior(answers, layers, rows())
+    prior = {"precision": DELTA, "structure": "scalar"}
+    plain, scaled = (
+        to_laplace_torch(save(tmp_path / str(scale), blocks, prior={**prior, "noise_scale": scale})).to_matrix()
+        for scale in (1.0, 3.0)
+    )
+    torch.testing.assert_close(scaled, plain / 9)
+
+
 def laplace_of(answers, layers, blocks, classes, prior_precision=DELTA):
     return kron_laplace(answers, layers, blocks, prior_precision, classes=classes, rows=6, log_likelihood=-3.5)
 

@@ -27,6 +27,10 @@ class UsageError(LaporaError):
     exit_status = 2
 
 
+class NoSuchLayersError(UsageError):
+    """The adapter has none of the layers that ``--subset`` names."""
+
+
 class AdapterError(LaporaError):
     """The adapter or its base model cannot be read or is not supported."""
 

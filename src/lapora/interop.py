@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -52,7 +53,8 @@ def to_laplace_torch(
         dtype: Dtype of the tensors.
 
     Returns:
-        One Kronecker product per layer, in the saved order; ``deltas`` are the layers' prior precisions.
+        One Kronecker product per layer, in the saved order; ``deltas`` are the layers' prior precisions. Of a
+        regression with a noise scale s both are divided by s².
 
     Raises:
         UsageError: The structure is not ``kron``.
@@ -171,7 +173,7 @@ def from_laplace_torch(
 
 
 def _read(posterior: SavedPosterior) -> tuple[list[EigenBlock], list[float]]:
-    """Return a saved posterior's blocks, and the prior precision of each."""
+    """Return a saved posterior's blocks and the prior precision of each, divided by s² of a regression's noise."""
     structure = posterior.manifest.structure
     if structure != "kron":
         raise UsageError(
@@ -187,8 +189,13 @@ def _read(posterior: SavedPosterior) -> tuple[list[EigenBlock], list[float]]:
             LaporaWarning,
             stacklevel=3,
         )
-    gaussian = cast(BlockPosterior, posterior.gaussian())
-    return gaussian.blocks, [float(delta) for delta in prior.precisions.per_layer(posterior.manifest.parameters)]
+    variance = prior.noise_scale**2
+    blocks = cast(BlockPosterior, posterior.gaussian()).blocks
+    deltas = prior.precisions.per_layer(posterior.manifest.parameters)
+    return (
+        [replace(block, eigenvalues=block.eigenvalues / variance) for block in blocks],
+        [float(delta) / variance for delta in deltas],
+    )
 
 
 def _kronecker_blocks(blocks: Sequence[EigenBlock], device: torch.device, dtype: torch.dtype) -> list[KroneckerBlock]:

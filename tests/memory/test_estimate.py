@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -298,6 +299,18 @@ def test_remedies_that_cannot_be_combined_with_the_options_are_left_out(folder, 
     found = estimate_memory(model_of(folder, **options), data_of(folder), FitSettings(), device_memory=1000)
     assert found.fits is False
     assert not any("4bit" in remedy for remedy in found.remedies)
+
+
+@pytest.mark.parametrize("engine", ["asdl", "curvlinops"])
+def test_remedies_are_options_that_fit_takes(folder, engine):
+    settings = FitSettings(engine=engine)
+    found = set()
+    for memory in (1e5, 1e6, 4e6, 8e6):
+        estimate = estimate_memory(
+            replace(model_of(folder), device="cuda"), data_of(folder), settings, device_memory=memory
+        )
+        found |= set(estimate.remedies)
+    assert found and not any("checkpointing" in each or "offload" in each or "diag" in each for each in found)
 
 
 def test_a_classifier(shared, tmp_path):

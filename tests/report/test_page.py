@@ -139,6 +139,19 @@ def test_methods_that_order_rows_alike_share_a_curve():
     assert [line.get_label().split(":")[0] for line in risk.figure.axes[0].lines] == ["map, temperature"]
 
 
+def test_a_page_that_is_a_symlink_is_written_where_it_points(tmp_path):
+    (tmp_path / "real.html").write_text("old")
+    (tmp_path / "link.html").symlink_to(tmp_path / "real.html")
+    write_page(tmp_path / "link.html", Page("title", {}, []))
+    assert (tmp_path / "link.html").is_symlink() and "title" in (tmp_path / "real.html").read_text()
+
+
+def test_figures_of_similar_names_are_kept_apart():
+    tables = {label: torch.tensor([[0.5, 0.5], [0.9, 0.1]]).log() for label in ("map", "laplace a_b", "laplace a-b")}
+    pictures = evaluation_pictures(tables, torch.tensor([0, 1]), ["laplace a_b", "laplace a-b"], "rows")
+    assert len({picture.name for picture in pictures}) == len(pictures) == 5
+
+
 def test_everything_on_the_page_is_escaped_and_nothing_is_fetched(tmp_path):
     page = Page(
         NASTY,

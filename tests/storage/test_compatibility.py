@@ -11,10 +11,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lapora.config import DataSettings, PredictSettings
+from lapora.config import DataSettings, FitSettings, PredictSettings
 from lapora.errors import LaporaWarning, PosteriorError
+from lapora.models import loading
 from lapora.storage.saved import SavedPosterior
 from lapora.workflows.evaluate import evaluate
+from lapora.workflows.fit import fit
 from lapora.workflows.predict import predict
 from lapora.workflows.task_model import open_fitted
 from tiny_adapter import command, data_of, fit_tiny, json_lines, make_adapter, model_of
@@ -76,6 +78,43 @@ def test_the_base_model(tiny, part):
 def test_a_base_model_that_moved_is_the_same(tiny):
     shutil.move(tiny / "base", tiny / "elsewhere")
     assert len(list(predict(model_of(tiny, base_model=str(tiny / "elsewhere")), PredictSettings(), json_lines(2)))) == 2
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_a_base_model_that_fit_found_by_a_relative_path_is_found_from_elsewhere(tmp_path, monkeypatch, given):
+    folder = make_adapter(tmp_path / "work")
+    file = folder / "adapter" / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": "none" if given else "base"}))
+    monkeypatch.chdir(tmp_path)
+    fit(model_of(Path("work"), base_model="work/base" if given else None), data_of(Path("work")), FitSettings())
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert len(list(predict(model_of(folder), PredictSettings(), json_lines(2)))) == 2
+
+
+@pytest.mark.parametrize("recorded", ["work/base", "/nowhere/base"])
+def test_a_recorded_base_model_that_is_not_there_is_looked_for_where_the_adapter_has_it(tmp_path, recorded):
+    """Earlier versions recorded relative paths; and folders are moved with adapter and base in them."""
+    folder = make_adapter(tmp_path / "work")
+    file = folder / "adapter" / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": "base"}))
+    fit_tiny(folder)
+    posterior = SavedPosterior(folder / "adapter" / "laplace" / "default")
+    posterior.rewrite_manifest({"base_model": posterior.content["base_model"] | {"name": recorded}})
+    assert len(list(predict(model_of(folder), PredictSettings(), json_lines(2)))) == 2
+
+
+def test_a_base_model_given_without_the_adapters_revision_is_loaded_without_it(tmp_path, monkeypatch):
+    folder = make_adapter(tmp_path)
+    file = folder / "adapter" / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"revision": "v1"}))
+    revisions, real = [], loading.load_config
+    monkeypatch.setattr(loading, "load_config", lambda *args: revisions.append(args[1]) or real(*args))
+    for base, expected in ((str(folder / "base"), None), (None, "v1")):
+        revisions.clear()
+        fit(model_of(folder, base_model=base), data_of(folder), FitSettings(overwrite=True))
+        list(predict(model_of(folder), PredictSettings(), json_lines(1)))
+        assert set(revisions) == {expected}
 
 
 def test_the_quantisation(tiny):

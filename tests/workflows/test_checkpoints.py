@@ -160,6 +160,24 @@ def evaluated(folder: Path, run: str = "run", split: str | None = None, **settin
     return record, {step for step in steps for line in said if line.endswith(f": {step}")}
 
 
+def test_memory_that_ran_out_is_not_a_posterior_that_cannot_be(tiny, monkeypatch):
+    """Only an adapter without such layers has none of these posteriors."""
+    last_layer = FitSettings(name="llla-diag", structure="diag", subset="last-layer")
+    monkeypatch.setattr(workflow, "POSTERIORS", {**workflow.POSTERIORS, "llla-diag": last_layer})
+
+    def out_of_memory(model, data, settings, progress=None):
+        if settings.name == "llla-diag":
+            raise UsageError("one row of 48 tokens does not fit in memory")
+        return fit(model, data, settings, progress)
+
+    monkeypatch.setattr(workflow, "fit", out_of_memory)
+    with pytest.raises(UsageError, match="does not fit in memory"):
+        evaluated(tiny)
+    monkeypatch.setattr(workflow, "fit", fit)
+    record, _ = evaluated(tiny)
+    assert {each.get("name") for each in record["results"]} == {None, "la-diag"}  # this adapter has no last layer
+
+
 def change_weights(adapter: Path) -> None:
     file = adapter / "adapter_model.safetensors"
     save_file({name: value + 0.5 for name, value in load_file(file).items()}, file, {"format": "pt"})

@@ -19,6 +19,7 @@ from lapora.cli.app import app
 from lapora.cli.app import run as run_command_line
 from lapora.config import DataSettings, EvalSettings, FitSettings, ModelSettings, PriorSettings
 from lapora.errors import AdapterError, DataError, GateError, LaporaWarning, PosteriorError, UsageError
+from lapora.models import loading
 from lapora.models.batching import BatchSize
 from lapora.posterior.averaging import TEMPERATURE_WIDTH
 from lapora.storage.saved import SavedPosterior
@@ -256,6 +257,71 @@ def assert_close(first, second):
             assert_close(one, other)
     else:
         assert first == (pytest.approx(second, abs=1e-6) if isinstance(second, float) else second)
+
+
+def test_a_posterior_that_is_fitted_again_meanwhile_is_not_scored_with_the_factors_of_another(
+    adapter, demo, tmp_path, monkeypatch
+):
+    folder = tmp_path / "adapter"
+    shutil.copytree(adapter, folder)
+    shutil.copytree(folder / "laplace" / "default", folder / "laplace" / "copy")
+    real = evaluation.make_plan
+
+    def plan_before_a_fit(*arguments):
+        plan = real(*arguments)
+        data = DataSettings(task=str(demo / "farm.yaml"), data_dir=demo / "data", limit=20)
+        fit(ModelSettings(adapter=str(folder)), data, FitSettings(name="copy", overwrite=True))
+        return plan
+
+    monkeypatch.setattr(evaluation, "make_plan", plan_before_a_fit)
+    with pytest.raises(PosteriorError, match=r"copy: another fit replaced it .*; run the command again"):
+        run(folder, names=("default", "copy"))
+
+
+def test_members_of_an_ensemble_are_on_the_adapters_base_and_revision(adapter, other, demo, tmp_path, monkeypatch):
+    folder, member = tmp_path / "adapter", tmp_path / "member"
+    for source, target in ((adapter, folder), (other, member)):
+        shutil.copytree(source, target)
+        config = json.loads((target / "adapter_config.json").read_text())
+        (target / "adapter_config.json").write_text(json.dumps(config | {"revision": "v1"}))
+    data = DataSettings(task=str(demo / "farm.yaml"), data_dir=demo / "data", limit=20)
+    fit(ModelSettings(adapter=str(folder)), data, FitSettings(overwrite=True))
+    revisions, real = [], loading.load_config
+    monkeypatch.setattr(loading, "load_config", lambda *args: revisions.append(args[1]) or real(*args))
+    run(folder, methods=("map", "ensemble"), ensemble=(member,))
+    assert revisions == ["v1", "v1"]
+
+
+def test_the_rows_that_tuned_are_elsewhere_and_unlabelled_here(adapter, demo, tmp_path):
+    lines = (demo / "data" / "validation.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines[:40]]
+    (tmp_path / "test.jsonl").write_text("\n".join(lines[:40]))
+    bare = [json.dumps({key: value for key, value in row.items() if key != "label"}) for row in rows]
+    (tmp_path / "validation.jsonl").write_text("\n".join(bare))
+    done = run(adapter, DataSettings(data_dir=tmp_path, split="test"), methods=("temperature",))
+    assert by_label(done)["temperature"]["fitted_on"] == {"split": "test", "n": 20}
+    assert any("the rows that tuned the prior are not in this data" in line for line in done.warnings)
+
+
+def test_a_temperature_that_takes_all_rows_is_left_out(adapter, demo, tmp_path):
+    (tmp_path / "test.jsonl").write_text((demo / "data" / "validation.jsonl").read_text().split("\n")[0])
+    data = DataSettings(data_dir=tmp_path, split="test")
+    with pytest.raises(DataError, match="all 1 rows were used to tune the prior or the temperature"):
+        run(adapter, data, methods=("temperature",), names=("diag",))
+    done = run(adapter, data, methods=("all",), names=("diag",))
+    assert "temperature" not in by_label(done) and done.record["n"] == 1
+    assert any(line.startswith("left out: temperature: test: all 1 rows") for line in done.warnings)
+
+
+def test_posteriors_with_other_prompts_are_noted(adapter, demo, tmp_path):
+    folder = tmp_path / "adapter"
+    shutil.copytree(adapter, folder)
+    data = DataSettings(task=str(demo / "farm.yaml"), data_dir=demo / "data", limit=20)
+    fit(ModelSettings(adapter=str(folder)), data, FitSettings(name="short", max_length=40))
+    done = run(folder, names=("default", "short"))
+    assert any(
+        line.startswith("note: short has at most 40 tokens, no chat template, and MAP") for line in done.warnings
+    )
 
 
 def test_factors_that_are_not_used_are_checked(adapter, tmp_path):

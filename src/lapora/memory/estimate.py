@@ -198,7 +198,7 @@ class _Estimator:
             ("input owners",), lambda: input_owners_of(meta_model, layers, self.classes)
         )
         activations: int = self._cached(
-            ("batch", settings.structure, predicts, len(batch), model.gradient_checkpointing),
+            ("batch", model.quantize, settings.structure, predicts, len(batch), model.gradient_checkpointing),
             lambda: batch_memory(
                 meta_model,
                 layers,
@@ -302,20 +302,27 @@ def _remedies(query: _Query, estimate_of: Callable[[_Query], MemoryEstimate]) ->
     def with_settings(**changes: Any) -> Callable[[_Query], _Query]:
         return lambda base: replace(base, settings=replace(base.settings, **changes))
 
+    native, kronecker = settings.engine == "native", settings.structure in ("kron", "ekfac")
     mild: list[tuple[str, Callable[[_Query], _Query]]] = []
     if model.batch_size != 1:
         mild.append(("--batch-size 1", with_model(batch_size=1)))
-    if not model.gradient_checkpointing:
+    if native and not model.gradient_checkpointing:
         mild.append(("--gradient-checkpointing", with_model(gradient_checkpointing=True)))
     strong: list[tuple[str, Callable[[_Query], _Query]]] = []
-    if settings.structure in ("kron", "ekfac") and not settings.offload_factors and _device_type(model.device) != "cpu":
+    if native and kronecker and not settings.offload_factors and _device_type(model.device) != "cpu":
         mild.append(("--offload-factors", with_settings(offload_factors=True)))
     if settings.structure in ("full", "lowrank"):
         strong.append(("--structure kron", with_settings(structure="kron", rank=None)))
-    if settings.structure in ("kron", "ekfac") and settings.basis_rank > KRON_RANK:
+    if native and kronecker and settings.basis_rank > KRON_RANK:
         strong.append((f"--rank {KRON_RANK}", with_settings(rank=None)))
-    if settings.structure in ("kron", "ekfac"):
+    if native and kronecker:
         strong.append(("--structure diag", with_settings(structure="diag", rank=None, offload_factors=False)))
+    if settings.weight_sharing == "asdl":
+        strong.append(
+            ("--engine native --weight-sharing expand", with_settings(engine="native", weight_sharing="expand"))
+        )
+    elif not native:
+        strong.append(("--engine native", with_settings(engine="native")))
     if model.quantize in (None, "none"):
         strong.append(("--quantize 4bit", with_model(quantize="4bit")))
     found = [(name, possible(change(query))) for name, change in [*mild, *strong]]

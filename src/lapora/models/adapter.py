@@ -81,13 +81,20 @@ class Adapter:
 
     @property
     def base_model(self) -> str | None:
-        """Name or path of the base model in the adapter's configuration; a relative path may be beside the adapter."""
+        """Name or absolute path of the base model in the adapter's configuration.
+
+        A relative path may be beside the adapter.
+        """
         return _base_model(self.config, self.path)
 
     @property
     def revision(self) -> str | None:
         """Revision of the base model in the adapter's configuration."""
         return self.config.get("revision")
+
+    def on_base(self, name: str, revision: str | None) -> Adapter:
+        """Return the adapter on another base model than the one in its configuration."""
+        return replace(self, config={**self.config, "base_model_name_or_path": name, "revision": revision})
 
     @property
     def head(self) -> Head:
@@ -110,10 +117,10 @@ class Adapter:
 
 def _base_model(config: Mapping[str, Any], path: Path) -> str | None:
     name: str | None = config.get("base_model_name_or_path")
-    if name and not os.path.isabs(name) and not Path(name).is_dir():
-        for folder in (path, path.parent):
+    if name and not os.path.isabs(name):
+        for folder in (Path(), path, path.parent):
             if (folder / name).is_dir():
-                return str(folder / name)
+                return os.path.abspath(folder / name)
     return name
 
 

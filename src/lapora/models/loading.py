@@ -304,7 +304,7 @@ def _base_name(adapter: Adapter, base_model: str | None) -> str:
     name = base_model or adapter.base_model
     if not name:
         raise AdapterError(f"{adapter.path}: the adapter names no base model; give one with --base-model")
-    return name
+    return os.path.abspath(name) if Path(name).is_dir() else name
 
 
 def load_base(adapter: Adapter, how: ModelSettings) -> LoadedBase:

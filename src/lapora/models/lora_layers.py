@@ -19,7 +19,7 @@ from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from lapora.config import Subset
-from lapora.errors import AdapterError, UsageError
+from lapora.errors import AdapterError, NoSuchLayersError
 
 Role = Literal["A", "B", "head"]
 
@@ -82,7 +82,7 @@ def find_bayesian_layers(
 
     Raises:
         AdapterError: LoRA on a module that is not a linear layer, a LoRA variant, or a merged adapter.
-        UsageError: ``last-layer`` or ``all`` for a model without a saved head or LoRA on the output layer.
+        NoSuchLayersError: ``last-layer`` or ``all`` for a model without a saved head or LoRA on the output layer.
     """
     found = _find(model, subset)
     return [replace(layer, answer_rows_only=False) for layer in found] if whole_answers else found
@@ -116,7 +116,7 @@ def _find(model: PeftModel, subset: Subset) -> list[BayesianLayer]:
         return layers + heads
     if subset == "last-layer" and (heads or on_output):
         return heads[-1:] or on_output
-    raise UsageError(
+    raise NoSuchLayersError(
         f"--subset {subset}: this adapter has neither a saved classification head nor LoRA on the output "
         "layer; use --subset lora"
     )

@@ -71,7 +71,7 @@ def write_page(file: Path, page: Page) -> None:
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     text = environment.from_string(source).render(page=page, pictures=pictures, manifests=manifests)
     try:
-        write_bytes(file, text.encode("utf-8", "backslashreplace"))
+        write_bytes(file, text.encode("utf-8", "backslashreplace"), follow_symlink=True)
     except OSError as error:
         raise DataError(f"{file}: cannot be written ({error.strerror}); give another --report") from error
 

@@ -54,8 +54,13 @@ def write_json(file: Path, content: Mapping[str, Any]) -> None:
     write_bytes(file, json_bytes(content, indent=2) + b"\n")
 
 
-def write_bytes(file: Path, content: bytes) -> None:
+def write_bytes(file: Path, content: bytes, *, follow_symlink: bool = False) -> None:
     """Write a file atomically: to a temporary name, flushed to the disk and renamed; a pipe or device directly.
+
+    Args:
+        file: The file.
+        content: Its new content.
+        follow_symlink: Write the file that a symlink points to; by default the symlink is replaced.
 
     Raises:
         OSError: The file cannot be written; an existing file is unchanged.
@@ -63,6 +68,8 @@ def write_bytes(file: Path, content: bytes) -> None:
     if file.exists() and not file.is_file():
         file.write_bytes(content)
         return
+    if follow_symlink:
+        file = file.resolve()
     partial = file.with_name(f".{file.name}.new")
     try:
         partial.unlink(missing_ok=True)  # left by a killed run, or a symlink

@@ -191,6 +191,11 @@ class SavedPosterior:
                 time.sleep(0.01)  # a fit may be between its two renames
 
     @property
+    def name(self) -> str:
+        """Name of the posterior."""
+        return self._named.name
+
+    @property
     def content(self) -> dict[str, Any]:
         """The manifest's JSON content."""
         return self._content
@@ -343,6 +348,10 @@ class SavedPosterior:
                     "fit again with --overwrite"
                 )
         return found
+
+    def check(self) -> None:
+        """Read the factors and check them, as :meth:`gaussian` does."""
+        self.gaussian()
 
     def gaussian(self) -> Posterior:
         """Return the Gaussian with its bases.

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lapora.config import DataSettings, Dtype, EvalSettings, ModelSettings
-from lapora.errors import AdapterError, LaporaWarning, MissingSplitError, UsageError
+from lapora.errors import AdapterError, LaporaWarning, MissingSplitError, UnlabelledError, UsageError
 from lapora.likelihoods.base import Likelihood
 from lapora.models.adapter import CONFIG_FILE, Adapter, fetch_adapter, is_hub_id, read_adapter
 from lapora.models.lora_layers import lora_dropout_on, lora_dropouts
@@ -87,7 +87,7 @@ def fit_temperature(
 def _recorded_rows(fitted: Fitted, data: DataSettings, split: str, digests: Collection[str]) -> LabelledRows | None:
     try:
         rows = read_labelled_rows(fitted.posterior, fitted.model.kind, DataSettings(data.task, data.data_dir, split))
-    except MissingSplitError:
+    except (MissingSplitError, UnlabelledError):
         return None
     found = [index for index, example in enumerate(rows.examples) if row_digest(example) in digests]
     return rows.only(found) if found else None
@@ -203,13 +203,8 @@ def _member_tables(
     model: ModelSettings, fitted: Fitted, member: Adapter, sets: Sequence[LabelledRows], bases: BaseCache
 ) -> list[Tensor]:
     own = fitted.model.loaded
-    how = replace(
-        model,
-        base_model=own.base_model,
-        quantize=own.quantize,
-        dtype=cast(Dtype, own.dtype),
-    )
-    loaded = bases.load(member, how)
+    how = replace(model, base_model=None, quantize=own.quantize, dtype=cast(Dtype, own.dtype))
+    loaded = bases.load(member.on_base(own.base_model, own.revision), how)
     if loaded.number_of_labels != own.number_of_labels:
         raise AdapterError(
             f"--ensemble {member.path}: {loaded.number_of_labels} outputs, and ADAPTER has {own.number_of_labels}; "

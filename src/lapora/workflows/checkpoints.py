@@ -28,7 +28,7 @@ from lapora.config import (
     Progress,
     check_likelihood,
 )
-from lapora.errors import DataError, PosteriorError, UsageError
+from lapora.errors import DataError, NoSuchLayersError, PosteriorError, UsageError
 from lapora.models.adapter import Adapter, read_adapter
 from lapora.models.fingerprint import digest_of_folder
 from lapora.storage.compatibility import adapter_differences, adapter_settings
@@ -237,10 +237,7 @@ class _Checkpoint:
                 continue
             try:
                 self._fit_and_tune(posterior)
-            except UsageError as error:
-                # All checkpoints of a run have the same layers.
-                if posterior.subset != "last-layer":
-                    raise
+            except NoSuchLayersError as error:  # all checkpoints of a run have the same layers
                 skipped[name] = str(error)
                 self._say(f"{name} left out: {error}")
                 continue

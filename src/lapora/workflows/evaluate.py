@@ -25,9 +25,9 @@ from lapora.config import (
     Progress,
     check_likelihood,
 )
-from lapora.errors import DataError, MissingSplitError, UsageError
+from lapora.errors import DataError, MissingSplitError, PosteriorError, UsageError
 from lapora.likelihoods.base import Likelihood, ScoreOptions
-from lapora.models.loading import LoadedModel, Loader, load_model
+from lapora.models.loading import Loader, load_model
 from lapora.storage.saved import open_posterior, saved_names
 from lapora.tasks import Row, Task, data_fingerprint, load_rows, load_task, render_all, resolve_choices
 from lapora.workflows import baselines
@@ -35,7 +35,7 @@ from lapora.workflows.commands import model_arguments
 from lapora.workflows.contradictions import check_other_rows, resolve_task
 from lapora.workflows.rows import LABELLED_SPLITS, LabelledRows, TuningRows, are_training_rows, read_labelled_rows
 from lapora.workflows.scoring import Prediction, ScoredRows, score_rows
-from lapora.workflows.task_model import Fitted, open_fitted
+from lapora.workflows.task_model import Fitted, TaskModel, open_fitted
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,11 +98,9 @@ def run_evaluation(
     """
     plan = make_plan(model, settings, data)
     fitted = open_fitted(model, plan.names[0], data=data, load=load)
-    of_map = fitted.model.loaded
+    of_map = fitted.model
     notes = [*plan.left_out]
-    temperature = _temperature(fitted, plan, data, settings, notes)
-    left_out = plan.tuning_digests | (temperature.rows if temperature else frozenset())
-    rows = read_labelled_rows(fitted.posterior, fitted.model.kind, data, exclude=left_out)
+    temperature, rows = _temperature_and_rows(fitted, plan, data, settings, notes)
     advice = remedy_options(model, data)
     if are_training_rows(fitted.posterior.manifest, replace(data, split=rows.split)):
         advice = ""
@@ -124,7 +122,7 @@ def run_evaluation(
             of_posteriors[name] = _OfPosterior(
                 member.posterior.content,
                 [_laplace(name, plan.links, each, index) for each in scored],
-                [*_base_differs(member, of_map), *_warnings(member, plan.links, rows, scored[0], index, advice)],
+                [*_notes_on_map(member, of_map), *_warnings(member, plan.links, rows, scored[0], index, advice)],
             )
     in_order = {name: of_posteriors[name] for name in plan.names if name in of_posteriors}
     for each in in_order.values():
@@ -162,43 +160,63 @@ class _OfPosterior:
 _OWN_ROWS_ONLY = ("constant", "temperature (oracle)")
 
 
-def _temperature(
+def _temperature_and_rows(
     fitted: Fitted, plan: Plan, data: DataSettings, settings: EvalSettings, notes: list[str]
-) -> baselines.Temperature | None:
-    if "temperature" not in plan.methods:
-        return None
-    try:
-        found = baselines.fit_temperature(fitted, plan.tuned_on, data, settings)
-    except DataError as error:
-        if not plan.everything or settings.temperature_split:
-            raise
-        notes.append(f"left out: temperature: {error}")
-        return None
-    notes += found.notes
-    return found
+) -> tuple[baselines.Temperature | None, LabelledRows]:
+    """Return the fitted temperature, if it is scored, and the rows that tuned neither it nor a prior."""
+
+    def rows_without(tuned: frozenset[str]) -> LabelledRows:
+        return read_labelled_rows(fitted.posterior, fitted.model.kind, data, exclude=plan.tuning_digests | tuned)
+
+    if "temperature" in plan.methods:
+        try:
+            found = baselines.fit_temperature(fitted, plan.tuned_on, data, settings)
+            rows = rows_without(found.rows)
+        except DataError as error:
+            if not plan.everything or settings.temperature_split:
+                raise
+            notes.append(f"left out: temperature: {error}")
+        else:
+            notes += found.notes
+            return found, rows
+    return None, rows_without(frozenset())
 
 
 def _open_together(
     model: ModelSettings, names: Sequence[str], earlier: Fitted, data: DataSettings, load: Loader
 ) -> list[Fitted]:
-    """Open posteriors that differ in their prior alone; each is read and checked, and the factors are kept once."""
-    members: list[Fitted] = []
-    for name in names:
-        opened = earlier if name == earlier.posterior.folder.name else open_fitted(model, name, earlier, data, load)
-        members.append(replace(members[0], posterior=opened.posterior) if members else opened)
-        earlier = members[0]
+    """Open posteriors that differ in their prior alone; every file is checked, and the factors are kept once.
+
+    Raises:
+        PosteriorError: One is damaged, or differs in more than the prior, because it was fitted again meanwhile.
+    """
+    first, *others = names
+    members = [earlier if first == earlier.posterior.name else open_fitted(model, first, earlier, data, load)]
+    for name in others:
+        _, posterior = open_posterior(model, name)
+        if posterior.digest_without_prior != members[0].posterior.digest_without_prior:
+            raise PosteriorError(
+                f"{posterior.folder}: another fit replaced it while it was read; run the command again"
+            )
+        posterior.check()
+        members.append(replace(members[0], posterior=posterior))
     return members
 
 
-def _base_differs(fitted: Fitted, of_map: LoadedModel) -> list[str]:
-    loaded = fitted.model.loaded
-    if (loaded.dtype, loaded.quantize) == (of_map.dtype, of_map.quantize):
-        return []
-    name = fitted.posterior.folder.name
-    return [
-        f"note: {name} is on the base in {loaded.dtype}, quantization {loaded.quantize}, and MAP in {of_map.dtype}, "
-        f"quantization {of_map.quantize}: their differences include that of the base"
-    ]
+def _notes_on_map(fitted: Fitted, of_map: TaskModel) -> list[str]:
+    """Return notes on what a posterior's base and prompts have in another way than those that MAP is scored with."""
+    name, models, found = fitted.posterior.name, (fitted.model, of_map), []
+    own, others = (f"{each.loaded.dtype}, quantization {each.loaded.quantize}" for each in models)
+    if own != others:
+        found.append(
+            f"note: {name} is on the base in {own}, and MAP in {others}: their differences include that of the base"
+        )
+    own, others = (
+        f"at most {each.max_length} tokens, {'a' if each.chat_template else 'no'} chat template" for each in models
+    )
+    if own != others:
+        found.append(f"note: {name} has {own}, and MAP {others}: their differences include that of the prompts")
+    return found
 
 
 def _score(
@@ -339,7 +357,7 @@ def _warn(
     if worse <= _WORTH_SAYING:
         return []
     low, high = metrics.paired_interval(differences)
-    name = fitted.posterior.folder.name
+    name = fitted.posterior.name
     interval = f"{worse:.4f} a row, 95 % interval {low:.4f} to {high:.4f}, {len(differences)} rows"
     if len(differences) < ENOUGH_ROWS:
         return [f"note: {name} ({link}) is worse than MAP in NLL on too few rows to judge by ({interval})"]
@@ -370,7 +388,7 @@ def _remedy(fitted: Fitted, link: Link, options: str) -> str:
     if not options:
         return "compare on rows that the adapter was not trained on: --split validation"
     prior = fitted.prior
-    command = f"lapora tune-prior {options} --name {fitted.posterior.folder.name}"
+    command = f"lapora tune-prior {options} --name {fitted.posterior.name}"
     if link != PriorSettings.link:
         command += f" --link {link}"
     tuned = prior.validation or (prior.averaged if prior.averaged is not None and prior.averaged.n else None)

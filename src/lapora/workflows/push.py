@@ -55,7 +55,7 @@ def push(model: ModelSettings, settings: PushSettings) -> Pushed:
     from huggingface_hub.utils import validate_repo_id
 
     adapter, posterior = open_posterior(model, settings.name)
-    posterior.gaussian()  # raises if the posterior is damaged
+    posterior.check()
     if differences := adapter_differences(posterior.manifest, adapter):
         raise PosteriorError(f"{posterior.folder}: belongs to another adapter: {'; '.join(differences)}; fit again")
     scores = last_run_of(settings.scores, model, settings.name) if settings.scores else None

@@ -15,7 +15,7 @@ from typing import Any
 from lapora._version import __version__
 from lapora.config import ModelSettings, method_label
 from lapora.errors import DataError, GateError, UsageError, first_line
-from lapora.storage.files import json_bytes
+from lapora.storage.files import json_bytes, os_error_reason
 from lapora.workflows.commands import command_line, model_arguments
 
 
@@ -40,7 +40,7 @@ def append_result(file: Path, record: Mapping[str, Any], adapter: str) -> None:
                 line = line if stream.read(1) == b"\n" else b"\n" + line
             stream.write(line + b"\n")
     except OSError as error:
-        raise DataError(f"{file}: cannot be written ({error.strerror}); give another --output") from error
+        raise DataError(f"{file}: cannot be written ({os_error_reason(error)}); give another --output") from error
 
 
 def read_results(files: Sequence[Path]) -> list[dict[str, Any]]:

@@ -140,7 +140,7 @@ def read_labelled_rows(
     Raises:
         UnlabelledError: No row has a label.
         DataError: A row cannot be read, or has no label.
-        NoRowsLeftError: All rows were used to tune the prior.
+        NoRowsLeftError: All rows were used to tune the prior or the temperature.
         PosteriorError: The task's answers are not the posterior's.
     """
     wanted = replace(data, limit=None) if exclude else data
@@ -155,7 +155,9 @@ def read_labelled_rows(
     examples = render_all(task, rows, kind=kind, choices=answers, labels="required")
     kept = [example for example in examples if not exclude or row_digest(example) not in exclude]
     if not kept:
-        raise NoRowsLeftError(f"{split}: all {len(examples)} rows were used to tune the prior; score another --split")
+        raise NoRowsLeftError(
+            f"{split}: all {len(examples)} rows were used to tune the prior or the temperature; score another --split"
+        )
     excluded = len(examples) - len(kept)
     kept = kept[: data.limit]
     return LabelledRows(task, split, kept, label_tensor(kept), excluded)

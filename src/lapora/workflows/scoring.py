@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from lapora.curvature.passes import stack_outputs
 from lapora.likelihoods.base import LogitMoments
 from lapora.models.batches import Batch
 from lapora.models.batching import run_batches
+from lapora.posterior.prior import PriorPrecision
 from lapora.predictive.moments import LinearisedPredictor
 from lapora.tasks import EncodedExample, Example
 from lapora.workflows.rows import LabelledRows
@@ -73,16 +73,16 @@ def score_rows(
 
     tables: dict[Link, list[Tensor]] = {link: [empty(link, each) for each in averages] for link in ("map", *links)}
     information = [torch.zeros(len(mine), dtype=torch.float64) for _ in averages]
+    priors, places = _distinct([each.priors for each in averages])
     predictor = fitted.predictor(
         every_class=any(likelihood.needs_every_output(link) for link in links),
         map_only=set(links) <= {"map"} and not with_information,
-        priors=[prior for each in averages for prior in each.priors],
+        priors=priors,
     )
     for batch, found in run_moments(model, predictor, rows.examples, coded, progress):
         positions = list(batch.rows)
-        moments = iter(found)
         for index, average in enumerate(averages):
-            own = list(islice(moments, len(average.priors)))
+            own = [found[place] for place in places[index]]
             for link, table in tables.items():
                 part = likelihood.predict(link, own, average.averaging, samples=samples, seed=seed)
                 table[index][positions, : part.shape[1]] = part
@@ -99,6 +99,16 @@ def score_rows(
         sum(row.truncated for row in coded),
         joined(information) if with_information else None,
     )
+
+
+def _distinct(groups: Sequence[Sequence[PriorPrecision]]) -> tuple[list[PriorPrecision], list[list[int]]]:
+    """Return the distinct prior precisions of all groups, and the places there of each group's own."""
+    distinct: dict[tuple[Any, ...], PriorPrecision] = {}
+    keys = [[(prior.structure, *prior.precisions.items()) for prior in group] for group in groups]
+    for group, own in zip(groups, keys, strict=True):
+        distinct |= zip(own, group, strict=True)
+    place = {key: index for index, key in enumerate(distinct)}
+    return list(distinct.values()), [[place[key] for key in own] for own in keys]
 
 
 def label_grid(

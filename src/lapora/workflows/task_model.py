@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -18,7 +19,7 @@ from lapora.distributed import SINGLE_PROCESS, Processes
 from lapora.errors import AdapterError, DataError, LaporaWarning, NonFiniteRowError, NumericalError, listed
 from lapora.likelihoods import likelihood_of
 from lapora.likelihoods.base import Averaging, Likelihood
-from lapora.models.adapter import ModelKind
+from lapora.models.adapter import Adapter, ModelKind
 from lapora.models.batches import Batch
 from lapora.models.batching import BatchFeed, BatchSize
 from lapora.models.loading import LoadedModel, Loader, load_model
@@ -34,7 +35,7 @@ from lapora.storage.compatibility import (
     model_differences,
     warn_of_other_versions,
 )
-from lapora.storage.manifest import Prior
+from lapora.storage.manifest import BaseModel, Prior
 from lapora.storage.saved import SavedPosterior, open_posterior
 from lapora.tasks import (
     AnswerScore,
@@ -358,8 +359,7 @@ def _open_fitted(
         else:
             as_recorded = replace(
                 model,
-                # None for the adapter's own base: the revision in the adapter's configuration then applies.
-                base_model=model.base_model or (recorded.name if recorded.name != adapter.base_model else None),
+                base_model=model.base_model or _other_base(recorded, adapter),
                 quantize=model.quantize or recorded.quantization,
                 dtype=model.dtype or cast(Dtype, recorded.dtype),
             )
@@ -377,6 +377,22 @@ def _open_fitted(
         raise posterior.mismatch(differences)
     warn_of_other_versions(manifest)
     return join_posterior(posterior, loaded, layers, model)
+
+
+def _other_base(recorded: BaseModel, adapter: Adapter) -> str | None:
+    """Return the base model that ``fit`` was given instead of the adapter's own, or None.
+
+    The adapter's own is loaded at its own revision. It is also taken if the recorded folder does not exist any more, or
+    was recorded relative to another folder (before version 0.2): the weights are compared in any case.
+    """
+    name, own = recorded.name, adapter.base_model
+    if name == own:
+        return name if recorded.revision is None and adapter.revision is not None else None
+    if own is not None and Path(own).is_dir() and not Path(name).is_dir():
+        parts = Path(name).parts
+        if Path(name).is_absolute() or Path(own).parts[-len(parts) :] == parts:
+            return None
+    return name
 
 
 def join_posterior(

@@ -35,7 +35,7 @@ def evaluation_pictures(
     with style():
         for label in after:
             pair = {"map": tables["map"], label: tables[label]}
-            ending = "" if len(after) == 1 else "-" + re.sub(r"[^A-Za-z0-9.]+", "-", label).strip("-")
+            ending = "" if len(after) == 1 else "-" + re.sub(r"[^A-Za-z0-9._]+", "-", label).strip("-")
             pictures += [_reliability(pair, targets, ending, rows), _histograms(pair, targets, ending, rows)]
         pictures.append(_risk_coverage(tables, targets, after, rows))
     return pictures

@@ -106,7 +106,7 @@ def save_pictures(pictures: Sequence[Picture], folder: Path) -> list[Path]:
                 for ending, options in (("png", {"dpi": 150, "metadata": {"Software": None}}), ("svg", {})):
                     file = folder / f"{picture.name}.{ending}"
                     content = to_svg(picture.figure) if ending == "svg" else _png(picture.figure, options)
-                    write_bytes(file, content)
+                    write_bytes(file, content, follow_symlink=True)
                     files.append(file)
     except OSError as error:
         raise DataError(f"{folder}: cannot be written ({error.strerror}); give another --plots") from error
