@@ -57,7 +57,7 @@ _NO_EXCESS = 1e-6
 """Mean excess in nats per row that is always tolerated."""
 
 _LEAST_SHARE = 0.1
-"""Between two points of the curve, an excess below this share of what is allowed counts as this share."""
+"""Smallest ratio of excess and allowed excess that is interpolated."""
 
 RETAINED_WEIGHT = 0.999
 """Total weight of the components that are kept for prediction."""
@@ -201,7 +201,8 @@ def log_positions(precisions: Array) -> Array:
 def tolerance_of(curve: TrainingCurve) -> float:
     """Return δ₀, the tolerance, between two points of the curve by linear interpolation of logarithms.
 
-    If the largest δ of the curve is not tolerated, it is returned.
+    The ratio of excess and allowed excess is interpolated; a ratio below :data:`_LEAST_SHARE`, or negative, counts as
+    this share. If the largest δ of the curve is not tolerated, it is returned.
     """
     logs = np.log(curve.precisions)
     excess = np.array(curve.nll) - curve.map_nll
