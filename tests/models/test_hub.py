@@ -16,7 +16,8 @@ from hub_server import commit_of, running_hub
 from lapora.config import ModelSettings
 from lapora.errors import AdapterError, DataError, UsageError
 from lapora.models.adapter import is_hub_id, local_model, read_adapter
-from lapora.report.card import with_section
+from lapora.report.card import posterior_section, with_section
+from lapora.storage.saved import SavedPosterior
 from tiny_adapter import command, fit_tiny, json_lines, make_adapter
 
 
@@ -175,6 +176,12 @@ def test_a_second_push_replaces_its_section_and_keeps_the_card(hub, made, monkey
     status, _, errors = command(monkeypatch, capfdbinary, "push", made / "adapter", "anna/farm")
     assert status == 4 and "another adapter" in errors
     assert len(hub.repositories["anna/farm"]) == 3
+
+
+def test_the_card_of_a_branch_has_the_branch_in_its_command(made):
+    posterior = SavedPosterior(made / "adapter" / "laplace" / "default")
+    section = posterior_section(posterior.manifest, posterior.prior, "default", "anna/farm", revision="v2")
+    assert "lapora predict anna/farm rows.jsonl --revision v2 > predictions.jsonl" in section
 
 
 def test_a_revision_is_a_commit(hub, made):

@@ -200,7 +200,7 @@ def test_texts_are_encoded_as_trl_does():
 
 def test_a_pair_that_is_too_long_is_refused():
     example = render(task("preference"), {"chosen": "a b c d", "rejected": "a"}, kind="classifier")
-    with pytest.raises(DataError, match="row 0: a text has 4 tokens, more than the 3"):
+    with pytest.raises(DataError, match="row 0: a text has 4 tokens, more than the maximum of 3"):
         encode(example, Words(), kind="classifier", max_length=3)
 
 

@@ -173,7 +173,7 @@ def test_a_row_with_more_answers_changes_no_number_of_the_others(own):
 
 def test_adapted_evidence_is_refused_where_rows_have_other_numbers_of_answers(own):
     fit_tiny(own, structure="full")
-    with pytest.raises(UsageError, match="labelled rows with as many answers each"):
+    with pytest.raises(UsageError, match="labelled rows that all have the same number of answers"):
         tune_prior(model_of(own), DataSettings(), PriorSettings(method="adapted"))
 
 

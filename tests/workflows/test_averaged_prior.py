@@ -229,4 +229,6 @@ def test_several_precisions_without_labelled_rows_are_one(tiny):
     (tiny / "data" / "validation.jsonl").unlink()
     fit_tiny(tiny, prior_method="averaged", overwrite=True)
     tuned = tune_prior(model_of(tiny), None, PriorSettings(structure="kind"))
-    assert tuned.prior["structure"] == "scalar" and any("is ignored without labelled rows" in note for note in tuned.notes)
+    assert tuned.prior["structure"] == "scalar" and any(
+        "is ignored without labelled rows" in note for note in tuned.notes
+    )

@@ -30,7 +30,12 @@ def with_section(card: str, name: str, section: str) -> str:
 
 
 def posterior_section(
-    manifest: Manifest, prior: Prior, name: str, repository: str, scores: Mapping[str, Any] | None = None
+    manifest: Manifest,
+    prior: Prior,
+    name: str,
+    repository: str,
+    scores: Mapping[str, Any] | None = None,
+    revision: str | None = None,
 ) -> str:
     """Return the section of a posterior in Markdown: what it is, its scores, how to use it.
 
@@ -40,9 +45,10 @@ def posterior_section(
         name: Its name.
         repository: Repository of the adapter.
         scores: A record of ``lapora eval``, added as a table.
+        revision: Branch of the repository, or None for the default branch.
     """
     base = manifest.base_model
-    asked = "" if name == "default" else f" --name {name}"
+    asked = ("" if name == "default" else f" --name {name}") + (f" --revision {revision}" if revision else "")
     facts = {
         "method": "Laplace-LoRA ([Yang et al. 2024](https://arxiv.org/abs/2308.13111)), fitted after training",
         "structure": f"{manifest.structure}, {manifest.weight_sharing}, {manifest.fisher} Fisher",

@@ -85,7 +85,7 @@ def push(model: ModelSettings, settings: PushSettings) -> Pushed:
             card = Path(api.hf_hub_download(repository, _CARD, revision=revision)).read_text(encoding="utf-8")
         else:
             card = own.read_text(encoding="utf-8") if own.is_file() else "---\nlibrary_name: peft\n---\n"
-        section = posterior_section(posterior.manifest, posterior.prior, settings.name, repository, scores)
+        section = posterior_section(posterior.manifest, posterior.prior, settings.name, repository, scores, revision)
         files[_CARD] = with_section(card, settings.name, section).encode("utf-8", "backslashreplace")
         operations = [CommitOperationAdd(path, content) for path, content in files.items()]
         commit = api.create_commit(
