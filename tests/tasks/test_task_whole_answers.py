@@ -164,7 +164,7 @@ def test_the_maximum_length_cuts_the_prompt_and_never_an_answer() -> None:
     with pytest.raises(DataError, match=r"row 0: its prompt and longest answer have \d+ tokens, more than the maximum of 20"):
         encoded(long, tokenizer, 20)
     with pytest.raises(
-        DataError, match=r"answer 'the lazy dog' has 3 tokens, which leaves no room for the prompt in the 2 "
+        DataError, match=r"answer 'the lazy dog' has 3 tokens, which leaves no room for the prompt in the maximum of 2"
     ):
         encoded(ROW, tokenizer, 2, of=of)
     given = render(of, {"prompt": long["question"] + "Answer:", "answers": ["the dog", "A"]}, kind="causal")
