@@ -161,7 +161,9 @@ def test_the_maximum_length_cuts_the_prompt_and_never_an_answer() -> None:
     short = encoded(long, tokenizer, 20, of=of)
     assert not whole.truncated and short.truncated
     assert 17 <= len(short) <= 20 and short.answers == whole.answers
-    with pytest.raises(DataError, match=r"row 0: its prompt and longest answer have \d+ tokens, more than the maximum of 20"):
+    with pytest.raises(
+        DataError, match=r"row 0: its prompt and longest answer have \d+ tokens, more than the maximum of 20"
+    ):
         encoded(long, tokenizer, 20)
     with pytest.raises(
         DataError, match=r"answer 'the lazy dog' has 3 tokens, which leaves no room for the prompt in the maximum of 2"
