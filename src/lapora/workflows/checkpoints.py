@@ -33,7 +33,6 @@ from lapora.models.adapter import Adapter, read_adapter
 from lapora.models.fingerprint import digest_of_folder
 from lapora.storage.compatibility import adapter_differences, adapter_settings
 from lapora.storage.files import write_json
-from lapora.storage.manifest import CHECKSUMS
 from lapora.storage.saved import SavedPosterior, posterior_exists, posterior_folder
 from lapora.tasks import Row, Task, load_rows, load_task
 from lapora.workflows.baselines import checkpoint_folders, read_members
@@ -349,7 +348,7 @@ def _made_here(folder: Path) -> bool:
 def _checksum(folder: Path) -> str | None:
     """Return the checksum of a posterior without its prior, or None if it is missing or damaged."""
     try:
-        return str(SavedPosterior(folder, validate_prior=False).content[CHECKSUMS]["rest"])
+        return SavedPosterior(folder, validate_prior=False).digest_without_prior
     except PosteriorError:
         return None
 
