@@ -113,6 +113,10 @@ class _Handler(BaseHTTPRequestHandler):
             )
         elif action == "commit":
             after = dict(files)
+            parent = json.loads(content.splitlines()[0])["value"].get("parentCommit")
+            if parent not in (None, commit_of(repository, number)):
+                self._send(412, b"{}", {"X-Error-Message": "a commit has happened since"})
+                return
             for line in content.splitlines():
                 item = json.loads(line)
                 if item["key"] == "file":

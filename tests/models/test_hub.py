@@ -18,6 +18,7 @@ from lapora.errors import AdapterError, DataError, UsageError
 from lapora.models.adapter import is_hub_id, local_model, read_adapter
 from lapora.report.card import posterior_section, with_section
 from lapora.storage.saved import SavedPosterior
+from lapora.workflows import push as push_module
 from tiny_adapter import command, fit_tiny, json_lines, make_adapter
 
 
@@ -139,6 +140,62 @@ def test_the_scores_on_the_card_are_those_of_the_posterior(hub, made, tmp_path, 
     assert f"no run of posterior default of {made / 'adapter'}" in errors
     assert "scores.jsonl:1 (/elsewhere/adapter: default), scores.jsonl:2" in errors
     assert f"lapora eval {made / 'adapter'} --output {scores}" in errors
+
+
+def test_the_scores_on_the_card_are_of_the_same_fit_and_prior(hub, tmp_path, monkeypatch, capfdbinary):
+    folder = make_adapter(tmp_path)
+    fit_tiny(folder, prior_method="averaged")
+    scores = tmp_path / "scores.jsonl"
+    scoring = ("eval", folder / "adapter", "--output", scores, "--device", "cpu")
+    assert command(monkeypatch, capfdbinary, *scoring)[0] == 0
+    pushing = ("push", folder / "adapter", "anna/changed", "--scores", scores)
+    assert command(monkeypatch, capfdbinary, *pushing)[0] == 0
+    assert " rows of validation:" in hub.files("anna/changed")["README.md"].decode()
+    tuning = ("tune-prior", folder / "adapter", "--method", "marglik", "--device", "cpu")
+    assert command(monkeypatch, capfdbinary, *tuning)[0] == 0
+    commits = len(hub.repositories["anna/changed"])
+    status, _, errors = command(monkeypatch, capfdbinary, *pushing)
+    assert status == DataError.exit_status and len(hub.repositories["anna/changed"]) == commits
+    assert (
+        f"scores.jsonl:1 scored another fit or prior of posterior default; score this one with `lapora eval {folder}"
+        in errors.replace("\n", " ")
+    )
+    assert command(monkeypatch, capfdbinary, *scoring)[0] == 0
+    assert command(monkeypatch, capfdbinary, *pushing)[0] == 0
+
+
+def test_a_repository_with_another_configuration_is_refused(hub, made, monkeypatch, capfdbinary):
+    config = json.loads((made / "adapter" / "adapter_config.json").read_text())
+    put(hub, made, adapter_config__json=json.dumps({**config, "lora_alpha": 3, "lora_dropout": 0.3}).encode())
+    status, _, errors = command(monkeypatch, capfdbinary, "push", made / "adapter", "anna/farm")
+    assert status == 4 and len(hub.repositories["anna/farm"]) == 1
+    assert "another adapter_config.json" in errors and f"lora_alpha {config['lora_alpha']} then, 3 now" in errors
+    assert "dropout" not in errors
+    put(
+        hub,
+        made,
+        "anna/moved",
+        adapter_config__json=json.dumps({**config, "base_model_name_or_path": "owner/base"}).encode(),
+    )
+    assert command(monkeypatch, capfdbinary, "push", made / "adapter", "anna/moved")[0] == 0
+    assert b"owner/base" in hub.files("anna/moved")["adapter_config.json"]
+
+
+def test_a_card_that_was_edited_meanwhile_is_kept(hub, made, monkeypatch, capfdbinary):
+    put(hub, made, README__md=b"# Farm\n")
+    writing = push_module.with_section
+
+    def edited_meanwhile(*arguments):
+        hub.repositories["anna/farm"].append({**hub.files("anna/farm"), "README.md": b"# Farm, edited\n"})
+        return writing(*arguments)
+
+    monkeypatch.setattr(push_module, "with_section", edited_meanwhile)
+    status, _, errors = command(monkeypatch, capfdbinary, "push", made / "adapter", "anna/farm")
+    assert status == AdapterError.exit_status and "changed meanwhile, so nothing was uploaded" in errors
+    assert hub.files("anna/farm")["README.md"] == b"# Farm, edited\n"
+    monkeypatch.setattr(push_module, "with_section", writing)
+    assert command(monkeypatch, capfdbinary, "push", made / "adapter", "anna/farm")[0] == 0
+    assert hub.files("anna/farm")["README.md"].startswith(b"# Farm, edited\n")
 
 
 def test_the_scores_of_an_adapter_on_the_hub(hub, made, tmp_path, monkeypatch, capfdbinary):

@@ -161,7 +161,7 @@ def check_adapter_files(path: Path) -> dict[str, Any]:
         raise AdapterError(f"{path}: no such directory; give a folder with {CONFIG_FILE}, or a Hub id (owner/name)")
     if not _is_utf8(path):
         raise AdapterError(f"{path}: its path is not UTF-8, which safetensors cannot read; rename the folder")
-    config = _read_config(path)
+    config = read_config(path)
     _check_supported(path, config)
     task_type = config.get("task_type")
     if task_type is not None and task_type not in _KIND_BY_TASK_TYPE:
@@ -263,7 +263,12 @@ def _is_utf8(path: Path) -> bool:
     return True
 
 
-def _read_config(path: Path) -> dict[str, Any]:
+def read_config(path: Path) -> dict[str, Any]:
+    """Return the content of ``adapter_config.json`` in a folder.
+
+    Raises:
+        AdapterError: It is missing, or not a JSON object.
+    """
     file = path / CONFIG_FILE
     if not file.is_file():
         if inner := sorted(each.parent.name for each in path.glob(f"*/{CONFIG_FILE}")):
@@ -467,6 +472,10 @@ def hub_errors(repository: str, revision: str | None = None) -> Iterator[None]:
         if status in (401, 403):
             raise AdapterError(
                 f"{repository}: access denied by the Hub (status {status}); set HF_TOKEN to a token with access"
+            ) from error
+        if status == 412:
+            raise AdapterError(
+                f"{repository}: the repository was changed meanwhile, so nothing was uploaded; run the command again"
             ) from error
         raise AdapterError(f"{repository}: the Hub returned status {status}; try again later") from error
     except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:

@@ -302,6 +302,11 @@ def without_paths(content: Mapping[str, Any]) -> dict[str, Any]:
     return with_checksums({**content, "data": {**content["data"], "data_dir": None}})
 
 
+def digest_of(content: Mapping[str, Any]) -> str:
+    """Return a digest of manifest, factors and prior, the same wherever the posterior is."""
+    return _checksum(without_paths(content)[CHECKSUMS])
+
+
 def read_content(file: Path, *, validate_prior: bool = True) -> dict[str, Any]:
     """Read the JSON content of a manifest and check it.
 

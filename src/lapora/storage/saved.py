@@ -30,6 +30,7 @@ from lapora.storage.manifest import (
     FORMAT_VERSION,
     Manifest,
     Prior,
+    digest_of,
     read_content,
     read_prior,
     to_content,
@@ -214,6 +215,11 @@ class SavedPosterior:
     def digest_without_prior(self) -> str:
         """Digest of manifest and factors, equal for posteriors that differ in their prior alone."""
         return str(self._content[CHECKSUMS]["rest"])
+
+    @property
+    def digest(self) -> str:
+        """Digest of manifest, factors and prior, the same wherever the posterior is."""
+        return digest_of(self._content)
 
     @property
     def prior(self) -> Prior:

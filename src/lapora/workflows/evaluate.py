@@ -28,6 +28,7 @@ from lapora.config import (
 from lapora.errors import DataError, MissingSplitError, PosteriorError, UsageError
 from lapora.likelihoods.base import Likelihood, ScoreOptions
 from lapora.models.loading import Loader, load_model
+from lapora.storage.manifest import digest_of
 from lapora.storage.saved import open_posterior, saved_names
 from lapora.tasks import Row, Task, data_fingerprint, load_rows, load_task, render_all, resolve_choices
 from lapora.workflows import baselines
@@ -136,6 +137,7 @@ def run_evaluation(
         "excluded": rows.excluded,
         "truncated": truncated,
         "rows": data_fingerprint(rows.examples),
+        "posteriors": {name: digest_of(each.manifest) for name, each in in_order.items()},
         "results": _results(fitted.model.likelihood, predictions[0], rows, settings),
     }
     if settings.ood:

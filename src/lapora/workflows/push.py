@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from lapora.config import ModelSettings, PushSettings
 from lapora.errors import AdapterError, PosteriorError, UsageError
-from lapora.models.adapter import WEIGHTS_FILE, Adapter, files_to_push, hub_errors
+from lapora.models.adapter import CONFIG_FILE, WEIGHTS_FILE, Adapter, files_to_push, hub_errors, read_config
 from lapora.report.card import posterior_section, with_section
 from lapora.storage.compatibility import adapter_differences
 from lapora.storage.files import json_bytes
@@ -58,7 +58,7 @@ def push(model: ModelSettings, settings: PushSettings) -> Pushed:
     posterior.check()
     if differences := adapter_differences(posterior.manifest, adapter):
         raise PosteriorError(f"{posterior.folder}: belongs to another adapter: {'; '.join(differences)}; fit again")
-    scores = last_run_of(settings.scores, model, settings.name) if settings.scores else None
+    scores = last_run_of(settings.scores, model, posterior) if settings.scores else None
     content = without_paths(posterior.content)
     repository, revision = settings.repository, settings.revision
     if "/" not in repository:
@@ -70,11 +70,19 @@ def push(model: ModelSettings, settings: PushSettings) -> Pushed:
         validate_repo_id(repository)
         api.create_repo(repository, private=settings.private, exist_ok=True)
         own_files = files_to_push(adapter)
-        there = {entry.path: entry for entry in api.get_paths_info(repository, [*own_files, _CARD], revision=revision)}
+        parent = api.model_info(repository, revision=revision).sha
+        there = {entry.path: entry for entry in api.get_paths_info(repository, [*own_files, _CARD], revision=parent)}
         if WEIGHTS_FILE in there and not _same(adapter, there[WEIGHTS_FILE]):
             raise PosteriorError(
                 f"{repository}: holds another adapter than {adapter.path}; push to the one it came from"
             )
+        if WEIGHTS_FILE in there and CONFIG_FILE in there:
+            folder = Path(api.hf_hub_download(repository, CONFIG_FILE, revision=parent)).parent
+            if differences := adapter_differences(posterior.manifest, replace(adapter, config=read_config(folder))):
+                raise PosteriorError(
+                    f"{repository}: holds the adapter with another {CONFIG_FILE}, which the posterior was not fitted "
+                    f"to: {'; '.join(differences)} (there); push to the one it came from"
+                )
         files: dict[str, bytes | Path] = {
             file: adapter.path / file for file in own_files if WEIGHTS_FILE not in there or file not in there
         }
@@ -82,7 +90,7 @@ def push(model: ModelSettings, settings: PushSettings) -> Pushed:
         files[f"laplace/{settings.name}/{FACTORS_FILE}"] = posterior.folder / FACTORS_FILE
         own = adapter.path / _CARD
         if _CARD in there:
-            card = Path(api.hf_hub_download(repository, _CARD, revision=revision)).read_text(encoding="utf-8")
+            card = Path(api.hf_hub_download(repository, _CARD, revision=parent)).read_text(encoding="utf-8")
         else:
             card = own.read_text(encoding="utf-8") if own.is_file() else "---\nlibrary_name: peft\n---\n"
         section = posterior_section(posterior.manifest, posterior.prior, settings.name, repository, scores, revision)
@@ -93,6 +101,7 @@ def push(model: ModelSettings, settings: PushSettings) -> Pushed:
             operations,
             commit_message=f"Laplace posterior {settings.name}",
             revision=revision,
+            parent_commit=parent,  # so that a card that was edited meanwhile is not overwritten
         )
     return Pushed(
         commit.commit_url, tuple(operation.path_in_repo for operation in operations), _notes(posterior.manifest)

@@ -16,6 +16,7 @@ from lapora._version import __version__
 from lapora.config import ModelSettings, method_label
 from lapora.errors import DataError, GateError, UsageError, first_line
 from lapora.storage.files import json_bytes, os_error_reason
+from lapora.storage.saved import SavedPosterior
 from lapora.workflows.commands import command_line, model_arguments
 
 
@@ -64,28 +65,34 @@ def read_results(files: Sequence[Path]) -> list[dict[str, Any]]:
     return runs
 
 
-def last_run_of(file: Path, model: ModelSettings, name: str) -> dict[str, Any]:
+def last_run_of(file: Path, model: ModelSettings, posterior: SavedPosterior) -> dict[str, Any]:
     """Return the last run of a file that scored a posterior.
 
     Args:
         file: The file.
         model: The posterior's adapter; a run that does not say its adapter is taken as one of it.
-        name: Name of the posterior.
+        posterior: The posterior; a run of an earlier version, which does not say its digest, is taken as one of it.
 
     Raises:
-        DataError: There is no such run, or the file cannot be read.
+        DataError: There is no such run, or only of another fit or prior, or the file cannot be read.
     """
-    runs = read_results([file])
+    runs, name, earlier = read_results([file]), posterior.name, None
     for run in reversed(runs):
         located = str(run.get("adapter", model.adapter))
         if name in _scored_posteriors(run) and _is_same_location(located, model.adapter):
-            return run
+            if _digests(run).get(name) in (None, posterior.digest):
+                return run
+            earlier = earlier or run["run"]
+    scoring = command_line(["eval", model.adapter, *model_arguments(model, name), "--output", str(file)])
+    if earlier:
+        raise DataError(
+            f"{file}: {earlier} scored another fit or prior of posterior {name}; score this one with `{scoring}`"
+        )
     shown: dict[str, str] = {}
     for run in runs:
         scored = ", ".join(_scored_posteriors(run)) or "no posterior"
         shown[f"{run.get('adapter', 'adapter not recorded')}: {scored}"] = run["run"]
     others = ", ".join(f"{where} ({what})" for what, where in list(shown.items())[-3:])
-    scoring = command_line(["eval", model.adapter, *model_arguments(model, name), "--output", str(file)])
     raise DataError(
         f"{file}: no run of posterior {name} of {model.adapter}, only {others}; score it with `{scoring}`, or give the "
         "adapter as eval was given it"
@@ -95,6 +102,11 @@ def last_run_of(file: Path, model: ModelSettings, name: str) -> dict[str, Any]:
 def _scored_posteriors(run: Mapping[str, Any]) -> list[str]:
     names = (result.get("name") for result in run["results"] if result["method"] == "laplace")
     return list(dict.fromkeys(str(name) for name in names))
+
+
+def _digests(run: Mapping[str, Any]) -> Mapping[str, Any]:
+    recorded = run.get("posteriors")
+    return recorded if isinstance(recorded, dict) else {}
 
 
 def _is_same_location(one: str, other: str) -> bool:
