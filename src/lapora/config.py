@@ -606,8 +606,9 @@ class EvalSettings:
     ] = None
     temperature_oracle: Annotated[bool, Option("Add the temperature fitted on the scored rows.", SCORES)] = False
     interval: Annotated[
-        float, Option("Regression: probability of the intervals scored.", SCORES, metavar="P", above=0, max=1)
-    ] = DEFAULT_INTERVAL
+        float | None,
+        Option("Regression: probability of the intervals scored.", SCORES, metavar="P", above=0, max=1, shown="0.9"),
+    ] = None
     ood: Annotated[tuple[str, ...], Option("Out-of-distribution task. Repeatable.", DATA, metavar="TASK")] = ()
     ood_data_dirs: Annotated[
         tuple[Path, ...],

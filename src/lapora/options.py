@@ -255,7 +255,7 @@ class EvalOptions(DataOptions, ModelOptions, total=False):
         ensemble: Adapter, or folder of checkpoints. A list.
         temperature_split: Split for temperature. Default: rows of tune-prior.
         temperature_oracle: Add the temperature fitted on the scored rows. Default: ``False``.
-        interval: Regression: probability of the intervals scored. Above 0, at most 1. Default: ``0.9``.
+        interval: Regression: probability of the intervals scored. Above 0, at most 1. Default: 0.9.
         ood: Out-of-distribution task. A list.
         ood_data_dirs: Folder of the ``ood`` rows. A list.
         coverage: Print the threshold that keeps this share of rows. Above 0, at most 1.
@@ -270,7 +270,7 @@ class EvalOptions(DataOptions, ModelOptions, total=False):
     ensemble: Sequence[str | Path]
     temperature_split: str | None
     temperature_oracle: bool
-    interval: float
+    interval: float | None
     ood: Sequence[str]
     ood_data_dirs: Sequence[str | Path]
     coverage: float | None

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 import subprocess
 import sys
 from contextlib import nullcontext
+from io import StringIO
 from pathlib import Path
 
 import pytest
 import yaml
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 from lapora.cli import console, early
+from lapora.cli.app import run
 from lapora.cli.fit import saying_how_to_resume
 from lapora.config import FitSettings, ModelSettings
 from lapora.errors import UsageError
@@ -134,6 +138,7 @@ CONTRADICTIONS = [
     (("predict", "three/adapter", "gaussian.yaml", "--interval", "0.5"), 2, ["--interval", "multilabel", "gaussian"]),
     (("eval", "one/adapter", "--link", "mc-indep"), 2, ["--link mc-indep", "likelihood gaussian"]),
     (("eval", "one/adapter", "--methods", "all", "--link", "probit"), 2, ["--link probit", "likelihood gaussian"]),
+    (("eval", "three/adapter", "--interval", "0.9"), 2, ["--interval", "likelihood multilabel", "gaussian"]),
     (("eval", "three/adapter", "--coverage", "0.5"), 2, ["--coverage", "likelihood multilabel"]),
     (("eval", "one/adapter", "--fail-if", "accuracy<0.5"), 2, ["accuracy", "likelihood gaussian", "rmse"]),
     (("eval", "one", "--checkpoints", "--data", "gaussian.yaml", "--link", "probit"), 2, ["--link probit", "gaussian"]),
@@ -179,6 +184,84 @@ def test_contradictions_of_the_likelihood_are_said_without_torch(said, case):
     assert len(text.splitlines()) == 1 and all(each in text for each in words), text
 
 
+OUTPUTS_OF_EVAL = [
+    (("--output", "data/train.jsonl"), 5, "its first line is not a result of `lapora eval --output`"),
+    (("--output", "page.html"), 2, "results are JSON lines; give a name that ends in .jsonl"),
+    (("--output", "none/results.jsonl"), 5, "none/results.jsonl: cannot be written (no folder none)"),
+    (("--output", "data"), 5, "data: cannot be written (a folder); give another --output"),
+    (("--report", "none/page.html"), 5, "none/page.html: cannot be written (no folder none); give another --report"),
+    (("--report", "data"), 5, "data: cannot be written (a folder)"),
+    (("--plots", "task.yaml"), 5, "is not a folder); give another --plots"),
+    (("--plots", "task.yaml/inner"), 5, "is not a folder); give another --plots"),
+]
+
+
+@pytest.mark.parametrize("more", [(), ("--checkpoints", "--data", "task.yaml")])
+@pytest.mark.parametrize(("options", "status", "words"), OUTPUTS_OF_EVAL)
+def test_outputs_of_eval_are_checked_before_anything_is_loaded(
+    tiny, monkeypatch, capfdbinary, options, status, words, more
+):
+    monkeypatch.chdir(tiny)
+    before = {file: file.read_bytes() for file in tiny.glob("data/*")}
+    monkeypatch.setattr("lapora.workflows.evaluate.run_evaluation", None)
+    monkeypatch.setattr("lapora.workflows.checkpoints.evaluate_checkpoints", None)
+    found, out, err = command(monkeypatch, capfdbinary, "eval", "adapter", *options, *more)
+    assert (found, out) == (status, b"") and words in err and len(err.splitlines()) == 1
+    assert {file: file.read_bytes() for file in tiny.glob("data/*")} == before
+
+
+def test_messages_are_wrapped_between_words_on_a_terminal(monkeypatch):
+    path, verb = "/a/" + "long/" * 20, "lapora predict adapter rows.jsonl > predictions.jsonl"
+    text = f"note: the scores are {'far ' * 30}apart by 95 % or more; give {path} or `{verb}`"
+    for terminal in (True, False):
+        said = StringIO()
+        screen = Console(file=said, width=60, force_terminal=terminal, soft_wrap=True, highlight=False, no_color=True)
+        monkeypatch.setattr(console, "_stderr", screen)
+        console.print_message(text)
+        lines = said.getvalue().splitlines()
+        assert " ".join(lines) == text and (len(lines) > 1) == terminal
+        assert not terminal or all(len(line) <= 60 or line.rstrip() == path for line in lines)
+        assert any(f"`{verb}`" in line for line in lines) and any("95 %" in line for line in lines)
+        said.truncate(0)
+        console.print_command("next", "lapora " + "word " * 40)
+        assert len(said.getvalue().splitlines()) == 1, "a command is copied as one line"
+
+
+def test_retries_of_the_hubs_client_are_one_message(monkeypatch, capsys):
+    client = logging.getLogger("huggingface_hub.utils._http")
+    monkeypatch.setattr(client, "filters", [])
+    monkeypatch.setattr(sys, "argv", ["lapora", "--version"])
+    with pytest.raises(SystemExit):
+        run()
+    monkeypatch.setattr(console, "_stderr", Console(stderr=True, soft_wrap=True))
+    capsys.readouterr()
+    for attempt in range(3):
+        client.warning("'no answer' thrown while requesting HEAD https://huggingface.co/a/b")
+        client.warning(f"Retrying in {attempt}s [Retry {attempt}/5].")
+    assert capsys.readouterr().err == "the Hugging Face Hub does not answer; trying again for up to 30 seconds\n"
+
+
+def test_options_of_the_optimizer_without_effect_are_noted(tiny, monkeypatch, capfdbinary):
+    def said(*options):
+        status, _, err = command(monkeypatch, capfdbinary, "tune-prior", tiny / "adapter", *options)
+        assert status == 0, err
+        return [line for line in err.splitlines() if "no effect" in line]
+
+    assert said("--optimizer", "adam") == ["note: --optimizer adam has no effect without --method marglik"]
+    assert said("--steps", "2") == ["note: --lr and --steps have no effect without --optimizer adam"]
+    assert said("--optimizer", "adam", "--steps", "2", "--method", "marglik") == []
+    assert said() == []
+
+
+def test_a_score_that_no_run_has_is_said(tmp_path, monkeypatch, capfdbinary):
+    results = [{"method": "map", "accuracy": 0.5, "nll": 1.0, "ece": 0.1}]
+    record = {"task": "t", "split": "validation", "n": 3, "results": results}
+    (tmp_path / "results.jsonl").write_text(json.dumps(record) + "\n")
+    for metric, words in (("rmse", ["no run has rmse"]), ("nll", [])):
+        status, _, err = command(monkeypatch, capfdbinary, "compare", tmp_path / "results.jsonl", "--metric", metric)
+        assert status == 0 and err.splitlines() == words
+
+
 @pytest.mark.parametrize("kept", [True, False])
 def test_control_c_says_how_to_resume_where_there_is_a_checkpoint(tmp_path, kept, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["lapora", "fit", "a b", "--data", "boolq"])
@@ -193,7 +276,7 @@ def test_control_c_says_how_to_resume_where_there_is_a_checkpoint(tmp_path, kept
 
 def test_predict_and_fit_say_what_comes_next(tmp_path, monkeypatch, capfdbinary):
     folder = make_adapter(tmp_path)
-    words = ["--data", folder / "task.yaml", "--data-dir", folder / "data"]
+    words = ["--data", folder / "task.yaml", "--data-dir", folder / "data", "--base-model", folder / "base"]
     status, _, err = command(monkeypatch, capfdbinary, "fit", folder / "adapter", *words)
     tuning = f"lapora tune-prior {folder}/adapter"
     assert status == 0 and err.splitlines()[-1] == f"next: {tuning}"

@@ -297,6 +297,9 @@ def test_outputs_are_checked_before_rows_are_predicted(predict, tmp_path):
         assert status == 5 and "give another --output" in err, name
     status, _, err = predict("-", "-o", tmp_path / "out.csv.gz", stdin=b"")
     assert status == 2 and "not compressed" in err
+    for name in ("out.xlsx", "out.TSV"):
+        status, _, err = predict("-", "-o", tmp_path / name, stdin=b"")
+        assert status == 2 and "this format is not written" in err and not (tmp_path / name).exists()
 
 
 def test_a_terminated_run_leaves_the_old_parquet_file(tmp_path):

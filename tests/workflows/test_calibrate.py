@@ -11,7 +11,7 @@ import torch
 
 import lapora
 from lapora.config import DataSettings, EvalSettings, FitSettings, PriorSettings
-from lapora.errors import PosteriorError, UsageError
+from lapora.errors import NoRowsLeftError, PosteriorError, UsageError
 from lapora.likelihoods.categorical import Categorical
 from lapora.models import loading
 from lapora.report.tables import label_of
@@ -185,3 +185,46 @@ def test_the_command_and_the_function(tiny, monkeypatch, capfdbinary):
     assert len(text.splitlines()) + len(err.splitlines()) <= 24
     next_line = text.splitlines()[-1].strip()
     assert next_line.startswith("lapora predict ") and next_line.endswith(" > predictions.jsonl")
+
+
+def test_a_copy_of_the_training_rows_is_not_held_out(tiny):
+    data = tiny / "data"
+    shutil.copy(data / "train.jsonl", data / "validation.jsonl")
+    done = calibrate(tiny)
+    assert done.evaluation is None and done.verdict.better is None and done.prior.prior["averaged"]["n"] == 0
+    assert "validation: fit read all 24 rows too, with the same labels" in " ".join(done.prior.notes)
+    with pytest.raises(NoRowsLeftError, match="fit read all 24 rows too"):
+        tune_prior(model_of(tiny), DataSettings(split="validation"), PriorSettings())
+    scored = run_evaluation(model_of(tiny), DataSettings(), EvalSettings())
+    assert scored.record["n"] == 24 and any("fit read 24 of these 24 rows too" in each for each in scored.warnings)
+
+
+def test_rows_that_fit_read_do_not_tune_the_prior(tiny):
+    data = tiny / "data"
+    held_out, trained = (data / f"{split}.jsonl" for split in ("validation", "train"))
+    lines = held_out.read_text().splitlines()
+    relabelled = [{**json.loads(line), "label": 1 - json.loads(line)["label"]} for line in lines]
+    (data / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in relabelled))
+    own = trained.read_text().splitlines()
+    held_out.write_text("\n".join([*own[:5], *lines]) + "\n")
+    fit(model_of(tiny), data_of(tiny), FitSettings())
+    tuned = tune_prior(model_of(tiny), DataSettings(split="validation", limit=50), PriorSettings())
+    assert tuned.prior["averaged"]["n"] == len(lines)
+    assert any(each.startswith("5 rows of validation are left out: fit read them too") for each in tuned.notes)
+    scored = run_evaluation(model_of(tiny), DataSettings(split="test"), EvalSettings())
+    assert not any("fit read" in each for each in scored.warnings), "the same texts with other labels are other rows"
+
+
+def test_the_temperature_has_as_many_rows_as_the_prior(tiny):
+    held_out = tiny / "data" / "validation.jsonl"
+    first, *others = held_out.read_text().splitlines()
+    held_out.write_text("\n".join([first, first, first, *others]) + "\n")
+    fit(model_of(tiny), data_of(tiny), FitSettings())
+    for seed in range(20):
+        rows = tune_prior(model_of(tiny), None, PriorSettings(seed=seed)).prior["averaged"]["rows"]
+        if len(set(rows)) < len(rows):
+            break
+    assert len(rows) == 7 and max(map(rows.count, rows)) == 2
+    settings = EvalSettings(methods=("temperature",))
+    scored = run_evaluation(model_of(tiny), DataSettings(), settings).record["results"]
+    assert [each["fitted_on"]["n"] for each in scored if each["method"] == "temperature"] == [7]

@@ -67,6 +67,21 @@ ENDINGS: Mapping[type[BaseException], Callable[[Any], tuple[int, str, int]]] = {
 """Exit status, message and reporting rank of each expected exception; any other is a bug, with a traceback."""
 
 
+class _HubRetries(logging.Filter):
+    """Replace the messages about failed requests and retries of the Hub's client by one."""
+
+    _said = False
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        message = record.getMessage()
+        if "Retrying" not in message and "thrown while requesting" not in message:
+            return True
+        if not self._said:
+            self._said = True
+            print_message("the Hugging Face Hub does not answer; trying again for up to 30 seconds")
+        return False
+
+
 def run() -> None:
     """Run the command line and exit with the documented status."""
     warnings.simplefilter("once", LaporaWarning)
@@ -74,6 +89,9 @@ def run() -> None:
     # Silence the messages about missing kernels (bitsandbytes) and about offloaded weights (accelerate).
     for library in ("bitsandbytes", "accelerate"):
         logging.getLogger(library).setLevel(logging.ERROR)
+    hub = logging.getLogger("huggingface_hub.utils._http")
+    hub.setLevel(logging.WARNING)  # of its own, because `datasets` is read with the client silenced
+    hub.addFilter(_HubRetries())
     stdout = sys.stdout
     if isinstance(stdout, io.TextIOWrapper) and stdout.errors == "strict":
         stdout.reconfigure(errors="backslashreplace")  # for paths that are not UTF-8

@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import sys
+import textwrap
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -37,9 +38,27 @@ def set_rank(rank: int) -> None:
 
 
 def print_message(message: str) -> None:
-    """Print a message on stderr."""
+    """Print a message on stderr; on a terminal it is wrapped between words."""
     if _rank == 0:
-        _stderr.print(_plain(message), markup=False)
+        _stderr.print(_wrapped(_plain(message)), markup=False)
+
+
+def print_command(label: str, command: str) -> None:
+    """Print a command on stderr, on one line that can be copied."""
+    if _rank == 0:
+        _stderr.print(_plain(f"{label}: {command}" if label.strip() else f"{label}{command}"), markup=False)
+
+
+_UNBROKEN = re.compile(r"`[^`]*`|\d %")
+"""What stays on one line: commands, and numbers with their unit."""
+
+
+def _wrapped(text: str) -> str:
+    if not _stderr.is_terminal:
+        return text
+    joined = _UNBROKEN.sub(lambda found: found[0].replace(" ", "\0"), text)
+    lines = textwrap.wrap(joined, _stderr.width, break_long_words=False, break_on_hyphens=False)
+    return "\n".join(lines).replace("\0", " ")
 
 
 def on_terminal() -> bool:
@@ -78,7 +97,7 @@ def show(renderable: Any) -> None:
 def print_error(message: str, reporting_rank: int = 0) -> None:
     """Print an error in one line on stderr, if this process has the reporting rank."""
     if reporting_rank == _rank:
-        _stderr.print(f"error: {_plain(message)}", markup=False)
+        _stderr.print(_wrapped(f"error: {_plain(message)}"), markup=False)
 
 
 def _plain(message: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import os
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -106,6 +107,45 @@ def check_input(source: str) -> None:
         raise DataError(f"{source}: cannot be read (No such file or directory)")
     if Path(source).is_dir() and source != "-":
         raise DataError(f"{source}: a folder; give a file of rows")
+
+
+_OTHER_FORMATS = (".csv", ".gz", ".htm", ".html", ".parquet", ".tsv", ".xls", ".xlsx")
+
+
+def check_outputs(output: Path | None, report: Path | None, plots: Path | None) -> None:
+    """Check that the files of ``eval`` can be written, and that ``output`` holds results if it holds anything.
+
+    Raises:
+        UsageError: The results would be JSON lines in a file of another format.
+        DataError: A file or folder cannot be written, or has other content.
+    """
+    if output is not None and output.suffix.lower() in _OTHER_FORMATS:
+        raise UsageError(f"--output {output}: results are JSON lines; give a name that ends in .jsonl")
+    for option, file in (("--output", output), ("--report", report)):
+        if file is not None:
+            _check_writable(file, option)
+    if plots is not None:
+        existing = next(each for each in (plots, *plots.absolute().parents) if each.exists())
+        if not existing.is_dir():
+            raise DataError(f"{plots}: cannot be written ({existing} is not a folder); give another --plots")
+        if not os.access(existing, os.W_OK):
+            raise DataError(f"{plots}: cannot be written (Permission denied); give another --plots")
+    if output is not None and output.is_file():
+        from lapora.workflows.results import check_results_file
+
+        check_results_file(output)
+
+
+def _check_writable(file: Path, option: str) -> None:
+    reason = None
+    if file.is_dir():
+        reason = "a folder"
+    elif not file.parent.is_dir():
+        reason = f"no folder {file.parent}"
+    elif not os.access(file if file.exists() else file.parent, os.W_OK):
+        reason = "Permission denied"
+    if reason is not None:
+        raise DataError(f"{file}: cannot be written ({reason}); give another {option}")
 
 
 def _check_posterior(

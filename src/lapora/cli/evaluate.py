@@ -15,7 +15,7 @@ import typer
 from lapora._version import __version__
 from lapora.cli.arguments import Fields, JsonOption, command
 from lapora.cli.console import RowProgress, loading, print_message
-from lapora.cli.early import check_fitted, check_rows
+from lapora.cli.early import check_fitted, check_outputs, check_rows
 from lapora.config import (
     CHECKPOINTS,
     OUTPUT,
@@ -55,6 +55,7 @@ def eval_command(
         lapora eval ADAPTER --report report.html
         lapora eval ADAPTER --methods all --fail-if 'ece>0.1'
     """
+    check_outputs(output, report, plots)
     if checkpoints:
         _refuse_for_checkpoints(model, settings, fitting, fail_if)
         check_rows(model, data, settings)

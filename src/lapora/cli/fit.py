@@ -7,12 +7,22 @@ import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated
 
 from rich.table import Table
 
 from lapora.cli.arguments import Fields, JsonOption, command
-from lapora.cli.console import RowProgress, loading, on_terminal, print_error, print_message, program, show
+from lapora.cli.console import (
+    RowProgress,
+    loading,
+    on_terminal,
+    print_command,
+    print_error,
+    print_message,
+    program,
+    show,
+)
 from lapora.cli.early import check_fit
 from lapora.cli.jsonl import write_json_lines
 from lapora.config import OUTPUT, DataSettings, FitSettings, ModelSettings, Option
@@ -64,7 +74,8 @@ def fit_command(
         with saying_how_to_resume(models[0], settings), RowProgress("fit") as progress:
             result = fit(models[0], data, settings, progress, on_estimate=show_estimate)
         _print_result(result, as_json and models[0].processes.is_main)
-        print_message(f"next: {command_line(tune_prior_arguments(models[0], settings.name), program())}")
+        following = tune_prior_arguments(replace(models[0], base_model=None), settings.name)  # the base is recorded
+        print_command("next", command_line(following, program()))
         return
     failures = []
     bars = fit_several(models, data, settings, lambda model: RowProgress(f"fit {model.adapter}"), show_estimate)
@@ -92,7 +103,7 @@ def saying_how_to_resume(model: ModelSettings, settings: FitSettings) -> Iterato
         folder = posterior_folder(model.root, settings.name)
         if any(folder.with_name(f".{folder.name}.partial").glob("*.safetensors")):
             arguments = [each for each in sys.argv[1:] if each != "--resume"]
-            print_message(f"to resume from the checkpoint: {command_line([*arguments, '--resume'], program())}")
+            print_command("to resume from the checkpoint", command_line([*arguments, "--resume"], program()))
         raise
 
 

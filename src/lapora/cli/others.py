@@ -9,10 +9,10 @@ from typing import Annotated
 import typer
 
 from lapora.cli.arguments import Fields, JsonOption, command
-from lapora.cli.console import RowProgress, json_text, loading, print_message, program
+from lapora.cli.console import RowProgress, json_text, loading, print_command, print_message, program
 from lapora.config import DataSettings, FitSettings, ModelSettings, Option, PushSettings
-from lapora.errors import UsageError
-from lapora.models.adapter import local_model
+from lapora.errors import UsageError, listed
+from lapora.models.adapter import check_repository, local_model
 
 
 @command()
@@ -95,8 +95,8 @@ def compare_command(
     metric: Annotated[
         tuple[str, ...],
         Option(
-            "Score to show: accuracy, mcc, ece, adaptive_ece, nll, brier, auroc, aurc; of other likelihoods also rmse, "
-            "crps, f1_micro ... Repeatable.",
+            "Score to show on a terminal: accuracy, mcc, ece, adaptive_ece, nll, brier, auroc, aurc; of other "
+            "likelihoods also rmse, crps, f1_micro ... Repeatable.",
             metavar="NAME",
         ),
     ] = ("accuracy", "ece", "nll"),
@@ -117,7 +117,10 @@ def compare_command(
     if as_json:
         typer.echo(json.dumps(runs))
     else:
-        print_comparison(runs, list(dict.fromkeys(metric)))
+        scored = {score for run in runs for result in run["results"] for score in result}
+        print_comparison(runs, [score for score in dict.fromkeys(metric) if score in scored])
+        if missing := [score for score in dict.fromkeys(metric) if score not in scored]:
+            print_message(f"no run has {listed(missing)}")
     if not same_rows(runs):
         print_message("note: these runs did not score the same rows, so their scores also differ by chance")
 
@@ -129,9 +132,10 @@ def push_command(*, model: Annotated[ModelSettings, Fields("adapter", "output_di
     Examples:
         lapora push ADAPTER me/my-adapter --scores results.jsonl
     """
+    check_repository(settings.repository)
+    print_message(f"checking the posterior, then uploading to {settings.repository} ...")
     from lapora.workflows.push import push
 
-    print_message(f"uploading to {settings.repository} ...")
     done = push(local_model(model), settings)
     for note in done.notes:
         print_message(f"note: {note}")
@@ -166,4 +170,4 @@ def demo_command(
         ["predict", adapter, str(directory / "data" / "validation.jsonl")],
         ["eval", adapter, "--methods", "map,temperature,laplace"],
     ):
-        print_message(f"  {command_line(arguments, program())}")
+        print_command("  ", command_line(arguments, program()))

@@ -9,7 +9,7 @@ from collections import deque
 from typing import Annotated
 
 from lapora.cli.arguments import command
-from lapora.cli.console import RowRate, loading, print_message, program
+from lapora.cli.console import RowRate, loading, print_command, print_message, program
 from lapora.cli.early import check_fitted, check_input
 from lapora.cli.formats import InputFormat, count_rows, open_rows, resolve_format, write_records
 from lapora.config import DATA, OUTPUT, ModelSettings, Option, PredictSettings
@@ -58,6 +58,8 @@ def predict_command(
         raise UsageError("--adapter-field and --adapters-kept go with --adapter")
     if output.endswith(".gz"):
         raise UsageError(f"--output {output}: predictions are not compressed; give a name without .gz")
+    if output.lower().endswith((".tsv", ".xls", ".xlsx")):
+        raise UsageError(f"--output {output}: this format is not written; give a name that ends in .csv or .jsonl")
     if settings.adapters and output.lower().endswith((".csv", ".parquet")):
         raise UsageError(f"--output {output}: adapters may have different answers; write JSON lines")
     kind = resolve_format(source, input_format)
@@ -75,7 +77,7 @@ def predict_command(
         return
 
     def note(message: str, arguments: list[str]) -> None:
-        print_message(f"{message}: {command_line(arguments, program())}")
+        print_command(message, command_line(arguments, program()))
 
     to_file = _is_file(output)
     rate = RowRate("predict", count_rows(source, kind) if to_file and source != "-" else None, to_file)

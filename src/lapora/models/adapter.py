@@ -389,6 +389,21 @@ def files_to_push(adapter: Adapter) -> list[str]:
     return [CONFIG_FILE, WEIGHTS_FILE, *sorted(file.relative_to(adapter.path).as_posix() for file in found)]
 
 
+def check_repository(repository: str) -> None:
+    """Check the name of a repository to upload to, and that uploads are not switched off.
+
+    Raises:
+        UsageError: The name has no owner.
+        AdapterError: HF_HUB_OFFLINE is set.
+    """
+    from huggingface_hub import is_offline_mode
+
+    if "/" not in repository:
+        raise UsageError(f"{repository}: REPO is owner/name")
+    if is_offline_mode():
+        raise AdapterError(f"{repository}: HF_HUB_OFFLINE is set, so that nothing is uploaded; unset it")
+
+
 def is_hub_id(location: str) -> bool:
     """Return whether a location is a Hub repository: ``owner/name``, and not a local folder."""
     return bool(re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", location)) and not Path(location).exists()

@@ -116,19 +116,40 @@ def refuse_full_disk(folder: Path, size: float) -> None:
         )
 
 
-def write_posterior(folder: Path, manifest: Manifest, prior: Mapping[str, Any], posterior: Posterior) -> None:
+TRAINING_ROWS = "training_rows"
+"""Tensor of the digests of the rows that ``fit`` read, ``(N,)`` int64."""
+
+
+def write_posterior(
+    folder: Path,
+    manifest: Manifest,
+    prior: Mapping[str, Any],
+    posterior: Posterior,
+    training_rows: Sequence[str] = (),
+) -> None:
     """Write a posterior, replacing an existing one.
 
     The files are written under a temporary name and flushed to the disk before the renames. The caller must hold
     :func:`lapora.storage.files.write_lock`.
 
+    Args:
+        folder: The posterior's folder.
+        manifest: The manifest without prior.
+        prior: The manifest's ``prior``.
+        posterior: The factors.
+        training_rows: Digests of the rows that ``fit`` read, 16 hexadecimal digits each.
+
     Raises:
         PosteriorError: The folder cannot be written; an existing posterior is unchanged.
     """
+    import torch
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     tensors = {key: value.detach().cpu().contiguous() for key, value in posterior.tensors().items()}
+    if training_rows:
+        digests = [int.from_bytes(bytes.fromhex(each), "big", signed=True) for each in training_rows]
+        tensors[TRAINING_ROWS] = torch.tensor(digests)
     described = {
         key: {
             "shape": list(value.shape),
@@ -355,6 +376,18 @@ class SavedPosterior:
                 )
         return found
 
+    @cached_property
+    def training_rows(self) -> frozenset[str]:
+        """Digests of the rows that ``fit`` read; none in a posterior of an earlier version.
+
+        Raises:
+            PosteriorError: As for :meth:`arrays`.
+        """
+        if TRAINING_ROWS not in self.tensors:
+            return frozenset()
+        numbers = self.arrays([TRAINING_ROWS])[TRAINING_ROWS].tolist()
+        return frozenset(number.to_bytes(8, "big", signed=True).hex() for number in numbers)
+
     def check(self) -> None:
         """Read the factors and check them, as :meth:`gaussian` does."""
         self.gaussian()
@@ -370,7 +403,8 @@ class SavedPosterior:
 
         from lapora.posterior.gaussian import BlockPosterior, JointPosterior, check_blocks, check_joint
 
-        wanted = [name for name in self.tensors if not name.startswith("linear_model.")]
+        others = ("linear_model.", TRAINING_ROWS)
+        wanted = [name for name in self.tensors if not name.startswith(others)]
         arrays = self._with_remainder(self.arrays(wanted))
         tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
         try:

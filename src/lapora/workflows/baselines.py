@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Collection, Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -84,12 +85,19 @@ def fit_temperature(
     return Temperature(value, rows.split, len(rows.examples), digests, notes)
 
 
-def _recorded_rows(fitted: Fitted, data: DataSettings, split: str, digests: Collection[str]) -> LabelledRows | None:
+def _recorded_rows(fitted: Fitted, data: DataSettings, split: str, digests: Sequence[str]) -> LabelledRows | None:
+    """Return the rows of these digests, each as often as it is among them."""
     try:
         rows = read_labelled_rows(fitted.posterior, fitted.model.kind, DataSettings(data.task, data.data_dir, split))
     except (MissingSplitError, UnlabelledError):
         return None
-    found = [index for index, example in enumerate(rows.examples) if row_digest(example) in digests]
+    missing = Counter(digests)
+    found = []
+    for index, example in enumerate(rows.examples):
+        digest = row_digest(example)
+        if missing[digest] > 0:
+            missing[digest] -= 1
+            found.append(index)
     return rows.only(found) if found else None
 
 

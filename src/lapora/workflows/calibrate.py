@@ -152,7 +152,8 @@ def calibrate(
             verdict = _not_evaluated(str(error), tuned, prior.link)
     if verdict is None:
         verdict = _not_evaluated("there are no labelled rows except those that fit read", tuned, prior.link)
-    return Calibration(fitted, tuned, evaluation, verdict, predict_arguments(model, name, verdict.link))
+    following = predict_arguments(replace(model, base_model=None), name, verdict.link)  # the base is recorded
+    return Calibration(fitted, tuned, evaluation, verdict, following)
 
 
 def predict_arguments(model: ModelSettings, name: str, link: Link, rows: str = "rows.jsonl") -> list[str]:

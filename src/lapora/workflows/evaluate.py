@@ -13,6 +13,7 @@ import torch
 
 from lapora import metrics
 from lapora.config import (
+    DEFAULT_INTERVAL,
     DEFAULT_SAMPLES,
     ENOUGH_ROWS,
     LINKS,
@@ -106,6 +107,11 @@ def run_evaluation(
     if are_training_rows(fitted.posterior.manifest, replace(data, split=rows.split)):
         advice = ""
         notes.append(f"note: the adapter was trained on the rows of {rows.split}: these scores are too optimistic")
+    elif rows.read_by_fit:
+        notes.append(
+            f"note: fit read {len(rows.read_by_fit)} of these {len(rows.examples)} rows too, with the same labels: "
+            "they make the scores too optimistic"
+        )
     sets = [rows, *(_shifted_rows(fitted, name, folder, data.limit) for name, folder in plan.shifted)]
 
     predictions: list[list[Prediction]] = []
@@ -307,7 +313,7 @@ def _results(
     likelihood: Likelihood, predictions: Sequence[Prediction], rows: LabelledRows, settings: EvalSettings
 ) -> list[dict[str, Any]]:
     """Return the record's entries: scores, their intervals, and the paired differences to MAP."""
-    options = ScoreOptions(with_mcc=rows.task.metric == "mcc", interval=settings.interval)
+    options = ScoreOptions(with_mcc=rows.task.metric == "mcc", interval=settings.interval or DEFAULT_INTERVAL)
     tables = {each.label: each.table for each in predictions}
     own, paired = likelihood.intervals(tables, rows.targets, options, reference="map", seed=settings.seed)
     scores = {label: likelihood.scores(table, rows.targets, options) for label, table in tables.items()}
@@ -485,7 +491,7 @@ def make_plan(model: ModelSettings, settings: EvalSettings, data: DataSettings =
             links = tuple(link for link in LINKS[likelihood] if link != "map") if everything else ("mc-joint",)
         record = posterior.prior.validation or posterior.prior.averaged
         if record is not None and record.rows:
-            tuned_on[name] = TuningRows(record.split or "", frozenset(record.rows))
+            tuned_on[name] = TuningRows(record.split or "", tuple(record.rows))
     order = [method for method in get_args(Method) if method in methods]
     scored = tuple(tuple(each) for each in passes.values())
     if "laplace" not in order:

@@ -65,7 +65,7 @@ from lapora.tasks.examples import Labels, label_source, refuse_missing_labels
 from lapora.tasks.rows import check_label_names
 from lapora.workflows.averaging import average_without_rows, describe_averaged, training_curve
 from lapora.workflows.contradictions import check_head
-from lapora.workflows.rows import label_tensor, read_rows
+from lapora.workflows.rows import label_tensor, read_rows, row_digest
 from lapora.workflows.scoring import forward_outputs
 from lapora.workflows.task_model import (
     Fitted,
@@ -616,7 +616,8 @@ def _fit(inputs: FitInputs, settings: FitSettings, folder: Path, progress: Progr
     )
     with processes.raise_together():  # no process continues, or removes the checkpoint, before it is written
         if processes.is_main:
-            write_posterior(folder, manifest, prior, posterior)
+            digests = [row_digest(example) for example in rows.examples]
+            write_posterior(folder, manifest, prior, posterior, digests)
     if checkpoint is not None:
         if processes.is_main:
             checkpoint.remove()

@@ -8,8 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from lapora.config import ModelSettings, PushSettings
-from lapora.errors import AdapterError, PosteriorError, UsageError
-from lapora.models.adapter import CONFIG_FILE, WEIGHTS_FILE, Adapter, files_to_push, hub_errors, read_config
+from lapora.errors import PosteriorError
+from lapora.models.adapter import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    Adapter,
+    check_repository,
+    files_to_push,
+    hub_errors,
+    read_config,
+)
 from lapora.report.card import posterior_section, with_section
 from lapora.storage.compatibility import adapter_differences
 from lapora.storage.files import json_bytes
@@ -51,20 +59,17 @@ def push(model: ModelSettings, settings: PushSettings) -> Pushed:
         DataError: The scores cannot be read, or have no run of the posterior.
         UsageError: The name of the repository is not valid.
     """
-    from huggingface_hub import CommitOperationAdd, HfApi, is_offline_mode
+    from huggingface_hub import CommitOperationAdd, HfApi
     from huggingface_hub.utils import validate_repo_id
 
+    repository, revision = settings.repository, settings.revision
+    check_repository(repository)
     adapter, posterior = open_posterior(model, settings.name)
     posterior.check()
     if differences := adapter_differences(posterior.manifest, adapter):
         raise PosteriorError(f"{posterior.folder}: belongs to another adapter: {'; '.join(differences)}; fit again")
     scores = last_run_of(settings.scores, model, posterior) if settings.scores else None
     content = without_paths(posterior.content)
-    repository, revision = settings.repository, settings.revision
-    if "/" not in repository:
-        raise UsageError(f"{repository}: REPO is owner/name")
-    if is_offline_mode():
-        raise AdapterError(f"{repository}: HF_HUB_OFFLINE is set, so that nothing is uploaded; unset it")
     api = HfApi()
     with hub_errors(repository, revision):
         validate_repo_id(repository)

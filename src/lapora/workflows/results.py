@@ -44,6 +44,33 @@ def append_result(file: Path, record: Mapping[str, Any], adapter: str) -> None:
         raise DataError(f"{file}: cannot be written ({os_error_reason(error)}); give another --output") from error
 
 
+_BEGIN = b'{"time"'
+"""How a line of ``--output`` begins."""
+
+
+def check_results_file(file: Path) -> None:
+    """Check that a file, if it has any line, has results.
+
+    Raises:
+        DataError: Its first line is not a result, nor the beginning of one that was not completed.
+    """
+    try:
+        with file.open("rb") as stream:
+            first = next((line for line in stream if line.strip()), b"")
+    except OSError as error:
+        raise DataError(f"{file}: cannot be read ({os_error_reason(error)}); give another --output") from error
+    if first and not first.startswith(_BEGIN):
+        try:
+            _run(first.decode("utf-8"), str(file))
+        except (DataError, UnicodeDecodeError):
+            if first.startswith(b"{") and not first.rstrip().endswith(b"}") and not first.endswith(b"\n"):
+                return  # begun by a run that was killed
+            raise DataError(
+                f"{file}: its first line is not a result of `lapora eval --output`, and results are appended; give "
+                "another --output"
+            ) from None
+
+
 def read_results(files: Sequence[Path]) -> list[dict[str, Any]]:
     """Read every run of some files, and add its file and line as ``run``.
 

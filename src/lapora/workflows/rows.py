@@ -54,6 +54,7 @@ class LabelledRows:
         examples: The rows.
         targets: Their labels, ``(N,)`` or ``(N, C)``.
         excluded: Number of excluded rows of the split.
+        read_by_fit: Positions of the rows that ``fit`` read too, with the same texts, answers and label.
     """
 
     task: Task
@@ -61,6 +62,7 @@ class LabelledRows:
     examples: list[Example]
     targets: Tensor
     excluded: int
+    read_by_fit: frozenset[int] = frozenset()
 
     def only(self, positions: Sequence[int]) -> LabelledRows:
         """Return some of the rows."""
@@ -68,7 +70,23 @@ class LabelledRows:
             self,
             examples=[self.examples[position] for position in positions],
             targets=self.targets[torch.tensor(positions, dtype=torch.long)],
+            read_by_fit=frozenset(new for new, old in enumerate(positions) if old in self.read_by_fit),
         )
+
+    def unread(self) -> LabelledRows:
+        """Return the rows that ``fit`` did not read; the others count as excluded.
+
+        Raises:
+            NoRowsLeftError: It read all of them.
+        """
+        if not self.read_by_fit:
+            return self
+        positions = [position for position in range(len(self.examples)) if position not in self.read_by_fit]
+        if not positions:
+            raise NoRowsLeftError(
+                f"{self.split}: fit read all {len(self.examples)} rows too, with the same labels; give other rows"
+            )
+        return replace(self.only(positions), excluded=self.excluded + len(self.read_by_fit))
 
     def chosen(self, count: int, seed: int) -> LabelledRows:
         """Return a random subset of the rows for a seed, in their order."""
@@ -82,11 +100,11 @@ class TuningRows:
 
     Attributes:
         split: The split they come from.
-        rows: Their digests.
+        rows: Their digests; two rows with the same texts have the same.
     """
 
     split: str
-    rows: frozenset[str]
+    rows: tuple[str, ...]
 
 
 def row_digest(example: Example) -> str:
@@ -160,7 +178,9 @@ def read_labelled_rows(
         )
     excluded = len(examples) - len(kept)
     kept = kept[: data.limit]
-    return LabelledRows(task, split, kept, label_tensor(kept), excluded)
+    read = posterior.training_rows
+    read_by_fit = frozenset(index for index, example in enumerate(kept) if row_digest(example) in read)
+    return LabelledRows(task, split, kept, label_tensor(kept), excluded, read_by_fit)
 
 
 def label_tensor(examples: Sequence[Example]) -> Tensor:
@@ -170,12 +190,12 @@ def label_tensor(examples: Sequence[Example]) -> Tensor:
 
 
 def tuning_rows(posterior: SavedPosterior, kind: ModelKind, data: DataSettings, seed: int) -> LabelledRows:
-    """Read a random half (or the limit's number of rows) of a labelled split that ``fit`` did not read.
+    """Read a random half (or the limit's number of rows) of the rows of a labelled split that ``fit`` did not read.
 
     Raises:
-        MissingSplitError: There is no labelled split but the one that ``fit`` read, or none can be read.
+        MissingSplitError: There are no labelled rows but those that ``fit`` read, or none can be read.
         UsageError: The split that ``fit`` read was requested.
-        DataError: A row cannot be read.
+        DataError: A row cannot be read, or ``fit`` read all of the requested split.
     """
     rows = _labelled_split(posterior, kind, data)
     return rows.chosen(data.limit or max(1, len(rows.examples) // 2), seed)
@@ -189,15 +209,15 @@ def _labelled_split(posterior: SavedPosterior, kind: ModelKind, data: DataSettin
             raise UsageError(
                 f"--split {data.split}: the adapter was trained on these rows; give another split, or --method marglik"
             )
-        return read_labelled_rows(posterior, kind, replace(data, limit=None))
+        return read_labelled_rows(posterior, kind, replace(data, limit=None)).unread()
     reasons: list[DataError] = []
     for split in LABELLED_SPLITS:
         candidate = replace(data, split=split, limit=None)
         if are_training_rows(manifest, candidate):
             continue
         try:
-            return read_labelled_rows(posterior, kind, candidate)
-        except (MissingSplitError, UnlabelledError) as error:
+            return read_labelled_rows(posterior, kind, candidate).unread()
+        except (MissingSplitError, UnlabelledError, NoRowsLeftError) as error:
             reasons.append(error)
     unreadable = any(isinstance(reason, UnreadableSourceError) for reason in reasons)
     raise (UnreadableSourceError if unreadable else MissingSplitError)(

@@ -120,7 +120,21 @@ def _tune(
     else:
         tuned = _by_average(posterior, model, data, settings, evidence, progress, load)
     _rewrite(model, posterior, tuned.prior)
+    tuned.notes.extend(_notes_on_optimizer(settings))
     return tuned
+
+
+def _notes_on_optimizer(settings: PriorSettings) -> list[str]:
+    """Return a note on options of the optimizer that have no effect."""
+    default = PriorSettings()
+    if settings.optimizer == "exact" and (settings.learning_rate, settings.steps) != (
+        default.learning_rate,
+        default.steps,
+    ):
+        return ["note: --lr and --steps have no effect without --optimizer adam"]
+    if settings.optimizer == "adam" and settings.method == "auto" and _structure(settings) == "scalar":
+        return ["note: --optimizer adam has no effect without --method marglik"]
+    return []
 
 
 def _rewrite(model: ModelSettings, posterior: SavedPosterior, prior: dict[str, Any]) -> None:
@@ -192,7 +206,7 @@ def _by_average(
     else:
         fitted = _open(model, data, settings, load)
         averaged, deviation = average_with_rows(fitted, found, evidence.prior, settings, progress)
-        notes = _limit_note(data, found)
+        notes = _notes_on_rows(data, found)
     if settings.structure == "point":
         averaged = averaged.point()
     prior = describe_averaged(
@@ -226,11 +240,16 @@ def _rows_or_reason(
         return str(error)
 
 
-def _limit_note(data: DataSettings, rows: LabelledRows) -> list[str]:
-    count = len(rows.examples)
+def _notes_on_rows(data: DataSettings, rows: LabelledRows) -> list[str]:
+    count, found = len(rows.examples), []
+    if rows.excluded:
+        found.append(f"{rows.excluded} rows of {rows.split} are left out: fit read them too, with the same labels")
     if data.limit is None or data.limit <= count:
-        return []
-    return [f"--limit {data.limit}: all {count} rows of {rows.split} tuned the prior, and none is left to evaluate on"]
+        return found
+    return [
+        *found,
+        f"--limit {data.limit}: all {count} rows of {rows.split} tuned the prior, and none is left to evaluate on",
+    ]
 
 
 def _is_tuned(prior: Any) -> bool:
@@ -357,7 +376,7 @@ def _by_validation(
     rows = tuning_rows(posterior, read_adapter(model.folder).kind, data, settings.seed)
     fitted = _open(model, data, settings, load)
     choice = _choose(fitted, rows, settings, evidence.prior, progress)
-    choice.notes.extend(_limit_note(data, rows))
+    choice.notes.extend(_notes_on_rows(data, rows))
     manifest = posterior.manifest
     log_evidence, effective = evidence_at(
         choice.prior, posterior.spectra(), manifest.parameters, manifest.log_likelihood or 0.0, manifest.residuals
