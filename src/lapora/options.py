@@ -52,7 +52,7 @@ def takes(options: type, *settings: type) -> Callable[[_Function], _Function]:
         def checked(*arguments: Any, **given: Any) -> Any:
             for name, value in given.items():
                 if name not in signature.parameters:
-                    near = difflib.get_close_matches(name, signature.parameters, 1)
+                    near = difflib.get_close_matches(name, signature.parameters, 1, 0.7)
                     hint = f"; did you mean {near[0]!r}?" if near else f"; it has {', '.join(signature.parameters)}"
                     raise TypeError(f"{function.__name__}() has no option {name!r}{hint}")
                 if name in known:

@@ -262,6 +262,17 @@ def test_a_score_that_no_run_has_is_said(tmp_path, monkeypatch, capfdbinary):
         assert status == 0 and err.splitlines() == words
 
 
+def test_tables_in_a_pipe_have_no_padding_and_nothing_is_cut(tmp_path, monkeypatch, capfdbinary):
+    folder = make_adapter(tmp_path / ("long-" * 12))
+    fit_tiny(folder)
+    for words in (("inspect",), ("eval", "--device", "cpu")):
+        status, out, err = command(monkeypatch, capfdbinary, words[0], folder / "adapter", *words[1:])
+        text = out.decode()
+        assert status == 0 and text, err
+        assert not [line for line in text.splitlines() if line != line.rstrip()] and "…" not in text
+        assert words[0] == "eval" or str(folder / "base") in text.replace("│", "").replace(" ", "").replace("\n", "")
+
+
 @pytest.mark.parametrize("kept", [True, False])
 def test_control_c_says_how_to_resume_where_there_is_a_checkpoint(tmp_path, kept, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["lapora", "fit", "a b", "--data", "boolq"])

@@ -142,7 +142,7 @@ def test_without_labelled_rows_the_average_needs_no_model(tiny, monkeypatch):
     monkeypatch.setattr("lapora.workflows.task_model.open_fitted", lambda *_: pytest.fail("the model was loaded"))
     tuned = tune_prior(model_of(tiny), None, PriorSettings())
     assert tuned.prior == before
-    assert tuned.notes[0].startswith("no labelled rows (")
+    assert tuned.notes[0].startswith("the average is over what the training rows tolerate: no labelled rows except")
 
 
 @pytest.mark.parametrize("structure", ["kind", "layer"])

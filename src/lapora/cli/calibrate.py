@@ -76,7 +76,7 @@ def _print(done: Calibration) -> None:
 
     console = console_of_data()
     console.print()
-    console.print(Text(done.verdict.text), highlight=False)
+    console.print(Text(done.verdict.text), highlight=False, soft_wrap=not console.is_terminal)
     if done.evaluation is not None:
         record = done.evaluation.record
         table = Table(box=box.SIMPLE_HEAD)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import re
+import sys
 from collections.abc import Mapping, Sequence
 from itertools import groupby
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, TextIO, cast
 
 from rich import box
 from rich.console import Console
@@ -71,9 +73,22 @@ def difference_of(result: Mapping[str, Any], score: str = "nll") -> str:
 
 
 def console_of_data() -> Console:
-    """Return a console on standard output, wide enough for any table if it is not a terminal."""
+    """Return a console on standard output; if it is not a terminal, wide enough for any table, without padding."""
     console = Console()
-    return console if console.is_terminal else Console(width=_IN_A_PIPE)
+    return console if console.is_terminal else Console(width=_IN_A_PIPE, file=cast("IO[str]", _Unpadded(sys.stdout)))
+
+
+class _Unpadded:
+    """A text stream that drops spaces at the end of lines."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        return self._stream.write(re.sub(r" +$", "", text, flags=re.MULTILINE))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
 def print_evaluation(record: Mapping[str, Any]) -> None:
@@ -365,9 +380,11 @@ def print_posterior(manifest: Manifest, prior: Prior) -> None:
     if manifest.rank is not None:
         lines["structure"] += f", rank {manifest.rank} ({manifest.kept:.1%} of the curvature's trace)"
     table = Table(show_header=False)
+    table.add_column()
+    table.add_column(overflow="fold")
     for key, value in lines.items():
         table.add_row(key, cell(value))
-    console = Console()
+    console = console_of_data()
     console.print(table)
     if prior.validation is not None:
         console.print(_validation_curve(prior.validation))

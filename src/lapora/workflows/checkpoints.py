@@ -39,7 +39,7 @@ from lapora.workflows.baselines import checkpoint_folders, read_members
 from lapora.workflows.evaluate import load_shifted_rows, run_evaluation, shifted_sources
 from lapora.workflows.fit import fit
 from lapora.workflows.rows import LABELLED_SPLITS
-from lapora.workflows.tune_prior import tune_prior
+from lapora.workflows.tune_prior import ADVICE_ON_ROWS, tune_prior
 
 POSTERIORS: dict[str, FitSettings] = {
     "la-kron": FitSettings(name="la-kron"),
@@ -275,7 +275,8 @@ class _Checkpoint:
             prior = PriorSettings(name=name, method=method, seed=self.settings.seed)
             tuned = tune_prior(model, DataSettings(), prior, self.progress)
             for line in (tuned.reason, *tuned.notes):
-                self._say(f"{name}: {line}")
+                if not line.startswith(ADVICE_ON_ROWS):  # the same rows tune the prior of every checkpoint
+                    self._say(f"{name}: {line}")
         if model.processes.is_main:
             _write_note(folder, made_from)
 

@@ -169,7 +169,7 @@ def read_labelled_rows(
         raise posterior.mismatch(differences)
     bare = render_all(task, rows[:_ROWS_SEARCHED_FOR_LABELS], kind=kind, choices=answers, labels="optional")
     if all(example.target is None for example in bare):
-        raise UnlabelledError(f"{split}: the rows have no labels (first {len(bare)} rows); give a split that has them")
+        raise UnlabelledError(f"{split}: the first {len(bare)} rows have no labels; give a split that has them")
     examples = render_all(task, rows, kind=kind, choices=answers, labels="required")
     kept = [example for example in examples if not exclude or row_digest(example) not in exclude]
     if not kept:

@@ -191,12 +191,12 @@ def _by_average(
     manifest = posterior.manifest
     if isinstance(found, str):
         if manifest.training_curve is None:
-            tuned = _by_evidence(posterior, evidence, f", since there are no labelled rows ({found})")
+            tuned = _by_evidence(posterior, evidence, f" ({found})")
             why = "fitted by an earlier version, or on rows without labels"
             tuned.notes.append(f"the posterior has no NLL curve of its training rows ({why}): fit again to average")
             return tuned
         averaged = average_without_rows(manifest.training_curve)
-        notes = [f"no labelled rows ({found}): the average is over what the training rows tolerate"]
+        notes = [f"the average is over what the training rows tolerate: {found}"]
         if settings.structure in ("kind", "layer"):
             notes.append(
                 f"--prior {settings.structure} is ignored without labelled rows: all layers share one precision"
@@ -287,12 +287,16 @@ def _learned(averaged: Averaged) -> str:
     return line
 
 
+ADVICE_ON_ROWS = "more labelled rows would"
+"""Beginning of the note on more labelled rows."""
+
+
 def _notes_of_average(averaged: Averaged, deviation: float | None) -> list[str]:
     if deviation is None:
         return ["with labelled rows (--split, --data-dir) the temperature is averaged over, too"]
     if deviation > _UNDECIDED:
-        return [f"more labelled rows would help: the averaged settings still differ by {deviation:.3f} nats a row"]
-    return [f"more labelled rows would change little: the averaged settings differ by {deviation:.4f} nats a row"]
+        return [f"{ADVICE_ON_ROWS} help: the averaged settings still differ by {deviation:.3f} nats a row"]
+    return [f"{ADVICE_ON_ROWS} change little: the averaged settings differ by {deviation:.4f} nats a row"]
 
 
 def _unfinished_adam(posterior: SavedPosterior, settings: PriorSettings, reached: EvidenceMaximum) -> list[str]:
