@@ -655,14 +655,15 @@ class PredictSettings:
     seed: Annotated[int, Option("Random seed.", metavar="N", min=0, max=2**63 - 1)] = 0
     logits: Annotated[bool, Option("Add the mean and covariance of the logits.", OUTPUT, keyword=False)] = False
     on_error: Annotated[
-        OnError,
+        OnError | None,
         Option(
-            "Invalid row: stop, or report it and continue.",
+            "Invalid row: stop, or report it and continue (default on a terminal).",
             OUTPUT,
             metavar="ACTION",
+            shown="stop",
             synonyms={"skip": "report", "continue": "report", "fail": "stop", "raise": "stop"},
         ),
-    ] = "stop"
+    ] = None
     abstain_below: Annotated[
         float | None, Option("Mark rows of lower confidence.", OUTPUT, metavar="P", min=0, max=1)
     ] = None

@@ -197,7 +197,7 @@ def test_tasks_check_shows_prompts_tokens_and_labels(lapora, demo):
         (("fit", "nowhere", "--data", "boolq"), 3, "no such directory"),
         (("fit", "nowhere"), 2, "--data"),
         (("fit", "nowhere", "--weight-sharing", "no"), 2, "expand"),
-        (("inspect", "nowhere"), 4, "no posterior"),
+        (("inspect", "nowhere"), 4, "nowhere: no such directory"),
         (("tasks", "nothing"), 2, "boolq"),
         (("predict", "nowhere", "--lnik", "map"), 2, "--lnik"),
         (("eval", "nowhere", "--link", "no"), 2, "mc-joint"),

@@ -221,15 +221,16 @@ def test_on_a_terminal_it_says_what_it_waits_for_and_shows_rows(tiny, tmp_path):
     seen = b""
     while b"waiting for rows" not in seen:
         seen += os.read(main, 4096)
-    os.write(main, b'{"story": "the cows are loud"}\n\x04')
+    os.write(main, b'{"story": "the cows are loud"}\nmistyped\n{"story": "the cows are loud"}\n\x04')
     while process.poll() is None or b"rows" not in seen:
         try:
             seen += os.read(main, 4096)
         except OSError:
             break
-    assert process.wait(120) == 0, seen
+    assert process.wait(120) == 5, seen
+    found = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert ["error" in record for record in found] == [False, True, False], "a mistyped line does not end it"
     assert b"Ctrl-D ends" in seen and b"predict" in seen
-    assert len((tmp_path / "out.jsonl").read_text().splitlines()) == 1
 
 
 @pytest.mark.parametrize("ending", ["csv", "parquet"])

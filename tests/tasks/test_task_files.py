@@ -123,6 +123,8 @@ def test_a_task_survives_its_manifest(folder: Path, name: str) -> None:
         ("metadata: &a [1]\ntag: *a\n", "anchors and aliases"),
         ("task: again\n", "duplicate key 'task'"),
         ("? [a]\n: b\n", "a key must be a scalar"),
+        ("doc_to_continuation: {{text}}\n", "a key must be a scalar; put templates in quotes"),
+        ("doc_to_continuation: Text: {{text}}\n", "mapping values are not allowed here; put templates in quotes"),
         ("output_type: generate_until\n", "output_type: must be multiple_choice, not 'generate_until'"),
         ("metric: bleu\n", "metric: must be one of acc, mcc, not 'bleu'"),
         ("metric_list: acc\n", "metric_list: must be a list of mappings"),

@@ -223,9 +223,16 @@ def test_json_lines_with_bom_crlf_and_blank_lines(tmp_path: Path) -> None:
         ("train.json", b"[NaN]", "NaN is not JSON"),
         ("train.csv", b"", "no rows"),
         ("train.csv", b"question,answer\n", "no rows"),
-        ("train.csv", b"question,answer\na,0\nb,c,0\n", "not CSV: Error tokenizing data"),
-        ("train.csv", b"question,answer\na,b,0\nb,c,0\n", "rows have more fields than the header"),
-        ("train.csv", b"question\n\xff\xfe\n", "save the file as UTF-8"),
+        ("train.csv", b"question,answer\na,0\nb,c,0\n", "line 3: not CSV: 3 fields, and the header has 2"),
+        (
+            "train.csv",
+            b"question,answer\na,b,0\nb,c,0\n",
+            "line 2: not CSV: more fields than the header 'question,answer'",
+        ),
+        ("train.csv", b"question\nok\na \xff\xfe\n", "line 3: not UTF-8 at byte 2; save the file as UTF-8"),
+        ("train.csv", b"question;answer\na, b;0\na, b, c;0\n", "has no comma; separate columns by commas, not by ';'"),
+        ("train.csv", b"question\tanswer\na, b\t0\na, b, c\t0\n", "separate columns by commas, not by '\\t'"),
+        ("train.parquet", b"PAR1" + GOOD, "begins as a Parquet file, and is incomplete or damaged"),
         ("train.parquet", GOOD, "not Parquet"),
         ("train.parquet", b"", "not Parquet"),
     ],
@@ -235,6 +242,19 @@ def test_files_that_are_not_what_they_say(tmp_path: Path, name: str, content: by
     with pytest.raises(DataError) as caught:
         load_rows(MINE, "train", data_dir=tmp_path)
     assert says in str(caught.value) and name in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_file_whose_name_has_other_capitals_is_named(tmp_path: Path) -> None:
+    (tmp_path / "Train.CSV").write_text("question,answer\na,0\n")
+    with pytest.raises(DataError, match=r"no train\.csv, but 'Train\.CSV'; rename it to train\.csv"):
+        load_rows(MINE, "train", data_dir=tmp_path)
+
+
+def test_a_row_is_named_with_its_file(tmp_path: Path) -> None:
+    (tmp_path / "validation.csv").write_text("question,answer\na,0\nb,7\n")
+    rows = load_rows(MINE, "validation", data_dir=tmp_path)
+    with pytest.raises(DataError, match=r"^validation\.csv, row 1: unknown label 7"):
+        render_all(MINE, rows, kind="causal")
 
 
 def test_csv_of_text_stays_text(tmp_path: Path) -> None:

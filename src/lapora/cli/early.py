@@ -21,7 +21,7 @@ from lapora.config import (
     check_likelihood,
 )
 from lapora.errors import DataError, LaporaError, SeveralError, UsageError
-from lapora.models.adapter import check_adapter_files, read_head
+from lapora.models.adapter import CONFIG_FILE, check_adapter_files, read_head
 
 if TYPE_CHECKING:
     from lapora.workflows.results import Gate
@@ -72,7 +72,7 @@ def check_fitted(
     """
     from lapora.storage.saved import posterior_folder
 
-    if not model.folder.is_dir():  # it has no posterior either
+    if not (model.folder / CONFIG_FILE).is_file():  # it has no posterior either
         check_adapter_files(model.folder)
     checks: list[Callable[[], object]] = [
         lambda: check_adapter_files(model.folder),

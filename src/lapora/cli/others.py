@@ -11,7 +11,7 @@ import typer
 from lapora.cli.arguments import Fields, JsonOption, command
 from lapora.cli.console import RowProgress, json_text, loading, print_command, print_message, program
 from lapora.config import DataSettings, FitSettings, ModelSettings, Option, PushSettings
-from lapora.errors import UsageError, listed
+from lapora.errors import PosteriorError, UsageError, listed
 from lapora.models.adapter import check_repository, local_model
 
 
@@ -56,7 +56,8 @@ def tasks_command(
 
     if name is not None:
         if name not in builtin_tasks():
-            raise UsageError(f"no built-in task named {name}; available: {', '.join(builtin_tasks())}")
+            hint = f"; for a file of your own: --check {name}" if Path(name).suffix in (".yaml", ".yml") else ""
+            raise UsageError(f"no built-in task named {name}; available: {', '.join(builtin_tasks())}{hint}")
         typer.echo(builtin_yaml(name), nl=False)
         return
     from lapora.report import print_tasks
@@ -79,6 +80,8 @@ def inspect_command(
     from lapora.storage.saved import SavedPosterior, posterior_folder
 
     root = model.output_dir or local_model(model).root  # with --output-dir the adapter is not needed
+    if not root.is_dir():
+        raise PosteriorError(f"{root}: no such directory; give the adapter's folder, or a Hub id (owner/name)")
     posterior = SavedPosterior(posterior_folder(root, name))
     if as_json:
         typer.echo(json.dumps(posterior.content))

@@ -6,6 +6,7 @@ import os
 import stat
 import sys
 from collections import deque
+from dataclasses import replace
 from typing import Annotated
 
 from lapora.cli.arguments import command
@@ -68,6 +69,8 @@ def predict_command(
     check_input(source)
     if source == "-" and sys.stdin is not None and sys.stdin.isatty() and model.processes.is_main:
         print_message(_waiting(kind))
+        if settings.on_error is None:  # one mistyped line does not end what has loaded a model
+            settings = replace(settings, on_error="report")
     with loading():
         from lapora.workflows.commands import command_line
         from lapora.workflows.predict import predict

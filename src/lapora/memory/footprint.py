@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lapora.config import DEFAULT_RANK, Structure
 from lapora.curvature.kfac import rank_of_side, width_of_sum
@@ -27,7 +27,7 @@ class StructureShape:
         input_owners: For every layer, the name of the first layer with the same input.
         classes: Number of answers C.
         columns: Number of Fisher columns per row.
-        rows: Number of rows N, for ``full``.
+        rows: Number of rows N.
         rank: Rank of the bases; None is the default.
         item: Bytes per element of a sum: 4, or 8 if the model runs in float64.
         offload: Kronecker sums are in CPU memory.
@@ -77,7 +77,12 @@ class Footprint:
 
 
 def footprint(shape: StructureShape) -> Footprint:
-    """Compute the memory of a structure."""
+    """Compute the memory of a structure, and the size of its file with a digest of each row."""
+    found = _of_structure(shape)
+    return replace(found, artifact=found.artifact + shape.rows * _DOUBLE)
+
+
+def _of_structure(shape: StructureShape) -> Footprint:
     if shape.structure in ("kron", "ekfac"):
         return _kronecker(shape)
     parameters = shape.parameters

@@ -276,6 +276,7 @@ def read_config(path: Path) -> dict[str, Any]:
                 f"{path}: no adapter itself, but a folder of {'one' if len(inner) == 1 else 'several'}: give "
                 f"{' or '.join(str(path / name) for name in inner[:3])}"
                 + (f" or another of {len(inner)}" if len(inner) > 3 else "")
+                + ("; `lapora eval --checkpoints` compares them" if inner[0].startswith("checkpoint-") else "")
             )
         if snapshots := sorted(str(each.parent) for each in path.glob(f"snapshots/*/{CONFIG_FILE}")):
             raise AdapterError(f"{path}: a folder of the Hub's cache; give the adapter's id, or {snapshots[-1]}")

@@ -110,7 +110,7 @@ def render(
     """
     values = row.values if isinstance(row, Row) else row
     number = index if index is not None else row.index if isinstance(row, Row) else 0
-    where = where or f"row {number}"
+    where = where or (row.where if isinstance(row, Row) and index is None else f"row {number}")
     labels = labels or ("required" if require_target else "optional")
     if task.likelihood == "preference":
         task.prompt_templates(kind)  # raises for other kinds of model
@@ -174,6 +174,8 @@ def _missing_value(
     ready = 'or give a ready prompt as "text" in a row without other fields'
     if "text" in needed:  # is a field of the task itself
         ready = 'or give a ready prompt as {"prompt": ..., "answers": [...]}' if kind == "causal" else ""
+    if set(values) == {"data"} and isinstance(values["data"], list):
+        ready = "or give the list of rows alone, in a file whose name ends in .json"
     return DataError(
         f"{where}: no value for {listed(missing)}, required by task {quoted(task.task)}; "
         + (found or f"the row has {listed([str(name) for name in values]) or 'no fields'}; ")
@@ -280,8 +282,8 @@ def resolve_choices(
     answers: tuple[str, ...] | None = None
     for position, row in enumerate(rows):
         values = row.values if isinstance(row, Row) else row
-        number = row.index if isinstance(row, Row) else position
-        found = _choices_of(task, values, f"row {number}", answers, may_differ=kind == "causal")
+        where = row.where if isinstance(row, Row) else f"row {position}"
+        found = _choices_of(task, values, where, answers, may_differ=kind == "causal")
         if answers is not None and found != answers:
             return ()
         answers = found
@@ -326,7 +328,7 @@ def _choices_of(
         if missing:
             raise DataError(
                 f"{where}: no value for {listed(missing)}, from which doc_to_choice of task {quoted(task.task)} takes "
-                "the answers; add the field"
+                'the answers; add the field, or write the answers as a list, as in ["no", "yes"]'
             )
         answers = _evaluated_choices(template, values, where)
     if expected is not None and answers != expected and not may_differ:

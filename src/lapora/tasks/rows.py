@@ -10,8 +10,8 @@ import math
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
@@ -36,10 +36,17 @@ class Row:
     Attributes:
         index: Position in the split, from 0, counted before filtering.
         values: Values by field name.
+        source: Name of its file or split, for error messages.
     """
 
     index: int
     values: Mapping[str, Any]
+    source: str = field(default="", compare=False)
+
+    @property
+    def where(self) -> str:
+        """Name of the row in error messages."""
+        return f"{self.source}, row {self.index}" if self.source else f"row {self.index}"
 
 
 def load_rows(task: Task, split: str, *, data_dir: str | Path | None = None, limit: int | None = None) -> list[Row]:
@@ -60,10 +67,10 @@ def load_rows(task: Task, split: str, *, data_dir: str | Path | None = None, lim
     """
     if limit is not None and limit < 1:
         raise UsageError(f"--limit {limit}: must be at least 1")
-    where, source = _open(task, split, data_dir)
+    where, name, source = _open(task, split, data_dir)
     kept: list[Row] = []
     seen = 0
-    rows = (Row(index, values) for index, values in enumerate(source))
+    rows = (Row(index, values, name) for index, values in enumerate(source))
     for row in rows:
         seen += 1
         if keeps(task, row.values, f"{where}, row {row.index}"):
@@ -100,19 +107,20 @@ def keeps(task: Task, values: Mapping[str, Any], where: str) -> bool:
     return word in ("true", "1")
 
 
-def _open(task: Task, split: str, data_dir: str | Path | None) -> tuple[str, Iterable[Mapping[str, Any]]]:
-    """Return the name of the source for error messages, and its rows."""
+def _open(task: Task, split: str, data_dir: str | Path | None) -> tuple[str, str, Iterable[Mapping[str, Any]]]:
+    """Return the whole and the short name of the source for error messages, and its rows."""
     if data_dir is not None:
         names = list(dict.fromkeys([split, task.source_split(split)]))
         path = find_split_file(Path(data_dir), names)
         if path.suffix.lower() == ".parquet":
             check_label_names(task, _parquet_features(path), printable(path))
-        return printable(path), read_file(path)
+        return printable(path), printable(path.name), read_file(path)
     files = task.dataset_kwargs.get("data_files")
     if task.reads_files:
         paths = _files_of_split(task, split, files)
         if not any("://" in path for path in paths):
-            return f"task {quoted(task.task)}, split {printable(split)}", _read_all(task, paths)
+            name = printable(Path(paths[0]).name) if len(paths) == 1 else printable(split)
+            return f"task {quoted(task.task)}, split {printable(split)}", name, _read_all(task, paths)
     if task.dataset_path is None:
         raise MissingSplitError(
             f"task {quoted(task.task)} has no data source; give --data-dir DIR, or set dataset_path in its YAML"
@@ -121,7 +129,7 @@ def _open(task: Task, split: str, data_dir: str | Path | None) -> tuple[str, Ite
     where = printable(f"{task.hub_source or task.dataset_path}, split {hub_split}")
     rows = _hub_rows(task, hub_split)
     check_label_names(task, getattr(rows, "features", None) or {}, where)
-    return where, rows
+    return where, printable(hub_split), rows
 
 
 _FIELD = re.compile(r"\s*(?:\{\{\s*(\w+)\s*\}\}|(\w+))\s*")
@@ -138,10 +146,10 @@ def check_label_names(task: Task, features: Mapping[str, Any], where: str) -> No
     Raises:
         DataError: A name is one of the answers, at another index.
     """
-    field = _FIELD.fullmatch(task.doc_to_target) if isinstance(task.doc_to_target, str) else None
-    if field is None or not isinstance(task.doc_to_choice, tuple):
+    found = _FIELD.fullmatch(task.doc_to_target) if isinstance(task.doc_to_target, str) else None
+    if found is None or not isinstance(task.doc_to_choice, tuple):
         return
-    name = field[1] or field[2]
+    name = found[1] or found[2]
     feature = features.get(name)
     names = feature.get("names") if isinstance(feature, Mapping) else getattr(feature, "names", None)
     if not isinstance(names, list):
@@ -347,6 +355,12 @@ def find_split_file(folder: Path, names: list[str]) -> Path:
             path = folder / f"{name}{suffix}"
             if path.is_file():
                 return path
+    wanted = {f"{name}{suffix}".casefold(): f"{name}{suffix}" for name in names for suffix in ROW_SUFFIXES}
+    for entry in sorted(folder.iterdir()):
+        if (right := wanted.get(entry.name.casefold())) and entry.is_file():
+            raise MissingSplitError(
+                f"--data-dir {quoted(str(folder), 200)}: no {right}, but {quoted(entry.name)}; rename it to {right}"
+            )
     for name in names:
         for pattern, remedy in _UNREAD.items():
             if unread := sorted(folder.glob(pattern.format(name=name))):
@@ -474,6 +488,7 @@ def csv_rows(source: Path | IO[bytes], where: str) -> Iterator[dict[str, Any]]:
     try:
         options = {"dtype": str, "keep_default_na": False, "encoding": "utf-8-sig"}
         header = pandas.read_csv(source, header=None, nrows=1, **options).iloc[0]
+        _refuse_other_separators([str(name).strip() for name in header], where)
         if not isinstance(source, Path):
             source.seek(0)
         frame = pandas.read_csv(source, **options)
@@ -481,25 +496,54 @@ def csv_rows(source: Path | IO[bytes], where: str) -> Iterator[dict[str, Any]]:
         return
     except OSError:
         raise
-    except UnicodeDecodeError as error:
-        raise DataError(f"{where}: not UTF-8 ({first_line(error)}); save the file as UTF-8{hint}") from None
+    except UnicodeDecodeError:
+        raise DataError(
+            f"{where}{_not_utf8(source)}; save the file as UTF-8{hint if _is_known(hint) else ''}"
+        ) from None
     except (ValueError, OverflowError, pandas.errors.ParserError) as error:
+        if fields := _TOO_MANY_FIELDS.search(str(error)):
+            raise DataError(
+                f"{where}, line {fields[2]}: not CSV: {fields[3]} fields, and the header has {fields[1]}; quote fields "
+                "with commas"
+            ) from None
         raise DataError(f"{where}: not CSV: {first_line(error)}{hint}") from None
     if not isinstance(frame.index, pandas.RangeIndex):
         # pandas would use the extra first column as row names.
-        raise DataError(f"{where}: not CSV: rows have more fields than the header; quote fields with commas")
+        raise DataError(
+            f"{where}, line 2: not CSV: more fields than the header {quoted(','.join(map(str, header)))}; name every "
+            "column in the first line, and quote fields with commas"
+        )
     names = [str(name).strip() for name in frame.columns]
     given = [str(name).strip() for name in header if str(name).strip()]  # pandas would rename the second of a name
     if twice := next((name for name in given if given.count(name) > 1), None):
         raise DataError(f"{where}: the header has {quoted(twice)} twice; rename one of the columns")
-    if len(names) == 1 and (other := next((mark for mark in ";\t|" if mark in names[0]), None)):
-        raise DataError(
-            f"{where}: the header {quoted(names[0])} has no comma; separate columns by commas, not by {other!r}"
-        )
     texts = frame.astype(object).where(frame.notna(), None)
     columns = [_typed_column(list(texts.iloc[:, number])) for number in range(len(names))]
     for values in zip(*columns, strict=True):
         yield dict(zip(names, values, strict=True))
+
+
+_TOO_MANY_FIELDS = re.compile(r"Expected (\d+) fields in line (\d+), saw (\d+)")
+
+
+def _refuse_other_separators(header: Sequence[str], where: str) -> None:
+    if len(header) == 1 and (other := next((mark for mark in ";\t|" if mark in header[0]), None)):
+        raise DataError(
+            f"{where}: the header {quoted(header[0])} has no comma; separate columns by commas, not by {other!r}"
+        )
+
+
+def _not_utf8(source: Path | IO[bytes]) -> str:
+    """Return the place of the first byte that is not UTF-8, as for JSON lines."""
+    if not isinstance(source, Path):
+        source.seek(0)
+    content = source.read_bytes() if isinstance(source, Path) else source.read()
+    try:
+        content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        before = content[: error.start].split(b"\n")
+        return f", line {len(before)}: not UTF-8 at byte {len(before[-1])}"
+    return ": not UTF-8"
 
 
 _INTEGER, _NUMBER = re.compile(r"-?(0|[1-9]\d{0,17})"), re.compile(r"-?\d+\.\d+(e[-+]\d+)?")
@@ -549,18 +593,28 @@ def parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
             for batch in pyarrow.parquet.ParquetFile(stream).iter_batches():
                 yield from _with_texts(batch).to_pylist()
     except (pyarrow.ArrowException, ValueError) as error:
-        raise DataError(f"{quoted(str(path), 200)}: not Parquet: {first_line(error)}{_hint(path)}") from None
+        hint = _hint(path)
+        if _LOOKS_LIKE[b"PAR1"] in hint:
+            hint = "; it begins as a Parquet file, and is incomplete or damaged: copy or save it again"
+        raise DataError(f"{quoted(str(path), 200)}: not Parquet: {first_line(error)}{hint}") from None
 
 
 def _with_texts(batch: Any) -> Any:
     """Convert binary columns of a batch to text where they are UTF-8: some writers store texts so."""
     import pyarrow
 
-    for index, field in enumerate(batch.schema):
-        if pyarrow.types.is_binary(field.type) or pyarrow.types.is_large_binary(field.type):
+    for index, column in enumerate(batch.schema):
+        if pyarrow.types.is_binary(column.type) or pyarrow.types.is_large_binary(column.type):
             with contextlib.suppress(pyarrow.ArrowInvalid):
-                batch = batch.set_column(index, field.name, batch.column(index).cast(pyarrow.large_string()))
+                batch = batch.set_column(index, column.name, batch.column(index).cast(pyarrow.large_string()))
     return batch
+
+
+_UNKNOWN = "; check that the file's suffix matches its format"
+
+
+def _is_known(hint: str) -> bool:
+    return bool(hint) and hint != _UNKNOWN
 
 
 def _hint(path: Path) -> str:
@@ -569,4 +623,4 @@ def _hint(path: Path) -> str:
     for magic, hint in _LOOKS_LIKE.items():
         if start.startswith(magic):
             return f"; {hint}"
-    return "; check that the file's suffix matches its format"
+    return _UNKNOWN

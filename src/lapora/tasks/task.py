@@ -593,7 +593,10 @@ def _yaml_values(text: str, source: str) -> dict[str, Any]:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         where = f", line {mark.line + 1}" if mark is not None else ""
-        raise DataError(f"{source}{where}: {error.problem or 'not YAML'}") from None
+        lines = text.splitlines()
+        templated = mark is not None and mark.line < len(lines) and "{{" in lines[mark.line]
+        remedy = "; put templates in quotes" if templated else ""
+        raise DataError(f"{source}{where}: {error.problem or 'not YAML'}{remedy}") from None
     except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:
         raise DataError(f"{source}: not YAML: {first_line(error)}") from None
     if values is None:

@@ -58,7 +58,7 @@ def predict(
         in memory.
 
     Raises:
-        DataError: A line is invalid: at once with ``on_error="stop"`` (the line is named, and previous predictions
+        DataError: A line is invalid: at once unless ``on_error="report"`` (the line is named, and previous predictions
             have been yielded), or at the end of the run with ``"report"``.
         NumericalError: The same for a line for which the model returns NaN or infinity.
     """
@@ -118,7 +118,7 @@ def predict_routed(
             for number, line in window:
                 item = _read(routes, number, line)
                 items.append(item)
-                if settings.on_error == "stop" and isinstance(item.content, LaporaError):
+                if settings.on_error != "report" and isinstance(item.content, LaporaError):
                     break  # later rows are not predicted
             for item, found in zip(items, _predict_window(routes, opened, settings, items), strict=True):
                 head: dict[str, Any] = {"index": index}
@@ -127,7 +127,7 @@ def predict_routed(
                 if item.route is not None and item.route.adapter is not None:
                     head["adapter"] = item.route.adapter
                 if isinstance(found, LaporaError):
-                    if settings.on_error == "stop":
+                    if settings.on_error != "report":
                         raise found
                     failed += 1
                     yield head | {"error": str(found)}

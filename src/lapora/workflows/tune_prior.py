@@ -243,7 +243,7 @@ def _rows_or_reason(
 def _notes_on_rows(data: DataSettings, rows: LabelledRows) -> list[str]:
     count, found = len(rows.examples), []
     if rows.excluded:
-        found.append(f"{rows.excluded} rows of {rows.split} are left out: fit read them too, with the same labels")
+        found.append(f"rows of {rows.split} left out, because fit read them too, with the same labels: {rows.excluded}")
     if data.limit is None or data.limit <= count:
         return found
     return [
