@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from contextlib import nullcontext
+from dataclasses import replace
 
 import pytest
 import torch
@@ -213,6 +214,16 @@ def test_rows_that_fit_read_do_not_tune_the_prior(tiny):
     assert "rows of validation left out, because fit read them too, with the same labels: 5" in tuned.notes
     scored = run_evaluation(model_of(tiny), DataSettings(split="test"), EvalSettings())
     assert not any("fit read" in each for each in scored.warnings), "the same texts with other labels are other rows"
+
+
+def test_each_posterior_that_was_fitted_on_scored_rows_is_noted_once(tiny):
+    fit(model_of(tiny), data_of(tiny), FitSettings(name="a"))
+    other = replace(data_of(tiny), split="validation")
+    for name in ("b", "c"):
+        fit(model_of(tiny), other, FitSettings(name=name))
+    settings = EvalSettings(names=("a", "b", "c"))
+    (note,) = (each for each in run_evaluation(model_of(tiny), DataSettings(), settings).warnings if "trained" in each)
+    assert note == "note: the adapter was trained on the rows of validation: these scores are too optimistic"
 
 
 def test_the_temperature_has_as_many_rows_as_the_prior(tiny):

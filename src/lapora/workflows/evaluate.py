@@ -30,12 +30,19 @@ from lapora.errors import DataError, MissingSplitError, PosteriorError, UsageErr
 from lapora.likelihoods.base import Likelihood, ScoreOptions
 from lapora.models.loading import Loader, load_model
 from lapora.storage.manifest import digest_of
-from lapora.storage.saved import open_posterior, saved_names
+from lapora.storage.saved import SavedPosterior, open_posterior, saved_names
 from lapora.tasks import Row, Task, data_fingerprint, load_rows, load_task, render_all, resolve_choices
 from lapora.workflows import baselines
 from lapora.workflows.commands import model_arguments
 from lapora.workflows.contradictions import check_other_rows, resolve_task
-from lapora.workflows.rows import LABELLED_SPLITS, LabelledRows, TuningRows, are_training_rows, read_labelled_rows
+from lapora.workflows.rows import (
+    LABELLED_SPLITS,
+    LabelledRows,
+    TuningRows,
+    are_training_rows,
+    read_labelled_rows,
+    row_digest,
+)
 from lapora.workflows.scoring import Prediction, ScoredRows, score_rows
 from lapora.workflows.task_model import Fitted, TaskModel, open_fitted
 
@@ -103,15 +110,8 @@ def run_evaluation(
     of_map = fitted.model
     notes = [*plan.left_out]
     temperature, rows = _temperature_and_rows(fitted, plan, data, settings, notes)
-    advice = remedy_options(model, data)
-    if are_training_rows(fitted.posterior.manifest, replace(data, split=rows.split)):
-        advice = ""
-        notes.append(f"note: the adapter was trained on the rows of {rows.split}: these scores are too optimistic")
-    elif rows.read_by_fit:
-        notes.append(
-            f"note: fit read {len(rows.read_by_fit)} of these {len(rows.examples)} rows too, with the same labels: "
-            "they make the scores too optimistic"
-        )
+    trained = are_training_rows(fitted.posterior.manifest, replace(data, split=rows.split))
+    advice = "" if trained else remedy_options(model, data)
     sets = [rows, *(_shifted_rows(fitted, name, folder, data.limit) for name, folder in plan.shifted)]
 
     predictions: list[list[Prediction]] = []
@@ -129,11 +129,15 @@ def run_evaluation(
             of_posteriors[name] = _OfPosterior(
                 member.posterior.content,
                 [_laplace(name, plan.links, each, index) for each in scored],
-                [*_notes_on_map(member, of_map), *_warnings(member, plan.links, rows, scored[0], index, advice)],
+                [
+                    *_notes_on_training_rows(member.posterior, data, rows),
+                    *_notes_on_map(member, of_map),
+                    *_warnings(member, plan.links, rows, scored[0], index, advice),
+                ],
             )
     in_order = {name: of_posteriors[name] for name in plan.names if name in of_posteriors}
     for each in in_order.values():
-        notes += each.notes
+        notes += [note for note in each.notes if note not in notes]
         for found, own in zip(predictions, each.predictions, strict=True):
             found += own
     record = {
@@ -209,6 +213,18 @@ def _open_together(
         posterior.check()
         members.append(replace(members[0], posterior=posterior))
     return members
+
+
+def _notes_on_training_rows(posterior: SavedPosterior, data: DataSettings, rows: LabelledRows) -> list[str]:
+    """Return a note if a posterior was fitted on rows that are scored."""
+    if are_training_rows(posterior.manifest, replace(data, split=rows.split)):
+        return [f"note: the adapter was trained on the rows of {rows.split}: these scores are too optimistic"]
+    if read := sum(row_digest(example) in posterior.training_rows for example in rows.examples):
+        return [
+            f"note: fit read {read} of these {len(rows.examples)} rows too, with the same labels: they make the scores "
+            "too optimistic"
+        ]
+    return []
 
 
 def _notes_on_map(fitted: Fitted, of_map: TaskModel) -> list[str]:
