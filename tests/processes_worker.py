@@ -6,6 +6,7 @@ far they are apart. ``commands JSON``: a list of lapora's commands, one after th
 
 from __future__ import annotations
 
+import atexit
 import json
 import sys
 
@@ -90,7 +91,13 @@ def run_commands(commands: list[list[str]]) -> None:
                 sys.exit(error.exit_status)
 
 
+def _say_if_the_group_is_left() -> None:
+    if torch.distributed.is_initialized():
+        print("the process group was not ended", file=sys.stderr)
+
+
 if __name__ == "__main__":
+    atexit.register(_say_if_the_group_is_left)  # called after what lapora registers
     if sys.argv[1] == "sums":
         compare_sums(sys.argv[2])
     else:

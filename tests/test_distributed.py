@@ -39,6 +39,7 @@ def torchrun(count, *arguments, **how):
 def done(process, status=0):
     out, err = process.communicate(timeout=240)
     assert (process.returncode == 0) == (status == 0), err
+    assert "the process group was not ended" not in err
     return out, err
 
 

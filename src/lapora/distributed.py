@@ -7,9 +7,10 @@ all-reduced afterwards. Only the main process (rank 0) writes files, takes locks
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from lapora.errors import LaporaError, ProcessError, first_line
@@ -110,6 +111,15 @@ def init_processes(device: str = "auto") -> tuple[Processes, str]:
     return processes, str(processes.device) if device in ("auto", "cuda") else device
 
 
+def _end_process_group() -> None:
+    """End the process group's threads: one that still runs when Python has ended aborts the process."""
+    from torch import distributed
+
+    if distributed.is_initialized():
+        with suppress(RuntimeError):
+            distributed.destroy_process_group()
+
+
 class LaunchedProcesses(Processes):
     """Collectives over the processes of a launcher, by Accelerate and ``torch.distributed``.
 
@@ -125,7 +135,9 @@ class LaunchedProcesses(Processes):
         from datetime import timedelta
 
         from accelerate import PartialState
+        from torch import distributed
 
+        begun = distributed.is_initialized()
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # Accelerate warns about the number of threads that it sets
@@ -135,6 +147,8 @@ class LaunchedProcesses(Processes):
             raise ProcessError(
                 f"the process group cannot be initialized ({first_line(error)}); check the launcher's options"
             ) from error
+        if not begun:
+            atexit.register(_end_process_group)
         self.rank: int = state.process_index
         self.count: int = state.num_processes
         self.device: torch.device = state.device
